@@ -1,0 +1,163 @@
+"""Sequences, their block tables, and the groups that are scheduled together.
+
+Reproduces: section 4.2-4.3 (block table: physical block and number of filled slots, Fig. 6),
+section 4.5 (the sequences of one request form a sequence group, preempted and resumed together).
+
+    >>> table = BlockTable([7, 1], block_size=4, num_tokens=7, clock=Clock())
+    >>> table.entries()
+    [(7, 4), (1, 3)]
+
+Nothing here allocates: a manager (kv_cache_manager.py) decides which blocks a table holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands (section 4.5)."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    FINISHED = "finished"
+
+
+class Clock:
+    """Steps taken by all running sequences of one manager together."""
+
+    __slots__ = ("now",)
+
+    def __init__(self) -> None:
+        self.now = 0
+
+
+class BlockTable:
+    """A sequence's map from logical block to physical block, and how much of the last is filled.
+
+    A decode step gives every running sequence one more token. Counting that in each table would
+    cost one write per token, so a table is in one of two states:
+
+    loose      `room` unfilled slots of the last block may be written without asking the manager;
+               `held` more are unfilled but may not be: the last block is, or was, shared, and a
+               write into it is copy-on-write (section 4.4).
+    in step    `phase` is set and the table grows with the manager's clock: the slots left in its
+               last block are (phase - clock) mod S, so a step costs nothing until a block is full.
+    """
+
+    __slots__ = ("block_size", "blocks", "clock", "held", "num_prefix_blocks", "phase", "room")
+
+    def __init__(self, blocks: list[int], block_size: int, num_tokens: int, clock: Clock) -> None:
+        self.blocks = blocks
+        self.block_size = block_size
+        self.clock = clock
+        self.room = len(blocks) * block_size - num_tokens
+        self.held = 0
+        self.phase: int | None = None
+        # Leading blocks of a shared prefix: they belong to the provider and are never swapped.
+        self.num_prefix_blocks = 0
+
+    @property
+    def unfilled(self) -> int:
+        """Slots of the last block that hold no token yet (0 to S - 1)."""
+        if self.phase is None:
+            return self.room + self.held
+        return (self.phase - self.clock.now) % self.block_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose K and V this table addresses."""
+        return len(self.blocks) * self.block_size - self.unfilled
+
+    def entries(self) -> list[tuple[int, int]]:
+        """(physical block, filled slots) of each logical block: the rows of Fig. 6."""
+        filled = [self.block_size] * len(self.blocks)
+        if filled:
+            filled[-1] -= self.unfilled
+        return list(zip(self.blocks, filled))
+
+    def fork(self) -> BlockTable:
+        """A second table on the same blocks; both must copy before writing a shared last block."""
+        child = BlockTable(self.blocks.copy(), self.block_size, self.num_tokens, self.clock)
+        child.num_prefix_blocks = self.num_prefix_blocks
+        child.hold()
+        return child
+
+    def hold(self) -> None:
+        """Withhold the unfilled slots: the next write has to ask the manager first."""
+        assert self.phase is None, "a table in step must leave the clock before it is shared"
+        self.held += self.room
+        self.room = 0
+
+    def __repr__(self) -> str:
+        return f"BlockTable({self.blocks}, num_tokens={self.num_tokens})"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sequence of a request: lengths in tokens, and where it stands.
+
+    `prefix_len` tokens of a shared prefix (section 4.4) precede the `prompt_len` of its own.
+    The last generated token is never fed back, so its K and V are never stored: a finished
+    sequence has written prefix_len + prompt_len + output_len - 1 slots.
+    """
+
+    seq_id: int
+    prompt_len: int
+    output_len: int
+    prefix_len: int = 0
+    num_generated: int = 0
+    status: SequenceStatus = SequenceStatus.WAITING
+
+    def __post_init__(self) -> None:
+        if self.prompt_len < 1 or self.output_len < 1 or self.prefix_len < 0:
+            raise ValueError(
+                f"sequence {self.seq_id}: prompt and output need at least one token, "
+                f"got {self.prompt_len} and {self.output_len} (prefix {self.prefix_len})"
+            )
+
+    @property
+    def context_len(self) -> int:
+        """Prefix and prompt: the tokens there are before anything is generated."""
+        return self.prefix_len + self.prompt_len
+
+    @property
+    def final_len(self) -> int:
+        """Length once all output is generated: what a request is known to need, in tokens."""
+        return self.context_len + self.output_len
+
+    @property
+    def num_tokens(self) -> int:
+        """Prefix, prompt and generated tokens so far."""
+        return self.context_len + self.num_generated
+
+
+@dataclass(slots=True, eq=False)
+class SequenceGroup:
+    """The sequences of one request; scheduled, preempted and resumed together (section 4.5).
+
+    `beam_parents[i]` gives, for each beam, which beam it continues after step i (beam search);
+    it is None for single requests and parallel sampling. `prefix_id` names a shared prefix.
+    """
+
+    group_id: int
+    seqs: list[Sequence]
+    arrival_s: float = 0.0
+    prefix_id: int | None = None
+    beam_parents: list[list[int]] | None = None
+    num_preemptions: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        if not self.seqs:
+            raise ValueError(f"group {self.group_id} has no sequence")
+
+    def unfinished(self) -> list[Sequence]:
+        """The sequences that still have output to generate: only these are ever resumed."""
+        return [seq for seq in self.seqs if seq.status is not SequenceStatus.FINISHED]
+
+    @property
+    def finished(self) -> bool:
+        """True once no sequence is left to run."""
+        return all(seq.status is SequenceStatus.FINISHED for seq in self.seqs)
