@@ -1,0 +1,299 @@
+"""Workloads: request lengths and arrival times as in section 6.1 and Fig. 11 of the paper.
+
+A request is two lengths and an arrival time. Lengths come from the small tables shipped here
+(SHAREGPT, ALPACA, WMT16; see length_tables.py) or from a full length file:
+
+    requests = make_trace(SHAREGPT, rate=2.0, duration_s=3600.0, seed=0)
+    requests = make_trace(read_lengths("lengths.csv.gz"), 2.0, 3600.0, seed=0, total_below=2048)
+
+The second, given the authors' lengths in order, is their artifact's trace, request by request.
+"""
+
+import gzip
+import math
+import numbers
+import os
+import random
+import sys
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import BinaryIO
+
+import numpy as np
+
+import length_tables
+
+SLOT_S = 0.01  # arrivals are drawn per slot of 10 ms, as in the authors' artifact
+MAX_EXPECTED = 10**8  # slots, or expected requests, that one trace may have
+MAX_LENGTH = 10**7
+MAX_FILE_BYTES = 256 * 2**20
+MAX_LINE_BYTES = 2**16
+# Examples in the translation prompt (Fig. 16): (prefix_len, added_prompt_len) for make_trace.
+WMT16_PROMPTS = length_tables.WMT16_PROMPTS
+
+
+class WorkloadError(ValueError):
+    """A length file cannot be used; the message is one line with the file and the line number."""
+
+
+def _check_integer(name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+
+
+def _check_number(name: str, value: object, low: float, high: float = sys.float_info.max) -> None:
+    if not isinstance(value, numbers.Real) or not low <= value <= high:  # NaN fails as well
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request; lengths in tokens, `arrival_s` in seconds from the start of the trace.
+
+    `prompt_len` leaves out the `prefix_len` tokens before it, shared with other requests (Fig.
+    10). Every sequence generates exactly `output_len` tokens (section 6.1). `num_samples` outputs
+    are sampled in parallel (Fig. 8), or `beam_width` beams searched (Fig. 9). Raises ValueError.
+    """
+
+    request_id: int
+    arrival_s: float
+    prompt_len: int
+    output_len: int
+    num_samples: int = 1
+    beam_width: int = 1
+    prefix_len: int = 0
+
+    def __post_init__(self) -> None:
+        _check_integer("request_id", self.request_id, 0)
+        _check_number("arrival_s", self.arrival_s, 0.0)
+        for name in ("prompt_len", "output_len", "num_samples", "beam_width"):
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("prefix_len", self.prefix_len, 0)
+        if self.num_samples > 1 and self.beam_width > 1:
+            raise ValueError("at most one of num_samples and beam_width may be above 1")
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences of the request that generate at the same time."""
+        return max(self.num_samples, self.beam_width)
+
+    @property
+    def decoding(self) -> str:
+        """'single', 'parallel' (sampling) or 'beam'."""
+        if self.beam_width > 1:
+            return "beam"
+        return "parallel" if self.num_samples > 1 else "single"
+
+
+@dataclass(frozen=True, eq=False)
+class LengthTable:
+    """Joint distribution of (input, output) lengths in tokens, to sample from (Fig. 11).
+
+    `rows` is a text of length_tables.py (ValueError for another form). No sampled pair has
+    input + output above `max_total`; outputs are cut to fit (0.1 % of ShareGPT's).
+    """
+
+    name: str
+    source: str
+    rows: str = field(repr=False)
+    max_total: int | None = None
+    _share: np.ndarray = field(init=False, repr=False)  # (rows,) cumulative share of requests
+    _inputs: np.ndarray = field(init=False, repr=False)  # (rows, input knots)
+    _outputs: np.ndarray = field(init=False, repr=False)  # (rows, output knots)
+
+    def __post_init__(self) -> None:
+        halves = [[part.split() for part in row.split("|")] for row in self.rows.split("/")]
+        counted = [[int(word) for word in left] for left, _ in halves]
+        outputs = [[int(word) for word in right] for _, right in halves]
+        knots = max(2, *(len(row) - 1 for row in counted))
+        inputs = [row[1:] * knots if len(row) == 2 else row[1:] for row in counted]
+        counts = np.cumsum([row[0] for row in counted])
+        object.__setattr__(self, "_share", counts / counts[-1])
+        object.__setattr__(self, "_inputs", np.array(inputs))
+        object.__setattr__(self, "_outputs", np.array(outputs))
+
+    def sample(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """`count` independent pairs as int64 arrays (count,), (count,); the same for a seed."""
+        _check_integer("count", count, 0)
+        which, input_level, output_level = rng.random((3, count))
+        row = np.searchsorted(self._share, which, side="right")
+        inputs = _quantiles(self._inputs, 0.0, row, input_level)
+        outputs = _quantiles(self._outputs, length_tables.KNOT_WARP, row, output_level)
+        if self.max_total is not None:
+            inputs = np.minimum(inputs, self.max_total - 1)
+            outputs = np.minimum(outputs, self.max_total - inputs)
+        return inputs, outputs
+
+
+def _quantiles(knots: np.ndarray, warp: float, row: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Values at level `at` of the quantile functions knots[row]: whole, >= 1, int64 (count,)."""
+    even = np.linspace(0.0, 1.0, knots.shape[1])
+    levels = (1.0 - warp) * even + warp * (1.0 - np.cos(np.pi * even)) / 2.0  # of the knots
+    cell = np.searchsorted(levels[1:-1], at, side="right")
+    part = (at - levels[cell]) / (levels[cell + 1] - levels[cell])
+    value = knots[row, cell] + part * (knots[row, cell + 1] - knots[row, cell])
+    return np.maximum(np.floor(value + 0.5).astype(np.int64), 1)
+
+
+_SHAREGPT_SOURCE = "sosp-ae-39/sosp-ae-astra 3180d2f8 (the paper's artifact), OPT tokenizer"
+SHAREGPT = LengthTable(
+    "ShareGPT", _SHAREGPT_SOURCE, length_tables.SHAREGPT_ROWS, length_tables.SHAREGPT_MAX_TOTAL
+)
+_ALPACA_SOURCE = "hikariming/alpaca_chinese_dataset a32705c (English records), OPT tokenizer"
+ALPACA = LengthTable("Alpaca", _ALPACA_SOURCE, length_tables.ALPACA_ROWS)
+_WMT16_SOURCE = "newstest2016, LLaMA tokenizer; inputs: what follows the shared 1-shot prefix"
+WMT16 = LengthTable("WMT16 En-De", _WMT16_SOURCE, length_tables.WMT16_ROWS)
+LENGTH_TABLES = {"sharegpt": SHAREGPT, "alpaca": ALPACA, "wmt16": WMT16}
+
+
+def poisson_arrivals(rate: float, duration_s: float, seed: int) -> np.ndarray:
+    """Arrival times in seconds, ascending, float64 (requests,): Poisson at `rate` per second.
+
+    As in the authors' artifact: numpy's legacy generator draws the number of arrivals of every
+    10 ms slot, and all arrive as their slot begins; the same seed gives the same times as there.
+    A rate of 0 gives no requests. Raises ValueError (section 6.1).
+    """
+    _check_number("duration_s", duration_s, 0.0, MAX_EXPECTED * SLOT_S)
+    _check_number("rate", rate, 0.0, MAX_EXPECTED / max(duration_s, SLOT_S))
+    _check_integer("seed", seed, 0, 2**32 - 1)
+    slots = int(duration_s * (1.0 / SLOT_S))
+    arrivals = np.random.RandomState(seed).poisson(rate * SLOT_S, size=slots)
+    return np.repeat(np.arange(slots) * SLOT_S, arrivals)
+
+
+def make_trace(
+    lengths: LengthTable | tuple[np.ndarray, np.ndarray],
+    rate: float,
+    duration_s: float,
+    seed: int,
+    *,
+    total_below: int | None = None,
+    num_samples: int = 1,
+    beam_width: int = 1,
+    prefix_len: int = 0,
+    added_prompt_len: int = 0,
+) -> list[Request]:
+    """Requests in order of arrival, at `rate` per second for `duration_s` seconds.
+
+    A LengthTable is sampled with the seed. Exact pairs (from read_lengths) are used as the
+    artifact does: as many as there are arrivals, in order, from the top again if they run out,
+    then shuffled; so a short trace has other means than the data. `total_below` first drops
+    pairs with input + output not below it (artifact: 2048). `added_prompt_len` tokens go to
+    every prompt; the other options are Request's. Raises ValueError (sections 6.1 to 6.4).
+    """
+    _check_integer("added_prompt_len", added_prompt_len, 0)
+    arrivals = poisson_arrivals(rate, duration_s, seed).tolist()
+    if isinstance(lengths, LengthTable):
+        if total_below is not None:
+            raise ValueError("total_below is for exact pairs; a table has its own max_total")
+        sampled = lengths.sample(len(arrivals), np.random.default_rng(seed))
+        pairs = list(zip(*(part.tolist() for part in sampled)))
+    else:
+        limit = math.inf if total_below is None else total_below
+        known = zip(*(np.asarray(part).tolist() for part in lengths), strict=True)
+        known = [pair for pair in known if sum(pair) < limit]
+        if not known:
+            raise ValueError("no pairs of lengths to make a trace from")
+        pairs = [known[index % len(known)] for index in range(len(arrivals))]
+        random.Random(seed).shuffle(pairs)
+    rest = (num_samples, beam_width, prefix_len)
+    return [
+        Request(index, arrivals[index], prompt + added_prompt_len, output, *rest)
+        for index, (prompt, output) in enumerate(pairs)
+    ]
+
+
+def read_lengths(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, outputs) in tokens, int64 (rows,) each, in file order, from a length file.
+
+    A CSV, plain or gzipped (told by its content), whose first line names the columns, among
+    them `input_len` and `output_len`; whole numbers from 1 to 10**7. It is read line by line,
+    at most 256 MiB of it once unpacked. Raises WorkloadError for anything else.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.peek(2)[:2] != b"\x1f\x8b":
+                return _parse_lengths(os.fspath(path), file)
+            with gzip.open(file, "rb") as unpacked:
+                return _parse_lengths(os.fspath(path), unpacked)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WorkloadError(f"{path}: cannot be read: {reason}") from None
+
+
+def _numbered_lines(path: str, stream: BinaryIO) -> Iterator[tuple[str, list[str]]]:
+    """('file, line n', cells) of every line that is not blank, within the bounds on size."""
+    size = 0
+    for number, line in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""), 1):
+        size += len(line)
+        place = f"{path}, line {number}"
+        if size > MAX_FILE_BYTES or len(line) > MAX_LINE_BYTES:
+            raise WorkloadError(f"{place}: the file, or this line, is too long")
+        text = line.decode("utf-8-sig", errors="replace").strip()  # bad bytes fail as cells
+        if text:
+            yield place, [cell.strip() for cell in text.split(",")]
+
+
+def _parse_lengths(path: str, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    lines = _numbered_lines(path, stream)
+    place, names = next(lines, (path, []))
+    columns = ("input_len", "output_len")
+    if any(names.count(column) != 1 for column in columns):
+        raise WorkloadError(f"{place}: the header must name input_len and output_len, once each")
+    wanted = [names.index(column) for column in columns]
+    lengths = array("q")  # flat: input, output, input, ...
+    for place, cells in lines:
+        if len(cells) != len(names):
+            raise WorkloadError(f"{place}: {len(cells)} cells, the header has {len(names)}")
+        for cell in (cells[index] for index in wanted):
+            # Digits only: int() would take '1_0' and '+1', and refuses very long numbers.
+            whole = cell.isascii() and cell.isdigit() and len(cell) < 20
+            if not whole or not 1 <= int(cell) <= MAX_LENGTH:
+                fault = f"{cell[:30]!a} is not a whole number from 1 to {MAX_LENGTH}"
+                raise WorkloadError(f"{place}: {fault}")
+            lengths.append(int(cell))
+    if not lengths:
+        raise WorkloadError(f"{path}: no rows after the header")
+    inputs, outputs = np.array(lengths, dtype=np.int64).reshape(-1, 2).T.copy()
+    return inputs, outputs
+
+
+def beam_parents(
+    width: int, num_steps: int, rng: np.random.Generator, theta: float = 0.25
+) -> np.ndarray:
+    """Who descends from whom in one beam search: int64 (num_steps, width), values < width.
+
+    Entry [t, i] is the beam, before step t, that beam i continues after it (section 4.4,
+    Fig. 9). A beam that survives keeps its place: parents[t, i] == i; further children take
+    the places of the beams that died. At step 0 all beams are forks of one prompt, beam 0.
+
+    The model: a beam's next-token distribution is a draw of the stick-breaking process
+    GEM(theta), independent per beam and step; scores are summed log-probabilities; the best
+    `width` of all candidates survive. Near 0 one token takes all and beams seldom fork. The
+    paper gives no token data: theta is our one parameter for what real beams do; the default is
+    fitted to Alpaca in Fig. 15. Rows do not depend on num_steps. Raises ValueError.
+    """
+    _check_integer("width", width, 1)
+    _check_integer("num_steps", num_steps, 0)
+    _check_number("theta", theta, 1e-6, 100.0)
+    parents = np.zeros((num_steps, width), dtype=np.int64)
+    scores = np.where(np.arange(width) == 0, 0.0, -np.inf)  # at step 0 only beam 0 has candidates
+    # Sticks beyond these hold about 1e-6 of the mass; GEM draws are unsorted, hence the spares.
+    num_sticks = width + math.ceil(14.0 / math.log1p(1.0 / theta))
+    for step in range(num_steps):
+        # log(1 - v) of v ~ Beta(1, theta); in logs, as a small theta would round v to 1.
+        rest = -np.maximum(rng.standard_exponential((width, num_sticks)), 1e-300) / theta
+        log_probs = np.log(-np.expm1(rest)) + np.cumsum(rest, axis=1) - rest
+        candidates = scores[:, None] - np.sort(-log_probs, axis=1)[:, :width]
+        best = np.argsort(-candidates, axis=None, kind="stable")[:width]
+        beams = (best // width).tolist()  # best first
+        extra = [beam in beams[:rank] for rank, beam in enumerate(beams)]
+        winners = best[np.argsort(extra, kind="stable")]  # first survivor of each beam, others
+        places = list(dict.fromkeys(beams)) + [beam for beam in range(width) if beam not in beams]
+        parents[step, places] = winners // width
+        scores[places] = candidates.ravel()[winners]
+    return parents
