@@ -1,0 +1,299 @@
+"""The paged KV cache on tensors, and decode attention over its blocks.
+
+What it is: the worker's side of the paper. A pool of equal blocks holds K and V (section 4.2);
+tokens go to the slots that a block table names (4.3); blocks are copied for copy-on-write (4.4)
+and moved to the host and back (4.5). The three fused kernels of section 5 are indexed operations
+here: `write`, `paged_attention_kernel` (section 4.1, Eq. 4) and `copy_blocks`.
+
+How to use it: a manager decides, this obeys. It is given block numbers, never a manager.
+    cache = PagedKVCache(num_blocks, block_size, num_kv_heads, head_size, num_layers=L)
+    cache.write(layer, slot_mapping(table, start, num_tokens, block_size), k, v)
+    tables = pad_block_tables([table_a, table_b])
+    out, lse = paged_attention_kernel(q, cache.k_pool(layer), cache.v_pool(layer), tables, lens)
+
+Shapes: B sequences, L layers, H query heads, H_kv K/V heads, D head size, N blocks, S slots per
+block, T tokens. Slot number = block number * S + offset in the block.
+
+Block and slot numbers in tensors are checked against the pool on a CPU only: on CUDA to look at
+them would make the host wait for the device.
+"""
+
+import operator
+
+import torch
+
+from attention import attention, check_shape, length_mask
+
+
+class BlockMapError(ValueError):
+    """A block or slot number, or a map of them, that cannot be carried out; nothing changed."""
+
+
+class DeviceMemoryError(RuntimeError):
+    """A pool that does not fit in the memory that is available."""
+
+
+class PagedKVCache:
+    """K and V of all layers in N device blocks, and num_cpu_blocks host blocks for swapping."""
+
+    def __init__(self, num_blocks, block_size, num_kv_heads, head_size, *, num_layers=1,
+                 num_cpu_blocks=0, dtype=None, device="cpu", poison=False):
+        """Allocate the pools, uninitialised; with poison, filled with NaN.
+
+        dtype: float16 on CUDA and float32 on a CPU if None. Raises ShapeError for a size that
+        makes no sense and DeviceMemoryError if the pools do not fit.
+        """
+        pinned = torch.device(device).type == "cuda"
+        dtype = dtype or (torch.float16 if pinned else torch.float32)
+        sizes = (num_layers, num_blocks, block_size, num_kv_heads, head_size)
+        check_shape(
+            min(sizes) >= 1 and num_cpu_blocks >= 0 and dtype.is_floating_point,
+            f"no cache can have {sizes=}, {num_cpu_blocks=} and {dtype=}",
+        )
+        self.num_layers, self.num_blocks, self.block_size = sizes[:3]
+        self.num_kv_heads, self.head_size = sizes[3:]
+        self.num_cpu_blocks, self.dtype, self.poison = num_cpu_blocks, dtype, poison
+        self.bytes_per_token = num_layers * 2 * num_kv_heads * head_size * dtype.itemsize
+        self.bytes_per_block = self.bytes_per_token * block_size
+        self.num_bytes = self.bytes_per_block * num_blocks  # of the device pool
+        self.num_cpu_bytes = self.bytes_per_block * num_cpu_blocks
+
+        check_device_memory(self.num_bytes + (0 if pinned else self.num_cpu_bytes), device)
+        check_device_memory(self.num_cpu_bytes, "cpu")
+        shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_size)
+        self.pool = torch.empty(shape, dtype=dtype, device=device)  # (L, 2, N, S, H_kv, D)
+        self.device = self.pool.device  # with its index: "cuda" has become "cuda:0"
+        # The same for copies, which do not care what is inside a block: (L * 2, N, S * H_kv * D)
+        self._blocks = self.pool.flatten(0, 1).flatten(2)
+        shape = (num_layers, 2, num_cpu_blocks, *shape[3:])
+        self.cpu_pool = torch.empty(shape, dtype=dtype, pin_memory=pinned and num_cpu_blocks > 0)
+        self._cpu_blocks = self.cpu_pool.flatten(0, 1).flatten(2)
+        if poison:
+            self.pool.fill_(torch.nan)
+            self.cpu_pool.fill_(torch.nan)
+
+    def k_pool(self, layer):
+        """The keys of a layer: a view (N, S, H_kv, D)."""
+        return self.pool[layer, 0]
+
+    def v_pool(self, layer):
+        """The values of a layer: a view (N, S, H_kv, D)."""
+        return self.pool[layer, 1]
+
+    @torch.no_grad()
+    def write(self, layer, slot_mapping, k, v):
+        """Write T tokens: one indexed write for K and one for V (section 5, first kernel).
+
+        slot_mapping: (T,) int64 slot numbers, all different (not checked: with a duplicate
+        it is not defined which token wins); k, v: (T, H_kv, D) in the cache's dtype.
+        Raises ShapeError, and BlockMapError for a slot outside the pool (CPU only).
+        """
+        slots = self._check_slots(slot_mapping)
+        shape = (*slots.shape, self.num_kv_heads, self.head_size)
+        for x in (k, v):
+            check_shape(
+                (x.shape, x.dtype, x.device) == (shape, self.dtype, self.device),
+                f"need k, v (T, H_kv, D) = {shape} {self.dtype} on {self.device}, got "
+                f"{tuple(x.shape)} {x.dtype} on {x.device}",
+            )
+        for part, values in enumerate((k, v)):
+            self._slots(layer, part).index_copy_(0, slots, values.flatten(1))
+
+    def read(self, layer, slot_mapping):
+        """K and V of T slots in the order of slot_mapping (T,): two copies (T, H_kv, D)."""
+        slots = self._check_slots(slot_mapping)
+        k, v = (self._slots(layer, part).index_select(0, slots) for part in (0, 1))
+        return k.unflatten(1, self.pool.shape[4:]), v.unflatten(1, self.pool.shape[4:])
+
+    def gather(self, layer, block_tables):
+        """K and V of a batch as if contiguous: two copies (B, max_blocks * S, H_kv, D).
+
+        block_tables: (B, max_blocks) integers. One indexed read each. Slots beyond a
+        sequence's length hold whatever their blocks hold. Raises ShapeError, BlockMapError.
+        """
+        return tuple(gather_blocks(self.pool[layer, part], block_tables) for part in (0, 1))
+
+    def copy_blocks(self, pairs):
+        """Copy blocks, all layers, K and V, in one call (section 5, third kernel).
+
+        pairs: (source, destination) block numbers of an iteration. All sources are read
+        before any destination is written. Raises BlockMapError before any change.
+        """
+        # A copy's destination has just come from the free list: nobody can mean to read it in
+        # this iteration. So a source that an earlier pair writes (a chain) is a manager's error,
+        # and ambiguous: copied in order it would give the new content, at once the old. A source
+        # that a later pair writes was freed and given out again; both orders give the old.
+        self._move(self._blocks, self._blocks, pairs, chains=False)
+
+    def swap_out(self, pairs):
+        """Copy device blocks to host blocks (section 4.5). pairs: (device, host) block numbers.
+
+        One transfer for all blocks and layers. Raises BlockMapError before any change.
+        """
+        self._move(self._blocks, self._cpu_blocks, pairs)
+
+    def swap_in(self, pairs):
+        """Copy host blocks to device blocks (section 4.5). pairs: (host, device) block numbers.
+
+        One transfer for all blocks and layers. Raises BlockMapError before any change.
+        """
+        self._move(self._cpu_blocks, self._blocks, pairs)
+
+    def poison_blocks(self, blocks, *, on_cpu=False):
+        """Fill freed blocks with NaN, if poison is on: whoever still reads them will show it.
+
+        blocks: device block numbers, or host block numbers if on_cpu. Raises BlockMapError.
+        """
+        blocks = list(map(operator.index, blocks))
+        pool = self._cpu_blocks if on_cpu else self._blocks
+        _check_range(blocks, pool.shape[1], "poisoned")
+        if self.poison and blocks:
+            pool.index_fill_(1, torch.tensor(blocks, device=pool.device), torch.nan)
+
+    def _slots(self, layer, part):
+        """K (part 0) or V (part 1) of a layer: a view (N * S, H_kv * D)."""
+        return self.pool[layer, part].flatten(0, 1).flatten(1)
+
+    def _check_slots(self, slots):
+        have, want = (slots.dim(), slots.dtype, slots.device), (1, torch.int64, self.device)
+        check_shape(have == want, f"slot_mapping: (dim, dtype, device) is {have}, not {want}")
+        _check_numbers(slots, self.num_blocks * self.block_size, "slot")
+        return slots
+
+    def _move(self, source_pool, target_pool, pairs, chains=True):
+        """Gather the sources, carry them over in one transfer, scatter to the destinations."""
+        pairs = [(operator.index(source), operator.index(target)) for source, target in pairs]
+        _check_pairs(pairs, source_pool.shape[1], target_pool.shape[1], chains)
+        if not pairs:
+            return
+        sources, targets = zip(*pairs)
+        index = torch.tensor(sources, device=source_pool.device)
+        # Staged as (L * 2, blocks, S * H_kv * D). On the host side in pinned memory: from pageable
+        # memory the driver would copy once more, and the transfer would block.
+        if source_pool.device == target_pool.device:
+            staged = source_pool.index_select(1, index)
+        else:
+            shape = (source_pool.shape[0], len(pairs), source_pool.shape[2])
+            pinned = torch.empty(shape, dtype=self.dtype, pin_memory=True)
+            if target_pool.device.type == "cuda":
+                torch.index_select(source_pool, 1, index, out=pinned)
+                staged = pinned.to(target_pool.device, non_blocking=True)
+            else:
+                staged = pinned.copy_(source_pool.index_select(1, index), non_blocking=True)
+                # The host reads this buffer next, and the host waits for no stream by itself.
+                torch.cuda.current_stream(self.device).synchronize()
+        target_pool.index_copy_(1, torch.tensor(targets, device=target_pool.device), staged)
+
+
+def gather_blocks(pool, block_tables):
+    """The blocks of a batch, one indexed read: (B, max_blocks * S, H_kv, D).
+
+    pool: (N, S, H_kv, D); block_tables: (B, max_blocks) int32 or int64 on the same device.
+    Raises ShapeError, and BlockMapError for a block outside the pool (CPU only).
+    """
+    check_shape(pool.dim() == 4, f"pool must be (N, S, H_kv, D), not {tuple(pool.shape)}")
+    good = block_tables.dim() == 2 and block_tables.dtype in (torch.int32, torch.int64)
+    check_shape(good, "block_tables must be (B, max_blocks), int32 or int64")
+    check_shape(block_tables.device == pool.device, f"block_tables must be on {pool.device}")
+    _check_numbers(block_tables, pool.shape[0], "block")
+    batch, max_blocks = block_tables.shape
+    # As rows of one block each: index_select then copies whole blocks, not heads.
+    blocks = pool.flatten(1).index_select(0, block_tables.flatten())
+    return blocks.view(batch, max_blocks * pool.shape[1], *pool.shape[2:])
+
+
+def gather_bytes(pool, block_tables):
+    """Extra bytes that gathering a batch needs: copies of K and of V, padded to max_blocks."""
+    return 2 * block_tables.numel() * pool[0].numel() * pool.dtype.itemsize
+
+
+def paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens, scale=None):
+    """Decode attention over scattered blocks (paper, Eq. 4): gather them, then `attention`.
+
+    q: (B, H, D), the newest token's queries; k_pool, v_pool: (N, S, H_kv, D); block_tables:
+    (B, max_blocks) int32; seq_lens: (B,) integers, tokens in the cache, the newest included.
+    Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
+    0 and -inf. Raises ShapeError and, on a CPU, BlockMapError.
+    """
+    check_shape(q.dim() == 3, f"q must be (B, H, D), not {tuple(q.shape)}")
+    check_shape(
+        block_tables.shape[:1] == seq_lens.shape == q.shape[:1],
+        f"B differs: q {tuple(q.shape)}, block_tables {tuple(block_tables.shape)}, "
+        f"seq_lens {tuple(seq_lens.shape)}",
+    )
+    k, v = gather_blocks(k_pool, block_tables), gather_blocks(v_pool, block_tables)
+    _check_numbers(seq_lens, k.shape[1] + 1, "sequence length")
+    out, lse = attention(q[:, None], k, v, length_mask(seq_lens, k.shape[1]), scale)
+    return out[:, 0], lse[:, 0]
+
+
+def pad_block_tables(tables, device="cpu"):
+    """Block tables of a batch as one tensor (B, max_blocks) int32.
+
+    Padded with block 0, a real block that is safe to read: the lengths mask what it holds.
+    """
+    width = max(map(len, tables), default=0)
+    rows = [[*table, *[0] * (width - len(table))] for table in tables]
+    return torch.tensor(rows, dtype=torch.int32, device=device).view(len(rows), width)
+
+
+def slot_mapping(block_table, start, num_tokens, block_size, device="cpu"):
+    """Slot numbers (num_tokens,) int64 of the positions start, start + 1, ... of one sequence.
+
+    block_table: its block numbers in order. Raises BlockMapError if they hold fewer tokens.
+    """
+    room = len(block_table) * block_size
+    if start < 0 or num_tokens < 0 or start + num_tokens > room:
+        raise BlockMapError(f"tokens {start} to {start + num_tokens} do not fit {room} slots")
+    first, end = start // block_size, -(-(start + num_tokens) // block_size)
+    blocks = torch.tensor(block_table[first:end], dtype=torch.int64)
+    slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()
+    return slots.narrow(0, start - first * block_size, num_tokens).to(device)
+
+
+def check_device_memory(num_bytes, device):
+    """Raise DeviceMemoryError if num_bytes are not available on device.
+
+    CUDA: what the driver reports free and what torch holds but does not use. CPU: the
+    kernel's MemAvailable; no check where there is no /proc/meminfo.
+    """
+    if torch.device(device).type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        available = torch.cuda.mem_get_info(device)[0] + unused
+    else:
+        try:
+            with open("/proc/meminfo", encoding="ascii") as lines:
+                fields = dict(line.split(":") for line in lines)
+            available = int(fields["MemAvailable"].split()[0]) * 1024  # the file counts in KiB
+        except (OSError, KeyError):
+            return
+    if num_bytes > available:
+        raise DeviceMemoryError(f"{device}: {num_bytes} bytes needed, {available} available")
+
+
+def _check_numbers(numbers, end, what):
+    """Raise BlockMapError unless 0 <= numbers < end; on CUDA do nothing."""
+    if numbers.device.type == "cpu" and numbers.numel():
+        low, high = map(int, numbers.aminmax())
+        if low < 0 or high >= end:
+            raise BlockMapError(f"{what}s from {low} to {high}: outside 0 to {end - 1}")
+
+
+def _check_range(blocks, num_blocks, role):
+    """Raise BlockMapError unless all blocks are in the pool; role names them in the message."""
+    for block in blocks:
+        if not 0 <= block < num_blocks:
+            raise BlockMapError(f"{role} block {block} is outside a pool of {num_blocks} blocks")
+
+
+def _check_pairs(pairs, num_sources, num_targets, chains):
+    """Raise BlockMapError for a map with no one meaning; chains: whether they are harmless."""
+    written = set()
+    for source, target in pairs:
+        _check_range([source], num_sources, "source")
+        _check_range([target], num_targets, "destination")
+        if source in written and not chains:
+            raise BlockMapError(f"block {source} is a source after being a destination")
+        if target in written:
+            raise BlockMapError(f"block {target} is a destination twice")
+        written.add(target)
