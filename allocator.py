@@ -34,6 +34,10 @@ class ReservationError(CacheError):
     """A contiguous reservation would be overrun, or a request exceeds the model's maximum."""
 
 
+class RequestTooLargeError(CacheError):
+    """The request could not be served even alone: refused when it is submitted."""
+
+
 class SharedBlockError(CacheError):
     """Part of a group cannot be swapped: the rest still holds its blocks (section 4.5)."""
 

@@ -21,6 +21,7 @@ from allocator import (
     BuddyAllocator,
     DuplicateSequenceError,
     OutOfBlocksError,
+    RequestTooLargeError,
     ReservationError,
     UnknownSequenceError,
 )
@@ -153,6 +154,19 @@ class BaselineCacheManager:
         self._final += final_len
         self._asked += asked
         self._given += size
+
+    def require_fits(self, group: SequenceGroup) -> None:
+        """RequestTooLargeError unless an empty pool has a chunk for each of its sequences."""
+        empty = BuddyAllocator(self.num_blocks, 1 << self._buddy.max_order)
+        try:
+            asked = max(self.slots_to_ask(s.num_tokens, s.final_len) for s in group.seqs)
+        except ReservationError as error:
+            raise RequestTooLargeError(f"request {group.group_id}: {error}") from None
+        if not empty.fits(-(-asked // self.block_size), len(group.seqs)):
+            raise RequestTooLargeError(
+                f"request {group.group_id} needs {len(group.seqs)} chunks for {asked} slots; "
+                f"the pool of {self.num_blocks} blocks has not so many"
+            )
 
     def can_admit(self, group: SequenceGroup) -> bool:
         """Whether every sequence of the group finds a chunk of its own: nothing is shared."""

@@ -28,6 +28,7 @@ from allocator import (
     DuplicateSequenceError,
     OutOfBlocksError,
     OutOfSwapSpaceError,
+    RequestTooLargeError,
     ReservationError,
     SharedBlockError,
     UnknownSequenceError,
@@ -50,6 +51,7 @@ __all__ = [
     "OutOfBlocksError",
     "OutOfSwapSpaceError",
     "PagedKVCacheManager",
+    "RequestTooLargeError",
     "ReservationError",
     "SharedBlockError",
     "UnknownSequenceError",
@@ -113,13 +115,33 @@ class PagedKVCacheManager(PagedTables):
 
         Generated tokens count as well: after a recomputation they come back as prompt.
         """
-        seqs = group.unfinished()
-        prompt = self.blocks_for(seqs[0].prompt_len, group.prefix_id)
-        if not any(seq.num_generated for seq in seqs):
-            return prompt
-        size, context = self.block_size, seqs[0].context_len
-        own = sum(-(-seq.num_tokens // size) - context // size for seq in seqs)
-        return prompt - (context % size > 0) + own
+        seqs, size = group.unfinished(), self.block_size
+        prompt_len, prefix_id = seqs[0].prompt_len, group.prefix_id
+        need = self.blocks_for(prompt_len, prefix_id)
+        grown = [seq.num_generated for seq in seqs if seq.num_generated]
+        if grown:
+            context = prompt_len + (0 if prefix_id is None else self._prefix(prefix_id).num_tokens)
+            need += sum(-(-(context + count) // size) - context // size for count in grown)
+            if len(grown) == len(seqs) and context % size:
+                need -= 1  # the last to write into the prompt's last block does so in place
+        return need
+
+    def require_fits(self, group: SequenceGroup) -> None:
+        """RequestTooLargeError unless the group, alone, can always be admitted and resumed.
+
+        That needs all its blocks at full length, one more per sequence and the watermark.
+        """
+        seqs, size = group.seqs, self.block_size
+        context = seqs[0].context_len
+        shared = 0 if group.prefix_id is None else seqs[0].prefix_len // size
+        own = sum(-(-(seq.final_len - 1) // size) - context // size for seq in seqs)
+        need = context // size - shared + own + len(seqs) + self.watermark_blocks
+        there = self.num_blocks - sum(len(t.blocks) for t in self._prefixes.values())
+        if need > there:
+            raise RequestTooLargeError(
+                f"request {group.group_id} may need {need} blocks, the watermark included; "
+                f"the pool has {there}"
+            )
 
     def can_admit(self, group: SequenceGroup) -> bool:
         """Whether the whole group fits and the watermark stays free."""
@@ -142,7 +164,9 @@ class PagedKVCacheManager(PagedTables):
         for seq in seqs:
             if seq.num_generated:
                 copies += self.append(seq.seq_id, seq.num_generated)
-        return copies
+        # All are made at once: a copy of the copy of a prefix's last block starts from the prefix.
+        first_source = {new: old for old, new in copies}
+        return tuple((first_source.get(old, old), new) for old, new in copies)
 
     def free(self, seq_id: int) -> list[int]:
         """Drop a sequence or prefix, wherever it is; returns the GPU blocks that became free."""

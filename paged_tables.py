@@ -23,6 +23,8 @@ from copy_ledger import CopyLedger
 from memory_usage import NO_COPIES, BlockPairs, check_count
 from sequence import BlockTable, Clock
 
+ONE = 1  # compared by identity: True and 1.0, which equal it, are no counts and go the slow way
+
 
 class PagedTables:
     """The running tables and shared prefixes over `num_blocks` blocks of `block_size` slots.
@@ -153,7 +155,7 @@ class PagedTables:
             table = self._tables[seq_id]
         except KeyError:
             raise UnknownSequenceError(f"sequence {seq_id} is not running") from None
-        if num_tokens == 1:
+        if num_tokens is ONE:
             room = table.room
             if room:
                 table.room = room - 1
@@ -172,7 +174,7 @@ class PagedTables:
 
         Returns all copies of the step. Raises OutOfBlocksError, and then none has advanced.
         """
-        if num_tokens != 1:
+        if num_tokens is not ONE:
             check_count("number of tokens", num_tokens)
         now, size = self._clock.now, self.block_size
         need = len(self._due[now % size]) + len(self._loose)  # at most, for a step of one
@@ -213,10 +215,33 @@ class PagedTables:
                 need += -(-missing // size)
             if table.held:
                 held[table.blocks[-1]] += 1
-        for block, writers in held.items():
-            # The last of all holders may write in place; the others each need a copy.
-            need += min(writers, self._gpu.ref_count(block) - 1)
-        return need
+        return need + self._copies_for(held)
+
+    def blocks_for_append(self, seq_ids: Iterable[int]) -> int:
+        """Exact number of new blocks, copies included, that a token more for each of these takes.
+
+        Exact where the sequences that share a part-filled block are either all named or none.
+        """
+        need = 0
+        due = self._clock.now % self.block_size
+        held: Counter[int] = Counter()
+        for seq_id in seq_ids:
+            table = self._running(seq_id)
+            if table.phase is not None:
+                need += table.phase == due
+            elif table.held:
+                held[table.blocks[-1]] += 1
+            else:
+                need += table.room == 0
+        return need + self._copies_for(held)
+
+    def _copies_for(self, writers: Counter[int]) -> int:
+        """Copies when so many tables write into each of these shared blocks.
+
+        The last of all holders may write in place; the others each need a copy.
+        """
+        ref_count = self._gpu.ref_count
+        return sum(min(count, ref_count(block) - 1) for block, count in writers.items())
 
     # -- the parts --------------------------------------------------------------------------
 

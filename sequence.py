@@ -152,6 +152,10 @@ class SequenceGroup:
     def __post_init__(self) -> None:
         if not self.seqs:
             raise ValueError(f"group {self.group_id} has no sequence")
+        if len({seq.seq_id for seq in self.seqs}) < len(self.seqs):
+            raise ValueError(f"group {self.group_id} names a sequence twice")
+        if len({(seq.prefix_len, seq.prompt_len) for seq in self.seqs}) > 1:
+            raise ValueError(f"the sequences of group {self.group_id} differ in their prompt")
 
     def unfinished(self) -> list[Sequence]:
         """The sequences that still have output to generate: only these are ever resumed."""

@@ -1,0 +1,202 @@
+"""The four scenarios of the reproduction, on real K/V tensors, from one command.
+
+Reproduces: Efficient Memory Management for Large Language Model Serving with PagedAttention
+(arXiv:2309.06180): (1) baseline fragmentation, (2) paged allocation, (3) parallel sampling with
+copy-on-write, (4) a mixed workload under memory pressure.
+
+    python main.py                                  # all four: OPT-13B on an A100-40GB, one layer
+    python main.py --scenario 2 --layers all        # K and V of all 40 layers, on a GPU
+    python main.py --seed 1 --json out.json --format github
+
+Exit code 0 if every check held, 1 if one failed, 2 for input that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import paper
+
+if TYPE_CHECKING:
+    from scenario import Setting
+
+EXAMPLE = """\
+example:
+  python main.py --scenario 1 --scenario 2 --device cpu --seed 1 --json out.json
+  shows fragmentation and paging on the CPU and keeps all figures in out.json"""
+
+
+class UsageError(Exception):
+    """Input that cannot be used; the message is the one line the user sees."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake takes one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def positive(text: str) -> int:
+    """A positive integer, for argparse."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 12 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a positive integer")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed: 0 to 2**32 - 1."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 10 or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not an integer from 0 to 2**32 - 1")
+    return int(text)
+
+
+def layers(text: str) -> int | None:
+    """A positive integer, or None for all."""
+    return None if text == "all" else positive(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="main.py",
+        description="PagedAttention's memory management, shown on real K/V tensors.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--scenario", type=positive, choices=(1, 2, 3, 4), action="append", metavar="1..4",
+        help="run only this one (repeatable); default all")  # fmt: skip
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
+    add("--model", choices=tuple(paper.MODELS), default="opt-13b", metavar="NAME",
+        help=f"default opt-13b; one of {', '.join(paper.MODELS)}")  # fmt: skip
+    add("--layers", type=layers, default=1, metavar="N|all",
+        help="layers of K and V on the device (default 1; bookkeeping is for all)")  # fmt: skip
+    add("--num-blocks", type=positive, metavar="N",
+        help="blocks in the pool (default: as in Table 1, 983 for opt-13b)")  # fmt: skip
+    add("--block-size", type=positive, default=paper.BLOCK_SIZE, metavar="N",
+        help=f"slots per block (default {paper.BLOCK_SIZE})")  # fmt: skip
+    add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
+    add("--json", type=Path, metavar="FILE", help="write all figures and checks here")
+    add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
+    return parser
+
+
+def make_setting(args: argparse.Namespace) -> Setting:
+    """The setting the arguments ask for. Raises UsageError if it cannot be had."""
+    # Threads that spin while they wait cost a busy CPU far more than they save. OpenMP reads this
+    # once, when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    from scenario import Setting, check_setting
+
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    model = paper.MODELS[args.model]
+    num_layers = model.num_layers if args.layers is None else args.layers
+    if num_layers > model.num_layers:
+        raise UsageError(f"--layers {num_layers}: {model.name} has {model.num_layers}")
+    num_blocks = args.num_blocks
+    if num_blocks is None:
+        one_gpu = paper.Deployment(model, paper.GPUS["a100-40gb"], 1)
+        num_blocks = paper.kv_blocks(paper.DEPLOYMENTS.get(args.model, one_gpu), args.block_size)
+    setting = Setting(model, device, num_layers, num_blocks, args.block_size, args.seed)
+    try:
+        check_setting(setting)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return setting
+
+
+def tune_cpu() -> None:
+    """Memory settings for runs on the CPU, where moving K and V is all the work there is.
+
+    Half the cores: copies gain little from more, and on a busy machine threads that wait for one
+    another lose far more than that. And freed memory stays with the process: mapping fresh
+    pages for each large tensor costs more than filling them.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold, one_gib = -1, -3, 1 << 30
+        mallopt(m_trim_threshold, one_gib)
+        mallopt(m_mmap_threshold, one_gib)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the scenarios asked for; returns 0 if every check held, else 1."""
+    from report import check_writable, checks_table, render, render_scenario, write_json
+
+    if args.json is not None:
+        check_writable(args.json)
+    start = time.perf_counter()
+    setting = make_setting(args)
+    import scenario_baseline
+    import scenario_mixed
+    import scenario_paged
+    import scenario_sampling
+
+    if setting.device.type == "cpu":
+        tune_cpu()
+    scenarios = (scenario_baseline, scenario_paged, scenario_sampling, scenario_mixed)
+    comment = "% " if args.format == "latex" else ""
+    described = setting.describe()
+    print(comment + ", ".join(f"{key} {value}" for key, value in described.items()), flush=True)
+    print()
+    reports = []
+    for number in sorted(set(args.scenario or (1, 2, 3, 4))):
+        reports.append(scenarios[number - 1].run(setting))
+        print(render_scenario(reports[-1], args.format), flush=True)
+    checks = [check for report in reports for check in report.checks]
+    failed = sum(not check.ok for check in checks)
+    elapsed = time.perf_counter() - start
+    print(render(checks_table(reports), args.format))
+    print(f"\n{comment}{len(checks) - failed} of {len(checks)} checks held, {elapsed:.1f} s")
+    if args.json is not None:
+        found = [report.to_json() for report in reports]
+        write_json(
+            args.json,
+            {"setting": described, "scenarios": found, "elapsed_s": round(elapsed, 3)},
+        )
+    sys.stdout.flush()
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn what cannot be used into one line and exit code 2."""
+    try:
+        args = build_parser().parse_args(argv)
+        from paged_attention import DeviceMemoryError
+        from report import OutputError
+
+        try:
+            return run(args)
+        except DeviceMemoryError as error:
+            raise UsageError(f"{error}; lower --layers, --num-blocks or --block-size") from None
+        except OutputError as error:
+            raise UsageError(str(error)) from None
+    except UsageError as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output is gone; so that Python's exit does not write to it either:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""What the four scenarios share: the setting, the stamps, and running a saturated queue.
+
+Reproduces: section 6.1's standing conditions (OPT-13B on one A100-40GB, ShareGPT lengths, block
+size 16). Run by main.py; each scenario_*.py is one scenario.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import paper
+from kv_cache_manager import MemoryUsage
+from paged_attention import PagedKVCache, check_device_memory
+from scheduler import Limits, Manager, Scheduler
+from serving import make_groups
+from workload import LengthTable, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is measured on what. One K/V pool of `num_layers` layers stands for the model's."""
+
+    model: paper.ModelConfig
+    device: torch.device
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    seed: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def max_len(self) -> int:
+        """The longest request: what the policy `max` reserves."""
+        return min(paper.MAX_MODEL_LEN, self.model.max_positions)
+
+    @property
+    def line(self) -> str:
+        """The line above each table."""
+        return (
+            f"{self.model.name}, {self.num_blocks:,} blocks of {self.block_size} = "
+            f"{self.num_slots:,} slots, seed {self.seed}"
+        )
+
+    def describe(self) -> dict[str, object]:
+        """For --json and the first lines of the log."""
+        return {
+            "model": self.model.name,
+            "device": self.device.type,
+            "layers": self.num_layers,
+            "num_blocks": self.num_blocks,
+            "block_size": self.block_size,
+            "heads": self.model.num_heads,
+            "kv_heads": self.model.num_kv_heads,
+            "head_size": self.model.head_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_len": self.max_len,
+            "seed": self.seed,
+        }
+
+    def pool_bytes(self) -> int:
+        """Bytes of one device pool: what `new_cache` allocates."""
+        m = self.model
+        per_token = self.num_layers * 2 * m.num_kv_heads * m.head_size * self.dtype.itemsize
+        return per_token * self.num_slots
+
+    def new_cache(self, num_cpu_blocks: int = 0, poison: bool = True) -> PagedKVCache:
+        """A pool of the setting's size on its device; freed blocks are poisoned with NaN."""
+        return PagedKVCache(
+            self.num_blocks,
+            self.block_size,
+            self.model.num_kv_heads,
+            self.model.head_size,
+            num_layers=self.num_layers,
+            num_cpu_blocks=num_cpu_blocks,
+            dtype=self.dtype,
+            device=self.device,
+            poison=poison,
+        )
+
+    def limits(self, system: str) -> Limits:
+        """The artifact's limits on an iteration, for one of paper.SYSTEMS."""
+        return Limits(paper.MAX_BATCHED_TOKENS, paper.MAX_SEQUENCES[system])
+
+
+def check_setting(setting: Setting) -> None:
+    """ValueError, one line, unless the pool holds a request of the maximum length.
+
+    Under any policy: a contiguous chunk of a power of two blocks, and paged, with a block to
+    grow into above the watermark. DeviceMemoryError unless the tensors fit.
+    """
+    blocks = -(-setting.max_len // setting.block_size)
+    chunk = 1 << (blocks - 1).bit_length()
+    need = max(chunk, blocks + 1)
+    while setting.num_blocks >= need and (
+        need < blocks + 1 + int(paper.WATERMARK * setting.num_blocks)
+    ):
+        need = blocks + 1 + int(paper.WATERMARK * setting.num_blocks)
+    if setting.num_blocks < need:
+        raise ValueError(
+            f"{setting.num_blocks:,} blocks of {setting.block_size} are too few for one request "
+            f"of {setting.max_len:,} tokens: raise --num-blocks to {need:,} or more"
+        )
+    check_device_memory(2 * setting.pool_bytes(), setting.device)
+
+
+def num_queued(setting: Setting) -> int:
+    """Requests enough for a saturated queue in the setting's pool, whatever the policy."""
+    return max(2000, setting.num_slots // 8)
+
+
+def sample_requests(
+    table: LengthTable, count: int, setting: Setting, num_samples: int = 1
+) -> list[Request]:
+    """Requests with sampled lengths, all there from the start, cut to what the pool can hold."""
+    rng = np.random.default_rng([setting.seed, 6])
+    prompts, outputs = table.sample(count, rng)
+    spare = int(paper.WATERMARK * setting.num_blocks) + num_samples
+    each = (setting.num_blocks - spare) // num_samples * setting.block_size
+    longest = min(setting.max_len, each)
+    requests = []
+    for i, (prompt, output) in enumerate(zip(prompts.tolist(), outputs.tolist())):
+        prompt = min(prompt, longest - 1)
+        output = min(output, longest - prompt)
+        requests.append(Request(i, 0.0, prompt, output, num_samples=num_samples))
+    return requests
+
+
+def run_saturated(
+    manager: Manager,
+    requests: list[Request],
+    limits: Limits,
+    iterations: int,
+    each: Callable[[Scheduler], None],
+) -> Scheduler:
+    """A steady state of completions and admissions from a queue that never runs dry.
+
+    `each` sees the scheduler in every iteration, after scheduling and before completing. Ends
+    in the middle of the last iteration, with everything in place.
+    """
+    scheduler = Scheduler(manager, limits)
+    for group in make_groups(requests):
+        scheduler.add(group)
+    for index in range(iterations):
+        scheduler.schedule(float(index))
+        each(scheduler)
+        if not scheduler.waiting:
+            raise ValueError(f"the queue of {len(requests)} ran dry after {index} iterations")
+        if index < iterations - 1:
+            scheduler.complete()
+    return scheduler
+
+
+class UsageMean:
+    """Mean share of every part of the slot identity over the iterations it is told of."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, usage: MemoryUsage, batch: int) -> None:
+        self.count += 1
+        for part in MemoryUsage.PARTS:
+            self._sums[part] += usage.share(part)
+        self._sums["batch"] += batch
+        if usage.physical_blocks:
+            self._sums["sharing"] += usage.logical_blocks / usage.physical_blocks
+
+    def percent(self, part: str) -> float:
+        return 100.0 * self._sums[part] / self.count
+
+    @property
+    def external_and_others(self) -> float:
+        """Fig. 2's last part, in percent."""
+        return self.percent("rounding") + self.percent("padding") + self.percent("free")
+
+    @property
+    def batch(self) -> float:
+        """Mean number of batched requests."""
+        return self._sums["batch"] / self.count
+
+    @property
+    def saving(self) -> float:
+        """Fig. 15's saving in percent as the artifact has it: 1 - 1 / mean(logical / physical)."""
+        return 100.0 * (1.0 - self.count / self._sums["sharing"])

@@ -1,0 +1,201 @@
+"""Scenario 1, baseline fragmentation: what contiguous reservations do to KV-cache memory.
+
+Reproduces: Fig. 3 (two requests, slot by slot), section 3.1 (reserved slots, internal and
+external fragmentation) and the three Orca bars of Fig. 2. Bookkeeping only: a reservation wastes
+the same slots whether or not tensors stand behind them.
+
+    python main.py --scenario 1
+"""
+
+from __future__ import annotations
+
+import paper
+from kv_cache_manager import BaselineCacheManager, MemoryUsage
+from report import ScenarioReport, Table, block_map
+from scenario import Setting, UsageMean, num_queued, run_saturated, sample_requests
+from scheduler import Scheduler
+from workload import SHAREGPT, Request
+
+POLICIES = {"max": paper.ORCA_MAX, "pow2": paper.ORCA_POW2, "oracle": paper.ORCA_ORACLE}
+WARMUP, ITERATIONS = 1000, 4000
+PARTS = MemoryUsage.PARTS
+LEGEND = "T tokens   r reserved   i internal   o rounding   . free"
+
+
+def run(setting: Setting) -> ScenarioReport:
+    """All of scenario 1."""
+    report = ScenarioReport(
+        1,
+        "baseline fragmentation",
+        "How much of the KV cache holds tokens when every request reserves contiguous slots?",
+    )
+    _one_request(setting, report)
+    _figure_3(setting, report)
+    requests = sample_requests(SHAREGPT, num_queued(setting), setting)
+    first_fill = {policy: _fill(setting, policy, requests) for policy in POLICIES}
+    report.parts.append(_first_fill_table(setting, first_fill))
+    for policy, (manager, _) in first_fill.items():
+        title = f"{POLICIES[policy]} at the first refusal, 4 blocks a character: {LEGEND}"
+        report.parts.append(title + "\n" + pool_map(manager))
+    _steady_state(setting, report, requests)
+    return report
+
+
+def _one_request(setting: Setting, report: ScenarioReport) -> None:
+    """The smallest example: a request of 50 tokens in all."""
+    length = min(50, setting.max_len)
+    manager = BaselineCacheManager(
+        setting.num_blocks, setting.block_size, policy="max", max_len=setting.max_len
+    )
+    manager.allocate(0, length, length)
+    usage = manager.usage()
+    kept = setting.max_len - length
+    report.parts.append(
+        f"One request of {length} tokens under 'max': {setting.max_len} slots reserved, "
+        f"{kept} of them never used ({100 * kept / setting.max_len:.1f} %)."
+    )
+    report.check(
+        f"{length} tokens in a {setting.max_len}-slot reservation",
+        (usage.tokens, usage.reserved, usage.internal) == (length, 0, kept),
+        f"{usage.tokens} tokens, {usage.internal} never used",
+    )
+
+
+def _figure_3(setting: Setting, report: ScenarioReport) -> None:
+    """Requests A and B of Fig. 3, each with its own maximum length, in a pool for the two."""
+    longest = max(request["max_len"] for request in paper.FIG3.values())
+    manager = BaselineCacheManager(-(-2 * longest // 16), 16, policy="max", max_len=longest)
+    rows, same = [], True
+    before = manager.usage()
+    for seq_id, (name, fig) in enumerate(paper.FIG3.items()):
+        tokens = fig["prompt"] + fig["current"]
+        manager.allocate(seq_id, tokens, tokens + fig["reserved"], max_len=fig["max_len"])
+        after = manager.usage()
+        ours = [getattr(after, p) - getattr(before, p) for p in ("tokens", "reserved", "internal")]
+        theirs = [tokens, fig["reserved"], fig["never_used"]]
+        same = same and ours == theirs
+        for who, values in (("ours", ours), ("paper", theirs)):
+            rows.append((name, fig["max_len"], who, *values))
+        before = after
+    headers = ("request", "maximum", "", "tokens", "reserved", "internal")
+    report.parts.append(Table("Fig. 3: two requests, slot by slot", headers, rows))
+    report.check("Fig. 3's slots", same, "both requests as drawn" if same else "differ from Fig. 3")
+
+
+def _new_manager(setting: Setting, policy: str) -> BaselineCacheManager:
+    return BaselineCacheManager(
+        setting.num_blocks, setting.block_size, policy=policy, max_len=setting.max_len
+    )
+
+
+def _fill(
+    setting: Setting, policy: str, requests: list[Request]
+) -> tuple[BaselineCacheManager, Request]:
+    """Admit requests in order until the first is refused; returns that one too."""
+    manager = _new_manager(setting, policy)
+    for request in requests:
+        final_len = request.prompt_len + request.output_len
+        if not manager.can_allocate(request.prompt_len, final_len):
+            return manager, request
+        manager.allocate(request.request_id, request.prompt_len, final_len)
+    raise ValueError(f"all {len(requests)} requests fit in {setting.num_blocks} blocks at once")
+
+
+def _first_fill_table(
+    setting: Setting, fills: dict[str, tuple[BaselineCacheManager, Request]]
+) -> Table:
+    rows = []
+    for policy, (manager, refused) in fills.items():
+        manager.check_invariants()
+        usage = manager.usage()
+        final_len = refused.prompt_len + refused.output_len
+        asked = manager.slots_to_ask(refused.prompt_len, final_len)
+        parts = [getattr(usage, part) for part in PARTS if part != "padding"]
+        rows.append((POLICIES[policy], len(manager.running_ids), *parts, asked))
+    parts = tuple(part for part in PARTS if part != "padding")
+    headers = ("policy", "requests", *parts, "refused one asks")
+    return Table("Admitted in order until the first refusal, in slots", headers, rows, setting.line)
+
+
+def pool_map(manager: BaselineCacheManager) -> str:
+    """Who has what in a contiguous pool, reservation by reservation."""
+    size = manager.block_size
+    held = sorted(
+        (manager.reservation(i) for i in manager.running_ids), key=lambda r: r.start_block
+    )
+    lengths = {manager.start_slot(i): manager.num_tokens(i) for i in manager.running_ids}
+    spans: list[tuple[int, str]] = []
+    slot = 0
+    for r in held:
+        start = r.start_block * size
+        tokens = lengths[start]
+        spans += [
+            (start - slot, "."),
+            (tokens, "T"),
+            (r.final_len - tokens, "r"),
+            (r.asked - r.final_len, "i"),
+            (r.num_blocks * size - r.asked, "o"),
+        ]
+        slot = start + r.num_blocks * size
+    spans.append((manager.num_blocks * size - slot, "."))
+    return block_map(manager.num_blocks, size, spans, per_char=4)
+
+
+def _steady_state(setting: Setting, report: ScenarioReport, requests: list[Request]) -> None:
+    """Completions and admissions for thousands of iterations: the bars of Fig. 2."""
+    rows = []
+    shares: dict[str, UsageMean] = {}
+    external: dict[str, int] = {}
+    for policy, system in POLICIES.items():
+        manager = _new_manager(setting, policy)
+        mean, refused = UsageMean(), set()
+
+        def each(scheduler: Scheduler, manager=manager, mean=mean, refused=refused) -> None:
+            if scheduler.num_iterations <= WARMUP:
+                return
+            mean.add(manager.usage(), len(scheduler.running))
+            if scheduler.waiting:
+                head = scheduler.waiting[0].seqs[0]
+                if manager.refused_by_fragmentation(head.num_tokens, head.final_len):
+                    refused.add(head.seq_id)
+
+        run_saturated(manager, requests, setting.limits(system), WARMUP + ITERATIONS, each)
+        manager.check_invariants()
+        shares[policy], external[policy] = mean, len(refused)
+        parts = [mean.percent(part) for part in PARTS if part != "padding"]
+        rows.append((system, "ours", mean.batch, *parts, mean.external_and_others, len(refused)))
+        bar = paper.FIG2[system]
+        rows.append(
+            (system, "paper", None, bar["tokens"], bar["reserved"], bar["internal"])
+            + (None, None, bar["external"], None)
+        )
+    parts = tuple(part for part in PARTS if part != "padding")
+    headers = ("policy", "", "batch", *parts, "external & others", "refused, enough free")
+    report.parts.append(
+        Table(
+            f"Steady state, mean of {ITERATIONS:,} iterations, in percent of all slots (Fig. 2)",
+            headers,
+            rows,
+            setting.line + ", ShareGPT lengths, saturated queue",
+        )
+    )
+    report.check(
+        "slot identity at every iteration",
+        all(mean.count == ITERATIONS for mean in shares.values()),
+        f"{len(POLICIES) * ITERATIONS:,} iterations, exact",
+    )
+    for policy in ("pow2", "oracle"):
+        report.check(
+            f"external fragmentation under {policy}",
+            external[policy] > 0,
+            f"{external[policy]} requests refused although enough slots were free",
+        )
+    low, high = (
+        min(s.percent("tokens") for s in shares.values()),
+        shares["oracle"].percent("tokens"),
+    )
+    told = [paper.FIG2[system]["tokens"] for system in POLICIES.values()]
+    report.answer = (
+        f"contiguous reservations keep {low:.1f} % (max) to {high:.1f} % (oracle) of the KV cache "
+        f"filled with tokens; the paper's Fig. 2 says {min(told)} % to {max(told)} %."
+    )

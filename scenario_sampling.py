@@ -1,0 +1,252 @@
+"""Scenario 3, parallel sampling with copy-on-write: one prompt, many samples, few blocks.
+
+Reproduces: Fig. 8 (two samples, exactly one block copied), section 4.4's parallel sampling, and
+the parallel half of Fig. 15 (blocks saved by sharing over blocks without sharing). Every sample's
+K and V are read back through its block table after it diverged.
+
+    python main.py --scenario 3
+"""
+
+from __future__ import annotations
+
+import torch
+
+import paper
+from kv_cache_manager import PagedKVCacheManager
+from paged_attention import PagedKVCache, slot_mapping
+from report import ScenarioReport, Table
+from scenario import Setting, UsageMean, num_queued, run_saturated, sample_requests
+from scheduler import Scheduler
+from stamped_cache import Stamps
+from workload import ALPACA, SHAREGPT, LengthTable
+
+SAMPLES = (2, 4, 6, 10)
+OUTPUT_LEN = 100  # tokens that each sample generates
+WARMUP, ITERATIONS = 200, 400
+
+
+def run(setting: Setting) -> ScenarioReport:
+    """All of scenario 3."""
+    report = ScenarioReport(
+        3,
+        "parallel sampling with copy-on-write",
+        "What do n samples of one prompt cost when they share its blocks?",
+    )
+    _figure_8(setting, report)
+    _one_prompt(setting, report)
+    _figure_15(setting, report)
+    return report
+
+
+class SharedPrompt:
+    """Samples of one prompt on tensors: a manager, its cache, and what each sample should hold."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        num_blocks: int,
+        block_size: int,
+        prompt_len: int,
+        free_order: list[int] | None = None,
+    ) -> None:
+        self.manager = PagedKVCacheManager(num_blocks, block_size, free_order=free_order)
+        m = setting.model
+        self.cache = PagedKVCache(
+            num_blocks, block_size, m.num_kv_heads, m.head_size, num_layers=setting.num_layers,
+            dtype=setting.dtype, device=setting.device, poison=True,
+        )  # fmt: skip
+        self._stamps = Stamps(setting)
+        self._next_token = prompt_len
+        self.tokens = {0: list(range(prompt_len))}  # sample -> the number of each of its tokens
+        self.manager.allocate(0, prompt_len)
+        self._write(0, 0)
+
+    def fork(self, sample: int) -> None:
+        """One more sample of the same prompt."""
+        self.manager.fork(0, sample)
+        self.tokens[sample] = self.tokens[0].copy()
+
+    def generate(self, sample: int) -> int:
+        """A token of its own for one sample; returns the number of blocks copied for it."""
+        copies = self.manager.append(sample)
+        self.cache.copy_blocks(copies)
+        self.tokens[sample].append(self._next_token)
+        self._next_token += 1
+        self._write(sample, len(self.tokens[sample]) - 1)
+        return len(copies)
+
+    def holds(self, sample: int) -> bool:
+        """Whether the sample's table leads to exactly its own tokens, in every layer."""
+        slots = self._slots(sample, 0)
+        tokens = self._numbers(sample, 0)
+        return all(
+            torch.equal(found, stamp)
+            for layer in range(self.cache.num_layers)
+            for found, stamp in zip(
+                self.cache.read(layer, slots), self._stamps.values(tokens, layer)
+            )
+        )
+
+    def _slots(self, sample: int, start: int) -> torch.Tensor:
+        blocks = self.manager.block_table(sample).blocks
+        count = len(self.tokens[sample]) - start
+        return slot_mapping(blocks, start, count, self.manager.block_size, self.cache.device)
+
+    def _numbers(self, sample: int, start: int) -> torch.Tensor:
+        return torch.tensor(self.tokens[sample][start:], device=self.cache.device)
+
+    def _write(self, sample: int, start: int) -> None:
+        slots, tokens = self._slots(sample, start), self._numbers(sample, start)
+        for layer in range(self.cache.num_layers):
+            self.cache.write(layer, slots, *self._stamps.values(tokens, layer))
+
+
+def _figure_8(setting: Setting, report: ScenarioReport) -> None:
+    """Two samples of a 7-token prompt in blocks of 4, on the blocks that the figure draws."""
+    fig = paper.FIG6
+    size, prompt_len = fig["block_size"], fig["prompt"]
+    drawn = [block for block, _ in fig["tables"][-1]]
+    order = [*drawn, *(b for b in range(9) if b not in drawn)]
+    both = SharedPrompt(setting, 9, size, prompt_len, order)
+    both.fork(1)
+    manager = both.manager
+    last = manager.block_table(0).blocks[-1]
+    rows = [("prompt shared", *_tables(both), manager.ref_count(last))]
+    copies = both.generate(0)
+    rows.append(("A1 writes: copy, then write", *_tables(both), manager.ref_count(last)))
+    copies += both.generate(1)
+    rows.append(("A2 writes in place", *_tables(both), manager.ref_count(last)))
+    report.parts.append(
+        Table(
+            "Fig. 8: two samples, physical blocks (filled slots)",
+            ("step", "sample A1", "sample A2", f"references to block {last}"),
+            rows,
+            f"block size {size}, a prompt of {prompt_len} tokens",
+        )
+    )
+    right = both.holds(0) and both.holds(1)
+    report.check(
+        "Fig. 8: exactly one block copied, both samples intact",
+        copies == 1 and right and manager.block_table(1).blocks[-1] == last,
+        f"{copies} copy; A2 keeps block {last}",
+    )
+    manager.check_invariants()
+
+
+def _tables(prompt: SharedPrompt) -> list[str]:
+    return [
+        " ".join(f"{block}({filled})" for block, filled in prompt.manager.block_table(s).entries())
+        for s in (0, 1)
+    ]
+
+
+def _one_prompt(setting: Setting, report: ScenarioReport) -> None:
+    """n samples of a ShareGPT-sized prompt, from the fork to the last token."""
+    size = setting.block_size
+    prompt_len = round(paper.FIG11_MEANS["ShareGPT"]["input"])
+    prompt_len = max(1, min(prompt_len, setting.max_len - OUTPUT_LEN))
+    rows, closed, intact = [], True, True
+    for n in SAMPLES:
+        blocks = -(-(prompt_len + OUTPUT_LEN) // size)
+        pool = prompt_len // size + n * (blocks - prompt_len // size) + n
+        samples = SharedPrompt(setting, pool, size, prompt_len)
+        for sample in range(1, n):
+            samples.fork(sample)
+        copies = 0
+        for _ in range(OUTPUT_LEN):
+            copies += sum(samples.generate(sample) for sample in range(n))
+        manager = samples.manager
+        manager.check_invariants()
+        usage, duplicates = manager.usage(), manager.duplicates()
+        # Closed forms: all but one sample copy a part-filled last prompt block, whole prompt
+        # blocks stay shared, and each copy holds the prompt's last tokens again.
+        part = prompt_len % size
+        expect = (
+            (n - 1) * (part > 0),
+            n * blocks - (n - 1) * (prompt_len // size),
+            n * blocks,
+            (n - 1) * part,
+        )
+        found = (copies, usage.physical_blocks, usage.logical_blocks, duplicates)
+        closed = closed and found == expect
+        intact = intact and all(samples.holds(sample) for sample in range(n))
+        rows.append(
+            (n, usage.logical_blocks, usage.physical_blocks, 100 * usage.saved, copies)
+            + (expect[0], duplicates)
+        )
+    headers = ("samples", "logical blocks", "physical blocks", "saving %", "copies", "closed form",
+               "duplicates")  # fmt: skip
+    report.parts.append(
+        Table(
+            "n samples of one prompt, after the last token",
+            headers,
+            rows,
+            f"{setting.model.name}, a prompt of {prompt_len} tokens, {OUTPUT_LEN} generated by "
+            f"each sample, block size {size}; duplicates in slots",
+        )
+    )
+    report.check(
+        "copies, blocks and duplicates equal their closed forms",
+        closed,
+        f"n = {', '.join(map(str, SAMPLES))}",
+    )
+    report.check(
+        "every sample's K and V intact through its table",
+        intact,
+        f"{sum(SAMPLES)} samples of {prompt_len + OUTPUT_LEN} tokens, {setting.num_layers} layers",
+    )
+
+
+def _figure_15(setting: Setting, report: ScenarioReport) -> None:
+    """The saving under load: a saturated queue of requests with n samples each."""
+    rows, savings = [], {}
+    for table in (ALPACA, SHAREGPT):
+        for n in (2, 4, 6):
+            saving, batch = _saving(setting, table, n)
+            savings[table.name, n] = saving
+            told = paper.FIG15["parallel"][n] if table is ALPACA else None
+            rows.append((table.name, n, batch, saving, told))
+    low, high = paper.FIG15_SHAREGPT["parallel"]
+    report.parts.append(
+        Table(
+            "Saving by sharing in percent of the blocks without it (Fig. 15)",
+            ("lengths", "samples", "batch", "ours", "paper"),
+            rows,
+            f"{setting.line}, saturated queue, mean of {ITERATIONS} iterations; "
+            f"for ShareGPT the paper gives a range, {low} to {high} %",
+            decimals=2,
+        )
+    )
+    for table in (ALPACA, SHAREGPT):
+        curve = [savings[table.name, n] for n in (2, 4, 6)]
+        report.check(
+            f"{table.name}: saving grows with the samples",
+            0 < curve[0] < curve[1] < curve[2],
+            " < ".join(f"{value:.1f} %" for value in curve),
+        )
+    alpaca, told = (savings["Alpaca", 2], savings["Alpaca", 6]), paper.FIG15["parallel"]
+    report.answer = (
+        f"sharing the prompt saves {alpaca[0]:.1f} % (2 samples) to {alpaca[1]:.1f} % (6) of the "
+        f"blocks on Alpaca lengths, and n samples cost n - 1 block copies once; the paper's "
+        f"Fig. 15 says {told[2]} % to {told[6]} %."
+    )
+
+
+def _saving(setting: Setting, table: LengthTable, num_samples: int) -> tuple[float, float]:
+    """(saving in percent, mean batch) of requests with this many samples under a full queue."""
+    manager = PagedKVCacheManager(
+        setting.num_blocks,
+        setting.block_size,
+        num_cpu_blocks=setting.num_blocks,
+        watermark=paper.WATERMARK,
+    )
+    mean = UsageMean()
+
+    def each(scheduler: Scheduler) -> None:
+        if scheduler.num_iterations > WARMUP:
+            mean.add(manager.usage(), len(scheduler.running))
+
+    requests = sample_requests(table, num_queued(setting), setting, num_samples)
+    run_saturated(manager, requests, setting.limits(paper.VLLM), WARMUP + ITERATIONS, each)
+    manager.check_invariants()
+    return mean.saving, mean.batch
