@@ -20,6 +20,8 @@ from scheduler import Limits, Manager, Scheduler
 from serving import make_groups
 from workload import LengthTable, Request
 
+WARMUP, ITERATIONS = 1000, 4000  # of a steady state that stands beside Fig. 2
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -35,6 +37,13 @@ class Setting:
     @property
     def dtype(self) -> torch.dtype:
         return torch.float16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's own name, or cpu."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
 
     @property
     def num_slots(self) -> int:
@@ -57,7 +66,7 @@ class Setting:
         """For --json and the first lines of the log."""
         return {
             "model": self.model.name,
-            "device": self.device.type,
+            "device": self.device_name,
             "layers": self.num_layers,
             "num_blocks": self.num_blocks,
             "block_size": self.block_size,
@@ -67,6 +76,7 @@ class Setting:
             "dtype": str(self.dtype).removeprefix("torch."),
             "max_len": self.max_len,
             "seed": self.seed,
+            "torch": torch.__version__,
         }
 
     def pool_bytes(self) -> int:
@@ -74,6 +84,16 @@ class Setting:
         m = self.model
         per_token = self.num_layers * 2 * m.num_kv_heads * m.head_size * self.dtype.itemsize
         return per_token * self.num_slots
+
+    @property
+    def gathered_slots(self) -> int:
+        """Slots, padding included, that one batch of attention gathers at most."""
+        return min(self.num_slots, 65_536 if self.device.type == "cuda" else 2_048)
+
+    def working_bytes(self) -> int:
+        """Bytes beside the pool: a batch gathered twice (paged and contiguous), and upcast."""
+        per_slot = 2 * self.model.num_kv_heads * self.model.head_size
+        return self.gathered_slots * per_slot * (2 * self.dtype.itemsize + 8)
 
     def new_cache(self, num_cpu_blocks: int = 0, poison: bool = True) -> PagedKVCache:
         """A pool of the setting's size on its device; freed blocks are poisoned with NaN."""
@@ -101,18 +121,15 @@ def check_setting(setting: Setting) -> None:
     grow into above the watermark. DeviceMemoryError unless the tensors fit.
     """
     blocks = -(-setting.max_len // setting.block_size)
-    chunk = 1 << (blocks - 1).bit_length()
-    need = max(chunk, blocks + 1)
-    while setting.num_blocks >= need and (
-        need < blocks + 1 + int(paper.WATERMARK * setting.num_blocks)
-    ):
-        need = blocks + 1 + int(paper.WATERMARK * setting.num_blocks)
+    need = 1 << (blocks - 1).bit_length()
+    while need < blocks + 1 + int(paper.WATERMARK * need):
+        need += 1
     if setting.num_blocks < need:
         raise ValueError(
             f"{setting.num_blocks:,} blocks of {setting.block_size} are too few for one request "
             f"of {setting.max_len:,} tokens: raise --num-blocks to {need:,} or more"
         )
-    check_device_memory(2 * setting.pool_bytes(), setting.device)
+    check_device_memory(setting.pool_bytes() + setting.working_bytes(), setting.device)
 
 
 def num_queued(setting: Setting) -> int:
@@ -135,31 +152,6 @@ def sample_requests(
         output = min(output, longest - prompt)
         requests.append(Request(i, 0.0, prompt, output, num_samples=num_samples))
     return requests
-
-
-def run_saturated(
-    manager: Manager,
-    requests: list[Request],
-    limits: Limits,
-    iterations: int,
-    each: Callable[[Scheduler], None],
-) -> Scheduler:
-    """A steady state of completions and admissions from a queue that never runs dry.
-
-    `each` sees the scheduler in every iteration, after scheduling and before completing. Ends
-    in the middle of the last iteration, with everything in place.
-    """
-    scheduler = Scheduler(manager, limits)
-    for group in make_groups(requests):
-        scheduler.add(group)
-    for index in range(iterations):
-        scheduler.schedule(float(index))
-        each(scheduler)
-        if not scheduler.waiting:
-            raise ValueError(f"the queue of {len(requests)} ran dry after {index} iterations")
-        if index < iterations - 1:
-            scheduler.complete()
-    return scheduler
 
 
 class UsageMean:
@@ -194,3 +186,34 @@ class UsageMean:
     def saving(self) -> float:
         """Fig. 15's saving in percent as the artifact has it: 1 - 1 / mean(logical / physical)."""
         return 100.0 * (1.0 - self.count / self._sums["sharing"])
+
+
+def steady_state(
+    manager: Manager,
+    requests: list[Request],
+    limits: Limits,
+    warmup: int,
+    iterations: int,
+    each: Callable[[Scheduler], None] = lambda scheduler: None,
+) -> UsageMean:
+    """A steady state of completions and admissions from a queue that never runs dry.
+
+    Returns the mean of `iterations` iterations after `warmup` others. `each` sees the scheduler
+    in every one that counts, after scheduling and before completing. Ends in the middle of the
+    last iteration, with everything in place. ValueError if the queue does run dry.
+    """
+    scheduler = Scheduler(manager, limits)
+    for group in make_groups(requests):
+        scheduler.add(group)
+    mean = UsageMean()
+    for index in range(warmup + iterations):
+        if index:
+            scheduler.complete()
+        scheduler.schedule(float(index))
+        if index >= warmup:
+            mean.add(manager.usage(), len(scheduler.running))
+            each(scheduler)
+        if not scheduler.waiting:
+            raise ValueError(f"the queue of {len(requests)} ran dry after {index} iterations")
+    manager.check_invariants()
+    return mean

@@ -12,12 +12,19 @@ from __future__ import annotations
 import paper
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from report import ScenarioReport, Table, block_map
-from scenario import Setting, UsageMean, num_queued, run_saturated, sample_requests
+from scenario import (
+    ITERATIONS,
+    WARMUP,
+    Setting,
+    UsageMean,
+    num_queued,
+    sample_requests,
+    steady_state,
+)
 from scheduler import Scheduler
 from workload import SHAREGPT, Request
 
 POLICIES = {"max": paper.ORCA_MAX, "pow2": paper.ORCA_POW2, "oracle": paper.ORCA_ORACLE}
-WARMUP, ITERATIONS = 1000, 4000
 PARTS = MemoryUsage.PARTS
 LEGEND = "T tokens   r reserved   i internal   o rounding   . free"
 
@@ -148,19 +155,15 @@ def _steady_state(setting: Setting, report: ScenarioReport, requests: list[Reque
     external: dict[str, int] = {}
     for policy, system in POLICIES.items():
         manager = _new_manager(setting, policy)
-        mean, refused = UsageMean(), set()
+        refused: set[int] = set()
 
-        def each(scheduler: Scheduler, manager=manager, mean=mean, refused=refused) -> None:
-            if scheduler.num_iterations <= WARMUP:
-                return
-            mean.add(manager.usage(), len(scheduler.running))
-            if scheduler.waiting:
-                head = scheduler.waiting[0].seqs[0]
-                if manager.refused_by_fragmentation(head.num_tokens, head.final_len):
-                    refused.add(head.seq_id)
+        def each(scheduler: Scheduler, manager=manager, refused=refused) -> None:
+            head = scheduler.waiting[0].seqs[0] if scheduler.waiting else None
+            if head and manager.refused_by_fragmentation(head.num_tokens, head.final_len):
+                refused.add(head.seq_id)
 
-        run_saturated(manager, requests, setting.limits(system), WARMUP + ITERATIONS, each)
-        manager.check_invariants()
+        limits = setting.limits(system)
+        mean = steady_state(manager, requests, limits, WARMUP, ITERATIONS, each)
         shares[policy], external[policy] = mean, len(refused)
         parts = [mean.percent(part) for part in PARTS if part != "padding"]
         rows.append((system, "ours", mean.batch, *parts, mean.external_and_others, len(refused)))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import paper
 from attention import attention, length_mask
-from kv_cache_manager import PagedKVCacheManager
+from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import (
     PagedKVCache,
     gather_bytes,
@@ -27,14 +27,13 @@ from paged_attention import (
     slot_mapping,
 )
 from report import ScenarioReport, Table
-from scenario import Setting, UsageMean, num_queued, run_saturated, sample_requests
+from scenario import ITERATIONS, WARMUP, Setting, num_queued, sample_requests, steady_state
 from scheduler import Scheduler
 from workload import SHAREGPT, Request
 
-WARMUP, ITERATIONS = 800, 2200
 BANK = 1021  # different random K and V vectors of a token
+CUDA_GRANULE = 2 << 20  # torch rounds large allocations up to a multiple of this
 ERROR_FACTOR = 4.0  # our error may be this many times plain torch's in the same dtype
-MAX_GATHERED_SLOTS = {"cpu": 2_048, "cuda": 65_536}  # of one batch, padding included
 
 
 def run(setting: Setting) -> ScenarioReport:
@@ -71,20 +70,24 @@ def _fill_and_run(
     filled = first.usage()
 
     manager = _new_manager(setting)
-    mean = UsageMean()
-    worst_padding = 0.0
+    worst_padding = 0
 
     def each(scheduler: Scheduler) -> None:
         nonlocal worst_padding
-        if scheduler.num_iterations > WARMUP:
-            usage = manager.usage()
-            mean.add(usage, len(scheduler.running))
-            if scheduler.running:
-                worst_padding = max(worst_padding, usage.padding / len(scheduler.running))
+        tables = (manager.block_table(seq_id) for seq_id in manager.running_ids)
+        worst_padding = max(worst_padding, *(table.unfilled for table in tables))
 
     limits = setting.limits(paper.VLLM)
-    run_saturated(manager, requests, limits, WARMUP + ITERATIONS, each)
-    manager.check_invariants()
+    mean = steady_state(manager, requests, limits, WARMUP, ITERATIONS, each)
+    oracle = steady_state(
+        BaselineCacheManager(
+            setting.num_blocks, setting.block_size, policy="oracle", max_len=setting.max_len
+        ),
+        requests,
+        setting.limits(paper.ORCA_ORACLE),
+        WARMUP,
+        ITERATIONS,
+    )
 
     parts = ("tokens", "padding", "free")
     slots = [getattr(filled, part) for part in parts]
@@ -98,15 +101,22 @@ def _fill_and_run(
     )
     bar, drawn = paper.FIG2[paper.VLLM], paper.FIG2_DRAWN[paper.VLLM]
     unallocated = drawn["reserved"] + drawn["internal"]
+    oracle_bar, batch = paper.FIG2[paper.ORCA_ORACLE], paper.FIG13["ShareGPT"]
     report.parts.append(
         Table(
-            f"Steady state, mean of {ITERATIONS:,} iterations, in percent of all slots (Fig. 2)",
+            f"Steady state, mean of {ITERATIONS:,} iterations, in percent of all slots",
             ("policy", "", "batch", "tokens", "padding", "free"),
             [
                 (paper.VLLM, "ours", mean.batch, *(mean.percent(part) for part in parts)),
-                (paper.VLLM, "paper", None, bar["tokens"], drawn["external"], unallocated),
+                (paper.VLLM, "paper", batch[paper.VLLM], bar["tokens"], drawn["external"])
+                + (unallocated,),
+                (paper.ORCA_ORACLE, "ours", oracle.batch)
+                + tuple(oracle.percent(part) for part in parts),
+                (paper.ORCA_ORACLE, "paper", batch[paper.ORCA_ORACLE], oracle_bar["tokens"])
+                + (0.0, None),
             ],
-            setting.line + ", ShareGPT lengths, saturated queue",
+            setting.line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's "
+            "(2 requests/s), its shares are Fig. 2's",
             decimals=2,
         )
     )
@@ -114,7 +124,7 @@ def _fill_and_run(
     report.check(
         "padding under one block per sequence",
         worst_padding < setting.block_size,
-        f"at most {worst_padding:.2f} of {setting.block_size} slots per sequence",
+        f"at most {worst_padding} of {setting.block_size} slots in any sequence and iteration",
     )
     claim = paper.BLOG["waste_vllm_under"].value
     # The claim is about the paper's block size; larger blocks pad more, which the table shows.
@@ -123,9 +133,11 @@ def _fill_and_run(
         waste < claim or setting.block_size > paper.BLOCK_SIZE,
         f"{waste:.2f} % of the allocated slots hold no token",
     )
+    told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
     report.answer = (
         f"paging fills {mean.percent('tokens'):.1f} % of the KV cache with tokens (paper: "
-        f"{bar['tokens']} %) and serves {mean.batch:.1f} requests at a time; {waste:.2f} % of the "
+        f"{bar['tokens']} %) and serves {mean.batch:.1f} requests at a time, "
+        f"{mean.batch / oracle.batch:.2f}x Orca (Oracle) (paper: {told}x); {waste:.2f} % of the "
         f"allocated slots are wasted (launch blog: under {claim} %)."
     )
     return manager
@@ -213,32 +225,41 @@ def _tensors(setting: Setting, report: ScenarioReport, manager: PagedKVCacheMana
 
 def _allocate_and_weigh(setting: Setting, report: ScenarioReport) -> PagedKVCache:
     """The pool, after comparing the bytes accounted for with the bytes the tensors take."""
-    cuda = setting.device.type == "cuda"
-    before = torch.cuda.memory_allocated(setting.device) if cuda else 0
-    cache = setting.new_cache()
-    if cuda:
-        taken, source = torch.cuda.memory_allocated(setting.device) - before, "torch.cuda reports"
-    else:
-        taken, source = cache.pool.untyped_storage().nbytes(), "the tensor's storage has"
     predicted = setting.pool_bytes()
+    before = _cuda_bytes(setting)
+    cache = setting.new_cache()
+    if setting.device.type == "cuda":
+        requested, allocated = (b - a for a, b in zip(before, _cuda_bytes(setting)))
+        same = requested == predicted <= allocated < predicted + CUDA_GRANULE
+        found = f"torch.cuda: {requested:,} requested, memory_allocated {allocated:,} (of 2 MiB)"
+    else:
+        taken = cache.pool.untyped_storage().nbytes()
+        same, found = taken == predicted, f"the tensor's storage has {taken:,}"
     report.check(
-        "predicted bytes are the tensors' bytes",
-        predicted == taken,
-        f"{predicted:,} predicted, {source} {taken:,}",
+        "predicted bytes are the tensors' bytes", same, f"{predicted:,} predicted; {found}"
     )
-    full = setting.model.kv_bytes_per_token * setting.num_slots
+    m = setting.model
+    whole = m.kv_bytes_per_token * setting.num_slots
     report.parts.append(
-        f"K/V pool: {predicted:,} bytes for {setting.num_layers} of {setting.model.num_layers} "
-        f"layers in {_name(setting.dtype)}; the whole model in fp16: {full / paper.GIB:.2f} GiB "
-        f"(2 x {setting.model.num_layers} layers x {setting.model.num_kv_heads} heads x "
-        f"{setting.model.head_size} x 2 bytes = {setting.model.kv_bytes_per_token:,} per token)."
+        f"K/V pool: {predicted:,} bytes for {setting.num_layers} of {m.num_layers} layers in "
+        f"{_name(setting.dtype)}; the whole model in fp16: {whole / paper.GIB:.2f} GiB\n"
+        f"(2 x {m.num_layers} layers x {m.num_kv_heads} heads x {m.head_size} x 2 bytes = "
+        f"{m.kv_bytes_per_token:,} bytes per token)."
     )
     return cache
 
 
+def _cuda_bytes(setting: Setting) -> tuple[int, int]:
+    """(bytes that tensors asked for, bytes torch allocated for them) on the device."""
+    if setting.device.type != "cuda":
+        return 0, 0
+    requested = torch.cuda.memory_stats(setting.device).get("requested_bytes.all.current", 0)
+    return requested, torch.cuda.memory_allocated(setting.device)
+
+
 def _batches(ids: list[int], tables: dict[int, list[int]], setting: Setting) -> list[list[int]]:
     """Sequences of similar length together, so that little is gathered only as padding."""
-    limit = MAX_GATHERED_SLOTS[setting.device.type] // setting.block_size
+    limit = setting.gathered_slots // setting.block_size
     batches: list[list[int]] = [[]]
     for seq_id in ids:  # in order of length: the newest is the longest of its batch
         if batches[-1] and (len(batches[-1]) + 1) * len(tables[seq_id]) > limit:

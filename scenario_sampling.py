@@ -15,8 +15,7 @@ import paper
 from kv_cache_manager import PagedKVCacheManager
 from paged_attention import PagedKVCache, slot_mapping
 from report import ScenarioReport, Table
-from scenario import Setting, UsageMean, num_queued, run_saturated, sample_requests
-from scheduler import Scheduler
+from scenario import Setting, num_queued, sample_requests, steady_state
 from stamped_cache import Stamps
 from workload import ALPACA, SHAREGPT, LengthTable
 
@@ -240,13 +239,7 @@ def _saving(setting: Setting, table: LengthTable, num_samples: int) -> tuple[flo
         num_cpu_blocks=setting.num_blocks,
         watermark=paper.WATERMARK,
     )
-    mean = UsageMean()
-
-    def each(scheduler: Scheduler) -> None:
-        if scheduler.num_iterations > WARMUP:
-            mean.add(manager.usage(), len(scheduler.running))
-
     requests = sample_requests(table, num_queued(setting), setting, num_samples)
-    run_saturated(manager, requests, setting.limits(paper.VLLM), WARMUP + ITERATIONS, each)
-    manager.check_invariants()
+    limits = setting.limits(paper.VLLM)
+    mean = steady_state(manager, requests, limits, WARMUP, ITERATIONS)
     return mean.saving, mean.batch

@@ -14,7 +14,6 @@ nothing, timed in the same run; `x call` is the ratio to it.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import random
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kv_cache_manager import PagedKVCacheManager
+from report import OutputError, check_writable, write_json
 
 BLOCK_SIZE = 16
 
@@ -122,10 +122,17 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each; the best counts")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
+    if args.json:
+        try:
+            check_writable(args.json)
+        except OutputError as error:
+            print(f"bench_manager.py: error: {error}", file=sys.stderr)
+            return 2
     rows = [measure(name, max(1, args.repeats)) for name in WORKLOADS]
     print(f"Python {platform.python_version()}, block size {BLOCK_SIZE}, best of {args.repeats}")
     print(
-        f"{'':4}{'tokens':>10}{'append':>9}{'x call':>8}{'append_all':>12}   blocks: admitted, step 1, end"
+        f"{'':4}{'tokens':>10}{'append':>9}{'x call':>8}{'append_all':>12}"
+        "   blocks: admitted, step 1, end"
     )
     for row in rows:
         ns = row["ns_per_token"]
@@ -135,9 +142,7 @@ def main() -> int:
             + ", ".join(f"{b:,}" for b in row["blocks"])
         )
     if args.json:
-        args.json.write_text(
-            json.dumps({"python": platform.python_version(), "rows": rows}, indent=1)
-        )
+        write_json(args.json, {"block_size": BLOCK_SIZE, "repeats": args.repeats, "rows": rows})
     return 0
 
 

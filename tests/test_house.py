@@ -1,0 +1,133 @@
+"""The rules of the house: who may import whom, and that the README speaks of what is there."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {path.stem: path for path in ROOT.glob("*.py")}
+# Starts at once and runs where there is no torch.
+BOOKKEEPING = (
+    "sequence", "allocator", "copy_ledger", "memory_usage", "invariants", "paged_tables",
+    "baseline_manager", "kv_cache_manager", "workload", "length_tables", "scheduler", "serving",
+    "paper", "paper_figures",
+)  # fmt: skip
+TENSORS = ("attention", "paged_attention")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def imports(path):
+    """Names of the modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="ascii"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", BOOKKEEPING)
+def test_bookkeeping_names_no_torch_and_no_tensor_module(name):
+    assert not imports(MODULES[name]) & {"torch", "triton", *TENSORS, "stamped_cache"}
+
+
+def test_bookkeeping_starts_without_torch():
+    code = f"import sys; import {', '.join(BOOKKEEPING)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_cache_and_kernels_know_no_manager(name):
+    assert imports(MODULES[name]) & set(MODULES) <= {"attention"}
+
+
+def test_imports_point_one_way():
+    """No cycle among the root modules (type-checking imports aside)."""
+    graph = {}
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="ascii"))
+        tree.body = [node for node in tree.body if not _type_checking(node)]
+        graph[name] = {
+            module
+            for node in ast.walk(tree)
+            for module in _modules(node)
+            if module in MODULES
+        }  # fmt: skip
+    done: set[str] = set()
+    while len(done) < len(graph):
+        ready = {name for name, needs in graph.items() if name not in done and needs <= done}
+        assert ready, f"a cycle among {sorted(set(graph) - done)}"
+        done |= ready
+
+
+def _type_checking(node):
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+
+
+def _modules(node):
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    return [node.module.split(".")[0]] if isinstance(node, ast.ImportFrom) else []
+
+
+@pytest.mark.parametrize("path", sorted(MODULES.values()), ids=lambda path: path.name)
+def test_every_module_opens_with_what_it_is(path):
+    text = path.read_text(encoding="ascii")  # raises for anything but ASCII
+    assert len(ast.get_docstring(ast.parse(text)) or "") > 80
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+
+
+def test_readme_names_only_files_that_exist():
+    names = set(re.findall(r"`([\w./-]+\.(?:py|slurm|txt|json|sh))`", README))
+    missing = {name for name in names if not (ROOT / name).exists()} - {"out.json"}
+    assert len(names) > 30 and not missing
+
+
+def test_readme_map_names_functions_that_exist():
+    section = README.split("## From the paper to the code")[1].split("\n## ")[0]
+    names = [n for n in re.findall(r"`([a-z_]+(?:\.\w+)+)`", section) if not n.endswith(".py")]
+    assert len(names) > 15
+    for dotted in names:
+        module, *attributes = dotted.split(".")
+        found = __import__(module)
+        for attribute in attributes:
+            found = getattr(found, attribute)
+
+
+def test_readme_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_readme_tables_come_from_the_committed_results():
+    done = subprocess.run([sys.executable, "tools/update_readme.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run tools/update_readme.py"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.name)
+def test_results_say_where_they_come_from(path):
+    result = json.loads(path.read_text(encoding="ascii"))
+    assert set(result) == {"command", "commit", "device", "versions", "output"}
+    assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), "not measured on a clean commit"
+
+
+def test_no_published_number_is_repeated_outside_paper():
+    """A few that would be easy to write down again, as text: Fig. 2, 13 and 15's values."""
+    for name, path in MODULES.items():
+        if name in ("paper", "paper_figures", "length_tables"):
+            continue
+        numbers = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text(encoding="ascii")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, float)
+        }
+        told = {20.4, 26.8, 38.2, 96.3, 57.3, 41.6, 36.6, 9.81, 13.62, 30.42, 6.09, 8.53, 9.79}
+        assert not numbers & told, name

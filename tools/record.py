@@ -1,0 +1,97 @@
+"""Run a script with --json and keep what it found in results/, with where and on what it ran.
+
+    python tools/record.py results/main_cpu.json main.py --device cpu
+    python tools/record.py results/bench_manager.json benchmarks/bench_manager.py
+
+The file holds the command, the commit, the machine, the versions, and the script's own JSON under
+"output". Where there is no git checkout, the commit is taken from the variable COMMIT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from report import OutputError, check_writable, write_json  # noqa: E402
+
+
+def commit() -> str:
+    """The commit that is checked out, '+' behind it if files differ from it."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")
+    return head + ("+" if changed else "")
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def device() -> str:
+    """The first GPU's name, or the number of cores."""
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    except ImportError:
+        pass
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that matter, where installed."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "triton"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("result", type=Path, help="the file to write")
+    parser.add_argument("script", help="the script to run, from the root")
+    args, arguments = parser.parse_known_args()
+    try:
+        check_writable(args.result)
+    except OutputError as error:
+        print(f"record.py: error: {error}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "out.json"
+        command = [sys.executable, args.script, *arguments, "--json", str(found)]
+        done = subprocess.run(command, cwd=ROOT, check=False)
+        if not found.exists():
+            return done.returncode or 2
+        output = json.loads(found.read_text(encoding="ascii"))
+    write_json(
+        args.result,
+        {
+            "command": " ".join(["python", args.script, *arguments]),
+            "commit": commit(),
+            "device": device(),
+            "versions": versions(),
+            "output": output,
+        },
+    )
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Put the committed results into README.md, between its markers.
+
+    python tools/update_readme.py            # rewrite README.md from results/
+    python tools/update_readme.py --check    # exit 1 if that would change it
+
+A marker pair is `<!-- result: NAME -->` ... `<!-- end -->`; NAME is a function below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from report import Table, render  # noqa: E402
+
+BLOCK = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict:
+    """A file of results/, as tools/record.py wrote it."""
+    return json.loads((ROOT / "results" / name).read_text(encoding="ascii"))
+
+
+def origin(result: dict, file: str) -> str:
+    """The line above a table: which command, machine and versions it comes from."""
+    with_versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+    return f"`{result['command']}` on {result['device']} ({with_versions}): `results/{file}`"
+
+
+def tables(scenario: dict) -> list[Table]:
+    """The tables of one scenario, from its rows."""
+    by_title: dict[str, list[dict]] = {}
+    for row in scenario["rows"]:
+        by_title.setdefault(row["table"], []).append(row)
+    found = []
+    for title, rows in by_title.items():
+        headers = tuple(key for key in rows[0] if key != "table")
+        cells = [tuple(row[key] for key in headers) for row in rows]
+        found.append(Table(title, headers, cells))
+    return found
+
+
+def scenarios() -> str:
+    """Tables and answers of all four scenarios."""
+    result = load("main_cpu.json")
+    lines = [origin(result, "main_cpu.json")]
+    for scenario in result["output"]["scenarios"]:
+        lines.append(f"### Scenario {scenario['number']}: {scenario['name']}")
+        for table in tables(scenario):
+            if not table.title.startswith("Slots over time"):  # long; python main.py shows it
+                lines.append(render(table, "github"))
+        lines.append(f"**Answer:** {scenario['answer']}")
+    return "\n\n".join(lines)
+
+
+def checks() -> str:
+    """Every check, on the CPU and on the GPU."""
+    cpu, gpu = load("main_cpu.json"), load("main_h100.json")
+    found: dict[tuple[int, str], list[str]] = {}
+    for result in (cpu, gpu):
+        for scenario in result["output"]["scenarios"]:
+            for check in scenario["checks"]:
+                text = ("" if check["ok"] else "FAILED: ") + check["detail"]
+                found.setdefault((scenario["number"], check["name"]), []).append(text)
+    rows = [(number, name, *texts) for (number, name), texts in found.items()]
+    headers = ("scenario", "check", "CPU", gpu["device"])
+    seconds = [f"{r['output']['elapsed_s']:.0f} s" for r in (cpu, gpu)]
+    return "\n\n".join(
+        [
+            f"CPU ({seconds[0]}): {origin(cpu, 'main_cpu.json')}",
+            f"GPU ({seconds[1]}): {origin(gpu, 'main_h100.json')}",
+            render(Table("", headers, rows), "github").strip(),
+        ]
+    )
+
+
+def manager() -> str:
+    """The speed of the bookkeeping."""
+    result = load("bench_manager.json")
+    rows = []
+    for row in result["output"]["rows"]:
+        ns = row["ns_per_token"]
+        rows.append(
+            (row["workload"], row["tokens"], ns["append"], ns["append"] / ns["call"])
+            + (ns["append_all"], *row["blocks"])
+        )
+    headers = ("workload", "tokens", "append, ns", "x empty call", "append_all, ns",
+               "blocks admitted", "after step 1", "at the end")  # fmt: skip
+    table = render(Table("", headers, rows), "github").strip()
+    return origin(result, "bench_manager.json") + "\n\n" + table
+
+
+PARTS = {part.__name__: part for part in (scenarios, checks, manager)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = BLOCK.sub(lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", old)
+    if args.check:
+        return int(new != old)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
