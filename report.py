@@ -176,10 +176,12 @@ def block_map(
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON whole or not at all. Raises OutputError with one line."""
+    """Write JSON whole or not at all, through a link if it is one. Raises OutputError."""
+    check_writable(path)
+    target = Path(os.path.realpath(path))
     try:
         with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="ascii"
+            "w", dir=target.parent, prefix=".json-", delete=False, encoding="ascii"
         ) as file:
             temporary = Path(file.name)
             try:
@@ -187,7 +189,7 @@ def write_json(path: Path, data: object) -> None:
                 file.write("\n")
                 file.flush()
                 os.chmod(temporary, 0o666 & ~current_umask())
-                os.replace(temporary, path)
+                os.replace(temporary, target)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -196,14 +198,27 @@ def write_json(path: Path, data: object) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """OutputError unless `path` could be written: asked before a long run, not after it."""
-    parent = path.parent
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a directory")
-    if not parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no directory {parent}")
-    if not os.access(parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise OutputError(f"cannot write {path}: permission denied")
+    """OutputError unless `path` could be written: asked before a long run, not only after it."""
+    target = Path(os.path.realpath(path))
+    reason = None
+    try:
+        target.stat()
+        exists = True
+    except (FileNotFoundError, NotADirectoryError):
+        exists = False
+    except OSError as error:  # a name that is too long, say
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+    if target.is_dir():
+        reason = "it is a directory"
+    elif not target.parent.is_dir():
+        reason = f"there is no directory {path.parent}"
+    elif exists and not target.is_file():
+        # Replaced by a file, a device such as /dev/null would be gone for everybody.
+        reason = "it is not a regular file"
+    elif not os.access(target.parent, os.W_OK) or (exists and not os.access(target, os.W_OK)):
+        reason = "permission denied"
+    if reason is not None:
+        raise OutputError(f"cannot write {path}: {reason}")
 
 
 def current_umask() -> int:

@@ -21,6 +21,7 @@ from serving import make_groups
 from workload import LengthTable, Request
 
 WARMUP, ITERATIONS = 1000, 4000  # of a steady state that stands beside Fig. 2
+LARGEST_GROUP = 6  # sequences of one request, in any steady state or mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +119,19 @@ def check_setting(setting: Setting) -> None:
     """ValueError, one line, unless the pool holds a request of the maximum length.
 
     Under any policy: a contiguous chunk of a power of two blocks, and paged, with a block to
-    grow into above the watermark. DeviceMemoryError unless the tensors fit.
+    grow into above the watermark. The same for the largest group, with a block for each of its
+    sequences. DeviceMemoryError unless the tensors fit.
     """
     blocks = -(-setting.max_len // setting.block_size)
     need = 1 << (blocks - 1).bit_length()
-    while need < blocks + 1 + int(paper.WATERMARK * need):
+    paged = max(blocks + 1, 2 * LARGEST_GROUP)
+    while need < paged + int(paper.WATERMARK * need):
         need += 1
     if setting.num_blocks < need:
         raise ValueError(
             f"{setting.num_blocks:,} blocks of {setting.block_size} are too few for one request "
-            f"of {setting.max_len:,} tokens: raise --num-blocks to {need:,} or more"
+            f"of {setting.max_len:,} tokens or {LARGEST_GROUP} sequences: raise --num-blocks to "
+            f"{need:,} or more"
         )
     check_device_memory(setting.pool_bytes() + setting.working_bytes(), setting.device)
 
