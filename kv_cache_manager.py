@@ -38,24 +38,14 @@ from baseline_manager import BaselineCacheManager
 from copy_ledger import CopyLedger
 from invariants import check_paged
 from memory_usage import NO_COPIES, BlockPairs, MemoryUsage, check_count
-from paged_tables import PagedTables
+from paged_tables import PagedTables, find
 from sequence import BlockTable, SequenceGroup
 
 __all__ = [
-    "NO_COPIES",
-    "BaselineCacheManager",
-    "BlockPairs",
-    "CacheError",
-    "DuplicateSequenceError",
-    "MemoryUsage",
-    "OutOfBlocksError",
-    "OutOfSwapSpaceError",
-    "PagedKVCacheManager",
-    "RequestTooLargeError",
-    "ReservationError",
-    "SharedBlockError",
-    "UnknownSequenceError",
-]
+    "NO_COPIES", "BaselineCacheManager", "BlockPairs", "CacheError", "DuplicateSequenceError",
+    "MemoryUsage", "OutOfBlocksError", "OutOfSwapSpaceError", "PagedKVCacheManager",
+    "RequestTooLargeError", "ReservationError", "SharedBlockError", "UnknownSequenceError",
+]  # fmt: skip
 
 
 class PagedKVCacheManager(PagedTables):
@@ -116,7 +106,7 @@ class PagedKVCacheManager(PagedTables):
         Generated tokens count as well: after a recomputation they come back as prompt.
         """
         seqs, size = group.unfinished(), self.block_size
-        prompt_len, prefix_id = seqs[0].prompt_len, group.prefix_id
+        prompt_len, prefix_id = group.own_prompt_len, group.prefix_id
         need = self.blocks_for(prompt_len, prefix_id)
         grown = [seq.num_generated for seq in seqs if seq.num_generated]
         if grown:
@@ -158,7 +148,7 @@ class PagedKVCacheManager(PagedTables):
             )
         for seq in seqs:
             self._require_new(seq.seq_id)
-        copies = self.allocate(first.seq_id, first.prompt_len, group.prefix_id)
+        copies = self.allocate(first.seq_id, group.own_prompt_len, group.prefix_id)
         for seq in others:
             self.fork(first.seq_id, seq.seq_id)
         for seq in seqs:
@@ -291,10 +281,7 @@ class PagedKVCacheManager(PagedTables):
             raise DuplicateSequenceError(f"sequence {seq_id} exists already, swapped out")
 
     def _swapped_out(self, seq_id: int) -> BlockTable:
-        try:
-            return self._swapped[seq_id]
-        except KeyError:
-            raise UnknownSequenceError(f"sequence {seq_id} is not swapped out") from None
+        return find(self._swapped, seq_id, "a sequence that is swapped out")
 
     def _movable(self, tables: Iterable[BlockTable]) -> Counter[int]:
         """The blocks that swapping these tables moves, in table order, and how many hold each."""

@@ -11,19 +11,22 @@ for: admission, beam search, swapping. Import the manager from there.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from allocator import (
-    BlockAllocator,
-    DuplicateSequenceError,
-    OutOfBlocksError,
-    UnknownSequenceError,
-)
+from allocator import BlockAllocator, DuplicateSequenceError, OutOfBlocksError, UnknownSequenceError
 from copy_ledger import CopyLedger
 from memory_usage import NO_COPIES, BlockPairs, check_count
 from sequence import BlockTable, Clock
 
 ONE = 1  # compared by identity: True and 1.0, which equal it, are no counts and go the slow way
+
+
+def find(tables: Mapping[int, BlockTable], seq_id: int, what: str) -> BlockTable:
+    """The table of that id, or UnknownSequenceError."""
+    table = tables.get(seq_id)
+    if table is None:
+        raise UnknownSequenceError(f"{seq_id} is not the id of {what}")
+    return table
 
 
 class PagedTables:
@@ -218,10 +221,7 @@ class PagedTables:
         return need + self._copies_for(held)
 
     def blocks_for_append(self, seq_ids: Iterable[int]) -> int:
-        """Exact number of new blocks, copies included, that a token more for each of these takes.
-
-        Exact where the sequences that share a part-filled block are either all named or none.
-        """
+        """Exact number of new blocks, copies included, for a token more in each of these."""
         need = 0
         due = self._clock.now % self.block_size
         held: Counter[int] = Counter()
@@ -246,16 +246,10 @@ class PagedTables:
     # -- the parts --------------------------------------------------------------------------
 
     def _running(self, seq_id: int) -> BlockTable:
-        try:
-            return self._tables[seq_id]
-        except KeyError:
-            raise UnknownSequenceError(f"sequence {seq_id} is not running") from None
+        return find(self._tables, seq_id, "a running sequence")
 
     def _prefix(self, prefix_id: int) -> BlockTable:
-        try:
-            return self._prefixes[prefix_id]
-        except KeyError:
-            raise UnknownSequenceError(f"there is no shared prefix {prefix_id}") from None
+        return find(self._prefixes, prefix_id, "a shared prefix")
 
     def _require_new(self, seq_id: int) -> None:
         if seq_id in self._tables or seq_id in self._prefixes:

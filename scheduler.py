@@ -101,8 +101,7 @@ class Scheduler:
 
     def check(self, group: SequenceGroup) -> None:
         """RequestTooLargeError unless the group could run to its end if it were alone."""
-        longest = max(seq.final_len for seq in group.seqs)
-        computed = longest - (group.seqs[0].prefix_len if group.prefix_id is not None else 0)
+        computed = group.own_prompt_len + max(seq.output_len for seq in group.seqs)
         limits = self.limits
         if computed > limits.max_batched_tokens or len(group.seqs) > limits.max_num_seqs:
             raise RequestTooLargeError(
@@ -227,9 +226,8 @@ class Scheduler:
         while self.waiting and self.waiting[0] not in preempted:
             group = self.waiting[0]
             seqs = group.unfinished()
-            shared = seqs[0].prefix_len if group.prefix_id is not None else 0
             # The prompt is computed once; after a recomputation the longest sequence counts.
-            tokens = max(seq.num_tokens for seq in seqs) - shared
+            tokens = group.own_prompt_len + max(seq.num_generated for seq in seqs)
             if not self.manager.can_admit(group):
                 break
             if batched + tokens > self.limits.max_batched_tokens:

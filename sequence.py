@@ -157,6 +157,12 @@ class SequenceGroup:
         if len({(seq.prefix_len, seq.prompt_len) for seq in self.seqs}) > 1:
             raise ValueError(f"the sequences of group {self.group_id} differ in their prompt")
 
+    @property
+    def own_prompt_len(self) -> int:
+        """Prompt tokens the group stores itself: all of them, or those behind a shared prefix."""
+        first = self.seqs[0]
+        return first.context_len if self.prefix_id is None else first.prompt_len
+
     def unfinished(self) -> list[Sequence]:
         """The sequences that still have output to generate: only these are ever resumed."""
         return [seq for seq in self.seqs if seq.status is not SequenceStatus.FINISHED]

@@ -70,9 +70,6 @@ def test_without_shared_prefixes_every_sequence_stores_its_own():
     assert watcher.stored == {0: 11 + 3 + 4 - 1}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="PagedKVCacheManager.admit leaves out a prefix that is not shared"
-)
 def test_without_shared_prefixes_every_sequence_stores_its_own_in_blocks_too():
     groups = make_groups([Request(0, 0.0, 3, 4, prefix_len=11)])
     manager = paged()
