@@ -26,7 +26,8 @@ from workload import SHAREGPT, Request
 
 POLICIES = {"max": paper.ORCA_MAX, "pow2": paper.ORCA_POW2, "oracle": paper.ORCA_ORACLE}
 PARTS = MemoryUsage.PARTS
-LEGEND = "T tokens   r reserved   i internal   o rounding   . free"
+LEGEND = "T tokens, r reserved, i internal, o rounding, . free"
+BLOCKS_PER_CHAR = 4
 
 
 def run(setting: Setting) -> ScenarioReport:
@@ -41,9 +42,13 @@ def run(setting: Setting) -> ScenarioReport:
     requests = sample_requests(SHAREGPT, num_queued(setting), setting)
     first_fill = {policy: _fill(setting, policy, requests) for policy in POLICIES}
     report.parts.append(_first_fill_table(setting, first_fill))
-    for policy, (manager, _) in first_fill.items():
-        title = f"{POLICIES[policy]} at the first refusal, 4 blocks a character: {LEGEND}"
-        report.parts.append(title + "\n" + pool_map(manager))
+    rows = [
+        (POLICIES[policy] if number == 0 else "", line)
+        for policy, (manager, _) in first_fill.items()
+        for number, line in enumerate(pool_map(manager).split("\n"))
+    ]
+    title = f"The pool at the first refusal, {BLOCKS_PER_CHAR} blocks a character"
+    report.parts.append(Table(title, ("policy", LEGEND), rows, setting.line))
     _steady_state(setting, report, requests)
     return report
 
@@ -145,7 +150,7 @@ def pool_map(manager: BaselineCacheManager) -> str:
         ]
         slot = start + r.num_blocks * size
     spans.append((manager.num_blocks * size - slot, "."))
-    return block_map(manager.num_blocks, size, spans, per_char=4)
+    return block_map(manager.num_blocks, size, spans, per_char=BLOCKS_PER_CHAR)
 
 
 def _steady_state(setting: Setting, report: ScenarioReport, requests: list[Request]) -> None:

@@ -53,7 +53,9 @@ def scenarios() -> str:
     for scenario in result["output"]["scenarios"]:
         lines.append(f"### Scenario {scenario['number']}: {scenario['name']}")
         for table in tables(scenario):
-            if not table.title.startswith("Slots over time"):  # long; python main.py shows it
+            if table.title.startswith("The pool at"):  # a picture: it needs equal widths
+                lines.append(f"```\n{render(table, 'plain')}\n```")
+            elif not table.title.startswith("Slots over time"):  # long; python main.py shows it
                 lines.append(render(table, "github"))
         lines.append(f"**Answer:** {scenario['answer']}")
     return "\n\n".join(lines)
