@@ -16,10 +16,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+if __name__ == "__main__":
+    # While modules load, Ctrl-C ends the process at once: an exception would surface wherever the
+    # import happens to be, and numpy's, from within torch's, is even lost.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import paper
 
@@ -107,8 +113,9 @@ def make_setting(args: argparse.Namespace) -> Setting:
         raise UsageError(f"--layers {num_layers}: {model.name} has {model.num_layers}")
     num_blocks = args.num_blocks
     if num_blocks is None:
-        one_gpu = paper.Deployment(model, paper.GPUS["a100-40gb"], 1)
-        num_blocks = paper.kv_blocks(paper.DEPLOYMENTS.get(args.model, one_gpu), args.block_size)
+        # Models that the paper does not use get as many slots as its smallest.
+        deployment = paper.DEPLOYMENTS.get(args.model, paper.DEPLOYMENTS["opt-13b"])
+        num_blocks = paper.kv_blocks(deployment, args.block_size)
     setting = Setting(model, device, num_layers, num_blocks, args.block_size, args.seed)
     try:
         check_setting(setting)
@@ -148,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
     import scenario_paged
     import scenario_sampling
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if setting.device.type == "cpu":
         tune_cpu()
     scenarios = (scenario_baseline, scenario_paged, scenario_sampling, scenario_mixed)
@@ -170,7 +179,6 @@ def run(args: argparse.Namespace) -> int:
             args.json,
             {"setting": described, "scenarios": found, "elapsed_s": round(elapsed, 3)},
         )
-    sys.stdout.flush()
     return 1 if failed else 0
 
 
@@ -182,20 +190,32 @@ def main(argv: list[str] | None = None) -> int:
         from report import OutputError
 
         try:
-            return run(args)
+            code = run(args)
+            if sys.stdout is not None:  # None: it was closed before we started
+                sys.stdout.flush()
+            return code
         except DeviceMemoryError as error:
             raise UsageError(f"{error}; lower --layers, --num-blocks or --block-size") from None
         except OutputError as error:
             raise UsageError(str(error)) from None
+        except BrokenPipeError:
+            drop_output()
+            return 141  # as the shell reports it: whoever read our output is gone
+        except OSError as error:
+            drop_output()
+            raise UsageError(f"cannot write the output: {error.strerror or error}") from None
     except UsageError as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        if sys.stderr is not None:
+            text = str(error).encode("unicode_escape").decode("ascii")  # one line, whatever it has
+            print(f"main.py: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read our output is gone; so that Python's exit does not write to it either:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+
+
+def drop_output() -> None:
+    """Send what is still buffered nowhere: Python would try, and fail, to write it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 # --format: the name tabulate knows each by.
-FORMATS = {"github": "github", "plain": "simple", "latex": "latex_booktabs"}
+FORMATS = {"github": "pipe", "plain": "simple", "latex": "latex_booktabs"}
 Cell = str | int | float | None
 
 
@@ -215,8 +215,14 @@ def check_writable(path: Path) -> None:
     elif exists and not target.is_file():
         # Replaced by a file, a device such as /dev/null would be gone for everybody.
         reason = "it is not a regular file"
-    elif not os.access(target.parent, os.W_OK) or (exists and not os.access(target, os.W_OK)):
+    elif exists and not os.access(target, os.W_OK):
         reason = "permission denied"
+    else:
+        try:
+            with tempfile.TemporaryFile(dir=target.parent):  # asking for permission is not enough
+                pass
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
     if reason is not None:
         raise OutputError(f"cannot write {path}: {reason}")
 

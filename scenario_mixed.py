@@ -30,7 +30,7 @@ SINGLES, PARALLEL, BEAMS, PREFIXED = 40, 10, 6, 8
 NUM_SAMPLES = BEAM_WIDTH = 4
 PREFIX_LEN = 341  # Fig. 16b's 5-shot prefix, not cut to whole blocks: its last one is part-filled
 MAX_OUTPUT = 512  # tokens: a few longer requests would run on alone and show nothing new
-ITERATIONS_BETWEEN = 0.5  # arrivals, on average
+ITERATIONS_BETWEEN = 0.5  # arrivals, on average, in a pool of the default size
 WINDOWS = 6  # rows of the table over time
 CHECK_EVERY = 50  # iterations between two recomputations of all invariants
 PREFIX_ID = 0
@@ -151,7 +151,7 @@ def _requests(setting: Setting, longest: int, load: float) -> list[Request]:
             output = min(max(int(output), 2), room - prompt, MAX_OUTPUT)
             drawn.append((prompt, output, options))
     order = rng.permutation(len(drawn))
-    arrivals = np.cumsum(rng.exponential(ITERATIONS_BETWEEN, len(drawn)))
+    arrivals = np.cumsum(rng.exponential(ITERATIONS_BETWEEN / scale, len(drawn)))
     return [
         Request(i, float(arrivals[i]), prompt, output, **options)
         for i, (prompt, output, options) in enumerate(drawn[j] for j in order)
