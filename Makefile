@@ -66,5 +66,5 @@ $(TEST_STAMP): $(RUN_STAMP)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv.tmp .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

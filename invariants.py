@@ -56,13 +56,13 @@ def check_paged(manager: PagedKVCacheManager) -> None:
         assert exclusive or writable == 0, "a shared block could be written without a copy"
 
     assert m._in_step_unfilled == sum(t.unfilled for t in in_step.values()), "unfilled in step"
-    assert m._logical_blocks == sum(map(len, on_gpu + kept)), "logical blocks"
+    running = m._tables.values()
+    assert m._logical_blocks == sum(len(t.blocks) for t in running), "logical blocks"
     usage = m.usage()
     filled = {block: fill for (pool, block), (_, fill) in fills.items() if pool == "gpu"}
     assert usage.tokens == sum(filled.values()), "tokens, counting a shared slot once"
     assert usage.padding == usage.physical_blocks * size - usage.tokens, "padding"
-    logical = sum(t.num_tokens for t in (*m._tables.values(), *m._prefixes.values()))
-    assert usage.logical_tokens == logical + sum(map(len, kept)) * size, "logical tokens"
+    assert usage.logical_tokens == sum(t.num_tokens for t in running), "logical tokens"
 
     _check_ledger(m._gpu_copies, filled)
     _check_ledger(m._cpu_copies, {b: f for (pool, b), (_, f) in fills.items() if pool == "cpu"})

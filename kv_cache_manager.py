@@ -213,7 +213,7 @@ class PagedKVCacheManager(PagedTables):
         for seq_id, table in tables.items():
             self._leave_step(seq_id, table)
             del self._tables[seq_id], self._loose[seq_id]
-            self._logical_blocks -= len(table.blocks) - table.num_prefix_blocks
+            self._logical_blocks -= len(table.blocks)
         self._swapped |= tables
         return self._move(
             tables, held, (self._gpu, self._gpu_copies), (self._cpu, self._cpu_copies)
@@ -240,7 +240,6 @@ class PagedKVCacheManager(PagedTables):
         )
         for seq_id, table in tables.items():
             del self._swapped[seq_id]
-            self._logical_blocks -= table.num_prefix_blocks  # they had stayed
             self._add(seq_id, table)
         return pairs
 
@@ -254,7 +253,7 @@ class PagedKVCacheManager(PagedTables):
         tails = [t for t in self._prefixes.values() if t.held]
         shared = {t.blocks[-1]: t.held for t in withheld + tails}  # once for each block
         padding = exclusive + sum(shared.values())
-        unfilled = exclusive + sum(t.held for t in withheld + tails)  # once for each table
+        unfilled = exclusive + sum(t.held for t in withheld)  # once for each running table
         return MemoryUsage(
             capacity=self.num_blocks * self.block_size,
             tokens=used * self.block_size - padding,

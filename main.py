@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__":
@@ -30,12 +31,16 @@ if __name__ == "__main__":
 import paper
 
 if TYPE_CHECKING:
+    from report import ScenarioReport
     from scenario import Setting
 
 EXAMPLE = """\
 example:
   python main.py --scenario 1 --scenario 2 --device cpu --seed 1 --json out.json
   shows fragmentation and paging on the CPU and keeps all figures in out.json"""
+
+
+MEMORY_FLAGS = "--layers, --num-blocks or --block-size"
 
 
 class UsageError(Exception):
@@ -96,9 +101,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def make_setting(args: argparse.Namespace) -> Setting:
     """The setting the arguments ask for. Raises UsageError if it cannot be had."""
-    # Threads that spin while they wait cost a busy CPU far more than they save. OpenMP reads this
-    # once, when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from scenario import Setting, check_setting
@@ -134,12 +136,12 @@ def tune_cpu() -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
     if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold, one_gib = -1, -3, 1 << 30
-        mallopt(m_trim_threshold, one_gib)
-        mallopt(m_mmap_threshold, one_gib)
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_trim_threshold, 1 << 30)
+        mallopt(m_mmap_threshold, 1 << 28)  # the pool itself, above this, is still given back
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,7 +150,6 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json is not None:
         check_writable(args.json)
-    start = time.perf_counter()
     setting = make_setting(args)
     import scenario_baseline
     import scenario_mixed
@@ -160,13 +161,14 @@ def run(args: argparse.Namespace) -> int:
     if setting.device.type == "cpu":
         tune_cpu()
     scenarios = (scenario_baseline, scenario_paged, scenario_sampling, scenario_mixed)
+    start = time.perf_counter()  # from here on, torch's import aside
     comment = "% " if args.format == "latex" else ""
     described = setting.describe()
     print(comment + ", ".join(f"{key} {value}" for key, value in described.items()), flush=True)
     print()
     reports = []
     for number in sorted(set(args.scenario or (1, 2, 3, 4))):
-        reports.append(scenarios[number - 1].run(setting))
+        reports.append(run_one(scenarios[number - 1], number, setting))
         print(render_scenario(reports[-1], args.format), flush=True)
     checks = [check for report in reports for check in report.checks]
     failed = sum(not check.ok for check in checks)
@@ -182,10 +184,28 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def run_one(scenario: ModuleType, number: int, setting: Setting) -> ScenarioReport:
+    """One scenario; an invariant that does not hold is a check that failed, not a crash."""
+    from report import ScenarioReport
+
+    try:
+        return scenario.run(setting)
+    except AssertionError as error:
+        report = ScenarioReport(number, scenario.__name__, "What went wrong?")
+        report.check("all invariants", False, " ".join(str(error).split()) or "assertion failed")
+        report.answer = "an invariant did not hold, so nothing is shown."
+        return report
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn what cannot be used into one line and exit code 2."""
+    # Threads that spin while they wait cost a busy CPU far more than they save. OpenMP reads this
+    # once, when torch is first imported: nothing above this line may import it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = build_parser().parse_args(argv)
+        import torch
+
         from paged_attention import DeviceMemoryError
         from report import OutputError
 
@@ -195,7 +215,10 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stdout.flush()
             return code
         except DeviceMemoryError as error:
-            raise UsageError(f"{error}; lower --layers, --num-blocks or --block-size") from None
+            raise UsageError(f"{error}; lower {MEMORY_FLAGS}") from None
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            reason = str(error).split("\n")[0]  # others may use the device too
+            raise UsageError(f"out of memory: {reason}; lower {MEMORY_FLAGS}") from None
         except OutputError as error:
             raise UsageError(str(error)) from None
         except BrokenPipeError:

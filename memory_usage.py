@@ -31,12 +31,14 @@ class MemoryUsage:
     capacity: int
     tokens: int  # hold a live token's K and V; a shared slot counts once
     free: int  # not allocated
-    reserved: int = 0  # allocated, and this request will fill it later
+    # Allocated, and this request will fill it later. As in the artifact that counts the last
+    # token generated, whose K and V are in fact never stored.
+    reserved: int = 0
     internal: int = 0  # allocated beyond what this request will ever use
     rounding: int = 0  # given by the allocator beyond what was asked for
     padding: int = 0  # unfilled slots of last blocks
-    logical_tokens: int = 0  # what the sequences think they hold
-    logical_blocks: int = 0  # blocks without sharing
+    logical_tokens: int = 0  # what the running sequences think they hold
+    logical_blocks: int = 0  # what they would take without sharing
     physical_blocks: int = 0  # blocks allocated
 
     PARTS: ClassVar = ("tokens", "reserved", "internal", "rounding", "padding", "free")
@@ -49,7 +51,10 @@ class MemoryUsage:
 
     @property
     def saved(self) -> float:
-        """Share of blocks that sharing saves: (logical - physical) / logical (Fig. 15)."""
+        """Share of blocks that sharing saves: (logical - physical) / logical (Fig. 15).
+
+        Negative while blocks held for others (an unused shared prefix) outweigh what is saved.
+        """
         if not self.logical_blocks:
             return 0.0
         return 1.0 - self.physical_blocks / self.logical_blocks

@@ -53,7 +53,7 @@ class PagedTables:
         self._loose: dict[int, BlockTable] = {}
         self._due: list[dict[int, list[int]]] = [{} for _ in range(block_size)]
         self._in_step_unfilled = 0
-        self._logical_blocks = 0
+        self._logical_blocks = 0  # of running tables
 
     # -- queries ----------------------------------------------------------------------------
 
@@ -125,7 +125,6 @@ class PagedTables:
         table = BlockTable(self._gpu.take(need), self.block_size, num_tokens, self._clock)
         table.hold()  # its last block is copied by whoever continues it, never written again
         self._prefixes[prefix_id] = table
-        self._logical_blocks += need
 
     def fork(self, parent_id: int, child_id: int) -> None:
         """A child that shares all blocks of a running parent (section 4.4, 5). Takes no block."""
@@ -139,13 +138,12 @@ class PagedTables:
     def free(self, seq_id: int) -> list[int]:
         """Drop a running sequence or a prefix; returns the blocks that became free."""
         if seq_id in self._prefixes:
-            blocks = self._prefixes.pop(seq_id).blocks
-        else:
-            table = self._running(seq_id)
-            self._leave_step(seq_id, table)
-            del self._loose[seq_id], self._tables[seq_id]
-            blocks = table.blocks
-        return self._drop(blocks)
+            return self._drop(self._prefixes.pop(seq_id).blocks)
+        table = self._running(seq_id)
+        self._leave_step(seq_id, table)
+        del self._loose[seq_id], self._tables[seq_id]
+        self._logical_blocks -= len(table.blocks)
+        return self._drop(table.blocks)
 
     # -- growth and copy-on-write (section 4.3, 4.4) ----------------------------------------
 
@@ -313,7 +311,6 @@ class PagedTables:
             self._loose[seq_id] = table
 
     def _drop(self, blocks: list[int]) -> list[int]:
-        self._logical_blocks -= len(blocks)
         freed = self._gpu.drop(blocks)
         self._gpu_copies.forget(freed)
         return freed

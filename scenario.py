@@ -14,13 +14,16 @@ import numpy as np
 import torch
 
 import paper
-from kv_cache_manager import MemoryUsage
+from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from paged_attention import PagedKVCache, check_device_memory
 from scheduler import Limits, Manager, Scheduler
+from sequence import SequenceStatus
 from serving import make_groups
 from workload import LengthTable, Request
 
-WARMUP, ITERATIONS = 1000, 4000  # of a steady state that stands beside Fig. 2
+WARMUP, ITERATIONS = 1000, 3000  # of a paged steady state
+BASELINE_ITERATIONS = 12_000  # longer: with 7 to 13 requests at a time a mean moves slowly
+CPU_SHARE = 4  # swap space of scenario 4: a block for every so many in the GPU pool
 LARGEST_GROUP = 6  # sequences of one request, in any steady state or mix
 
 
@@ -133,7 +136,11 @@ def check_setting(setting: Setting) -> None:
             f"of {setting.max_len:,} tokens or {LARGEST_GROUP} sequences: raise --num-blocks to "
             f"{need:,} or more"
         )
-    check_device_memory(setting.pool_bytes() + setting.working_bytes(), setting.device)
+    swap_bytes = setting.pool_bytes() // CPU_SHARE
+    on_cpu = setting.device.type == "cpu"
+    needed = setting.pool_bytes() + setting.working_bytes() + (swap_bytes if on_cpu else 0)
+    check_device_memory(needed, setting.device)
+    check_device_memory(swap_bytes, "cpu")
 
 
 def num_queued(setting: Setting) -> int:
@@ -163,6 +170,7 @@ class UsageMean:
 
     def __init__(self) -> None:
         self.count = 0
+        self.agreed = 0  # iterations whose slots were also counted sequence by sequence
         self._sums: defaultdict[str, float] = defaultdict(float)
 
     def add(self, usage: MemoryUsage, batch: int) -> None:
@@ -172,6 +180,7 @@ class UsageMean:
         self._sums["batch"] += batch
         if usage.physical_blocks:
             self._sums["sharing"] += usage.logical_blocks / usage.physical_blocks
+            self._sums["in use"] += 1
 
     def percent(self, part: str) -> float:
         return 100.0 * self._sums[part] / self.count
@@ -189,7 +198,18 @@ class UsageMean:
     @property
     def saving(self) -> float:
         """Fig. 15's saving in percent as the artifact has it: 1 - 1 / mean(logical / physical)."""
-        return 100.0 * (1.0 - self.count / self._sums["sharing"])
+        return 100.0 * (1.0 - self._sums["in use"] / self._sums["sharing"])
+
+
+def _sequence_by_sequence(scheduler: Scheduler) -> tuple[int, int]:
+    """(tokens, slots reserved for more) of the running sequences, from the requests alone."""
+    tokens = left = 0
+    for group in scheduler.running:
+        for seq in group.seqs:
+            if seq.status is SequenceStatus.RUNNING:
+                tokens += seq.prefix_len + seq.prompt_len + seq.num_generated
+                left += seq.output_len - seq.num_generated
+    return tokens, left if isinstance(scheduler.manager, BaselineCacheManager) else 0
 
 
 def steady_state(
@@ -215,7 +235,11 @@ def steady_state(
             scheduler.complete()
         scheduler.schedule(float(index))
         if index >= warmup:
-            mean.add(manager.usage(), len(scheduler.running))
+            usage = manager.usage()
+            mean.add(usage, len(scheduler.running))
+            mean.agreed += (usage.logical_tokens, usage.reserved) == _sequence_by_sequence(
+                scheduler
+            )
             each(scheduler)
         if not scheduler.waiting:
             raise ValueError(f"the queue of {len(requests)} ran dry after {index} iterations")

@@ -156,6 +156,8 @@ class SequenceGroup:
             raise ValueError(f"group {self.group_id} names a sequence twice")
         if len({(seq.prefix_len, seq.prompt_len) for seq in self.seqs}) > 1:
             raise ValueError(f"the sequences of group {self.group_id} differ in their prompt")
+        if self.beam_parents is not None and len({seq.output_len for seq in self.seqs}) > 1:
+            raise ValueError(f"the beams of group {self.group_id} differ in their output length")
 
     @property
     def own_prompt_len(self) -> int:

@@ -18,7 +18,7 @@ from scheduler import Completion, Iteration
 from sequence import Sequence, SequenceGroup
 from serving import Observer
 
-PIECE = 64  # tokens written or read at once: larger buffers are not reused by malloc
+PIECE = 48  # tokens written or read at once: larger buffers are not reused by malloc
 
 
 class Stamps:
@@ -90,6 +90,7 @@ class StampedCache(Observer):
         # Poisoned before anything is written: a block freed now may have a new owner already.
         cache.poison_blocks(sorted({*iteration.freed, *(b for b, _ in iteration.swapped_out)}))
         cache.swap_in(iteration.swapped_in)
+        cache.poison_blocks([block for block, _ in iteration.swapped_in], on_cpu=True)
         cache.copy_blocks(iteration.copies)
         self.bytes_moved += len(iteration.copies) * cache.bytes_per_block
         for group in iteration.prefills:

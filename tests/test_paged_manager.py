@@ -261,7 +261,7 @@ def test_a_fresh_group_holds_its_prompt_once(prefix_len):
     assert len(copies) == (prefix_len % 4 > 0)
     assert free - manager.num_free_blocks == need == -(-(prefix_len % 4 + 7) // 4)
     assert blocks_of(manager, 0, 1, 2) == blocks_of(manager, 0) * 3
-    assert manager.usage().logical_tokens == 3 * (prefix_len + 7) + prefix_len
+    assert manager.usage().logical_tokens == 3 * (prefix_len + 7)
     manager.check_invariants()
 
 
@@ -457,20 +457,30 @@ def test_usage_counts_what_swapped_sequences_leave_behind():
     manager.allocate(0, 3, prefix_id=100)  # 9 tokens on 3 blocks, one of them the prefix's
     assert manager.usage() == MemoryUsage(
         capacity=40, tokens=11, free=24, padding=2 + 3,
-        logical_tokens=15, logical_blocks=5, physical_blocks=4,
+        logical_tokens=9, logical_blocks=3, physical_blocks=4,
     )
     manager.swap_out([0])
     assert manager.usage() == MemoryUsage(
         capacity=40, tokens=6, free=32, padding=2,
-        logical_tokens=10, logical_blocks=3, physical_blocks=2,
+        physical_blocks=2,
     )
     manager.free(100)
     assert manager.usage() == MemoryUsage(
-        capacity=40, tokens=4, free=36, logical_tokens=4, logical_blocks=1, physical_blocks=1
+        capacity=40, tokens=4, free=36, physical_blocks=1
     )
     assert len(manager.free(0)) == 1
     assert manager.usage() == MemoryUsage(capacity=40, tokens=0, free=40)
     assert manager.num_free_cpu_blocks == 4
+
+
+def test_one_user_of_a_shared_prefix_saves_nothing_and_two_save_one_copy_of_it():
+    manager = manager_of(50, 4)
+    manager.allocate_prefix(100, 80)
+    assert manager.usage().saved == 0.0, "nobody runs"
+    manager.allocate(0, 4, prefix_id=100)
+    assert manager.usage().saved == 0.0, "21 blocks, with or without sharing"
+    manager.allocate(1, 4, prefix_id=100)
+    assert manager.usage().saved == pytest.approx((42 - 22) / 42)
 
 
 @pytest.mark.parametrize(
@@ -1070,6 +1080,7 @@ def padding_kept_on_the_gpu(m):
     m._swapped[5] = m._tables.pop(5)
     del m._loose[5]
     m._swapped[5].num_prefix_blocks = 2
+    m._logical_blocks -= len(m._swapped[5].blocks)
 
 
 def wrong_usage(**changes):

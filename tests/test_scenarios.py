@@ -5,6 +5,7 @@ a check that nothing can make fail would tell a reader nothing. Few iterations a
 that a scenario takes a fraction of a second; the bookkeeping is that of the full size.
 """
 
+import dataclasses
 import random
 
 import pytest
@@ -50,7 +51,9 @@ def quick(monkeypatch):
         (scenario_sampling, 50, 60),
     ):
         monkeypatch.setattr(module, "WARMUP", warmup)
-        monkeypatch.setattr(module, "ITERATIONS", iterations)
+        for name in ("ITERATIONS", "BASELINE_ITERATIONS"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, iterations)
     monkeypatch.setattr(scenario_sampling, "OUTPUT_LEN", 20)
     return monkeypatch
 
@@ -75,13 +78,13 @@ def records(report, title):
 
 # --- all checks hold -----------------------------------------------------------------------------
 
-NUM_CHECKS = {1: 5, 2: 5, 3: 5, 4: 6}
+NUM_CHECKS = {1: {5}, 2: {5, 6}, 3: {5}, 4: {6}}
 
 
 def assert_all_hold(report):
     assert failed(report) == [], [check for check in report.checks if not check.ok]
     names = [check.name for check in report.checks]
-    assert len(set(names)) == len(names) == NUM_CHECKS[report.number]
+    assert len(set(names)) == len(names) in NUM_CHECKS[report.number]
     assert report.answer.endswith(".") and "nan" not in report.answer
     assert render_scenario(report, "plain").isascii()
 
@@ -350,6 +353,37 @@ def never_a_hole(mp):
     mp.setattr(BaselineCacheManager, "refused_by_fragmentation", lambda self, *lengths: False)
 
 
+def a_token_misplaced(mp):
+    """Sums that still add up, with one reserved slot taken for a token."""
+
+    class Counts(BaselineCacheManager):
+        def usage(self):
+            usage = super().usage()
+            one = min(1, usage.reserved)
+            return dataclasses.replace(
+                usage,
+                tokens=usage.tokens + one,
+                reserved=usage.reserved - one,
+                logical_tokens=usage.logical_tokens + one,
+            )
+
+    mp.setattr(scenario_baseline, "BaselineCacheManager", Counts)
+
+
+def a_token_forgotten(mp):
+    """A paged manager that believes its sequences to be shorter than they are."""
+
+    class Counts(PagedKVCacheManager):
+        def usage(self):
+            usage = super().usage()
+            return dataclasses.replace(usage, logical_tokens=max(0, usage.logical_tokens - 1))
+
+        def check_invariants(self):
+            """It would notice."""
+
+    mp.setattr(scenario_paged, "PagedKVCacheManager", Counts)
+
+
 def coarse_blocks(mp):
     """Pages of four times the size that the setting says."""
 
@@ -547,6 +581,16 @@ BREAKS = [
         {"external fragmentation under pow2", "external fragmentation under oracle"},
     ),
     (
+        a_token_misplaced,
+        lambda s, r: scenario_baseline._steady_state(s, r, sample_requests(SHAREGPT, 2000, s)),
+        {"slot identity at every iteration"},
+    ),
+    (
+        a_token_forgotten,
+        lambda s, r: scenario_paged._fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
+        {"slots add up at every iteration"},
+    ),
+    (
         coarse_blocks,
         lambda s, r: scenario_paged._fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
         {"padding under one block per sequence", "waste of allocated memory under 4 %"},
@@ -593,7 +637,7 @@ BREAKS = [
 def names_that_can_fail():
     """Checks that something broken below makes fail: every check there is must be among them."""
     seen = {name for *_, checks in BREAKS for name in checks}
-    return seen | {"all groups finished in every run", "slot identity at every iteration"}
+    return seen | {"all groups finished in every run"}
 
 
 def run_part(part, setting):

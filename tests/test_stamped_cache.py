@@ -548,6 +548,6 @@ def test_caches_on_other_layouts_verify_the_same(monkeypatch):
     assert stamped.cache.num_kv_heads == 2
     assert_all_verified(stamped, requests)
     # And without poison, as on a device where nobody wants to pay for it.
-    monkeypatch.setattr(PagedKVCache, "poison_blocks", lambda self, blocks: None)
+    monkeypatch.setattr(PagedKVCache, "poison_blocks", lambda self, blocks, on_cpu=False: None)
     stamped, _ = serve(requests, setting_of(32, 4), "swap")
     assert_all_verified(stamped, requests)

@@ -203,8 +203,7 @@ class PagedMachine(RuleBasedStateMachine):
         assert m.num_blocks - m.num_free_blocks == len(pieces)
         assert m.num_cpu_blocks - m.num_free_cpu_blocks == len(cpu_pieces)
         usage = m.usage()
-        on_gpu = [*self.running.values(), *self.prefixes.values()]
-        on_gpu += [stamps[: self.kept[i]] for i, stamps in self.swapped.items()]
+        on_gpu = self.running.values()
         assert usage.tokens == sum(map(len, pieces))
         assert usage.padding == len(pieces) * size - usage.tokens
         assert usage.logical_tokens == sum(map(len, on_gpu))
