@@ -36,6 +36,7 @@ class Table:
     rows: Sequence[tuple[Cell, ...]]
     setting: str = ""
     decimals: int = 1
+    picture: bool = False  # needs characters of equal width, whatever the format
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -96,6 +97,8 @@ def cell_text(value: Cell, decimals: int) -> str:
 
 def render(table: Table, fmt: str) -> str:
     """The table as text in one of FORMATS, its title and setting above it."""
+    if table.picture and fmt == "github":
+        return f"```\n{render(table, 'plain')}\n```"
     body = [[cell_text(value, table.decimals) for value in row] for row in table.rows]
     numeric = [
         all(isinstance(row[i], int | float | None) for row in table.rows)

@@ -48,7 +48,7 @@ def run(setting: Setting) -> ScenarioReport:
         for number, line in enumerate(pool_map(manager).split("\n"))
     ]
     title = f"The pool at the first refusal, {BLOCKS_PER_CHAR} blocks a character"
-    report.parts.append(Table(title, ("policy", LEGEND), rows, setting.line))
+    report.parts.append(Table(title, ("policy", LEGEND), rows, setting.line, picture=True))
     _steady_state(setting, report, requests)
     return report
 

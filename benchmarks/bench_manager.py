@@ -62,6 +62,14 @@ def fill_w3() -> PagedKVCacheManager:
     return manager
 
 
+# Blocks in use after admission, the first step and the last: known beforehand, so a faster manager
+# that takes other blocks is a wrong one.
+BLOCKS = {
+    "W1": (4_444, 4_467, 12_636),
+    "W2": (110_000, 110_000, 190_000),
+    "W3": (6_400, 7_400, 17_000),
+}
+
 WORKLOADS: dict[str, tuple[Callable[[], PagedKVCacheManager], int]] = {
     "W1": (fill_w1, 512),
     "W2": (fill_w2, 128),

@@ -115,7 +115,7 @@ def test_readme_tables_come_from_the_committed_results():
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.name)
 def test_results_say_where_they_come_from(path):
     result = json.loads(path.read_text(encoding="ascii"))
-    assert set(result) == {"command", "commit", "device", "versions", "output"}
+    assert set(result) == {"command", "commit", "device", "versions", "output", "printed"}
     assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), "not measured on a clean commit"
 
 

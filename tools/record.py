@@ -3,8 +3,9 @@
     python tools/record.py results/main_cpu.json main.py --device cpu
     python tools/record.py results/bench_manager.json benchmarks/bench_manager.py
 
-The file holds the command, the commit, the machine, the versions, and the script's own JSON under
-"output". Where there is no git checkout, the commit is taken from the variable COMMIT.
+The file holds the command, the commit, the machine, the versions, the script's own JSON under
+"output" and the lines it printed under "printed". Where there is no git checkout, the commit is
+taken from the variable COMMIT.
 """
 
 from __future__ import annotations
@@ -76,9 +77,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "out.json"
         command = [sys.executable, args.script, *arguments, "--json", str(found)]
-        done = subprocess.run(command, cwd=ROOT, check=False)
+        printed = []
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                print(line, end="", flush=True)
+                printed.append(line.rstrip("\n"))
         if not found.exists():
-            return done.returncode or 2
+            return running.returncode or 2
         output = json.loads(found.read_text(encoding="ascii"))
     write_json(
         args.result,
@@ -88,9 +94,10 @@ def main() -> int:
             "device": device(),
             "versions": versions(),
             "output": output,
+            "printed": printed,
         },
     )
-    return done.returncode
+    return running.returncode
 
 
 if __name__ == "__main__":

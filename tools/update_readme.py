@@ -33,37 +33,36 @@ def origin(result: dict, file: str) -> str:
     return f"`{result['command']}` on {result['device']} ({with_versions}): `results/{file}`"
 
 
-def tables(scenario: dict) -> list[Table]:
-    """The tables of one scenario, from its rows."""
-    by_title: dict[str, list[dict]] = {}
-    for row in scenario["rows"]:
-        by_title.setdefault(row["table"], []).append(row)
-    found = []
-    for title, rows in by_title.items():
-        headers = tuple(key for key in rows[0] if key != "table")
-        cells = [tuple(row[key] for key in headers) for row in rows]
-        found.append(Table(title, headers, cells))
-    return found
-
-
 def scenarios() -> str:
-    """Tables and answers of all four scenarios."""
+    """What the four scenarios print, less the longest table and the checks."""
     result = load("main_cpu.json")
-    lines = [origin(result, "main_cpu.json")]
-    for scenario in result["output"]["scenarios"]:
-        lines.append(f"### Scenario {scenario['number']}: {scenario['name']}")
-        for table in tables(scenario):
-            if table.title.startswith("The pool at"):  # a picture: it needs equal widths
-                lines.append(f"```\n{render(table, 'plain')}\n```")
-            elif not table.title.startswith("Slots over time"):  # long; python main.py shows it
-                lines.append(render(table, "github"))
-        lines.append(f"**Answer:** {scenario['answer']}")
-    return "\n\n".join(lines)
+    text = "\n".join(result["printed"])
+    text = text[text.index("## Scenario 1") : text.rindex("\nChecks\n")]
+    text = re.sub(r"\nSlots over time.*?(?=\nAnswer)", "", text, flags=re.DOTALL)
+    text = text.replace("## Scenario", "### Scenario").replace("Answer:", "**Answer:**")
+    return origin(result, "main_cpu.json") + "\n\n" + text.strip()
+
+
+def tail() -> str:
+    """The end of a run."""
+    result = load("main_cpu.json")["output"]
+    all_checks = [(s["number"], c) for s in result["scenarios"] for c in s["checks"]]
+    held = sum(check["ok"] for _, check in all_checks)
+    shown = [
+        (number, "ok" if check["ok"] else "FAILED", check["name"], check["detail"][:40])
+        for number, check in all_checks
+    ]
+    headers = ("scenario", "result", "check", "found")
+    table = render(Table("Checks", headers, [shown[1], shown[9], shown[-3]]), "plain")
+    last = f"{held} of {len(all_checks)} checks held, {result['elapsed_s']:.1f} s"
+    return f"```\n{table}\n     ...\n{last}\n```"
 
 
 def checks() -> str:
     """Every check, on the CPU and on the GPU."""
     cpu, gpu = load("main_cpu.json"), load("main_h100.json")
+    layers = load("main_h100_all_layers.json")
+    every = [c["ok"] for s in layers["output"]["scenarios"] for c in s["checks"]]
     found: dict[tuple[int, str], list[str]] = {}
     for result in (cpu, gpu):
         for scenario in result["output"]["scenarios"]:
@@ -78,6 +77,9 @@ def checks() -> str:
             f"CPU ({seconds[0]}): {origin(cpu, 'main_cpu.json')}",
             f"GPU ({seconds[1]}): {origin(gpu, 'main_h100.json')}",
             render(Table("", headers, rows), "github").strip(),
+            f"With K and V of all 40 layers, {sum(every)} of {len(every)} checks hold as well "
+            f"({layers['output']['elapsed_s']:.0f} s): "
+            + origin(layers, "main_h100_all_layers.json"),
         ]
     )
 
@@ -98,7 +100,7 @@ def manager() -> str:
     return origin(result, "bench_manager.json") + "\n\n" + table
 
 
-PARTS = {part.__name__: part for part in (scenarios, checks, manager)}
+PARTS = {part.__name__: part for part in (scenarios, tail, checks, manager)}
 
 
 def main() -> int:
