@@ -21,8 +21,8 @@ from sequence import SequenceStatus
 from serving import make_groups
 from workload import LengthTable, Request
 
-WARMUP, ITERATIONS = 1000, 3000  # of a paged steady state
-BASELINE_ITERATIONS = 12_000  # longer: with 7 to 13 requests at a time a mean moves slowly
+WARMUP, ITERATIONS = 1000, 2000  # of a paged steady state
+BASELINE_ITERATIONS = 10_000  # longer: with 7 to 13 requests at a time a mean moves slowly
 CPU_SHARE = 4  # swap space of scenario 4: a block for every so many in the GPU pool
 LARGEST_GROUP = 6  # sequences of one request, in any steady state or mix
 

@@ -31,12 +31,12 @@ NUM_SAMPLES = BEAM_WIDTH = 4
 PREFIX_LEN = paper.FIG16["5-shot"][
     "prefix"
 ]  # Fig. 16b's 5-shot prefix, not cut to whole blocks: its last one is part-filled
-MAX_OUTPUT = 512  # tokens: a few longer requests would run on alone and show nothing new
+MAX_OUTPUT = 320  # tokens: a few longer requests would run on alone and show nothing new
 ITERATIONS_BETWEEN = 0.5  # arrivals, on average, in a pool of the default size
 WINDOWS = 6  # rows of the table over time
 CHECK_EVERY = 50  # iterations between two recomputations of all invariants
 PREFIX_ID = 0
-LOADS = (0.85, 0.95, 1.1, 1.3, 1.6, 2.0, 3.0)  # times the numbers of requests above
+LOADS = (0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the numbers of requests above
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from workload import ALPACA, SHAREGPT, LengthTable
 
 SAMPLES = (2, 4, 6, 10)
 OUTPUT_LEN = 100  # tokens that each sample generates
-WARMUP, ITERATIONS = 200, 400
+WARMUP, ITERATIONS = 100, 400
 
 
 def run(setting: Setting) -> ScenarioReport:

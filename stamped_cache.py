@@ -37,14 +37,15 @@ class Stamps:
         shape = (setting.num_layers, 2, m.num_kv_heads, m.head_size)
         pattern = torch.from_numpy(rng.integers(0, 1 << self.BITS, shape))
         self._pattern = pattern.to(setting.device, setting.dtype)
+        self._odd = torch.arange(m.head_size, device=setting.device) % 2 == 1  # (D,)
 
     def values(self, tokens: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(k, v), each (T, H_kv, D), of the tokens with these numbers, int64 (T,)."""
         assert tokens.ndim == 1
         pattern = self._pattern[layer]  # (2, H_kv, D)
-        head_size, mask = pattern.shape[-1], (1 << self.BITS) - 1
-        parts = torch.stack((tokens & mask, (tokens >> self.BITS) & mask), dim=1)
-        number = parts.to(pattern.dtype).repeat(1, (head_size + 1) // 2)[:, None, :head_size]
+        mask = (1 << self.BITS) - 1
+        low, high = (tokens & mask)[:, None, None], ((tokens >> self.BITS) & mask)[:, None, None]
+        number = torch.where(self._odd, high, low).to(pattern.dtype)  # (T, 1, D)
         return number + pattern[0], number + pattern[1]
 
 
