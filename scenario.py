@@ -115,7 +115,10 @@ class Setting:
 
     def limits(self, system: str) -> Limits:
         """The artifact's limits on an iteration, for one of paper.SYSTEMS."""
-        return Limits(paper.MAX_BATCHED_TOKENS, paper.MAX_SEQUENCES[system])
+        return Limits(
+            paper.MAX_BATCHED_TOKENS,
+            paper.MAX_SEQUENCES.get(system, paper.MAX_SEQUENCES[paper.ORCA_MAX]),
+        )
 
 
 def check_setting(setting: Setting) -> None:

@@ -129,7 +129,7 @@ def _fill_and_run(
                 (paper.ORCA_ORACLE, "ours", oracle.batch)
                 + tuple(oracle.percent(part) for part in parts),
                 (paper.ORCA_ORACLE, "paper", batch[paper.ORCA_ORACLE], oracle_bar["tokens"])
-                + (0.0, None),
+                + (None, None),
             ],
             setting.line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's "
             "(2 requests/s), its shares are Fig. 2's",
