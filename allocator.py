@@ -84,7 +84,7 @@ class BlockAllocator:
     def drop(self, blocks: list[int]) -> list[int]:
         """One reference less to each block; returns those that became free, in table order."""
         extra = self.extra_refs
-        if extra.keys().isdisjoint(blocks):
+        if not extra or extra.keys().isdisjoint(blocks):
             freed = blocks.copy()
         else:
             freed = []
@@ -96,7 +96,7 @@ class BlockAllocator:
                     del extra[block]
                 else:
                     extra[block] = others - 1
-        self.free_blocks.extend(reversed(freed))
+        self.free_blocks += freed[::-1]
         return freed
 
     def replace(self, block: int) -> int:

@@ -174,6 +174,10 @@ class BaselineCacheManager:
         longest = max(seqs, key=lambda seq: self.slots_to_ask(seq.num_tokens, seq.final_len))
         return self.can_allocate(longest.num_tokens, longest.final_len, count=len(seqs))
 
+    def try_admit(self, group: SequenceGroup) -> BlockPairs | None:
+        """`admit` if `can_admit`: never a copy, or None and nothing has changed."""
+        return self.admit(group) if self.can_admit(group) else None
+
     def admit(self, group: SequenceGroup) -> BlockPairs:
         """A reservation for each sequence of the group, or for none. Raises as allocate does."""
         if not self.can_admit(group):

@@ -122,6 +122,10 @@ class PagedKVCacheManager(PagedTables):
         That needs all its blocks at full length, one more per sequence and the watermark.
         """
         seqs, size = group.seqs, self.block_size
+        if len(seqs) == 1 and group.prefix_id is None and not self._prefixes:
+            need = -(-(seqs[0].final_len - 1) // size) + 1 + self.watermark_blocks
+            if need <= self.num_blocks:
+                return
         context = seqs[0].context_len
         shared = 0 if group.prefix_id is None else seqs[0].prefix_len // size
         own = sum(-(-(seq.final_len - 1) // size) - context // size for seq in seqs)
@@ -136,6 +140,20 @@ class PagedKVCacheManager(PagedTables):
     def can_admit(self, group: SequenceGroup) -> bool:
         """Whether the whole group fits and the watermark stays free."""
         return self.num_free_blocks - self.blocks_for_group(group) >= self.watermark_blocks
+
+    def try_admit(self, group: SequenceGroup) -> BlockPairs | None:
+        """`admit` if `can_admit`: the copies to make, or None and nothing has changed."""
+        seqs = group.seqs
+        if len(seqs) == 1 and group.prefix_id is None:  # most requests: no detour
+            seq = seqs[0]
+            num_tokens = seq.prefix_len + seq.prompt_len + seq.num_generated
+            need = -(-num_tokens // self.block_size)
+            if len(self._gpu.free_blocks) - need < self.watermark_blocks:
+                return None
+            self._require_new(seq.seq_id)
+            self._give(seq.seq_id, need, num_tokens)
+            return NO_COPIES
+        return self.admit(group) if self.can_admit(group) else None
 
     def admit(self, group: SequenceGroup) -> BlockPairs:
         """Allocate the prompt once, fork the other sequences from it, and make room in each for

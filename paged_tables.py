@@ -10,7 +10,7 @@ for: admission, beam search, swapping. Import the manager from there.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from allocator import BlockAllocator, DuplicateSequenceError, OutOfBlocksError, UnknownSequenceError
@@ -59,7 +59,7 @@ class PagedTables:
 
     @property
     def num_free_blocks(self) -> int:
-        return self._gpu.num_free
+        return len(self._gpu.free_blocks)
 
     @property
     def running_ids(self) -> list[int]:
@@ -104,8 +104,7 @@ class PagedTables:
                 f"sequence {seq_id} needs {need} blocks, {self.num_free_blocks} are free"
             )
         if prefix_id is None:
-            table = BlockTable(self._gpu.take(need), self.block_size, num_tokens, self._clock)
-            self._add(seq_id, table)
+            self._give(seq_id, need, num_tokens)
             return NO_COPIES
         prefix = self._prefixes[prefix_id]
         table = prefix.fork()
@@ -137,11 +136,17 @@ class PagedTables:
 
     def free(self, seq_id: int) -> list[int]:
         """Drop a running sequence or a prefix; returns the blocks that became free."""
-        if seq_id in self._prefixes:
-            return self._drop(self._prefixes.pop(seq_id).blocks)
-        table = self._running(seq_id)
-        self._leave_step(seq_id, table)
-        del self._loose[seq_id], self._tables[seq_id]
+        table = self._tables.get(seq_id)
+        if table is None:
+            if seq_id in self._prefixes:
+                return self._drop(self._prefixes.pop(seq_id).blocks)
+            table = self._running(seq_id)  # raises
+        if table.phase is None:
+            del self._loose[seq_id]
+        else:
+            del self._due[table.phase][seq_id]
+            self._in_step_unfilled -= (table.phase - self._clock.now) % self.block_size
+        del self._tables[seq_id]
         self._logical_blocks -= len(table.blocks)
         return self._drop(table.blocks)
 
@@ -179,21 +184,24 @@ class PagedTables:
             check_count("number of tokens", num_tokens)
         now, size = self._clock.now, self.block_size
         need = len(self._due[now % size]) + len(self._loose)  # at most, for a step of one
-        if num_tokens > 1 or need > self.num_free_blocks:
-            need = self.blocks_for_step(num_tokens)
+        if num_tokens > 1:  # a table's blocks, and a copy for each that is loose
+            need = len(self._tables) * -(-num_tokens // size) + len(self._loose)
         if need > self.num_free_blocks:
-            raise OutOfBlocksError(
-                f"a step of {num_tokens} needs {need} blocks, {self.num_free_blocks} are free"
-            )
+            need = self.blocks_for_step(num_tokens)
+            if need > self.num_free_blocks:
+                raise OutOfBlocksError(
+                    f"a step of {num_tokens} needs {need} blocks, {self.num_free_blocks} are free"
+                )
         copies = self._enter_step() if self._loose else NO_COPIES
+        pop = self._gpu.free_blocks.pop
         taken = 0
-        for ahead in range(min(num_tokens, size)):
+        for ahead in range(num_tokens if num_tokens < size else size):
             due = self._due[(now + ahead) % size]
             if due:
                 # A table due `ahead` steps from now is due again every S steps after that.
                 for _ in range(ahead, num_tokens, size):
-                    blocks = self._gpu.take(len(due))
-                    deque(map(list.append, due.values(), blocks), maxlen=0)
+                    for blocks in due.values():
+                        blocks.append(pop())
                     taken += len(due)
         self._logical_blocks += taken
         self._in_step_unfilled += taken * size - (len(self._tables) * num_tokens)
@@ -203,35 +211,58 @@ class PagedTables:
     def blocks_for_step(self, num_tokens: int = 1) -> int:
         """Exact number of new blocks that `append_all(num_tokens)` takes, copies included."""
         size, now = self.block_size, self._clock.now
+        if num_tokens is ONE and not self._loose:
+            return len(self._due[now % size])
         need = 0
-        for phase, due in enumerate(self._due):
+        for ahead in range(min(num_tokens, size)):
+            due = self._due[(now + ahead) % size]
             if due:
-                ahead = (phase - now) % size
-                if ahead < num_tokens:
-                    need += len(due) * -(-(num_tokens - ahead) // size)
-        held: Counter[int] = Counter()
+                need += len(due) * -(-(num_tokens - ahead) // size)
+        held = []
         for table in self._loose.values():
             missing = num_tokens - table.room - table.held
             if missing > 0:
                 need += -(-missing // size)
             if table.held:
-                held[table.blocks[-1]] += 1
-        return need + self._copies_for(held)
+                held.append(table.blocks[-1])
+        return need + self._copies_for(Counter(held)) if held else need
+
+    def steps_without_copies(self, at_most: int, reserve: int) -> int:
+        """The most steps, `at_most` or fewer, that copy nothing and leave `reserve` blocks free."""
+        free, size, now = self.num_free_blocks - reserve, self.block_size, self._clock.now
+        if free < 0:
+            return 0
+        rooms = []
+        for table in self._loose.values():
+            if table.held:
+                return 0
+            rooms.append(table.room)
+        # A table takes a block in every S steps: whole rounds first, then step by step.
+        tables = len(self._tables)
+        rounds = at_most // size if not tables else min(at_most // size, free // tables)
+        free -= rounds * tables
+        if free >= tables:
+            return at_most
+        for ahead in range(at_most - rounds * size):
+            free -= len(self._due[(now + ahead) % size]) + rooms.count(ahead)
+            if free < 0:
+                return rounds * size + ahead
+        return at_most
 
     def blocks_for_append(self, seq_ids: Iterable[int]) -> int:
         """Exact number of new blocks, copies included, for a token more in each of these."""
         need = 0
         due = self._clock.now % self.block_size
-        held: Counter[int] = Counter()
+        held = []
         for seq_id in seq_ids:
-            table = self._running(seq_id)
+            table = self._tables.get(seq_id) or self._running(seq_id)
             if table.phase is not None:
                 need += table.phase == due
             elif table.held:
-                held[table.blocks[-1]] += 1
+                held.append(table.blocks[-1])
             else:
                 need += table.room == 0
-        return need + self._copies_for(held)
+        return need + self._copies_for(Counter(held)) if held else need
 
     def _copies_for(self, writers: Counter[int]) -> int:
         """Copies when so many tables write into each of these shared blocks.
@@ -252,6 +283,13 @@ class PagedTables:
     def _require_new(self, seq_id: int) -> None:
         if seq_id in self._tables or seq_id in self._prefixes:
             raise DuplicateSequenceError(f"sequence {seq_id} exists already")
+
+    def _give(self, seq_id: int, num_blocks: int, num_tokens: int) -> None:
+        """A table of its own for a new sequence; all has been checked."""
+        blocks = self._gpu.take(num_blocks)
+        table = BlockTable(blocks, self.block_size, num_tokens, self._clock)
+        self._tables[seq_id] = self._loose[seq_id] = table
+        self._logical_blocks += num_blocks
 
     def _add(self, seq_id: int, table: BlockTable) -> None:
         self._tables[seq_id] = self._loose[seq_id] = table
@@ -312,5 +350,6 @@ class PagedTables:
 
     def _drop(self, blocks: list[int]) -> list[int]:
         freed = self._gpu.drop(blocks)
-        self._gpu_copies.forget(freed)
+        if self._gpu_copies.nodes:
+            self._gpu_copies.forget(freed)
         return freed

@@ -10,13 +10,17 @@ limit on batched tokens, the order in which running, swapped and waiting groups 
     iteration = scheduler.schedule()     # what the tensors must do now
     completion = scheduler.complete()    # what is finished, which beams changed parents
 
-Bookkeeping only. serving.py runs it over a workload.
+Between two decisions every iteration is like the one before: `quiet_steps()` says for how many,
+and `advance(n)` takes them at once. Bookkeeping only. serving.py runs it over a workload.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from operator import attrgetter
 
 from kv_cache_manager import (
     BaselineCacheManager,
@@ -25,10 +29,11 @@ from kv_cache_manager import (
     PagedKVCacheManager,
     RequestTooLargeError,
 )
-from sequence import SequenceGroup, SequenceStatus
+from sequence import FINISHED, Clock, Sequence, SequenceGroup, SequenceStatus
 
 Manager = PagedKVCacheManager | BaselineCacheManager
 PREEMPTION_MODES = ("auto", "swap", "recompute")
+ORDER = attrgetter("order")
 
 
 class StalledError(CacheError):
@@ -62,6 +67,9 @@ class Iteration:
     decodes: list[SequenceGroup] = field(default_factory=list)
     num_swaps: int = 0
     num_recomputations: int = 0
+    num_decodes: int = 0  # sequences of `decodes`: each computes one token
+    context_tokens: int = 0  # K/V that they read, each for itself, also where it is shared
+    prompt_tokens: int = 0  # that `prefills` compute
 
     @property
     def num_groups(self) -> int:
@@ -89,23 +97,44 @@ class Scheduler:
         self.manager = manager
         self.limits = limits
         self.preemption = preemption
-        self.waiting: list[SequenceGroup] = []
+        self.waiting: deque[SequenceGroup] = deque()
         self.running: list[SequenceGroup] = []
         self.swapped: list[SequenceGroup] = []
-        self.num_iterations = 0
+        self.num_running_seqs = 0
+        self.context_tokens = 0  # of the running sequences, what they have generated included
+        self._clock = Clock()  # iterations completed
+        self._ends: dict[int, list[SequenceGroup]] = {}  # by the step that completes a sequence
+        self._next_ends: list[int] = []  # the keys of _ends, a heap
+        self._beams: list[SequenceGroup] = []  # of the running ones, in order
+        self._widest = 1  # sequences of the largest group so far
+        self._settled = False  # until a completion or an arrival, there is nothing to decide
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations scheduled and completed."""
+        return self._clock.now
 
     def add(self, group: SequenceGroup) -> None:
         """Submit a group. Raises RequestTooLargeError if it could never run to its end."""
         self.check(group)
-        insort(self.waiting, group, key=priority)
+        self.enqueue(group)
+
+    def enqueue(self, group: SequenceGroup) -> None:
+        """Submit a group that has passed `check`."""
+        if len(group.seqs) > self._widest:
+            self._widest = len(group.seqs)
+        if not (self.waiting or self.swapped):
+            self._settled = False  # otherwise it is behind one that waits for memory
+        _place(self.waiting, group)
 
     def check(self, group: SequenceGroup) -> None:
         """RequestTooLargeError unless the group could run to its end if it were alone."""
-        computed = group.own_prompt_len + max(seq.output_len for seq in group.seqs)
-        limits = self.limits
-        if computed > limits.max_batched_tokens or len(group.seqs) > limits.max_num_seqs:
+        seqs, limits = group.seqs, self.limits
+        longest = seqs[0].output_len if len(seqs) == 1 else max(seq.output_len for seq in seqs)
+        computed = group.own_prompt_len + longest
+        if computed > limits.max_batched_tokens or len(seqs) > limits.max_num_seqs:
             raise RequestTooLargeError(
-                f"request {group.group_id}: {computed} tokens in {len(group.seqs)} sequences "
+                f"request {group.group_id}: {computed} tokens in {len(seqs)} sequences "
                 f"exceed {limits.max_batched_tokens} tokens or {limits.max_num_seqs} sequences"
             )
         self.manager.require_fits(group)
@@ -114,47 +143,71 @@ class Scheduler:
     def idle(self) -> bool:
         return not (self.waiting or self.running or self.swapped)
 
+    # -- iteration by iteration ---------------------------------------------------------------
+
     def schedule(self, now_s: float = 0.0) -> Iteration:
         """Decide one iteration: who grows, who gives way, who comes back, who is admitted."""
-        iteration = Iteration(self.num_iterations, now_s)
-        self.num_iterations += 1
+        iteration = Iteration(self._clock.now, now_s)
         preempted = self._grow(iteration)
-        if not iteration.num_swaps:
+        if self.swapped and not iteration.num_swaps:
             self._swap_in(iteration, preempted)
         iteration.decodes = self.running.copy()
-        if not self.swapped:
-            self._admit(iteration, preempted)
+        iteration.num_decodes = self.num_running_seqs
+        iteration.context_tokens = self.context_tokens
+        all_tried = True
+        if self.waiting and not self.swapped:
+            all_tried = self._admit(iteration, preempted)
         if not self.running and not self.idle and not preempted:
             raise StalledError("nothing runs and nothing can be admitted")
+        self._settled = all_tried and not preempted
         return iteration
 
-    def complete(self) -> Completion:
+    def complete(self, num_steps: int = 1) -> Completion:
         """One token more for every running sequence; free what is complete, re-parent beams."""
+        self._clock.now = now = self._clock.now + num_steps
+        self.context_tokens += num_steps * self.num_running_seqs
         done = Completion()
-        manager = self.manager
-        still = []
-        for group in self.running:
-            ended = False
-            for seq in group.seqs:
-                if seq.status is SequenceStatus.RUNNING:
-                    seq.num_generated += 1
-                    if seq.num_generated == seq.output_len:
-                        seq.status = SequenceStatus.FINISHED
-                        done.freed += manager.free(seq.seq_id)
-                        ended = True
-            if ended and group.finished:
-                done.finished.append(group)
-                continue
-            still.append(group)
-            if group.beam_parents is not None:
-                parents = group.beam_parents[group.seqs[0].num_generated - 1]
-                ids = [seq.seq_id for seq in group.seqs]
-                moved = {ids[i]: ids[p] for i, p in enumerate(parents) if i != p}
-                if moved:
-                    done.reorders.append(moved)
-                    done.moves.append(manager.reorder(moved))
-        self.running = still
+        if self._next_ends and self._next_ends[0] <= now:
+            self._finish(now, done)
+        for group in self._beams:
+            parents = group.beam_parents[group.seqs[0].num_generated - 1]
+            moved = {
+                group.seqs[child].seq_id: group.seqs[parent].seq_id
+                for child, parent in enumerate(parents)
+                if child != parent
+            }
+            if moved:
+                done.reorders.append(moved)
+                done.moves.append(self.manager.reorder(moved))
         return done
+
+    # -- many iterations at once --------------------------------------------------------------
+
+    @property
+    def admits_arrivals(self) -> bool:
+        """Whether a request that arrives now would be tried at once: none waits before it."""
+        return not (self.waiting or self.swapped)
+
+    def quiet_steps(self) -> int:
+        """How many iterations from here on decide nothing, short of an arrival; may be 0.
+
+        The last of them may complete a sequence. Until then free memory only shrinks, so who
+        waits for memory, or for a sequence to end, still waits; and there is a block for all.
+        """
+        if not self._settled or not self.running or self._beams:
+            return 0
+        ends = self._next_ends
+        while not self._ends[ends[0]]:  # preempted since
+            del self._ends[heappop(ends)]
+        steps = ends[0] - self._clock.now
+        if isinstance(self.manager, PagedKVCacheManager):
+            steps = self.manager.steps_without_copies(steps, self._widest)
+        return steps
+
+    def advance(self, num_steps: int) -> Completion:
+        """Take that many iterations, at most `quiet_steps()`, at once."""
+        self.manager.append_all(num_steps)
+        return self.complete(num_steps)
 
     # -- the parts of an iteration ----------------------------------------------------------
 
@@ -165,50 +218,68 @@ class Scheduler:
         takes them from the latest arrived. Growing does not change what a later group holds, so
         the turns are counted first and those that stay then grow in one call.
         """
-        manager, running = self.manager, self.running
+        manager = self.manager
         preempted: list[SequenceGroup] = []
         if isinstance(manager, PagedKVCacheManager):
-            largest = max((len(group.seqs) for group in running), default=0)
-            taken = turn = 0
+            need = manager.blocks_for_step()
             # If so many are left even after the last turn, every turn had enough.
-            if manager.num_free_blocks - manager.blocks_for_step() >= largest:
-                turn = len(running)
-            while turn < len(running):
-                ids = [seq.seq_id for seq in running[turn].unfinished()]
+            if manager.num_free_blocks - need < self._widest:
+                preempted = self._make_room(need, iteration)
+        iteration.copies += manager.append_all()
+        return preempted
+
+    def _make_room(self, need: int, iteration: Iteration) -> list[SequenceGroup]:
+        """Preempt until every turn has enough, when all of them together take `need` blocks."""
+        manager, running, widest = self.manager, self.running, self._widest
+        preempted: list[SequenceGroup] = []
+        turn = taken = 0
+        while turn < len(running):
+            # Where all are equally wide the last turn is the hardest, so it decides for all.
+            if self.num_running_seqs == widest * len(running):
+                last = manager.blocks_for_append(running[-1].unfinished_ids())
+                if manager.num_free_blocks - (need - last) >= widest:
+                    break
+                need -= last
+            else:
+                ids = running[turn].unfinished_ids()
                 if len(ids) <= manager.num_free_blocks - taken:
                     taken += manager.blocks_for_append(ids)
                     turn += 1
-                else:
-                    preempted.append(running.pop())  # it may be this very group
-                    self._preempt(preempted[-1], iteration)
-        iteration.copies += manager.append_all()
+                    continue
+                need -= manager.blocks_for_append(running[-1].unfinished_ids())
+            preempted.append(running.pop())  # it may be the very group whose turn it is
+            self._preempt(preempted[-1], iteration)
         return preempted
 
     def _preempt(self, group: SequenceGroup, iteration: Iteration) -> None:
         """Take all sequences of a group out of GPU memory, all or none (section 4.5)."""
         seqs = group.unfinished()
-        ids = [seq.seq_id for seq in seqs]
+        ids = group.unfinished_ids()
         group.num_preemptions += 1
+        self._ends[group.end_step].remove(group)
         swap = self.preemption == "swap" or (self.preemption == "auto" and len(seqs) > 1)
         if swap and self.manager.can_swap_out(ids):
             iteration.swapped_out += self.manager.swap_out(ids)
             iteration.num_swaps += 1
-            insort(self.swapped, group, key=priority)
+            _place(self.swapped, group)
             status = SequenceStatus.SWAPPED
         else:  # also where the CPU pool is full
             for seq_id in ids:
                 iteration.freed += self.manager.free(seq_id)
             iteration.num_recomputations += 1
-            insort(self.waiting, group, key=priority)
+            _place(self.waiting, group)
             status = SequenceStatus.WAITING
         for seq in seqs:
-            seq.status = status
+            self._stop(seq, status)
+        if group.beam_parents is not None:
+            self._beams.remove(group)
 
     def _swap_in(self, iteration: Iteration, preempted: list[SequenceGroup]) -> None:
         """Bring swapped groups back, first come first served."""
         while self.swapped and self.swapped[0] not in preempted:
             group = self.swapped[0]
-            ids = [seq.seq_id for seq in group.unfinished()]
+            seqs = group.unfinished()
+            ids = [seq.seq_id for seq in seqs]
             # As the artifact counts: running groups, and the sequences that would join them.
             if len(self.running) + len(ids) > self.limits.max_num_seqs:
                 break
@@ -218,34 +289,99 @@ class Scheduler:
             iteration.swapped_in += self.manager.swap_in(ids)
             for seq_id in ids:
                 iteration.copies += self.manager.append(seq_id)
-            self._run(group)
+            self._run(group, seqs)
 
-    def _admit(self, iteration: Iteration, preempted: list[SequenceGroup]) -> None:
-        """Admit waiting groups, first come first served, until one does not fit."""
-        batched = sum(len(group.unfinished()) for group in self.running)
-        while self.waiting and self.waiting[0] not in preempted:
-            group = self.waiting[0]
-            seqs = group.unfinished()
+    def _admit(self, iteration: Iteration, preempted: list[SequenceGroup]) -> bool:
+        """Admit waiting groups, first come first served, until one does not fit.
+
+        False if that one may fit in the next iteration although nothing is freed.
+        """
+        batched = self.num_running_seqs
+        limits, waiting, manager = self.limits, self.waiting, self.manager
+        while waiting and waiting[0] not in preempted:
+            group = waiting[0]
+            seqs = group.seqs if len(group.seqs) == 1 else group.unfinished()
+            if len(self.running) + len(seqs) > limits.max_num_seqs:
+                return True
             # The prompt is computed once; after a recomputation the longest sequence counts.
-            tokens = group.own_prompt_len + max(seq.num_generated for seq in seqs)
-            if not self.manager.can_admit(group):
-                break
-            if batched + tokens > self.limits.max_batched_tokens:
-                break
-            if len(self.running) + len(seqs) > self.limits.max_num_seqs:
-                break
-            self.waiting.pop(0)
-            iteration.copies += self.manager.admit(group)
-            batched += tokens
+            prompt_len = group.own_prompt_len
+            if len(seqs) == 1:
+                tokens = computed = prompt_len + seqs[0].num_generated
+            else:
+                generated = [seq.num_generated for seq in seqs]
+                tokens, computed = prompt_len + max(generated), prompt_len + sum(generated)
+            if batched + tokens > limits.max_batched_tokens:
+                return False
+            copies = manager.try_admit(group)
+            if copies is None:
+                return True
+            waiting.popleft()
+            iteration.copies += copies
             iteration.prefills.append(group)
-            self._run(group)
+            iteration.prompt_tokens += computed
+            batched += tokens
+            self._run(group, seqs)
+        return True
 
-    def _run(self, group: SequenceGroup) -> None:
-        for seq in group.unfinished():
-            seq.status = SequenceStatus.RUNNING
-        insort(self.running, group, key=priority)
+    def _run(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
+        clock = self._clock
+        shortest = None
+        for seq in seqs:
+            generated = seq.num_generated
+            self.context_tokens += seq.prefix_len + seq.prompt_len + generated
+            left = seq.output_len - generated
+            if shortest is None or left < shortest:
+                shortest = left
+            seq.start(clock)
+        self.num_running_seqs += len(seqs)
+        _place(self.running, group)
+        self._await_end(group, clock.now + shortest)
+        if group.beam_parents is not None:
+            _place(self._beams, group)
+
+    def _await_end(self, group: SequenceGroup, step: int) -> None:
+        group.end_step = step
+        waiting = self._ends.get(step)
+        if waiting is None:
+            self._ends[step] = [group]
+            heappush(self._next_ends, step)
+        else:
+            waiting.append(group)
+
+    def _stop(self, seq: Sequence, status: SequenceStatus) -> None:
+        seq.stop(status)
+        self.num_running_seqs -= 1
+        self.context_tokens -= seq.prefix_len + seq.prompt_len + seq.num_generated
+
+    def _finish(self, now: int, done: Completion) -> None:
+        """Sequences whose last token came with this step, in order of arrival."""
+        groups = self._ends.pop(heappop(self._next_ends))
+        if len(groups) > 1:
+            groups.sort(key=ORDER)
+        for group in groups:
+            left = []
+            for seq in group.seqs:
+                if seq.status is not FINISHED:
+                    remaining = seq.output_len - seq.num_generated
+                    if remaining:
+                        left.append(remaining)
+                    else:
+                        self._stop(seq, FINISHED)
+                        done.freed += self.manager.free(seq.seq_id)
+            if left:
+                self._await_end(group, now + min(left))
+                continue
+            done.finished.append(group)
+            self.running.remove(group)
+            if group.beam_parents is not None:
+                self._beams.remove(group)
+        if groups and not self.admits_arrivals:
+            self._settled = False
 
 
-def priority(group: SequenceGroup) -> tuple[float, int]:
-    """First come first served: by arrival, then by number."""
-    return group.arrival_s, group.group_id
+def _place(queue: list[SequenceGroup] | deque[SequenceGroup], group: SequenceGroup) -> None:
+    """Insert in order; mostly that is the end."""
+    if not queue or queue[-1].order < group.order:
+        queue.append(group)
+    else:
+        insort(queue, group, key=ORDER)

@@ -12,7 +12,6 @@ Nothing here allocates: a manager (kv_cache_manager.py) decides which blocks a t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -23,6 +22,10 @@ class SequenceStatus(Enum):
     RUNNING = "running"
     SWAPPED = "swapped"
     FINISHED = "finished"
+
+
+# Looked up for every sequence that starts or ends: as names of the module they cost half.
+RUNNING, FINISHED = SequenceStatus.RUNNING, SequenceStatus.FINISHED
 
 
 class Clock:
@@ -95,28 +98,64 @@ class BlockTable:
         return f"BlockTable({self.blocks}, num_tokens={self.num_tokens})"
 
 
-@dataclass(slots=True, eq=False)
 class Sequence:
     """One sequence of a request: lengths in tokens, and where it stands.
 
     `prefix_len` tokens of a shared prefix (section 4.4) precede the `prompt_len` of its own.
     The last generated token is never fed back, so its K and V are never stored: a finished
     sequence has written prefix_len + prompt_len + output_len - 1 slots.
+
+    A running sequence counts its tokens with the scheduler's clock, so that a decode step costs
+    nothing here: `start` and `stop` are called when it begins and ceases to run.
     """
 
-    seq_id: int
-    prompt_len: int
-    output_len: int
-    prefix_len: int = 0
-    num_generated: int = 0
-    status: SequenceStatus = SequenceStatus.WAITING
+    __slots__ = ("_clock", "_offset", "output_len", "prefix_len", "prompt_len", "seq_id", "status")
 
-    def __post_init__(self) -> None:
-        if self.prompt_len < 1 or self.output_len < 1 or self.prefix_len < 0:
+    def __init__(
+        self,
+        seq_id: int,
+        prompt_len: int,
+        output_len: int,
+        prefix_len: int = 0,
+        num_generated: int = 0,
+    ) -> None:
+        if prompt_len < 1 or output_len < 1 or prefix_len < 0:
             raise ValueError(
-                f"sequence {self.seq_id}: prompt and output need at least one token, "
-                f"got {self.prompt_len} and {self.output_len} (prefix {self.prefix_len})"
+                f"sequence {seq_id}: prompt and output need at least one token, "
+                f"got {prompt_len} and {output_len} (prefix {prefix_len})"
             )
+        self.seq_id = seq_id
+        self.prompt_len = prompt_len
+        self.output_len = output_len
+        self.prefix_len = prefix_len
+        self.status = SequenceStatus.WAITING
+        self._clock: Clock | None = None
+        self._offset = num_generated  # tokens generated, less the clock's time while it runs
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        clock = self._clock
+        return self._offset if clock is None else self._offset + clock.now
+
+    @num_generated.setter
+    def num_generated(self, count: int) -> None:
+        assert self._clock is None, "the clock counts the tokens of a running sequence"
+        self._offset = count
+
+    def start(self, clock: Clock) -> None:
+        """From now on it generates a token in every step of the clock."""
+        assert self._clock is None, "a running sequence cannot start"
+        self._clock = clock
+        self._offset -= clock.now
+        self.status = RUNNING
+
+    def stop(self, status: SequenceStatus) -> None:
+        """It ceases to run, for the reason that its new status gives."""
+        assert self._clock is not None, "only a running sequence can stop"
+        self._offset += self._clock.now
+        self._clock = None
+        self.status = status
 
     @property
     def context_len(self) -> int:
@@ -134,42 +173,62 @@ class Sequence:
         return self.context_len + self.num_generated
 
 
-@dataclass(slots=True, eq=False)
 class SequenceGroup:
     """The sequences of one request; scheduled, preempted and resumed together (section 4.5).
 
     `beam_parents[i]` gives, for each beam, which beam it continues after step i (beam search);
     it is None for single requests and parallel sampling. `prefix_id` names a shared prefix.
+    `order` is first come first served: by arrival, then by number.
     """
 
-    group_id: int
-    seqs: list[Sequence]
-    arrival_s: float = 0.0
-    prefix_id: int | None = None
-    beam_parents: list[list[int]] | None = None
-    num_preemptions: int = field(default=0)
+    __slots__ = (
+        "arrival_s", "beam_parents", "end_step", "group_id", "num_preemptions", "order",
+        "prefix_id", "seqs",
+    )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        if not self.seqs:
-            raise ValueError(f"group {self.group_id} has no sequence")
-        if len({seq.seq_id for seq in self.seqs}) < len(self.seqs):
-            raise ValueError(f"group {self.group_id} names a sequence twice")
-        if len({(seq.prefix_len, seq.prompt_len) for seq in self.seqs}) > 1:
-            raise ValueError(f"the sequences of group {self.group_id} differ in their prompt")
-        if self.beam_parents is not None and len({seq.output_len for seq in self.seqs}) > 1:
-            raise ValueError(f"the beams of group {self.group_id} differ in their output length")
+    def __init__(
+        self,
+        group_id: int,
+        seqs: list[Sequence],
+        arrival_s: float = 0.0,
+        prefix_id: int | None = None,
+        beam_parents: list[list[int]] | None = None,
+    ) -> None:
+        if len(seqs) != 1:
+            if not seqs:
+                raise ValueError(f"group {group_id} has no sequence")
+            if len({seq.seq_id for seq in seqs}) < len(seqs):
+                raise ValueError(f"group {group_id} names a sequence twice")
+            if len({(seq.prefix_len, seq.prompt_len) for seq in seqs}) > 1:
+                raise ValueError(f"the sequences of group {group_id} differ in their prompt")
+            if beam_parents is not None and len({seq.output_len for seq in seqs}) > 1:
+                raise ValueError(f"the beams of group {group_id} differ in their output length")
+        self.group_id = group_id
+        self.seqs = seqs
+        self.arrival_s = arrival_s
+        self.prefix_id = prefix_id
+        self.beam_parents = beam_parents
+        self.num_preemptions = 0
+        self.order = (arrival_s, group_id)
+        # While it runs: the step of the scheduler's clock after which a sequence is complete.
+        self.end_step: int | None = None
 
     @property
     def own_prompt_len(self) -> int:
         """Prompt tokens the group stores itself: all of them, or those behind a shared prefix."""
         first = self.seqs[0]
-        return first.context_len if self.prefix_id is None else first.prompt_len
+        shared = self.prefix_id is not None
+        return first.prompt_len if shared else first.prefix_len + first.prompt_len
 
     def unfinished(self) -> list[Sequence]:
         """The sequences that still have output to generate: only these are ever resumed."""
-        return [seq for seq in self.seqs if seq.status is not SequenceStatus.FINISHED]
+        return [seq for seq in self.seqs if seq.status is not FINISHED]
+
+    def unfinished_ids(self) -> list[int]:
+        """Their ids."""
+        return [seq.seq_id for seq in self.seqs if seq.status is not FINISHED]
 
     @property
     def finished(self) -> bool:
         """True once no sequence is left to run."""
-        return all(seq.status is SequenceStatus.FINISHED for seq in self.seqs)
+        return all(seq.status is FINISHED for seq in self.seqs)

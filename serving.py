@@ -1,23 +1,25 @@
-"""Serving a workload to its end over either manager, iteration by iteration.
+"""Serving a workload to its end over either manager, iteration by iteration or event by event.
 
 Reproduces: section 6.1's way of running a trace: requests arrive over time, are batched at
 iteration level and generate their known output lengths (scheduler.py holds the rules).
 
     groups = make_groups(make_trace(SHAREGPT, rate=2.0, duration_s=60.0, seed=0))
-    result = simulate(groups, PagedKVCacheManager(983, 16), Limits(2560, 2048))
+    result = simulate(groups, PagedKVCacheManager(983, 16), Limits(2560, 2048), latency)
 
 Bookkeeping only. An `Observer` is told what each iteration must do to the tensors (main.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from scheduler import Completion, Iteration, Limits, Manager, Scheduler, priority
+from latency import UNIT, LatencyModel
+from scheduler import ORDER, Completion, Iteration, Limits, Manager, Scheduler
 from sequence import Sequence, SequenceGroup
 from workload import Request, beam_parents
 
@@ -79,55 +81,116 @@ class ServingResult:
     blocks_swapped_out: int = 0
     blocks_swapped_in: int = 0
     sum_groups: int = 0
+    sum_normalized_s: float = 0.0
+    window_iterations: int = 0  # those that start in the window asked for
+    window_groups: int = 0
 
     @property
     def mean_batch(self) -> float:
         """Mean number of batched requests over iterations (Fig. 13)."""
         return self.sum_groups / max(1, self.num_iterations)
 
+    @property
+    def mean_window_batch(self) -> float:
+        """The same over the iterations in the window."""
+        return self.window_groups / max(1, self.window_iterations)
+
+    @property
+    def normalized_latency(self) -> float:
+        """Mean over requests of end-to-end latency / output length, s/token (section 6.1)."""
+        return self.sum_normalized_s / max(1, len(self.finish_s))
+
     def count(self, iteration: Iteration) -> None:
-        self.num_iterations += 1
-        self.sum_groups += iteration.num_groups
         self.num_swaps += iteration.num_swaps
         self.num_recomputations += iteration.num_recomputations
         self.num_copies += len(iteration.copies)
         self.blocks_swapped_out += len(iteration.swapped_out)
         self.blocks_swapped_in += len(iteration.swapped_in)
 
+    def count_batch(self, num_iterations: int, num_groups: int, in_window: bool) -> None:
+        self.num_iterations += num_iterations
+        self.sum_groups += num_iterations * num_groups
+        if in_window:
+            self.window_iterations += num_iterations
+            self.window_groups += num_iterations * num_groups
+
+    def finish(self, group: SequenceGroup, now_s: float) -> None:
+        self.finish_s[group.group_id] = now_s
+        output_len = group.seqs[0].output_len
+        if len(group.seqs) > 1:
+            output_len = max(seq.output_len for seq in group.seqs)
+        self.sum_normalized_s += (now_s - group.arrival_s) / output_len
+
 
 def simulate(
-    groups: Seq[SequenceGroup],
+    groups: Iterable[SequenceGroup],
     manager: Manager,
     limits: Limits,
+    latency: LatencyModel = UNIT,
     *,
     preemption: str = "auto",
-    seconds_of: Callable[[Iteration], float] = lambda iteration: 1.0,
     observers: Seq[Observer] = (),
+    window_s: tuple[float, float] = (0.0, math.inf),
+    plain: bool = False,
+    check: bool = False,
 ) -> ServingResult:
-    """Serve all groups to their end. `seconds_of` gives an iteration's time (default: one each).
+    """Serve all groups to their end (sections 4.5 and 6.1).
+
+    Event-driven: between two decisions (a completion, an arrival, a shortage of blocks, a
+    preemption) all iterations are taken at once, in closed form. `plain` takes them one by one,
+    as do observers and `check`, which recomputes the manager's invariants and the slot identity
+    in every iteration. `window_s` is what the window's means in the result are about.
 
     Raises RequestTooLargeError before anything runs, StalledError.
     """
     scheduler = Scheduler(manager, limits, preemption)
-    queue = sorted(groups, key=priority)
-    result = ServingResult()
-    now, arrived = 0.0, 0
+    queue = sorted(groups, key=ORDER)
     for group in queue:
         scheduler.check(group)
+    arrivals = [group.arrival_s for group in queue] + [math.inf]
+    opens_s, closes_s = window_s
+    one_by_one = plain or check or bool(observers)
+    result = ServingResult()
+    now, arrived = 0.0, 0
     while arrived < len(queue) or not scheduler.idle:
-        if scheduler.idle:
-            now = max(now, queue[arrived].arrival_s)
-        while arrived < len(queue) and queue[arrived].arrival_s <= now:
-            scheduler.add(queue[arrived])
-            arrived += 1
-        iteration = scheduler.schedule(now)
-        for observer in observers:
-            observer.on_iteration(iteration)
-        now += seconds_of(iteration)
-        completion = scheduler.complete()
-        for observer in observers:
-            observer.on_completion(completion)
-        result.count(iteration)
+        steps = 0 if one_by_one else scheduler.quiet_steps()
+        if steps:
+            # The first iteration that starts at or after one of these is the next to look at.
+            until = arrivals[arrived] if scheduler.admits_arrivals else math.inf
+            for edge in window_s:
+                if now < edge < until:
+                    until = edge
+            if until < math.inf:
+                load = scheduler.num_running_seqs, scheduler.context_tokens
+                steps = latency.steps_until(until - now, steps, *load)
+        in_window = opens_s <= now < closes_s
+        if steps:
+            batch = len(scheduler.running)
+            result.count_batch(steps, batch, in_window)
+            now += latency.decode_steps(
+                steps, scheduler.num_running_seqs, scheduler.context_tokens
+            )
+            completion = scheduler.advance(steps)
+        else:
+            if scheduler.idle:
+                now = max(now, arrivals[arrived])
+                in_window = opens_s <= now < closes_s
+            while arrivals[arrived] <= now:
+                scheduler.enqueue(queue[arrived])
+                arrived += 1
+            iteration = scheduler.schedule(now)
+            if check:
+                manager.check_invariants()
+            for observer in observers:
+                observer.on_iteration(iteration)
+            result.count(iteration)
+            result.count_batch(1, iteration.num_groups, in_window)
+            now += latency.iteration(iteration)
+            completion = scheduler.complete()
+            for observer in observers:
+                observer.on_completion(completion)
         for group in completion.finished:
-            result.finish_s[group.group_id] = now
+            result.finish(group, now)
+        if completion.moves:
+            now += latency.completion(completion)
     return result

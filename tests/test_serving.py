@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, RequestTooLargeError
+from latency import LatencyModel
 from scheduler import Iteration, Limits
 from sequence import SequenceStatus
 from serving import Observer, ServingResult, make_groups, simulate
@@ -119,12 +120,13 @@ def test_an_empty_workload_takes_no_time():
 
 def test_finish_times_add_up_what_each_iteration_takes():
     # Prefill and decode tokens as seconds: group 0 runs alone, then both, then group 1 alone.
-    def seconds_of(iteration):
-        prompts = sum(one.seqs[0].prompt_len for one in iteration.prefills)
-        return prompts + 0.5 * sum(len(one.unfinished()) for one in iteration.decodes)
+    class PerToken(LatencyModel):
+        def iteration(self, iteration):
+            prompts = sum(one.seqs[0].prompt_len for one in iteration.prefills)
+            return prompts + 0.5 * sum(len(one.unfinished()) for one in iteration.decodes)
 
     requests = [Request(0, 0.0, 4, 3), Request(1, 1.0, 7, 3, num_samples=2)]
-    result = simulate(make_groups(requests), paged(), LIMITS, seconds_of=seconds_of)
+    result = simulate(make_groups(requests), paged(), LIMITS, PerToken(1.0), plain=True)
     # 4, then 7 + 0.5 with group 1's prompt, then 0.5 + 2 x 0.5, then 2 x 0.5.
     assert result.finish_s == {0: 4 + 7.5 + 1.5, 1: 4 + 7.5 + 1.5 + 1.0}
     assert result.num_iterations == 4 and result.sum_groups == 1 + 2 + 2 + 1
@@ -219,14 +221,15 @@ def test_observers_are_told_in_turn_before_and_after_each_iteration():
         def on_completion(self, completion):
             order.append((self.name, "completion", len(completion.finished)))
 
-    def seconds_of(iteration):
-        order.append(("clock", "iteration", iteration.index))
-        return 1.0
+    class Clocked(LatencyModel):
+        def iteration(self, iteration):
+            order.append(("clock", "iteration", iteration.index))
+            return 1.0
 
     manager = paged()
     groups = make_groups([Request(0, 0.0, 3, 2)])
     observers = [Named("a"), Observer(), Named("b")]
-    simulate(groups, manager, LIMITS, seconds_of=seconds_of, observers=observers)
+    simulate(groups, manager, LIMITS, Clocked(1.0), observers=observers)
     one = [("a", "iteration"), ("b", "iteration"), ("clock", "iteration")]
     one += [("a", "completion"), ("b", "completion")]
     assert [entry[:2] for entry in order] == one * 2
