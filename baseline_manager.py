@@ -16,6 +16,8 @@ Fig. 3), section 6.1 (Orca's three variants, buddy allocation). How much a reque
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
 
 from allocator import (
     BuddyAllocator,
@@ -63,7 +65,10 @@ class BaselineCacheManager:
         self._buddy = BuddyAllocator(num_blocks, 1 << (largest - 1).bit_length())
         self._held: dict[int, Reservation] = {}
         self._now = 0  # steps taken by all sequences together
-        self._stop: int | None = None  # the step at which the first reservation is full, if known
+        # (step at which it is full, a serial number, id, reservation): a heap, cleared lazily.
+        self._full_at: list[tuple[int, int, int, Reservation]] = []
+        self._serial = count()
+        self._empty = BuddyAllocator(num_blocks, 1 << self._buddy.max_order)  # never taken from
         # Sums over the reservations, in slots.
         self._tokens = self._final = self._asked = self._given = 0
 
@@ -100,9 +105,11 @@ class BaselineCacheManager:
         Raises ReservationError if the final length exceeds it, ValueError for bad counts.
         """
         limit = self.max_len if max_len is None else max_len
-        check_count("number of tokens", num_tokens)
-        check_count("maximum length", limit)
-        check_count("final length", final_len, least=num_tokens)
+        usual = type(num_tokens) is type(final_len) is int and max_len is None
+        if not usual or not 0 < num_tokens <= final_len:
+            check_count("number of tokens", num_tokens)
+            check_count("maximum length", limit)
+            check_count("final length", final_len, least=num_tokens)
         if final_len > limit or limit > self.max_len:
             raise ReservationError(
                 f"a final length of {final_len} with a maximum of {limit}: "
@@ -118,11 +125,11 @@ class BaselineCacheManager:
     # -- operations -------------------------------------------------------------------------
 
     def can_allocate(
-        self, num_tokens: int, final_len: int, max_len: int | None = None, count: int = 1
+        self, num_tokens: int, final_len: int, max_len: int | None = None, number: int = 1
     ) -> bool:
-        """Whether `count` such sequences find a chunk each."""
+        """Whether `number` such sequences find a chunk each."""
         asked = self.slots_to_ask(num_tokens, final_len, max_len)
-        return self._buddy.fits(-(-asked // self.block_size), count)
+        return self._buddy.fits(-(-asked // self.block_size), number)
 
     def refused_by_fragmentation(self, num_tokens: int, final_len: int) -> bool:
         """Whether it does not fit although as many slots as it asks for are free."""
@@ -147,9 +154,17 @@ class BaselineCacheManager:
                 f"sequence {seq_id} asks for {blocks} contiguous blocks; of "
                 f"{self.num_free_blocks} free ones no chunk is large enough"
             )
+        self._reserve(seq_id, blocks, asked, num_tokens, final_len)
+
+    def _reserve(
+        self, seq_id: int, blocks: int, asked: int, num_tokens: int, final_len: int
+    ) -> None:
+        """Take the chunk; all has been checked."""
         start, size = self._buddy.take(blocks)
-        self._held[seq_id] = Reservation(start, size, asked, final_len, num_tokens - self._now)
-        self._stop = None
+        start_len = num_tokens - self._now
+        held = Reservation(start, size, asked, final_len, start_len)
+        self._held[seq_id] = held
+        heappush(self._full_at, (final_len - start_len, next(self._serial), seq_id, held))
         self._tokens += num_tokens
         self._final += final_len
         self._asked += asked
@@ -157,12 +172,11 @@ class BaselineCacheManager:
 
     def require_fits(self, group: SequenceGroup) -> None:
         """RequestTooLargeError unless an empty pool has a chunk for each of its sequences."""
-        empty = BuddyAllocator(self.num_blocks, 1 << self._buddy.max_order)
         try:
-            asked = max(self.slots_to_ask(s.num_tokens, s.final_len) for s in group.seqs)
+            asked = max([self.slots_to_ask(s.num_tokens, s.final_len) for s in group.seqs])
         except ReservationError as error:
             raise RequestTooLargeError(f"request {group.group_id}: {error}") from None
-        if not empty.fits(-(-asked // self.block_size), len(group.seqs)):
+        if not self._empty.fits(-(-asked // self.block_size), len(group.seqs)):
             raise RequestTooLargeError(
                 f"request {group.group_id} needs {len(group.seqs)} chunks for {asked} slots; "
                 f"the pool of {self.num_blocks} blocks has not so many"
@@ -172,10 +186,21 @@ class BaselineCacheManager:
         """Whether every sequence of the group finds a chunk of its own: nothing is shared."""
         seqs = group.unfinished()
         longest = max(seqs, key=lambda seq: self.slots_to_ask(seq.num_tokens, seq.final_len))
-        return self.can_allocate(longest.num_tokens, longest.final_len, count=len(seqs))
+        return self.can_allocate(longest.num_tokens, longest.final_len, number=len(seqs))
 
     def try_admit(self, group: SequenceGroup) -> BlockPairs | None:
         """`admit` if `can_admit`: never a copy, or None and nothing has changed."""
+        if len(group.seqs) == 1:  # most requests: no detour
+            seq = group.seqs[0]
+            num_tokens, final_len = seq.num_tokens, seq.final_len
+            asked = self.slots_to_ask(num_tokens, final_len)
+            blocks = -(-asked // self.block_size)
+            if not self._buddy.fits(blocks):
+                return None
+            if seq.seq_id in self._held:
+                raise DuplicateSequenceError(f"sequence {seq.seq_id} exists already")
+            self._reserve(seq.seq_id, blocks, asked, num_tokens, final_len)
+            return NO_COPIES
         return self.admit(group) if self.can_admit(group) else None
 
     def admit(self, group: SequenceGroup) -> BlockPairs:
@@ -203,27 +228,33 @@ class BaselineCacheManager:
         if held.start_len + self._now + num_tokens > held.final_len:
             raise ReservationError(f"sequence {seq_id} ends at {held.final_len} tokens")
         held.start_len += num_tokens
+        full_at = held.final_len - held.start_len
+        heappush(self._full_at, (full_at, next(self._serial), seq_id, held))
         self._tokens += num_tokens
-        self._stop = None
         return NO_COPIES
 
     def append_all(self, num_tokens: int = 1) -> BlockPairs:
         """Use `num_tokens` more slots of every sequence, or of none (ReservationError)."""
         check_count("number of tokens", num_tokens)
-        if self._held:
-            if self._stop is None:
-                self._stop = min(r.final_len - r.start_len for r in self._held.values())
-            if self._now + num_tokens > self._stop:
-                raise ReservationError(f"a step of {num_tokens} overruns a final length")
+        if self._held and self._now + num_tokens > self._first_full():
+            raise ReservationError(f"a step of {num_tokens} overruns a final length")
         self._now += num_tokens
         self._tokens += num_tokens * len(self._held)
         return NO_COPIES
+
+    def _first_full(self) -> int:
+        """The step at which the first reservation is full."""
+        heap = self._full_at
+        while True:
+            step, _, seq_id, held = heap[0]
+            if self._held.get(seq_id) is held and step == held.final_len - held.start_len:
+                return step
+            heappop(heap)
 
     def free(self, seq_id: int) -> list[int]:
         """Give the reservation back; returns its blocks."""
         held = self.reservation(seq_id)
         del self._held[seq_id]
-        self._stop = None
         self._tokens -= held.start_len + self._now
         self._final -= held.final_len
         self._asked -= held.asked
@@ -279,9 +310,9 @@ class BaselineCacheManager:
         assert self._final == sum(r.final_len for r in held), "sum of final lengths"
         assert self._asked == sum(r.asked for r in held), "sum of slots asked for"
         assert self._given == sum(r.num_blocks for r in held), "sum of blocks given"
-        if self._stop is not None and held:
+        if held:
             first = min(r.final_len - r.start_len for r in held)
-            assert self._stop == first, "the step at which the first reservation is full"
+            assert self._first_full() == first, "the step at which the first reservation is full"
         used = self.num_blocks - self._buddy.num_free
         assert used == self._given, "free and reserved blocks partition the pool"
         self.usage()

@@ -17,6 +17,9 @@ from sequence import BlockTable
 if TYPE_CHECKING:
     from kv_cache_manager import PagedKVCacheManager
 
+# (pool, block) -> its place in every table that holds it, slots filled, the block before it.
+Fills = dict[tuple[str, int], tuple[int, int, int | None]]
+
 
 def check_paged(manager: PagedKVCacheManager) -> None:
     """AssertionError at the first thing that does not hold."""
@@ -31,7 +34,7 @@ def check_paged(manager: PagedKVCacheManager) -> None:
     _check_pool(m._cpu, Counter(b for blocks in moved for b in blocks), "CPU")
     assert m._cpu.num_blocks <= m._gpu.num_blocks, "swap space above the GPU's blocks"
 
-    fills: dict[tuple[str, int], tuple[int, int]] = {}
+    fills: Fills = {}
     for table in (*m._tables.values(), *m._prefixes.values()):
         _check_table(table, size, fills, "gpu")
     for table in m._swapped.values():
@@ -59,13 +62,13 @@ def check_paged(manager: PagedKVCacheManager) -> None:
     running = m._tables.values()
     assert m._logical_blocks == sum(len(t.blocks) for t in running), "logical blocks"
     usage = m.usage()
-    filled = {block: fill for (pool, block), (_, fill) in fills.items() if pool == "gpu"}
+    filled = {block: fill for (pool, block), (_, fill, _) in fills.items() if pool == "gpu"}
     assert usage.tokens == sum(filled.values()), "tokens, counting a shared slot once"
     assert usage.padding == usage.physical_blocks * size - usage.tokens, "padding"
     assert usage.logical_tokens == sum(t.num_tokens for t in running), "logical tokens"
 
     _check_ledger(m._gpu_copies, filled)
-    _check_ledger(m._cpu_copies, {b: f for (pool, b), (_, f) in fills.items() if pool == "cpu"})
+    _check_ledger(m._cpu_copies, {b: f for (pool, b), (_, f, _) in fills.items() if pool == "cpu"})
     assert 0 <= m.duplicates() <= max(0, usage.tokens - 1), "more duplicates than tokens"
 
 
@@ -78,17 +81,18 @@ def _check_pool(pool: BlockAllocator, held: Counter[int], name: str) -> None:
     assert pool.extra_refs == extra, f"{name} reference counts differ from the tables"
 
 
-def _check_table(
-    table: BlockTable, size: int, fills: dict[tuple[str, int], tuple[int, int]], pool: str
-) -> None:
+def _check_table(table: BlockTable, size: int, fills: Fills, pool: str) -> None:
     assert table.room >= 0 and table.held >= 0, "negative room"
     assert 0 <= table.unfilled < size, "the last block is empty or over-full"
     assert len(table.blocks) == -(-table.num_tokens // size) > 0, "table length"
     assert 0 <= table.num_prefix_blocks <= len(table.blocks), "prefix longer than the table"
+    before = None
     for index, (block, filled) in enumerate(table.entries()):
         where = "gpu" if index < table.num_prefix_blocks else pool
-        known = fills.setdefault((where, block), (index, filled))
-        assert known == (index, filled), f"holders of block {block} disagree about it"
+        # Who shares a block shares all before it: reorder() compares tables from their ends.
+        known = fills.setdefault((where, block), (index, filled, before))
+        assert known == (index, filled, before), f"holders of block {block} disagree about it"
+        before = block
 
 
 def _check_ledger(ledger: CopyLedger, filled: dict[int, int]) -> None:

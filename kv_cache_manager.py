@@ -193,22 +193,32 @@ class PagedKVCacheManager(PagedTables):
         All new tables are built before any old one is dropped, so a beam may take the place of
         another that moves away in the same step. Returns the blocks nobody holds any more.
         """
-        tables = {seq_id: self._running(seq_id) for seq_id in {*parents, *parents.values()}}
-        moved = {child: parent for child, parent in parents.items() if child != parent}
-        for parent_id in set(moved.values()):
-            self._leave_step(parent_id, tables[parent_id])
-            tables[parent_id].hold()
-        new_tables = {child: tables[parent].fork() for child, parent in moved.items()}
-        for table in new_tables.values():
-            self._gpu.share(table.blocks)
+        moves = []
+        for child_id, parent_id in parents.items():
+            child, parent = self._running(child_id), self._running(parent_id)
+            if child is not parent:
+                moves.append((child_id, child, parent_id, parent))
+        new_tables = []
+        for _, child, parent_id, parent in moves:
+            self._leave_step(parent_id, parent)
+            parent.hold()
+            # A block is shared only together with all before it: compare from the end.
+            old, new = child.blocks, parent.blocks
+            same = min(len(old), len(new))
+            while same and old[same - 1] != new[same - 1]:
+                same -= 1
+            new_tables.append((same, new[same:], parent.held, parent.num_prefix_blocks))
+        for _, blocks, _, _ in new_tables:
+            self._gpu.share(blocks)
         freed: list[int] = []
-        for child, table in new_tables.items():
-            self._leave_step(child, tables[child])
-            old = tables[child].blocks
-            freed += self._gpu.drop(old)
-            self._tables[child] = self._loose[child] = table
-            self._logical_blocks += len(table.blocks) - len(old)
-        self._gpu_copies.forget(freed)
+        for (child_id, child, _, _), (same, blocks, held, prefix) in zip(moves, new_tables):
+            self._leave_step(child_id, child)
+            freed += self._gpu.drop(child.blocks[same:])
+            self._logical_blocks += same + len(blocks) - len(child.blocks)
+            child.blocks[same:] = blocks
+            child.room, child.held, child.num_prefix_blocks = 0, held, prefix
+        if self._gpu_copies.nodes:
+            self._gpu_copies.forget(freed)
         return freed
 
     def can_swap_out(self, seq_ids: list[int]) -> bool:

@@ -25,7 +25,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scheduler import Completion, Iteration
+from baseline_manager import BaselineCacheManager
+from scheduler import Completion, Iteration, Manager
 
 if TYPE_CHECKING:
     from paper import Deployment
@@ -57,11 +58,24 @@ class Software:
     static_step_s: float  # c0 of FasterTransformer, from its single leftmost ShareGPT point
 
 
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Seconds to move one block over PCIe: so much for each block, and for each slot of it."""
+
+    call_s: float
+    slot_s: float
+
+
 FITTED = {
     "opt-13b": Software(6.75e-3, 6.25e-3, 0.95e-3),
     "opt-66b": Software(25.0e-3, 5.0e-3, 5.0e-3),
     "opt-175b": Software(52.5e-3, 6.0e-3, 24.5e-3),
 }
+# Same layers, same width: the constants of one are taken for the other.
+FITTED_LIKE = {"llama-13b": "opt-13b"}
+# From Fig. 19a's microbenchmark, an input of Figs. 14 and 19b (tools/fit_latency.py).
+SWAP_IN = Swap(0.253e-3, 0.0672e-3)
+SWAP_OUT = Swap(0.154e-3, 0.0627e-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +110,16 @@ class LatencyModel:
             seconds += self.swap_out_s * len(it.swapped_out) + self.swap_in_s * len(it.swapped_in)
         return seconds
 
-    def completion(self, done: Completion) -> float:
-        """What a manager without sharing copies when beams change parents."""
-        slots = 0
-        for moves in done.moves:
-            if moves and isinstance(moves[0], tuple):
-                slots += sum(count for _, _, count in moves)
-        return self.copy_s * slots
+    def completion(self, done: Completion, manager: Manager) -> float:
+        """What a manager without sharing copies when beams change parents.
+
+        As in the artifact, a beam that takes another's place copies its whole reservation.
+        """
+        if not isinstance(manager, BaselineCacheManager):
+            return 0.0
+        moved = [seq_id for reorder in done.reorders for seq_id in reorder]
+        blocks = sum(manager.reservation(seq_id).num_blocks for seq_id in moved)
+        return self.copy_s * self.block_size * blocks
 
     def decode_steps(self, num_steps: int, num_seqs: int, context_tokens: int) -> float:
         """`num_steps` iterations of `num_seqs` sequences that first read `context_tokens`."""
@@ -130,3 +147,31 @@ class LatencyModel:
 
 
 UNIT = LatencyModel(step_s=1.0)  # time counted in iterations
+
+
+def latency_model(
+    deployment: Deployment,
+    block_size: int,
+    software: Software | None = None,
+    *,
+    static: bool = False,
+) -> LatencyModel:
+    """The model of a deployment; `software` as fitted unless given, `static` for
+    FasterTransformer's. KeyError for a model or GPU of which nothing is known."""
+    model, gpus = deployment.model, deployment.num_gpus
+    gpu = ACCELERATORS[deployment.gpu.name]
+    software = software or FITTED[FITTED_LIKE.get(model.name, model.name)]
+    params = model.matrix_params // gpus + model.replicated_params
+    bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
+    slot_bytes = model.kv_bytes_per_token / gpus
+    return LatencyModel(
+        step_s=(software.static_step_s if static else software.step_s)
+        + params * model.dtype_bytes / bandwidth,
+        token_s=2 * params / (FLOPS_USED * gpu.flops_per_s),
+        context_s=slot_bytes / bandwidth,
+        prompt_s=0.0 if static else software.prompt_s,
+        copy_s=2 * slot_bytes / bandwidth,
+        swap_out_s=SWAP_OUT.call_s + SWAP_OUT.slot_s * block_size,
+        swap_in_s=SWAP_IN.call_s + SWAP_IN.slot_s * block_size,
+        block_size=block_size,
+    )

@@ -103,9 +103,9 @@ class Scheduler:
         self.num_running_seqs = 0
         self.context_tokens = 0  # of the running sequences, what they have generated included
         self._clock = Clock()  # iterations completed
-        self._ends: dict[int, list[SequenceGroup]] = {}  # by the step that completes a sequence
-        self._next_ends: list[int] = []  # the keys of _ends, a heap
-        self._beams: list[SequenceGroup] = []  # of the running ones, in order
+        # Running groups by the step that completes a sequence of theirs or moves a beam.
+        self._events: dict[int, list[SequenceGroup]] = {}
+        self._next_events: list[int] = []  # the keys of _events, a heap
         self._widest = 1  # sequences of the largest group so far
         self._settled = False  # until a completion or an arrival, there is nothing to decide
 
@@ -167,18 +167,8 @@ class Scheduler:
         self._clock.now = now = self._clock.now + num_steps
         self.context_tokens += num_steps * self.num_running_seqs
         done = Completion()
-        if self._next_ends and self._next_ends[0] <= now:
-            self._finish(now, done)
-        for group in self._beams:
-            parents = group.beam_parents[group.seqs[0].num_generated - 1]
-            moved = {
-                group.seqs[child].seq_id: group.seqs[parent].seq_id
-                for child, parent in enumerate(parents)
-                if child != parent
-            }
-            if moved:
-                done.reorders.append(moved)
-                done.moves.append(self.manager.reorder(moved))
+        if self._next_events and self._next_events[0] <= now:
+            self._take_events(done)
         return done
 
     # -- many iterations at once --------------------------------------------------------------
@@ -191,15 +181,16 @@ class Scheduler:
     def quiet_steps(self) -> int:
         """How many iterations from here on decide nothing, short of an arrival; may be 0.
 
-        The last of them may complete a sequence. Until then free memory only shrinks, so who
-        waits for memory, or for a sequence to end, still waits; and there is a block for all.
+        The last of them may complete a sequence or move a beam. Until then free memory only
+        shrinks, so who waits for memory, or for a sequence to end, still waits; and there is a
+        block for all.
         """
-        if not self._settled or not self.running or self._beams:
+        if not self._settled or not self.running:
             return 0
-        ends = self._next_ends
-        while not self._ends[ends[0]]:  # preempted since
-            del self._ends[heappop(ends)]
-        steps = ends[0] - self._clock.now
+        events = self._next_events
+        while not self._events[events[0]]:  # preempted since
+            del self._events[heappop(events)]
+        steps = events[0] - self._clock.now
         if isinstance(self.manager, PagedKVCacheManager):
             steps = self.manager.steps_without_copies(steps, self._widest)
         return steps
@@ -256,7 +247,7 @@ class Scheduler:
         seqs = group.unfinished()
         ids = group.unfinished_ids()
         group.num_preemptions += 1
-        self._ends[group.end_step].remove(group)
+        self._events[group.event_step].remove(group)
         swap = self.preemption == "swap" or (self.preemption == "auto" and len(seqs) > 1)
         if swap and self.manager.can_swap_out(ids):
             iteration.swapped_out += self.manager.swap_out(ids)
@@ -271,8 +262,6 @@ class Scheduler:
             status = SequenceStatus.WAITING
         for seq in seqs:
             self._stop(seq, status)
-        if group.beam_parents is not None:
-            self._beams.remove(group)
 
     def _swap_in(self, iteration: Iteration, preempted: list[SequenceGroup]) -> None:
         """Bring swapped groups back, first come first served."""
@@ -325,58 +314,72 @@ class Scheduler:
 
     def _run(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
         clock = self._clock
-        shortest = None
         for seq in seqs:
-            generated = seq.num_generated
-            self.context_tokens += seq.prefix_len + seq.prompt_len + generated
-            left = seq.output_len - generated
-            if shortest is None or left < shortest:
-                shortest = left
+            self.context_tokens += seq.prefix_len + seq.prompt_len + seq.num_generated
             seq.start(clock)
         self.num_running_seqs += len(seqs)
         _place(self.running, group)
-        self._await_end(group, clock.now + shortest)
-        if group.beam_parents is not None:
-            _place(self._beams, group)
+        self._await_event(group, seqs)
 
-    def _await_end(self, group: SequenceGroup, step: int) -> None:
-        group.end_step = step
-        waiting = self._ends.get(step)
-        if waiting is None:
-            self._ends[step] = [group]
-            heappush(self._next_ends, step)
+    def _await_event(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
+        """Note when the first of these, its running sequences, ends or changes parents."""
+        first = seqs[0]
+        steps = first.output_len - first.num_generated
+        if len(seqs) > 1:
+            if group.beam_parents is None:
+                steps = min(seq.output_len - seq.num_generated for seq in seqs)
+            else:
+                move = group.beam_parents.next_move(first.num_generated)
+                if move is not None:
+                    steps = min(steps, move + 1 - first.num_generated)
+        group.event_step = step = self._clock.now + steps
+        there = self._events.get(step)
+        if there is None:
+            self._events[step] = [group]
+            heappush(self._next_events, step)
         else:
-            waiting.append(group)
+            there.append(group)
 
     def _stop(self, seq: Sequence, status: SequenceStatus) -> None:
         seq.stop(status)
         self.num_running_seqs -= 1
         self.context_tokens -= seq.prefix_len + seq.prompt_len + seq.num_generated
 
-    def _finish(self, now: int, done: Completion) -> None:
-        """Sequences whose last token came with this step, in order of arrival."""
-        groups = self._ends.pop(heappop(self._next_ends))
+    def _take_events(self, done: Completion) -> None:
+        """Sequences whose last token came with this step, and beams that move, in order."""
+        groups = self._events.pop(heappop(self._next_events))
         if len(groups) > 1:
             groups.sort(key=ORDER)
         for group in groups:
             left = []
             for seq in group.seqs:
                 if seq.status is not FINISHED:
-                    remaining = seq.output_len - seq.num_generated
-                    if remaining:
-                        left.append(remaining)
+                    if seq.num_generated < seq.output_len:
+                        left.append(seq)
                     else:
                         self._stop(seq, FINISHED)
                         done.freed += self.manager.free(seq.seq_id)
             if left:
-                self._await_end(group, now + min(left))
-                continue
-            done.finished.append(group)
-            self.running.remove(group)
-            if group.beam_parents is not None:
-                self._beams.remove(group)
+                if group.beam_parents is not None:
+                    self._reorder(group, done)
+                self._await_event(group, left)
+            else:
+                done.finished.append(group)
+                self.running.remove(group)
         if groups and not self.admits_arrivals:
             self._settled = False
+
+    def _reorder(self, group: SequenceGroup, done: Completion) -> None:
+        seqs = group.seqs
+        parents = group.beam_parents[seqs[0].num_generated - 1]
+        moved = {
+            seqs[child].seq_id: seqs[parent].seq_id
+            for child, parent in enumerate(parents)
+            if child != parent
+        }
+        if moved:
+            done.reorders.append(moved)
+            done.moves.append(self.manager.reorder(moved))
 
 
 def _place(queue: list[SequenceGroup] | deque[SequenceGroup], group: SequenceGroup) -> None:

@@ -12,6 +12,8 @@ Nothing here allocates: a manager (kv_cache_manager.py) decides which blocks a t
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from enum import Enum
 
 
@@ -173,6 +175,26 @@ class Sequence:
         return self.context_len + self.num_generated
 
 
+class BeamHistory(list):
+    """A beam search: entry [t][i] is the beam that beam i continues after step t (Fig. 9).
+
+    In most steps every beam continues itself; `next_move` finds those in which one does not.
+    Groups of the same history may share it.
+    """
+
+    def __init__(self, parents: Iterable[list[int]] = ()) -> None:
+        super().__init__(parents)
+        self._moves: list[int] | None = None
+
+    def next_move(self, step: int) -> int | None:
+        """The first step from `step` on in which a beam changes parents."""
+        if self._moves is None:
+            itself = list(range(len(self[0]))) if self else []
+            self._moves = [step for step, parents in enumerate(self) if parents != itself]
+        index = bisect_left(self._moves, step)
+        return self._moves[index] if index < len(self._moves) else None
+
+
 class SequenceGroup:
     """The sequences of one request; scheduled, preempted and resumed together (section 4.5).
 
@@ -182,7 +204,7 @@ class SequenceGroup:
     """
 
     __slots__ = (
-        "arrival_s", "beam_parents", "end_step", "group_id", "num_preemptions", "order",
+        "arrival_s", "beam_parents", "event_step", "group_id", "num_preemptions", "order",
         "prefix_id", "seqs",
     )  # fmt: skip
 
@@ -207,11 +229,14 @@ class SequenceGroup:
         self.seqs = seqs
         self.arrival_s = arrival_s
         self.prefix_id = prefix_id
-        self.beam_parents = beam_parents
+        self.beam_parents: BeamHistory | None = None
+        if beam_parents is not None:
+            shared = isinstance(beam_parents, BeamHistory)
+            self.beam_parents = beam_parents if shared else BeamHistory(beam_parents)
         self.num_preemptions = 0
         self.order = (arrival_s, group_id)
-        # While it runs: the step of the scheduler's clock after which a sequence is complete.
-        self.end_step: int | None = None
+        # While it runs: the step of the scheduler's clock after which something happens to it.
+        self.event_step: int | None = None
 
     @property
     def own_prompt_len(self) -> int:

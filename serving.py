@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from beam_search import beam_parents
 from latency import UNIT, LatencyModel
 from scheduler import ORDER, Completion, Iteration, Limits, Manager, Scheduler
 from sequence import Sequence, SequenceGroup
-from workload import Request, beam_parents
+from workload import Request
 
 
 class Observer:
@@ -131,6 +132,7 @@ def simulate(
     preemption: str = "auto",
     observers: Seq[Observer] = (),
     window_s: tuple[float, float] = (0.0, math.inf),
+    until_s: float = math.inf,
     plain: bool = False,
     check: bool = False,
 ) -> ServingResult:
@@ -138,8 +140,9 @@ def simulate(
 
     Event-driven: between two decisions (a completion, an arrival, a shortage of blocks, a
     preemption) all iterations are taken at once, in closed form. `plain` takes them one by one,
-    as do observers and `check`, which recomputes the manager's invariants and the slot identity
-    in every iteration. `window_s` is what the window's means in the result are about.
+    as does `check`, which recomputes the manager's invariants and the slot identity in every one.
+    Observers are told of every iteration that starts in `window_s`, and the window's means in the
+    result are about those. The run is cut at the first iteration that would start at `until_s`.
 
     Raises RequestTooLargeError before anything runs, StalledError.
     """
@@ -149,21 +152,22 @@ def simulate(
         scheduler.check(group)
     arrivals = [group.arrival_s for group in queue] + [math.inf]
     opens_s, closes_s = window_s
-    one_by_one = plain or check or bool(observers)
+    one_by_one = plain or check
     result = ServingResult()
     now, arrived = 0.0, 0
-    while arrived < len(queue) or not scheduler.idle:
-        steps = 0 if one_by_one else scheduler.quiet_steps()
+    while now < until_s and (arrived < len(queue) or not scheduler.idle):
+        in_window = opens_s <= now < closes_s
+        watched = in_window and bool(observers)
+        steps = 0 if one_by_one or watched else scheduler.quiet_steps()
         if steps:
             # The first iteration that starts at or after one of these is the next to look at.
             until = arrivals[arrived] if scheduler.admits_arrivals else math.inf
-            for edge in window_s:
+            for edge in (*window_s, until_s):
                 if now < edge < until:
                     until = edge
             if until < math.inf:
                 load = scheduler.num_running_seqs, scheduler.context_tokens
                 steps = latency.steps_until(until - now, steps, *load)
-        in_window = opens_s <= now < closes_s
         if steps:
             batch = len(scheduler.running)
             result.count_batch(steps, batch, in_window)
@@ -175,22 +179,27 @@ def simulate(
             if scheduler.idle:
                 now = max(now, arrivals[arrived])
                 in_window = opens_s <= now < closes_s
+                watched = in_window and bool(observers)
+            if now >= until_s:
+                break
             while arrivals[arrived] <= now:
                 scheduler.enqueue(queue[arrived])
                 arrived += 1
             iteration = scheduler.schedule(now)
             if check:
                 manager.check_invariants()
-            for observer in observers:
-                observer.on_iteration(iteration)
+            if watched:
+                for observer in observers:
+                    observer.on_iteration(iteration)
             result.count(iteration)
             result.count_batch(1, iteration.num_groups, in_window)
             now += latency.iteration(iteration)
             completion = scheduler.complete()
-            for observer in observers:
-                observer.on_completion(completion)
+            if watched:
+                for observer in observers:
+                    observer.on_completion(completion)
         for group in completion.finished:
             result.finish(group, now)
         if completion.moves:
-            now += latency.completion(completion)
+            now += latency.completion(completion, manager)
     return result

@@ -1,7 +1,7 @@
 """Workloads: request lengths and arrival times as in section 6.1 and Fig. 11 of the paper.
 
 A request is two lengths and an arrival time. Lengths come from the small tables shipped here
-(SHAREGPT, ALPACA, WMT16; see length_tables.py) or from a full length file:
+(SHAREGPT, ALPACA, WMT16, CHAT; see length_tables.py) or from a full length file:
 
     requests = make_trace(SHAREGPT, rate=2.0, duration_s=3600.0, seed=0)
     requests = make_trace(read_lengths("lengths.csv.gz"), 2.0, 3600.0, seed=0, total_below=2048)
@@ -17,13 +17,14 @@ import random
 import sys
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import BinaryIO
+from itertools import cycle, islice
 
 import numpy as np
 
+import chat_lengths
 import length_tables
 
 SLOT_S = 0.01  # arrivals are drawn per slot of 10 ms, as in the authors' artifact
@@ -33,6 +34,8 @@ MAX_FILE_BYTES = 256 * 2**20
 MAX_LINE_BYTES = 2**16
 # Examples in the translation prompt (Fig. 16): (prefix_len, added_prompt_len) for make_trace.
 WMT16_PROMPTS = length_tables.WMT16_PROMPTS
+Pair = tuple[int, int]  # input and output length of one request
+Row = tuple[str, list[str]]  # 'file, line n' and cells of it
 
 
 class WorkloadError(ValueError):
@@ -147,7 +150,9 @@ _ALPACA_SOURCE = "hikariming/alpaca_chinese_dataset a32705c (English records), O
 ALPACA = LengthTable("Alpaca", _ALPACA_SOURCE, length_tables.ALPACA_ROWS)
 _WMT16_SOURCE = "newstest2016, LLaMA tokenizer; inputs: what follows the shared 1-shot prefix"
 WMT16 = LengthTable("WMT16 En-De", _WMT16_SOURCE, length_tables.WMT16_ROWS)
-LENGTH_TABLES = {"sharegpt": SHAREGPT, "alpaca": ALPACA, "wmt16": WMT16}
+_CHAT_SOURCE = "ShareGPT_V3_unfiltered_cleaned_split, rounds as in length_files, OPT tokenizer"
+CHAT = LengthTable("ShareGPT chat", _CHAT_SOURCE, chat_lengths.CHAT_ROWS)
+LENGTH_TABLES = {"sharegpt": SHAREGPT, "alpaca": ALPACA, "wmt16": WMT16, "chat": CHAT}
 
 
 def poisson_arrivals(rate: float, duration_s: float, seed: int) -> np.ndarray:
@@ -198,8 +203,7 @@ def make_trace(
         known = [pair for pair in known if sum(pair) < limit]
         if not known:
             raise ValueError("no pairs of lengths to make a trace from")
-        pairs = [known[index % len(known)] for index in range(len(arrivals))]
-        random.Random(seed).shuffle(pairs)
+        pairs = first_pairs(known, len(arrivals), seed)
     rest = (num_samples, beam_width, prefix_len)
     return [
         Request(index, arrivals[index], prompt + added_prompt_len, output, *rest)
@@ -207,59 +211,74 @@ def make_trace(
     ]
 
 
-def read_lengths(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, outputs) in tokens, int64 (rows,) each, in file order, from a length file.
+def first_pairs(known: Sequence[Pair], count: int, seed: int) -> list[Pair]:
+    """`count` pairs as the artifact takes them: in order, from the top again, then shuffled."""
+    pairs = list(islice(cycle(known), count))
+    random.Random(seed).shuffle(pairs)
+    return pairs
 
-    A CSV, plain or gzipped (told by its content), whose first line names the columns, among
-    them `input_len` and `output_len`; whole numbers from 1 to 10**7. It is read line by line,
-    at most 256 MiB of it once unpacked. Raises WorkloadError for anything else.
+
+def read_lengths(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, outputs) in tokens, int64 (rows,) each, in file order: input_len, output_len."""
+    return tuple(read_columns(path, ("input_len", "output_len")))
+
+
+def read_columns(path: str | os.PathLike[str], names: Sequence[str]) -> np.ndarray:
+    """The columns `names` of a length file, whole numbers from 1, int64 (columns, rows)."""
+    lengths = array("q")  # flat, row by row
+    for place, cells in read_cells(path, names):
+        lengths.extend([whole_number(place, cell) for cell in cells])
+    if not lengths:
+        raise WorkloadError(f"{path}: no rows after the header")
+    return np.array(lengths, dtype=np.int64).reshape(-1, len(names)).T.copy()
+
+
+def read_cells(path: str | os.PathLike[str], names: Sequence[str]) -> Iterator[Row]:
+    """('file, line n', cells of the columns `names`) of each row; the first line names columns."""
+    lines = read_lines(path)
+    place, header = next(lines, (os.fspath(path), []))
+    if any(header.count(name) != 1 for name in names):
+        raise WorkloadError(f"{place}: the header must name {', '.join(names)}, once each")
+    wanted = [header.index(name) for name in names]
+    for place, cells in lines:
+        if len(cells) != len(header):
+            raise WorkloadError(f"{place}: {len(cells)} cells, the header has {len(header)}")
+        yield place, [cells[index] for index in wanted]
+
+
+def whole_number(place: str, cell: str, low: int = 1) -> int:
+    """The number that a cell spells, from `low` to 10**7; WorkloadError with `place` if not."""
+    # Digits only: int() would take '1_0' and '+1', and refuses very long numbers.
+    whole = cell.isascii() and cell.isdigit() and len(cell) < 20
+    if not whole or not low <= int(cell) <= MAX_LENGTH:
+        wanted = f"a whole number from {low} to {MAX_LENGTH}"
+        raise WorkloadError(f"{place}: {cell[:30]!a} is not {wanted}")
+    return int(cell)
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """('file, line n', cells) of every line of a CSV that is not blank, the header included.
+
+    The file is plain or gzipped (told by its content), read line by line, at most 256 MiB of it
+    once unpacked. Raises WorkloadError for anything else.
     """
+    size = 0
     try:
         with open(path, "rb") as file:
-            if file.peek(2)[:2] != b"\x1f\x8b":
-                return _parse_lengths(os.fspath(path), file)
-            with gzip.open(file, "rb") as unpacked:
-                return _parse_lengths(os.fspath(path), unpacked)
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            stream = gzip.GzipFile(fileobj=file) if packed else file
+            lines = iter(partial(stream.readline, MAX_LINE_BYTES + 1), b"")
+            for number, line in enumerate(lines, 1):
+                size += len(line)
+                place = f"{os.fspath(path)}, line {number}"
+                if size > MAX_FILE_BYTES or len(line) > MAX_LINE_BYTES:
+                    raise WorkloadError(f"{place}: the file, or this line, is too long")
+                text = line.decode("utf-8-sig", errors="replace").strip()  # bad bytes fail as cells
+                if text:
+                    yield place, [cell.strip() for cell in text.split(",")]
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise WorkloadError(f"{path}: cannot be read: {reason}") from None
-
-
-def _numbered_lines(path: str, stream: BinaryIO) -> Iterator[tuple[str, list[str]]]:
-    """('file, line n', cells) of every line that is not blank, within the bounds on size."""
-    size = 0
-    for number, line in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""), 1):
-        size += len(line)
-        place = f"{path}, line {number}"
-        if size > MAX_FILE_BYTES or len(line) > MAX_LINE_BYTES:
-            raise WorkloadError(f"{place}: the file, or this line, is too long")
-        text = line.decode("utf-8-sig", errors="replace").strip()  # bad bytes fail as cells
-        if text:
-            yield place, [cell.strip() for cell in text.split(",")]
-
-
-def _parse_lengths(path: str, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
-    lines = _numbered_lines(path, stream)
-    place, names = next(lines, (path, []))
-    columns = ("input_len", "output_len")
-    if any(names.count(column) != 1 for column in columns):
-        raise WorkloadError(f"{place}: the header must name input_len and output_len, once each")
-    wanted = [names.index(column) for column in columns]
-    lengths = array("q")  # flat: input, output, input, ...
-    for place, cells in lines:
-        if len(cells) != len(names):
-            raise WorkloadError(f"{place}: {len(cells)} cells, the header has {len(names)}")
-        for cell in (cells[index] for index in wanted):
-            # Digits only: int() would take '1_0' and '+1', and refuses very long numbers.
-            whole = cell.isascii() and cell.isdigit() and len(cell) < 20
-            if not whole or not 1 <= int(cell) <= MAX_LENGTH:
-                fault = f"{cell[:30]!a} is not a whole number from 1 to {MAX_LENGTH}"
-                raise WorkloadError(f"{place}: {fault}")
-            lengths.append(int(cell))
-    if not lengths:
-        raise WorkloadError(f"{path}: no rows after the header")
-    inputs, outputs = np.array(lengths, dtype=np.int64).reshape(-1, 2).T.copy()
-    return inputs, outputs
 
 
 def beam_parents(

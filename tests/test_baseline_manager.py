@@ -475,8 +475,9 @@ def corrupt_large_chunk(m):
     m._held[0].asked = 16
 
 
-def corrupt_stop(m):
-    m._stop += 1
+def corrupt_full_at(m):
+    """Two reservations, and the one that is full first is missing."""
+    m._full_at.remove(min(m._full_at))
 
 
 def add_to(name):
@@ -498,7 +499,7 @@ BASELINE_CORRUPTIONS = {
     "sum of final lengths": (add_to("_final"),),
     "sum of slots asked for": (add_to("_asked"),),
     "sum of blocks given": (add_to("_given"),),
-    "the step at which the first reservation is full": (corrupt_stop,),
+    "the step at which the first reservation is full": (corrupt_full_at,),
     "free and reserved blocks partition the pool": (add_to("num_blocks"),),
 }
 
