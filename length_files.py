@@ -62,7 +62,7 @@ def chat_rounds(path: str | os.PathLike[str]) -> list[Pair]:
     human first. Here a file may cut a long conversation into chunks, of which many repeat the
     last reply of the chunk before. So a human turn is paired with the gpt turn right after it,
     and turns without a partner are left out. By bare position queries and replies would change
-    places in such chunks, and outputs come out a third shorter. A chunk that continues a
+    places in such chunks, and outputs come out over a third shorter. A chunk that continues a
     conversation starts with a full history: chunks are cut at about the model's length, and
     joining them gives the same rounds. Raises WorkloadError.
     """
@@ -132,7 +132,7 @@ class Lengths:
         """One line of ASCII for reports: a file's name and size, or which table."""
         _check_dataset(dataset)
         if dataset not in self.files:
-            return f"compact table ({COMPACT[dataset][1]})"
+            return f"compact table ({COMPACT[dataset][2]})"
         name = ascii(_name(self.files[dataset]))[1:-1]
         return f"{name} ({len(self.pairs(dataset)):,} pairs)"
 

@@ -45,7 +45,7 @@ def simulate_static(
             longest_in, longest_out = wider
             end += 1
         batch = end - first
-        now += latency.step_s + latency.token_s * batch * longest_in
+        now += latency.step_s + latency.token_s * sum(prompts[first:end])
         now += latency.decode_steps(longest_out - 1, batch, batch * (longest_in + 1))
         result.count_batch(longest_out, batch, True)
         for index in range(first, end):

@@ -14,7 +14,8 @@ MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 # Starts at once and runs where there is no torch.
 BOOKKEEPING = (
     "sequence", "allocator", "copy_ledger", "memory_usage", "invariants", "paged_tables",
-    "baseline_manager", "kv_cache_manager", "workload", "length_tables", "scheduler", "serving",
+    "baseline_manager", "kv_cache_manager", "workload", "length_tables", "chat_lengths",
+    "length_files", "scheduler", "serving",
     "paper", "paper_figures", "paper_text",
 )  # fmt: skip
 TENSORS = ("attention", "paged_attention")

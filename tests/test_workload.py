@@ -1,4 +1,4 @@
-"""Tests of workload.py, length_tables.py and tools/make_length_tables.py (section 6.1, Fig. 11).
+"""Tests of workload.py, the length tables and tools/make_length_tables.py (section 6.1, Fig. 11).
 
 Tests against the full length files look for them in the folder LENGTHS_DIR (environment), or
 else in ../shared/data beside the repository, and are skipped where they are absent.
@@ -19,10 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import chat_lengths
 import length_tables
 import workload
+from length_files import chat_rounds
 from workload import (
     ALPACA,
+    CHAT,
     LENGTH_TABLES,
     SHAREGPT,
     WMT16,
@@ -41,8 +44,10 @@ DATA = Path(os.environ.get("LENGTHS_DIR") or REPO.parent / "shared" / "data")
 SHAREGPT_FILE = DATA / "sharegpt_sosp23_opt_lengths.csv.gz"
 ALPACA_FILE = DATA / "alpaca_opt_lengths.csv.gz"
 WMT16_FILE = DATA / "wmt16_ende_newstest2016_llama_lengths.csv.gz"
+CHAT_FILE = DATA / "sharegpt_v3_first17671_turn_lengths.csv.gz"
+FILES = (SHAREGPT_FILE, ALPACA_FILE, WMT16_FILE, CHAT_FILE)
 needs_data = pytest.mark.skipif(
-    not (SHAREGPT_FILE.is_file() and ALPACA_FILE.is_file() and WMT16_FILE.is_file()),
+    not all(path.is_file() for path in FILES),
     reason=f"the length files are not in {DATA} (set LENGTHS_DIR)",
 )
 COUNT = 400_000  # pairs drawn where a table is compared with its data
@@ -69,6 +74,7 @@ def exact():
         "sharegpt": (inputs[kept], outputs[kept]),
         "alpaca": read_lengths(ALPACA_FILE),
         "wmt16": (np.array(suffix), np.array(german)),
+        "chat": np.array(chat_rounds(CHAT_FILE)).T,
     }
 
 
@@ -104,7 +110,10 @@ def test_sampled_means_are_those_of_fig_11(drawn, name, mean_input, mean_output,
 @pytest.mark.parametrize("table", LENGTH_TABLES.values(), ids=LENGTH_TABLES)
 def test_averages_over_many_samples_show_no_bias(table):
     """Standard errors here are 0.1 % of ShareGPT's input mean and less elsewhere."""
-    expected = {SHAREGPT: (161.31, 337.99), ALPACA: (19.31, 58.45), WMT16: (28.548, 36.287)}
+    expected = {
+        SHAREGPT: (161.31, 337.99), ALPACA: (19.31, 58.45), WMT16: (28.548, 36.287),
+        CHAT: (772.86, 326.71),
+    }  # fmt: skip
     inputs, outputs = table.sample(2_500_000, np.random.default_rng(11))
     assert inputs.mean() == pytest.approx(expected[table][0], rel=0.004)
     assert outputs.mean() == pytest.approx(expected[table][1], rel=0.003)
@@ -145,9 +154,10 @@ def test_quantiles_match_the_data(drawn, exact, name):
 @needs_data
 def test_output_quantiles_match_the_data_given_the_input(drawn, exact):
     """A table of independent marginals passes every test above but the correlation's."""
-    for name in ("sharegpt", "alpaca"):
+    for name in ("sharegpt", "alpaca", "chat"):
         (inputs, outputs), (true_inputs, true_outputs) = drawn[name], exact[name]
-        edges = np.percentile(true_inputs, [0, 10, 30, 50, 70, 90, 97]).tolist() + [10**7]
+        levels = np.percentile(true_inputs, [0, 10, 30, 50, 70, 90, 97])
+        edges = np.unique(levels).tolist() + [10**7]  # most chat prompts have one length
         for low, high in itertools.pairwise(edges):
             ours = outputs[(inputs >= low) & (inputs < high)]
             true = true_outputs[(true_inputs >= low) & (true_inputs < high)]
@@ -163,6 +173,8 @@ def test_samples_respect_the_bounds(drawn):
         assert outputs.min() >= 1
     total = sum(drawn["sharegpt"])
     assert total.max() <= 2048
+    inputs, outputs = drawn["chat"]
+    assert (inputs.max(), outputs.max()) == (1024, 1016)
     # Cutting outputs to fit must stay the exception, or the statistics would bend.
     assert (total == 2048).mean() < 0.003
 
@@ -206,11 +218,12 @@ def test_same_seed_same_sample_other_seed_another():
 
 
 def test_tables_are_small_plain_text():
-    text = (REPO / "length_tables.py").read_bytes()
+    text = (REPO / "length_tables.py").read_bytes() + (REPO / "chat_lengths.py").read_bytes()
     text.decode("ascii")
     assert max(len(line) for line in text.splitlines()) <= 110
-    for name in ("SHAREGPT", "ALPACA", "WMT16"):
-        rows = getattr(length_tables, f"{name}_ROWS")
+    names = ("SHAREGPT", "ALPACA", "WMT16")
+    tables = [getattr(length_tables, f"{name}_ROWS") for name in names]
+    for rows in [*tables, chat_lengths.CHAT_ROWS]:
         assert rows.encode("ascii") in text  # stored literally, nothing unpacked on import
         assert len(rows) < 10_000
 
@@ -230,11 +243,19 @@ def generator(*arguments):
 
 @needs_data
 def test_regenerating_gives_the_committed_bytes(tmp_path):
-    out = tmp_path / "tables.py"
-    done = generator("--data", DATA, "--out", out)
+    done = generator("--data", DATA, "--out", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert out.read_bytes() == (REPO / "length_tables.py").read_bytes()
-    assert list(tmp_path.iterdir()) == [out]
+    names = ["chat_lengths.py", "length_tables.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (REPO / name).read_bytes()
+
+
+@needs_data
+def test_most_chat_prompts_have_the_greatest_length(drawn, exact):
+    (inputs, _), (true_inputs, _) = drawn["chat"], exact["chat"]
+    longest = (true_inputs == true_inputs.max()).mean()
+    assert (inputs == inputs.max()).mean() == pytest.approx(longest, abs=0.005)
 
 
 @needs_data
@@ -270,9 +291,9 @@ def test_generator_refuses_bad_sources_with_one_line(tmp_path, monkeypatch, caps
     data.mkdir()
     if content is not None:
         (data / SHAREGPT_FILE.name).write_bytes(content)
-    out = tmp_path / "tables.py"
+    out = tmp_path / "length_tables.py"
     out.write_text("before")
-    assert make_length_tables.main(["--data", str(data), "--out", str(out)]) == 2
+    assert make_length_tables.main(["--data", str(data), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert SHAREGPT_FILE.name in error
