@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from workload import _check_integer, _check_number
+from workload import check_integer, check_number
 
 MAX_HISTORIES_AT_ONCE = 512
 
@@ -28,10 +28,11 @@ def beam_parents(
     Entry [t, i] is the beam, before step t, that beam i continues after it (section 4.4,
     Fig. 9). A beam that survives keeps its place: parents[t, i] == i; further children take
     the places of the beams that died. At step 0 all beams are forks of one prompt, beam 0. The
-    default theta is fitted to Alpaca in Fig. 15. Rows do not depend on num_steps. Raises ValueError.
+    default theta is fitted to Alpaca in Fig. 15. Rows do not depend on num_steps.
+    Raises ValueError.
     """
     _check(width, theta)
-    _check_integer("num_steps", num_steps, 0)
+    check_integer("num_steps", num_steps, 0)
     parents = np.zeros((num_steps, width), dtype=np.int64)
     scores = _first_scores(1, width)
     num_sticks = _num_sticks(width, theta)
@@ -74,8 +75,8 @@ def beam_histories(
 
 
 def _check(width: int, theta: float) -> None:
-    _check_integer("width", width, 1)
-    _check_number("theta", theta, 1e-6, 100.0)
+    check_integer("width", width, 1)
+    check_number("theta", theta, 1e-6, 100.0)
 
 
 def _first_scores(count: int, width: int) -> np.ndarray:

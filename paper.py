@@ -7,7 +7,8 @@ other code imports them from here: `from paper import MODELS, DEPLOYMENTS, kv_bl
 2. The limits and settings of the authors' artifact (`BLOCK_SIZE`, `ARTIFACT_RUNS`, ...).
 3. Sec. 4.5's rules, claims in the text (`TEXT`), claims that are not in the paper (`BLOG`), and
    what contradicts itself (`DOES_NOT_ADD_UP`).
-4. In `paper_figures`: `FIG1_MEMORY` to `FIG19B`, and `FIGURES` with their settings.
+4. In `paper_figures`: `FIG1_MEMORY` to `FIG19B`, and `FIGURES` with their settings; in
+   `paper_curves`: every point of the curves of Figs. 12, 14, 16 and 17.
 
 Every number carries a provenance mark, in its record or in the comment above its table:
 F-PDF printed in the paper; F-VEC read from the vector figures; F-AE the authors' artifact
@@ -16,6 +17,7 @@ F-PDF printed in the paper; F-VEC read from the vector figures; F-AE the authors
 
 from dataclasses import dataclass
 
+from paper_curves import *  # noqa: F403  (the points of the curves)
 from paper_figures import *  # noqa: F403  (paper_figures is the other half of this module)
 from paper_figures import ORCA_MAX, ORCA_ORACLE, ORCA_POW2, VLLM
 from paper_text import *  # noqa: F403  (what the text says)

@@ -8,9 +8,9 @@ drawing ends near 1 s/token, and vertices on a straight line may be missing from
 
 from paper_figures import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, VLLM
 
-Curve = tuple[tuple[float, float], ...]
+Points = tuple[tuple[float, float], ...]
 
-FIG12_CURVES: dict[tuple[str, str], dict[str, Curve]] = {  # data set, model
+FIG12_CURVES: dict[tuple[str, str], dict[str, Points]] = {  # data set, model
     ("ShareGPT", "opt-13b"): {  # panel a
         FASTER_TRANSFORMER: (
             (0.01, 0.0238), (0.05, 0.0434), (0.1, 0.1267), (0.15, 0.2548), (0.2, 0.2805),
@@ -78,7 +78,7 @@ FIG12_CURVES: dict[tuple[str, str], dict[str, Curve]] = {  # data set, model
     },
 }
 
-FIG14_CURVES: dict[tuple[str, int], dict[str, Curve]] = {  # decoding, sequences; Alpaca
+FIG14_CURVES: dict[tuple[str, int], dict[str, Points]] = {  # decoding, sequences; Alpaca
     ("parallel", 2): {  # panel a
         ORCA_MAX: ((1, 0.0495), (1.5, 0.1327)),
         ORCA_POW2: ((6, 0.034), (7, 0.0381), (8, 0.0813), (9, 0.3036)),
@@ -120,7 +120,7 @@ FIG14_CURVES: dict[tuple[str, int], dict[str, Curve]] = {  # decoding, sequences
     },
 }
 
-FIG16_CURVES: dict[str, dict[str, Curve]] = {
+FIG16_CURVES: dict[str, dict[str, Points]] = {
     "1-shot": {  # panel a
         ORCA_ORACLE: (
             (1, 0.0264), (24, 0.0447), (26, 0.0495), (28, 0.058), (29, 0.0696), (30, 0.4051),
@@ -143,7 +143,7 @@ FIG16_CURVES: dict[str, dict[str, Curve]] = {
     },
 }
 
-FIG17_CURVES: dict[str, Curve] = {
+FIG17_CURVES: dict[str, Points] = {
     ORCA_MAX: (
         (0.1, 0.0314), (0.2, 0.0324), (0.3, 0.0356), (0.35, 0.0405), (0.4, 0.049), (0.45, 0.0901),
         (0.55, 0.4498),
@@ -187,3 +187,4 @@ FIG14_NEXT_RATES: dict[tuple[str, int], dict[str, float]] = {
     ("beam", 4): {ORCA_MAX: 0.75, ORCA_POW2: 4.0, ORCA_ORACLE: 6.0, VLLM: 10.0},
     ("beam", 6): {ORCA_MAX: 0.5, ORCA_POW2: 2.5, ORCA_ORACLE: 4.0, VLLM: 8.0},
 }
+FIG17_NEXT_RATES: dict[str, float] = {ORCA_MAX: 0.6, VLLM: 0.9}

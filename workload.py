@@ -42,13 +42,13 @@ class WorkloadError(ValueError):
     """A length file cannot be used; the message is one line with the file and the line number."""
 
 
-def _check_integer(name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
+def check_integer(name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not low <= value <= high:
         raise ValueError(f"{name} must be an integer from {low} to {high}, not {value!r}")
 
 
-def _check_number(name: str, value: object, low: float, high: float = sys.float_info.max) -> None:
+def check_number(name: str, value: object, low: float, high: float = sys.float_info.max) -> None:
     if not isinstance(value, numbers.Real) or not low <= value <= high:  # NaN fails as well
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
 
@@ -71,11 +71,11 @@ class Request:
     prefix_len: int = 0
 
     def __post_init__(self) -> None:
-        _check_integer("request_id", self.request_id, 0)
-        _check_number("arrival_s", self.arrival_s, 0.0)
+        check_integer("request_id", self.request_id, 0)
+        check_number("arrival_s", self.arrival_s, 0.0)
         for name in ("prompt_len", "output_len", "num_samples", "beam_width"):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("prefix_len", self.prefix_len, 0)
+            check_integer(name, getattr(self, name), 1)
+        check_integer("prefix_len", self.prefix_len, 0)
         if self.num_samples > 1 and self.beam_width > 1:
             raise ValueError("at most one of num_samples and beam_width may be above 1")
 
@@ -121,7 +121,7 @@ class LengthTable:
 
     def sample(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """`count` independent pairs as int64 arrays (count,), (count,); the same for a seed."""
-        _check_integer("count", count, 0)
+        check_integer("count", count, 0)
         which, input_level, output_level = rng.random((3, count))
         row = np.searchsorted(self._share, which, side="right")
         inputs = _quantiles(self._inputs, 0.0, row, input_level)
@@ -162,9 +162,9 @@ def poisson_arrivals(rate: float, duration_s: float, seed: int) -> np.ndarray:
     10 ms slot, and all arrive as their slot begins; the same seed gives the same times as there.
     A rate of 0 gives no requests. Raises ValueError (section 6.1).
     """
-    _check_number("duration_s", duration_s, 0.0, MAX_EXPECTED * SLOT_S)
-    _check_number("rate", rate, 0.0, MAX_EXPECTED / max(duration_s, SLOT_S))
-    _check_integer("seed", seed, 0, 2**32 - 1)
+    check_number("duration_s", duration_s, 0.0, MAX_EXPECTED * SLOT_S)
+    check_number("rate", rate, 0.0, MAX_EXPECTED / max(duration_s, SLOT_S))
+    check_integer("seed", seed, 0, 2**32 - 1)
     slots = int(duration_s * (1.0 / SLOT_S))
     arrivals = np.random.RandomState(seed).poisson(rate * SLOT_S, size=slots)
     return np.repeat(np.arange(slots) * SLOT_S, arrivals)
@@ -190,7 +190,7 @@ def make_trace(
     pairs with input + output not below it (artifact: 2048). `added_prompt_len` tokens go to
     every prompt; the other options are Request's. Raises ValueError (sections 6.1 to 6.4).
     """
-    _check_integer("added_prompt_len", added_prompt_len, 0)
+    check_integer("added_prompt_len", added_prompt_len, 0)
     arrivals = poisson_arrivals(rate, duration_s, seed).tolist()
     if isinstance(lengths, LengthTable):
         if total_below is not None:
@@ -279,40 +279,3 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[Row]:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise WorkloadError(f"{path}: cannot be read: {reason}") from None
-
-
-def beam_parents(
-    width: int, num_steps: int, rng: np.random.Generator, theta: float = 0.25
-) -> np.ndarray:
-    """Who descends from whom in one beam search: int64 (num_steps, width), values < width.
-
-    Entry [t, i] is the beam, before step t, that beam i continues after it (section 4.4,
-    Fig. 9). A beam that survives keeps its place: parents[t, i] == i; further children take
-    the places of the beams that died. At step 0 all beams are forks of one prompt, beam 0.
-
-    The model: a beam's next-token distribution is a draw of the stick-breaking process
-    GEM(theta), independent per beam and step; scores are summed log-probabilities; the best
-    `width` of all candidates survive. Near 0 one token takes all and beams seldom fork. The
-    paper gives no token data: theta is our one parameter for what real beams do; the default is
-    fitted to Alpaca in Fig. 15. Rows do not depend on num_steps. Raises ValueError.
-    """
-    _check_integer("width", width, 1)
-    _check_integer("num_steps", num_steps, 0)
-    _check_number("theta", theta, 1e-6, 100.0)
-    parents = np.zeros((num_steps, width), dtype=np.int64)
-    scores = np.where(np.arange(width) == 0, 0.0, -np.inf)  # at step 0 only beam 0 has candidates
-    # Sticks beyond these hold about 1e-6 of the mass; GEM draws are unsorted, hence the spares.
-    num_sticks = width + math.ceil(14.0 / math.log1p(1.0 / theta))
-    for step in range(num_steps):
-        # log(1 - v) of v ~ Beta(1, theta); in logs, as a small theta would round v to 1.
-        rest = -np.maximum(rng.standard_exponential((width, num_sticks)), 1e-300) / theta
-        log_probs = np.log(-np.expm1(rest)) + np.cumsum(rest, axis=1) - rest
-        candidates = scores[:, None] - np.sort(-log_probs, axis=1)[:, :width]
-        best = np.argsort(-candidates, axis=None, kind="stable")[:width]
-        beams = (best // width).tolist()  # best first
-        extra = [beam in beams[:rank] for rank, beam in enumerate(beams)]
-        winners = best[np.argsort(extra, kind="stable")]  # first survivor of each beam, others
-        places = list(dict.fromkeys(beams)) + [beam for beam in range(width) if beam not in beams]
-        parents[step, places] = winners // width
-        scores[places] = candidates.ravel()[winners]
-    return parents

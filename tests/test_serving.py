@@ -5,12 +5,13 @@ import random
 import numpy as np
 import pytest
 
+from beam_search import beam_parents
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, RequestTooLargeError
 from latency import LatencyModel
 from scheduler import Iteration, Limits
 from sequence import SequenceStatus
 from serving import Observer, ServingResult, make_groups, simulate
-from workload import Request, beam_parents
+from workload import Request
 
 LIMITS = Limits(200, 16)
 MODES = ("auto", "swap", "recompute")

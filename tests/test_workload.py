@@ -22,6 +22,7 @@ import pytest
 import chat_lengths
 import length_tables
 import workload
+from beam_search import beam_parents
 from length_files import chat_rounds
 from workload import (
     ALPACA,
@@ -33,7 +34,6 @@ from workload import (
     LengthTable,
     Request,
     WorkloadError,
-    beam_parents,
     make_trace,
     poisson_arrivals,
     read_lengths,

@@ -1,0 +1,135 @@
+"""The paper's number beside ours: what a row of reproduce.py is, and when it holds.
+
+Reproduces nothing by itself. A row says which figure and setting, what was measured, the paper's
+value, ours, how far apart they are, how far they may be, and whether the row held: true, false, or
+"explained" with the number of the item in the README's 'Differences from the paper' that shows why
+no faithful simulator can hold it.
+
+    row = relative("Fig. 12", "13B ShareGPT, vLLM", "requests/s at 0.5 s/token", 1.929, 1.98, 12)
+    row.held, row.difference                       # True, '+2.6 %'
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+
+EXPLAINED = "explained"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `held` is True, False or "explained"; `reason` says why if it is the last."""
+
+    figure: str
+    setting: str
+    metric: str
+    paper: float | str
+    ours: float
+    difference: str
+    tolerance: str
+    held: bool | str
+    reason: str = ""
+    spread: float | None = None  # highest less lowest over the seeds, if there are several
+    # The same comparison for another value of ours, if its constructor gave it.
+    remake: Callable[[float], Row] | None = field(default=None, repr=False, compare=False)
+
+    def to_json(self) -> dict:
+        """The row with its words as keys."""
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "remake"}
+        return {key: value for key, value in record.items() if value not in (None, "")}
+
+
+def relative(
+    figure: str, setting: str, metric: str, paper: float, ours: float, percent: float,
+    reason: str = "",
+) -> Row:  # fmt: skip
+    """Held if ours is within so many percent of the paper's."""
+    off = 100.0 * (ours / paper - 1.0)
+    return _row(
+        figure, setting, metric, paper, ours, f"{off:+.1f} %", f"{percent:g} %",
+        abs(off) <= percent, reason,
+        partial(relative, figure, setting, metric, paper, percent=percent, reason=reason),
+    )  # fmt: skip
+
+
+def absolute(
+    figure: str, setting: str, metric: str, paper: float, ours: float, most: float,
+    reason: str = "",
+) -> Row:  # fmt: skip
+    """Held if ours is within so many units (percentage points, mostly) of the paper's."""
+    off = ours - paper
+    return _row(
+        figure, setting, metric, paper, ours, f"{off:+.2f}", f"{most:g}", abs(off) <= most, reason,
+        partial(absolute, figure, setting, metric, paper, most=most, reason=reason),
+    )  # fmt: skip
+
+
+def factor(
+    figure: str, setting: str, metric: str, paper: float, ours: float, most: float,
+    reason: str = "",
+) -> Row:  # fmt: skip
+    """Held if neither is more than `most` times the other."""
+    times = ours / paper
+    holds = times > 0.0 and max(times, 1.0 / times) <= most
+    return _row(
+        figure, setting, metric, paper, ours, f"x {times:.2f}", f"factor {most:g}", holds, reason,
+        partial(factor, figure, setting, metric, paper, most=most, reason=reason),
+    )  # fmt: skip
+
+
+def as_printed(
+    figure: str, setting: str, metric: str, paper: float, ours: float, reason: str = ""
+) -> Row:
+    """Held if ours, rounded to the paper's digits, is what the paper prints."""
+    text = f"{paper:g}"
+    digits = len(text.split(".")[1]) if "." in text else 0
+    # Half a unit of the last digit, and no more than binary fractions need beyond it.
+    holds = abs(ours - paper) <= 0.5 * 10.0**-digits * (1 + 1e-9)
+    return _row(
+        figure, setting, metric, paper, ours, f"{ours - paper:+.3g}", "as printed", holds, reason,
+        partial(as_printed, figure, setting, metric, paper, reason=reason),
+    )  # fmt: skip
+
+
+def between(
+    figure: str, setting: str, metric: str, low: float, high: float, ours: float,
+    reason: str = "",
+) -> Row:  # fmt: skip
+    """Held if ours lies in the range that the paper states; the infinite end is left open."""
+    if math.isinf(high):
+        paper = f"over {low:g}"
+    else:
+        paper = f"up to {high:g}" if math.isinf(low) else f"{low:g} to {high:g}"
+    inside = low <= ours <= high
+    off = 0.0 if inside else min(abs(ours - low), abs(ours - high))
+    return _row(
+        figure, setting, metric, paper, ours, f"{off:.3g} outside" if off else "inside",
+        "inside", inside, reason,
+        partial(between, figure, setting, metric, low, high, reason=reason),
+    )  # fmt: skip
+
+
+def _row(
+    figure: str, setting: str, metric: str, paper: float | str, ours: float, difference: str,
+    tolerance: str, holds: bool, reason: str, remake: Callable[[float], Row],
+) -> Row:  # fmt: skip
+    """A reason given beforehand is only used, and shown, where the row does not hold."""
+    held = bool(holds) if holds or not reason else EXPLAINED
+    shown = "" if held is True else reason
+    return Row(
+        figure, setting, metric, paper, ours, difference, tolerance, held, shown, remake=remake
+    )
+
+
+def over_seeds(rows: list[Row]) -> Row:
+    """One row for the same comparison under several seeds: their mean is judged."""
+    if len({(row.figure, row.setting, row.metric) for row in rows}) != 1:
+        raise ValueError(f"not one comparison: {rows}")
+    values = [row.ours for row in rows]
+    if len(values) == 1:
+        return rows[0]
+    mean = sum(values) / len(values)
+    return replace(rows[0].remake(mean), spread=max(values) - min(values))

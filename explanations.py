@@ -1,0 +1,19 @@
+"""Why a row of reproduce.py may differ: one line each, numbered as in the README.
+
+Reproduces nothing. The README's 'Differences from the paper' tells each in full; a row that is not
+held carries the line as its reason. A row that holds needs none, whatever stands here.
+"""
+
+TABLE1_SLOTS = "D1: 39.39 GiB a card gives 9,648 slots; 39.40 would give the printed 9.7K"
+TABLE1_PARAMETERS = "D2: the architecture has 350 GB of parameters on 8 GPUs, the paper prints 346"
+FT_175B = "D3: FasterTransformer on 8 GPUs: one constant from one point does not carry to batches"
+CURVE_175B = "D4: a 15-minute trace: the seed alone moves it by more than this"
+DRAWN_POINTS = "D5: near the knee latency multiplies within a few percent of the rate"
+BEAM = "D6: the cost of beam search in software is ours, measured elsewhere, not the authors'"
+PREFILL = "D7: prefill decides Fig. 16, and no prefill was published that would fix its cost"
+CHATBOT_TEXT = "D8: the paper's own curves show 1.5x, not the 2x of its text"
+CHATBOT_DATA = "D9: the authors' conversations are not published; ours have fewer full prompts"
+SMALL_BLOCKS = "D10: below 16 slots the paper's kernel reads memory badly; no kernel is modelled"
+KNEE_18B = "D11: 30.1 requests/s lies on the knee: a few percent of rate are a factor in latency"
+SAME_RUN_TWICE = "D12: Figs. 18b and 19b show the same run twice, up to 1.4 times apart"
+TEXT_RANGES = "D13: the text's extreme is not in the paper's own curves at one common latency"

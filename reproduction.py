@@ -1,0 +1,187 @@
+"""Runs what the figures ask for, over several processes, and turns the outcomes into rows.
+
+Reproduces nothing by itself: the figures are in figures_memory.py, figures_rates.py and
+figures_blocks.py. A figure is asked again and again which runs it needs, given those that are done
+(a curve decides on its next rate when it knows the last), until none needs any.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol, TextIO
+
+from comparison import Row, over_seeds
+from curves import Done
+from experiments import Outcome, Run, execute
+from figures_blocks import Fig18b, Fig19b
+from figures_memory import Fig2, Fig13, Fig15, Table1
+from figures_rates import Fig12, Fig14, Fig16, Fig17
+from length_files import Lengths
+from report import Table
+
+PROGRESS_S = 5.0  # between two lines, where they do not overwrite each other
+
+
+class Figure(Protocol):
+    """What a figure must tell."""
+
+    name: str
+
+    def needed(self, done: Done, seed: int) -> list[Run]:
+        """The runs that can be named now; those already done may be among them."""
+
+    def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
+        """The comparisons, once nothing more is needed; `several` if seeds are averaged."""
+
+    def notes(self, done: Done, seed: int) -> list[str]:
+        """What else the runs show."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A figure with its rows."""
+
+    figure: Figure
+    rows: list[Row]
+    notes: list[str]
+    done: Done
+
+    def table(self) -> Table:
+        headers = (
+            "figure", "setting", "metric", "paper", "ours", "difference", "tolerance", "held",
+        )  # fmt: skip
+        cells = []
+        for row in self.rows:
+            held = {True: "yes", False: "NO"}.get(row.held, row.reason.split(":")[0])
+            paper = row.paper if isinstance(row.paper, str) else _number(row.paper)
+            cells.append((
+                row.figure, row.setting, row.metric, paper, _number(row.ours), row.difference,
+                row.tolerance, held,
+            ))  # fmt: skip
+        return Table(self.figure.name, headers, cells)
+
+
+def _number(value: float) -> str:
+    """Four significant digits, without an exponent."""
+    if value == 0 or not 1e-9 < abs(value) < 1e12:
+        return f"{value:g}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def choose(names: Iterable[str], quick: bool) -> list[Figure]:
+    """The figures of these names; with `quick` only what is cheap of them."""
+    everything: dict[str, Figure] = {
+        "table1": Table1(), "2": Fig2(), "12": Fig12(), "13": Fig13(), "14": Fig14(),
+        "15": Fig15(), "16": Fig16(), "17": Fig17(), "18b": Fig18b(), "19b": Fig19b(),
+    }  # fmt: skip
+    if quick:
+        everything = {
+            "table1": Table1(), "2": Fig2(), "12": Fig12(("ShareGPT",)), "15": Fig15(beams=False),
+            "17": Fig17(), "18b": Fig18b(alpaca=False), "19b": Fig19b(),
+        }  # fmt: skip
+    wanted = set(names)
+    return [figure for name, figure in everything.items() if name in wanted]
+
+
+def reproduce(
+    figures: Sequence[Figure], lengths: Lengths, num_seeds: int, jobs: int, progress: TextIO | None
+) -> list[Found]:
+    """Simulate all that the figures need, and compare. Raises what a run raises."""
+    seeds = range(num_seeds)
+    done: dict[Run, Outcome] = {}
+
+    def needed() -> set[Run]:
+        runs = {run for figure in figures for seed in seeds for run in figure.needed(done, seed)}
+        return runs - done.keys()
+
+    reporter = Progress(progress)
+    for run, outcome in _outcomes(needed, lengths, jobs, reporter):
+        done[run] = outcome
+    reporter.end()
+    found = []
+    for figure in figures:
+        by_seed = [figure.rows(done, seed, num_seeds > 1) for seed in seeds]
+        rows = [over_seeds(list(same)) for same in zip(*by_seed, strict=True)]
+        found.append(Found(figure, rows, figure.notes(done, 0), done))
+    return found
+
+
+class Progress:
+    """How far the runs are, on stderr: one line that is overwritten, or one every few seconds."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._overwrite = stream is not None and stream.isatty()
+        self._start = self._last = time.perf_counter()
+        self._written = False
+
+    def show(self, num_done: int, num_known: int) -> None:
+        now = time.perf_counter()
+        if self._stream is None or now - self._last < (0.2 if self._overwrite else PROGRESS_S):
+            return
+        self._last = now
+        self._written = True
+        text = f"{num_done} of {num_known} runs so far, {now - self._start:.0f} s"
+        print(text.ljust(60), end="\r" if self._overwrite else "\n", file=self._stream, flush=True)
+
+    def end(self) -> None:
+        if self._overwrite and self._written:
+            print(" " * 60, end="\r", file=self._stream, flush=True)
+
+
+def _outcomes(needed, lengths: Lengths, jobs: int, progress: Progress) -> Iterator[tuple]:
+    """(run, outcome) as they come; `needed()` is asked for more whenever one is done."""
+    if jobs == 1:
+        num_done = 0
+        while runs := needed():
+            for run in sorted(runs, key=_cost, reverse=True):
+                yield run, execute(run, lengths)
+                num_done += 1
+                progress.show(num_done, num_done + len(runs))
+        return
+    files = tuple(sorted(lengths.files.items()))
+    with ProcessPoolExecutor(jobs, initializer=_ignore_interrupts) as pool:
+        pending: dict[Future, Run] = {}
+        num_done = 0
+        try:
+            while True:
+                runs = needed() - set(pending.values())
+                # Longest first; a few more than processes, so that none waits for us.
+                for run in sorted(runs, key=_cost, reverse=True)[: 2 * jobs - len(pending)]:
+                    pending[pool.submit(_work, run, files)] = run
+                if not pending:
+                    return
+                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield pending.pop(future), future.result()
+                    num_done += 1
+                progress.show(num_done, num_done + len(pending) + len(runs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _cost(run: Run) -> float:
+    """About how long a run takes, for the order only."""
+    return run.rate * run.seconds * run.width * (3.0 if run.decoding == "beam" else 1.0)
+
+
+def _work(run: Run, files: tuple[tuple[str, str], ...]) -> Outcome:
+    return execute(run, _lengths(files))
+
+
+@cache
+def _lengths(files: tuple[tuple[str, str], ...]) -> Lengths:
+    """Read once in each process."""
+    return Lengths(dict(files))
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
