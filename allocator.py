@@ -75,11 +75,11 @@ class BlockAllocator:
         del free[-count:]
         return taken
 
-    def share(self, blocks: Iterable[int]) -> None:
-        """One more reference to each block."""
+    def share(self, blocks: Iterable[int], times: int = 1) -> None:
+        """So many more references to each block."""
         extra = self.extra_refs
         for block in blocks:
-            extra[block] = extra.get(block, 0) + 1
+            extra[block] = extra.get(block, 0) + times
 
     def drop(self, blocks: list[int]) -> list[int]:
         """One reference less to each block; returns those that became free, in table order."""
@@ -207,8 +207,8 @@ def move_blocks(
     """
     mapping = dict(zip(held, target.take(len(held))))
     for block, count in held.items():
-        for _ in range(count):
-            source.drop([block])
-        for _ in range(count - 1):
-            target.share([mapping[block]])
+        if count > 1:
+            target.extra_refs[mapping[block]] = count - 1
+            del source.extra_refs[block]
+    source.free_blocks.extend(held)
     return mapping

@@ -32,14 +32,16 @@ class Row:
     tolerance: str
     held: bool | str
     reason: str = ""
+    # How far off in tolerances: 1 is the limit.
+    excess: float = field(default=0.0, repr=False, compare=False)
     spread: float | None = None  # highest less lowest over the seeds, if there are several
     # The same comparison for another value of ours, if its constructor gave it.
     remake: Callable[[float], Row] | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict:
         """The row with its words as keys."""
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "remake"}
-        return {key: value for key, value in record.items() if value not in (None, "")}
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        return {key: value for key, value in shown.items() if value not in (None, "")}
 
 
 def relative(
@@ -50,7 +52,7 @@ def relative(
     off = 100.0 * (ours / paper - 1.0)
     return _row(
         figure, setting, metric, paper, ours, f"{off:+.1f} %", f"{percent:g} %",
-        abs(off) <= percent, reason,
+        abs(off) / percent, reason,
         partial(relative, figure, setting, metric, paper, percent=percent, reason=reason),
     )  # fmt: skip
 
@@ -62,7 +64,7 @@ def absolute(
     """Held if ours is within so many units (percentage points, mostly) of the paper's."""
     off = ours - paper
     return _row(
-        figure, setting, metric, paper, ours, f"{off:+.2f}", f"{most:g}", abs(off) <= most, reason,
+        figure, setting, metric, paper, ours, f"{off:+.2f}", f"{most:g}", abs(off) / most, reason,
         partial(absolute, figure, setting, metric, paper, most=most, reason=reason),
     )  # fmt: skip
 
@@ -73,9 +75,9 @@ def factor(
 ) -> Row:  # fmt: skip
     """Held if neither is more than `most` times the other."""
     times = ours / paper
-    holds = times > 0.0 and max(times, 1.0 / times) <= most
+    excess = abs(math.log(times)) / math.log(most) if times > 0.0 else math.inf
     return _row(
-        figure, setting, metric, paper, ours, f"x {times:.2f}", f"factor {most:g}", holds, reason,
+        figure, setting, metric, paper, ours, f"x {times:.2f}", f"factor {most:g}", excess, reason,
         partial(factor, figure, setting, metric, paper, most=most, reason=reason),
     )  # fmt: skip
 
@@ -87,9 +89,9 @@ def as_printed(
     text = f"{paper:g}"
     digits = len(text.split(".")[1]) if "." in text else 0
     # Half a unit of the last digit, and no more than binary fractions need beyond it.
-    holds = abs(ours - paper) <= 0.5 * 10.0**-digits * (1 + 1e-9)
+    excess = abs(ours - paper) / (0.5 * 10.0**-digits * (1 + 1e-9))
     return _row(
-        figure, setting, metric, paper, ours, f"{ours - paper:+.3g}", "as printed", holds, reason,
+        figure, setting, metric, paper, ours, f"{ours - paper:+.3g}", "as printed", excess, reason,
         partial(as_printed, figure, setting, metric, paper, reason=reason),
     )  # fmt: skip
 
@@ -103,25 +105,35 @@ def between(
         paper = f"over {low:g}"
     else:
         paper = f"up to {high:g}" if math.isinf(low) else f"{low:g} to {high:g}"
-    inside = low <= ours <= high
-    off = 0.0 if inside else min(abs(ours - low), abs(ours - high))
+    off = max(low - ours, ours - high, 0.0)
+    # Off by a tenth of the nearer end counts as off by a tolerance.
+    excess = 1.0 + off / (0.1 * abs(low if ours < low else high)) if off else 0.0
     return _row(
         figure, setting, metric, paper, ours, f"{off:.3g} outside" if off else "inside",
-        "inside", inside, reason,
+        "inside", excess, reason,
         partial(between, figure, setting, metric, low, high, reason=reason),
     )  # fmt: skip
 
 
 def _row(
     figure: str, setting: str, metric: str, paper: float | str, ours: float, difference: str,
-    tolerance: str, holds: bool, reason: str, remake: Callable[[float], Row],
+    tolerance: str, excess: float, reason: str, remake: Callable[[float], Row],
 ) -> Row:  # fmt: skip
     """A reason given beforehand is only used, and shown, where the row does not hold."""
-    held = bool(holds) if holds or not reason else EXPLAINED
-    shown = "" if held is True else reason
+    holds = excess <= 1.0  # and not where it is no number
+    held: bool | str = holds if holds or not reason else EXPLAINED
+    shown = "" if holds else reason
     return Row(
-        figure, setting, metric, paper, ours, difference, tolerance, held, shown, remake=remake
-    )
+        figure, setting, metric, paper, ours, difference, tolerance, held, shown, excess,
+        remake=remake,
+    )  # fmt: skip
+
+
+def allow(row: Row, excess: float, reason: str) -> Row:
+    """Explained, if it is not held but no further off than so many tolerances."""
+    if row.held is False and row.excess <= excess:
+        return replace(row, held=EXPLAINED, reason=reason)
+    return row
 
 
 def over_seeds(rows: list[Row]) -> Row:

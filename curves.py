@@ -2,7 +2,7 @@
 
 Reproduces: how Figs. 12, 14, 16 and 17 are read. The paper draws straight lines between the rates
 it measured, so ours are measured at the same rates and read along the same straight lines. Where
-ours has not reached 0.5 s/token at the last of them, further rates follow, 5 % apart; where ours
+ours has not reached 0.5 s/token at the last of them, further rates follow, 10 % apart; where ours
 crosses it between two rates far apart, between which the paper's does not, the gap is halved until
 it is narrow.
 """
@@ -17,7 +17,7 @@ from experiments import Outcome, Run
 
 Done = Mapping[Run, Outcome]
 Point = tuple[float, float]  # requests/s, s/token
-STEP = 1.05  # further rates, where the paper's do not suffice
+STEP = 1.1  # further rates, where the paper's do not suffice
 WIDE = 0.08  # a gap between rates, over the higher of them, that is halved
 MAX_RATES = 60
 FAR_BELOW = 0.75  # rates up to this share of the highest are simulated without waiting for others
@@ -79,7 +79,7 @@ class Curve:
         ]
         if not runs:
             candidates = self._candidates()
-            runs = [self.at(next(rate for rate in candidates if self.at(rate) not in done))]
+            runs = [self.at(rate) for rate in candidates if self.at(rate) not in done][:1]
         return runs
 
     def rate_at(self, done: Done, latency: float | None = None) -> float:
@@ -101,8 +101,7 @@ class Curve:
         below = self.knee * self.paper[0][1]
         if any(latency < below and rate > points[-1][0] for rate, latency in self.paper):
             return False
-        highest = max(latency for _, latency in self.paper)
-        return points[-1][1] >= highest or points[-1][0] >= self.rates[-1]
+        return points[-1][1] >= max(latency for _, latency in self.paper)
 
     def _gap(self, points: list[Point]) -> tuple[float, float] | None:
         """The rates between which ours crosses, if they are too far apart to read a line there."""

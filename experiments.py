@@ -93,6 +93,7 @@ class Outcome:
     num_recomputations: int = 0
     shares: dict[str, float] = field(default_factory=dict)  # by part of MemoryUsage
     saving: float = 0.0  # Fig. 15's, as the artifact averages it
+    least_free: float = 1.0  # share of blocks that were free after an admission, at the least
 
 
 class MemoryMeter(Observer):
@@ -104,10 +105,13 @@ class MemoryMeter(Observer):
         self._slots: dict[str, int] = {}
         self._in_use = 0
         self._sharing = 0.0
+        self.least_free = 1.0
 
     def on_iteration(self, iteration: Iteration) -> None:
         usage = self.manager.usage()
         self.count += 1
+        if iteration.prefills:
+            self.least_free = min(self.least_free, usage.share("free"))
         for part in usage.PARTS:
             self._slots[part] = self._slots.get(part, 0) + getattr(usage, part)
         if usage.physical_blocks:
@@ -169,6 +173,7 @@ def execute(run: Run, lengths: Lengths, *, check: bool = False) -> Outcome:
         result.num_recomputations,
         meter.shares(),
         meter.saving(),
+        meter.least_free,
     )
 
 

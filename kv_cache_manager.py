@@ -167,8 +167,8 @@ class PagedKVCacheManager(PagedTables):
         for seq in seqs:
             self._require_new(seq.seq_id)
         copies = self.allocate(first.seq_id, group.own_prompt_len, group.prefix_id)
-        for seq in others:
-            self.fork(first.seq_id, seq.seq_id)
+        if others:
+            self._fork_all(first.seq_id, [seq.seq_id for seq in others])
         for seq in seqs:
             if seq.num_generated:
                 copies += self.append(seq.seq_id, seq.num_generated)
@@ -199,24 +199,29 @@ class PagedKVCacheManager(PagedTables):
             if child is not parent:
                 moves.append((child_id, child, parent_id, parent))
         new_tables = []
-        for _, child, parent_id, parent in moves:
-            self._leave_step(parent_id, parent)
+        for child_id, child, parent_id, parent in moves:
+            if parent.phase is not None:
+                self._leave_step(parent_id, parent)
             parent.hold()
             # A block is shared only together with all before it: compare from the end.
             old, new = child.blocks, parent.blocks
-            same = min(len(old), len(new))
+            same = len(new) if len(new) < len(old) else len(old)
             while same and old[same - 1] != new[same - 1]:
                 same -= 1
-            new_tables.append((same, new[same:], parent.held, parent.num_prefix_blocks))
-        for _, blocks, _, _ in new_tables:
+            blocks = new[same:]
             self._gpu.share(blocks)
+            shape = parent.held, parent.num_prefix_blocks
+            new_tables.append((child_id, child, same, blocks, shape))
         freed: list[int] = []
-        for (child_id, child, _, _), (same, blocks, held, prefix) in zip(moves, new_tables):
-            self._leave_step(child_id, child)
-            freed += self._gpu.drop(child.blocks[same:])
-            self._logical_blocks += same + len(blocks) - len(child.blocks)
+        for child_id, child, same, blocks, shape in new_tables:
+            if child.phase is not None:
+                self._leave_step(child_id, child)
+            old = child.blocks[same:]
+            freed += self._gpu.drop(old)
+            self._logical_blocks += len(blocks) - len(old)
             child.blocks[same:] = blocks
-            child.room, child.held, child.num_prefix_blocks = 0, held, prefix
+            child.room = 0
+            child.held, child.num_prefix_blocks = shape
         if self._gpu_copies.nodes:
             self._gpu_copies.forget(freed)
         return freed
@@ -317,8 +322,9 @@ class PagedKVCacheManager(PagedTables):
     def _swappable(self, tables: Mapping[int, BlockTable], pool: BlockAllocator) -> Counter[int]:
         """The same, after checking that nobody else holds them: a group is swapped whole."""
         held = self._movable(tables.values())
+        extra = pool.extra_refs
         for block, count in held.items():
-            if pool.ref_count(block) != count:
+            if extra.get(block, 0) + 1 != count:
                 raise SharedBlockError(
                     f"block {block} is also held outside of {sorted(tables)}; "
                     "a group is swapped whole"

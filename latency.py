@@ -22,7 +22,7 @@ model can. An iteration takes, on each GPU,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from baseline_manager import BaselineCacheManager
@@ -83,11 +83,12 @@ class LatencyModel:
     """Seconds of an iteration as a sum over what it does."""
 
     step_s: float  # each iteration: software and the weights
+    # Of step_s, what computing tokens may hide behind (0: nothing, the two add up).
+    weights_s: float = field(default=0.0, kw_only=True)
     token_s: float = 0.0  # each token computed
     context_s: float = 0.0  # each token of K/V read
     prompt_s: float = 0.0  # each prompt
     copy_s: float = 0.0  # each slot copied inside GPU memory
-    copy_call_s: float = 0.0  # each block that is copied by calls of its own
     swap_out_s: float = 0.0  # each block
     swap_in_s: float = 0.0
     block_size: int = 1
@@ -120,7 +121,7 @@ class LatencyModel:
             return 0.0
         moved = [seq_id for reorder in done.reorders for seq_id in reorder]
         blocks = sum(manager.reservation(seq_id).num_blocks for seq_id in moved)
-        return (self.copy_call_s + self.copy_s * self.block_size) * blocks
+        return self.copy_s * self.block_size * blocks
 
     def decode_steps(self, num_steps: int, num_seqs: int, context_tokens: int) -> float:
         """`num_steps` iterations of `num_seqs` sequences that first read `context_tokens`."""
@@ -171,8 +172,8 @@ def latency_model(
         token_s=2 * params / (FLOPS_USED * gpu.flops_per_s),
         context_s=slot_bytes / bandwidth,
         prompt_s=0.0 if static else software.prompt_s,
+        weights_s=params * model.dtype_bytes / bandwidth if static else 0.0,
         copy_s=2 * slot_bytes / bandwidth,
-        copy_call_s=SWAP_IN.call_s,
         swap_out_s=SWAP_OUT.call_s + SWAP_OUT.slot_s * block_size,
         swap_in_s=SWAP_IN.call_s + SWAP_IN.slot_s * block_size,
         block_size=block_size,

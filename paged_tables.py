@@ -128,11 +128,8 @@ class PagedTables:
     def fork(self, parent_id: int, child_id: int) -> None:
         """A child that shares all blocks of a running parent (section 4.4, 5). Takes no block."""
         self._require_new(child_id)
-        parent = self._running(parent_id)
-        self._leave_step(parent_id, parent)
-        parent.hold()
-        self._gpu.share(parent.blocks)
-        self._add(child_id, parent.fork())
+        self._running(parent_id)
+        self._fork_all(parent_id, [child_id])
 
     def free(self, seq_id: int) -> list[int]:
         """Drop a running sequence or a prefix; returns the blocks that became free."""
@@ -283,6 +280,16 @@ class PagedTables:
     def _require_new(self, seq_id: int) -> None:
         if seq_id in self._tables or seq_id in self._prefixes:
             raise DuplicateSequenceError(f"sequence {seq_id} exists already")
+
+    def _fork_all(self, parent_id: int, child_ids: list[int]) -> None:
+        """Children of one running parent; all has been checked."""
+        parent = self._tables[parent_id]
+        self._leave_step(parent_id, parent)
+        parent.hold()
+        self._gpu.share(parent.blocks, len(child_ids))
+        for child_id in child_ids:
+            self._tables[child_id] = self._loose[child_id] = parent.fork()
+        self._logical_blocks += len(child_ids) * len(parent.blocks)
 
     def _give(self, seq_id: int, num_blocks: int, num_tokens: int) -> None:
         """A table of its own for a new sequence; all has been checked."""

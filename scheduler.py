@@ -351,8 +351,13 @@ class Scheduler:
         if len(groups) > 1:
             groups.sort(key=ORDER)
         for group in groups:
+            seqs = group.seqs
+            if group.beam_parents is not None and seqs[0].num_generated < seqs[0].output_len:
+                self._reorder(group, done)  # beams are equally long: none ends before the others
+                self._await_event(group, seqs)
+                continue
             left = []
-            for seq in group.seqs:
+            for seq in seqs:
                 if seq.status is not FINISHED:
                     if seq.num_generated < seq.output_len:
                         left.append(seq)
@@ -360,8 +365,6 @@ class Scheduler:
                         self._stop(seq, FINISHED)
                         done.freed += self.manager.free(seq.seq_id)
             if left:
-                if group.beam_parents is not None:
-                    self._reorder(group, done)
                 self._await_event(group, left)
             else:
                 done.finished.append(group)

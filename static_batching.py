@@ -12,6 +12,7 @@ by them so that the memory suffices; no manager is asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from latency import LatencyModel
 from memory_usage import check_count
@@ -28,10 +29,12 @@ def simulate_static(
 ) -> ServingResult:
     """Serve requests, in order of arrival, to their end; lengths in tokens, times in seconds.
 
-    A request that exceeds `max_total_len` by itself is served alone. Raises ValueError.
+    Prompts are computed without their padding, decode steps read it. A request that exceeds
+    `max_total_len` by itself is served alone. Raises ValueError.
     """
     check_count("batch size", batch_size)
     check_count("maximum total length", max_total_len)
+    decode = replace(latency, token_s=0.0)
     result = ServingResult()
     now, first, count = 0.0, 0, len(arrivals)
     while first < count:
@@ -45,8 +48,12 @@ def simulate_static(
             longest_in, longest_out = wider
             end += 1
         batch = end - first
-        now += latency.step_s + latency.token_s * sum(prompts[first:end])
-        now += latency.decode_steps(longest_out - 1, batch, batch * (longest_in + 1))
+        # One large multiplication after another: computing and reading the weights overlap.
+        now += latency.step_s
+        now += max(0.0, latency.token_s * sum(prompts[first:end]) - latency.weights_s)
+        computed = max(0.0, latency.token_s * batch - latency.weights_s)
+        now += (longest_out - 1) * computed
+        now += decode.decode_steps(longest_out - 1, batch, batch * (longest_in + 1))
         result.count_batch(longest_out, batch, True)
         for index in range(first, end):
             result.finish_s[index] = now

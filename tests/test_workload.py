@@ -22,7 +22,6 @@ import pytest
 import chat_lengths
 import length_tables
 import workload
-from beam_search import beam_parents
 from length_files import chat_rounds
 from workload import (
     ALPACA,
@@ -530,90 +529,3 @@ def test_size_is_bounded_after_unpacking(tmp_path, monkeypatch):
         read_lengths(path)
     path.write_bytes(HEAD + b"1,2\n" * 240)
     assert read_lengths(path)[0].size == 240
-
-
-# --- beam search --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width", [1, 2, 4, 6])
-@pytest.mark.parametrize("theta", [0.02, 0.25, 5.0])
-def test_survivors_keep_their_places(width, theta):
-    parents = beam_parents(width, 300, np.random.default_rng(width), theta)
-    assert parents.shape == (300, width)
-    assert parents.dtype == np.int64
-    assert (parents[0] == 0).all()
-    for row in parents.tolist():
-        assert set(row) <= set(range(width))
-        for parent in set(row):
-            assert row[parent] == parent
-
-
-def test_beams_follow_the_best_cumulative_scores():
-    """The same draws, scored candidate by candidate with plain lists."""
-    width, theta, steps = 4, 0.5, 200
-    parents = beam_parents(width, steps, np.random.default_rng(9), theta)
-    rng = np.random.default_rng(9)
-    sticks = width + math.ceil(14.0 / math.log1p(1.0 / theta))
-    scores = {0: 0.0}
-    for step in range(steps):
-        candidates = []
-        for beam, draws in enumerate(rng.standard_exponential((width, sticks)).tolist()):
-            left = 1.0
-            for draw in draws:
-                taken = 1.0 - math.exp(-draw / theta)  # Beta(1, theta) by inversion
-                if beam in scores and left * taken > 0.0:
-                    candidates.append((scores[beam] + math.log(left * taken), beam))
-                left *= 1.0 - taken
-        best = sorted(candidates, reverse=True)[:width]
-        heirs = {beam: [score for score, b in best if b == beam] for _, beam in best}
-        spare = [(score, beam) for score, beam in best if score != heirs[beam][0]]
-        scores = {beam: mine[0] for beam, mine in heirs.items()}
-        row = {beam: beam for beam in heirs}
-        for place, (score, beam) in zip(sorted(set(range(width)) - set(heirs)), spare):
-            row[place], scores[place] = beam, score
-        assert [row[place] for place in range(width)] == parents[step].tolist(), step
-
-
-def forks(width, theta, steps=1500):
-    parents = beam_parents(width, steps, np.random.default_rng(0), theta)
-    return int((parents[1:] != np.arange(width)).sum())
-
-
-def test_theta_sets_how_often_beams_fork():
-    for width in (2, 4, 6):
-        few, some, many = (forks(width, theta) for theta in (0.02, 0.25, 5.0))
-        assert few > 0
-        assert 3 * few < some
-        assert 2 * some < many
-    assert forks(1, 0.25) == 0
-
-
-def test_beams_outlive_a_step_but_not_the_search():
-    """Common ancestry: some step back, all beams descend from one, and not always from the last."""
-    parents = beam_parents(4, 400, np.random.default_rng(2))
-    ancestors, depths = list(range(4)), []
-    for row in reversed(parents.tolist()):
-        ancestors = [row[beam] for beam in ancestors]
-        depths.append(len(set(ancestors)))
-    assert depths == sorted(depths, reverse=True)
-    assert depths[0] > 1
-    assert depths[-1] == 1
-
-
-def test_beam_parents_depend_on_the_seed_alone():
-    first, again, other = (beam_parents(4, 200, np.random.default_rng(s)) for s in (1, 1, 2))
-    assert first.tobytes() == again.tobytes()
-    assert first.tobytes() != other.tobytes()
-    longer = beam_parents(4, 300, np.random.default_rng(1))
-    assert (longer[:200] == first).all()
-    assert beam_parents(3, 0, np.random.default_rng(0)).shape == (0, 3)
-
-
-@pytest.mark.parametrize(
-    ("width", "num_steps", "theta"),
-    [(0, 5, 0.25), (2.0, 5, 0.25), (2, -1, 0.25), (2, 5, 0.0), (2, 5, -1.0), (2, 5, math.nan),
-     (2, 5, 1e9)],
-)  # fmt: skip
-def test_beam_parents_refuse_bad_arguments(width, num_steps, theta):
-    with pytest.raises(ValueError, match=r"width|num_steps|theta"):
-        beam_parents(width, num_steps, np.random.default_rng(0), theta)

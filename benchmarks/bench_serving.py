@@ -1,0 +1,155 @@
+"""Seconds to simulate a trace, event by event, against iteration by iteration in the same run.
+
+    python benchmarks/bench_serving.py [--repeats 3] [--traces DIR] [--json FILE]
+
+    13B single      ShareGPT at 2 requests/s for an hour, OPT-13B on one A100-40GB
+    13B parallel 6  Alpaca, six samples, 7 requests/s, an hour
+    13B beam 6      Alpaca, beam width 6, 7 requests/s, an hour
+    10 h            the first, ten times as long, at the rate that keeps it below the knee, and
+    98,300 blocks   in a pool a hundred times as large: a decode token costs the same
+    Azure           the conversation trace of 2023-11-16, if --traces names a folder that has it
+
+The peer is the plain mode of the same simulator, which takes every iteration by itself; `speed-up`
+is the ratio to it (only for the first two: the others would take minutes). The limit is a Python
+call that does nothing: `x call` is a decode token's cost over it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import gzip
+import platform
+import sys
+import time
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments import Run, groups_for, latency_of, manager_for
+from length_files import find_lengths
+from paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
+from report import OutputError, Table, check_writable, render, write_json
+from scheduler import Limits
+from serving import ServingResult, simulate
+
+AZURE = "AzureLLMInferenceTrace_conv.csv.gz"
+HOUR = 3600.0
+RUNS = {  # name: (run, factor on the number of blocks, also in plain mode)
+    "13B single, 2.0/s, 1 h": (Run(VLLM, "opt-13b", "ShareGPT", 2.0, HOUR), 1, True),
+    "13B parallel 6, 7.0/s, 1 h": (
+        Run(VLLM, "opt-13b", "Alpaca", 7.0, HOUR, decoding="parallel", width=6), 1, True,
+    ),
+    "13B beam 6, 7.0/s, 1 h": (
+        Run(VLLM, "opt-13b", "Alpaca", 7.0, HOUR, decoding="beam", width=6), 1, False,
+    ),
+    "13B single, 1.5/s, 1 h": (Run(VLLM, "opt-13b", "ShareGPT", 1.5, HOUR), 1, False),
+    "13B single, 1.5/s, 10 h": (Run(VLLM, "opt-13b", "ShareGPT", 1.5, 10 * HOUR), 1, False),
+    "13B single, 1.5/s, 1 h, 98,300 blocks": (
+        Run(VLLM, "opt-13b", "ShareGPT", 1.5, HOUR), 100, False,
+    ),
+}  # fmt: skip
+
+
+def empty() -> None:
+    """The least that one call per token can cost."""
+
+
+def seconds_per_call() -> float:
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(200_000):
+            empty()
+        best = min(best, time.perf_counter() - start)
+    return best / 200_000
+
+
+def simulate_once(
+    run: Run, columns: tuple[list, list, list], pool: int, plain: bool
+) -> tuple[float, ServingResult]:
+    """(seconds of the simulation alone, its result)."""
+    groups = groups_for(run, columns)
+    manager = manager_for(run)
+    if pool > 1:
+        manager = type(manager)(pool * manager.num_blocks, manager.block_size)
+    limits = Limits(MAX_BATCHED_TOKENS, MAX_SEQUENCES[run.system])
+    gc.disable()
+    start = time.perf_counter()
+    result = simulate(groups, manager, limits, latency_of(run), plain=plain)
+    seconds = time.perf_counter() - start
+    gc.enable()
+    return seconds, result
+
+
+def azure_columns(folder: Path) -> tuple[list, list, list]:
+    """Arrivals, prompts and outputs of the trace; what exceeds 2,560 tokens is cut to fit."""
+    with gzip.open(folder / AZURE, "rt", encoding="ascii") as file:
+        rows = list(csv.DictReader(file))
+    times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
+    outputs = [max(1, int(row["GeneratedTokens"])) for row in rows]
+    room = MAX_BATCHED_TOKENS
+    prompts = [
+        max(1, min(int(row["ContextTokens"]), room - output)) for row, output in zip(rows, outputs)
+    ]
+    return [moment - times[0] for moment in times], prompts, outputs
+
+
+def measure(
+    name: str, run: Run, columns: tuple[list, list, list], pool: int, plain: bool, repeats: int
+) -> dict[str, str | float | int | None]:
+    """The best of some repeats, and the plain mode once."""
+    times, result = [], None
+    for _ in range(repeats):
+        seconds, result = simulate_once(run, columns, pool, False)
+        times.append(seconds)
+    tokens = run.width * (sum(columns[2]) - len(columns[2]))
+    peer = simulate_once(run, columns, pool, True)[0] if plain else None
+    return {
+        "trace": name, "requests": len(columns[0]), "decode_tokens": tokens,
+        "iterations": result.num_iterations, "seconds": min(times),
+        "ns_per_token": 1e9 * min(times) / tokens, "plain_seconds": peer,
+        "speed_up": peer / min(times) if peer else None,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default 3")
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="a folder with length files")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    try:
+        if args.json is not None:
+            check_writable(args.json)
+    except OutputError as error:
+        print(f"bench_serving.py: error: {error}", file=sys.stderr)
+        return 2
+    lengths = find_lengths([], str(args.traces) if args.traces else None)
+    call_s = seconds_per_call()
+    rows = []
+    for name, (run, pool, plain) in RUNS.items():
+        columns = lengths.columns(run.dataset, run.rate, run.seconds, run.seed)
+        rows.append(measure(name, run, columns, pool, plain, max(1, args.repeats)))
+    if args.traces and (args.traces / AZURE).exists():
+        run = replace(RUNS["13B single, 2.0/s, 1 h"][0], seconds=HOUR)
+        columns = azure_columns(args.traces)
+        rows.append(measure("Azure conversations, 2023", run, columns, 1, False, args.repeats))
+    for row in rows:
+        row["x_call"] = 1e-9 * row["ns_per_token"] / call_s
+    headers = tuple(rows[0])
+    print(render(Table(
+        "Seconds to simulate", headers, [tuple(row[key] for key in headers) for row in rows],
+        f"Python {platform.python_version()}, best of {args.repeats}, an empty call takes "
+        f"{1e9 * call_s:.0f} ns", 3,
+    ), "plain"))  # fmt: skip
+    if args.json is not None:
+        write_json(args.json, {"empty_call_ns": 1e9 * call_s, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

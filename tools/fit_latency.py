@@ -1,0 +1,255 @@
+"""Finds the fitted constants of latency.py, FITTED and SWAP_*, in results of the paper.
+
+    LENGTHS_DIR=../shared/data python tools/fit_latency.py            # minutes
+    LENGTHS_DIR=../shared/data python tools/fit_latency.py --check --model opt-175b
+
+Serves section 6, whose simulation rests on these constants. They rest on no more than
+
+- the left ends of Fig. 12: the first points of each curve of Orca and vLLM, while their latency is
+  below 1.25 times the first one's; and the first point of FasterTransformer on ShareGPT;
+- Fig. 1 (right): tokens/s of OPT-13B by batch size, where we assume that each request has the
+  context with which Fig. 1's 38.4 requests fill Table 1's slots;
+- Fig. 19a's swapping, for SWAP_*: least squares of the relative error.
+
+step_s and prompt_s are the multiples of 0.25 ms with the least root mean square of log(ours /
+paper) over a model's points, all of equal weight; static_step_s is the multiple of 0.05 ms nearest
+to its point. The search starts from nothing, in strides that become finer. Traces are as long as
+the paper's, but for Alpaca as the artifact's, 600 s. HOURCLAIM
+
+Exit code 1 if --check finds other constants than latency.py has, 2 for input that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import latency  # noqa: E402
+import paper  # noqa: E402
+from experiments import Run, groups_for, manager_for  # noqa: E402
+from latency import Software, Swap, latency_model  # noqa: E402
+from length_files import Lengths, find_lengths  # noqa: E402
+from report import Table, render  # noqa: E402
+from scheduler import Limits  # noqa: E402
+from serving import simulate  # noqa: E402
+from static_batching import simulate_static  # noqa: E402
+from workload import WorkloadError  # noqa: E402
+
+LEFT_END = 1.25  # times a curve's first latency
+GRID_S, STATIC_GRID_S = 0.25e-3, 0.05e-3
+STRIDES = (64, 8, 1)  # grid steps
+LONGEST_S = {"ShareGPT": math.inf, "Alpaca": float(paper.ARTIFACT_RUNS["Fig. 12"]["seconds"])}
+FIG1_MODEL = "opt-13b"
+SWAPPED_TOKENS = max(paper.BLOCK_SIZES)  # Fig. 19a moves as many as one of its largest blocks
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the paper: s/token of a run, or, where it is a batch size, Fig. 1's tokens/s."""
+
+    source: Run | int
+    paper: float
+
+    def __str__(self) -> str:
+        if isinstance(self.source, int):
+            return f"Fig. 1, batch of {self.source}"
+        return f"{self.source.dataset}, {self.source.system}, {self.source.rate:g} req/s"
+
+
+def left_end(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The leading points whose latency is below LEFT_END times the first one's."""
+    return list(takewhile(lambda at: at[1] < LEFT_END * curve[0][1], curve))
+
+
+def points_of(model: str) -> list[Point]:
+    """What step_s and prompt_s are fitted to: Fig. 12, then Fig. 1 if it is of this model."""
+    points = []
+    for dataset, longest_s in LONGEST_S.items():
+        seconds = min(float(paper.TRACE_SECONDS[model]), longest_s)
+        for system, curve in paper.FIG12_CURVES[dataset, model].items():
+            if system != paper.FASTER_TRANSFORMER:
+                points += [
+                    Point(Run(system, model, dataset, float(rate), seconds), at)
+                    for rate, at in left_end(curve)
+                ]
+    if model == FIG1_MODEL:
+        points += [Point(batch, at) for batch, at in paper.FIG1_THROUGHPUT.items()]
+    return points
+
+
+def decode_throughput(batch_size: int, software: Software) -> float:
+    """Tokens/s of a decode step, each at the context with which Fig. 1's fill Table 1's slots."""
+    slots = 1000.0 * paper.TABLE1[FIG1_MODEL]["kilo_slots"]
+    context = slots / paper.FIG1_FULL_AT[paper.VLLM + "_requests"]  # of a request: 409 tokens
+    model = latency_model(paper.DEPLOYMENTS[FIG1_MODEL], paper.BLOCK_SIZE, software)
+    return batch_size / model.decode_steps(1, batch_size, round(batch_size * context))
+
+
+def ours(source: Run | int, lengths: Lengths, software: Software) -> float:
+    """What these constants give in place of a point: of a run, as experiments.execute has it."""
+    if isinstance(source, int):
+        return decode_throughput(source, software)
+    run, static = source, source.system == paper.FASTER_TRANSFORMER
+    columns = lengths.columns(run.dataset, run.rate, run.seconds, run.seed)
+    model = latency_model(paper.DEPLOYMENTS[run.model], run.block_size, software, static=static)
+    if static:
+        batch_size = paper.FT_BATCH_SIZE[run.dataset][run.model]
+        result = simulate_static(*columns, batch_size, paper.FT_MAX_TOTAL_LEN, model)
+    else:
+        limits = Limits(paper.MAX_BATCHED_TOKENS, paper.MAX_SEQUENCES[run.system])
+        result = simulate(groups_for(run, columns), manager_for(run), limits, model)
+    return result.normalized_latency
+
+
+def log_ratios(points: Sequence[Point], lengths: Lengths, software: Software) -> list[float]:
+    """log(ours / paper) of each point."""
+    return [math.log(ours(at.source, lengths, software) / at.paper) for at in points]
+
+
+def rms(values: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(value * value for value in values) / len(values))
+
+
+def descend(score: Callable[[int], float], start: int, stride: int) -> int:
+    """The lowest number of grid steps seen while going from `start` either way, in strides, until
+    it gets higher: single steps twice in a row, as latencies are not quite smooth."""
+    best, lowest = start, score(start)
+    for step in (stride, -stride):
+        at, higher = best, 0
+        while higher < (2 if stride == 1 else 1) and (at := at + step) >= 0:
+            value, higher = score(at), higher + 1
+            if value < lowest:
+                best, lowest, higher = at, value, 0
+    return best
+
+
+def fit_software(points: Sequence[Point], lengths: Lengths) -> Software:
+    """The step_s and prompt_s on the grid with the least rms over the points."""
+
+    @cache
+    def score(step: int, prompt: int) -> float:
+        return rms(log_ratios(points, lengths, on_grid(step, prompt)))
+
+    step = prompt = 0
+    for stride in STRIDES:
+        prompts = {step: prompt}  # the best for each step_s tried
+
+        def profile(at: int, stride: int = stride, prompts: dict[int, int] = prompts) -> float:
+            start = prompts[min(prompts, key=lambda tried: abs(tried - at))]
+            prompts[at] = descend(partial(score, at), start, stride)
+            return score(at, prompts[at])
+
+        step = descend(profile, step, stride)
+        prompt = prompts[step]
+    return on_grid(step, prompt)
+
+
+def on_grid(step: int, prompt: int, static: int = 0) -> Software:
+    """Constants from numbers of grid steps, in whole nanoseconds as latency.py writes them."""
+    values = (step * GRID_S, prompt * GRID_S, static * STATIC_GRID_S)
+    return Software(*(round(value, 9) for value in values))
+
+
+def fit_static(model: str, lengths: Lengths) -> float:
+    """The static_step_s nearest to FasterTransformer's leftmost point on ShareGPT."""
+    system, seconds = paper.FASTER_TRANSFORMER, float(paper.TRACE_SECONDS[model])
+    rate, at = paper.FIG12_CURVES["ShareGPT", model][system][0]
+    points = [Point(Run(system, model, "ShareGPT", rate, seconds), at)]
+    static = 0
+    for stride in STRIDES:
+        static = descend(
+            lambda steps: rms(log_ratios(points, lengths, on_grid(0, 0, steps))), static, stride
+        )
+    return on_grid(0, 0, static).static_step_s
+
+
+def fit_swap(milliseconds: dict[int, float]) -> tuple[Swap, list[float]]:
+    """From Fig. 19a's ms by block size: the constants, to 1 and 0.1 us, and relative errors."""
+    sizes = np.array(list(milliseconds), dtype=float)
+    blocks = SWAPPED_TOKENS / sizes / (1e-3 * np.array(list(milliseconds.values())))
+    parts = np.stack([blocks, blocks * sizes], axis=1)  # of the time drawn
+    call_s, slot_s = np.linalg.lstsq(parts, np.ones(len(sizes)), rcond=None)[0].tolist()
+    swap = Swap(round(call_s, 6), round(slot_s, 7))
+    return swap, (parts @ [swap.call_s, swap.slot_s] - 1.0).tolist()
+
+
+def row(name: str, software: Software, points: Sequence[Point], lengths: Lengths) -> tuple:
+    """A row of the table: the constants of a model, and how far they are from its points."""
+    ratios = log_ratios(points, lengths, software)
+    fig1 = [ratio for at, ratio in zip(points, ratios) if isinstance(at.source, int)]
+    errors = (ratios[: len(ratios) - len(fig1)], fig1, ratios)  # as points are ordered
+    worst, at = max(zip(ratios, points), key=lambda pair: abs(pair[0]))
+    in_ms = (1e3 * software.step_s, 1e3 * software.prompt_s, 1e3 * software.static_step_s)
+    percent = (100.0 * rms(part) if part else None for part in errors)
+    return (name, *in_ms, len(points), *percent, f"{at}: {math.expm1(worst):+.1%}")
+
+
+def check_software(names: Iterable[str], lengths: Lengths) -> list[str]:
+    """Fit these models and print what is found; a line for each that latency.py has otherwise."""
+    rows, other = [], []
+    for name in names:
+        points, held = points_of(name), latency.FITTED[name]
+        found = replace(fit_software(points, lengths), static_step_s=fit_static(name, lengths))
+        rows.append(row(name, found, points, lengths))
+        if found != held:
+            rows.append(row("(latency.py)", held, points, lengths))
+            other.append(f"FITTED[{name!r}] is {held}, found {found}")
+    headers = (
+        "", "step ms", "prompt ms", "static ms", "points", "Fig. 12", "Fig. 1", "all", "worst"
+    )  # fmt: skip
+    table = Table("Constants; rms of log(ours / paper) in %", headers, rows, decimals=2)
+    print(render(table, "plain") + "\n", flush=True)
+    return other
+
+
+def check_swaps() -> list[str]:
+    """The same for SWAP_IN and SWAP_OUT."""
+    rows, other = [], []
+    for name, figure in (("SWAP_IN", "swap in"), ("SWAP_OUT", "swap out")):
+        (found, errors), held = fit_swap(paper.FIG19A[figure]), getattr(latency, name)
+        worst = f"{max(errors, key=abs):+.1%}"
+        rows.append((name, 1e3 * found.call_s, 1e3 * found.slot_s, 100.0 * rms(errors), worst))
+        if found != held:
+            other.append(f"{name} is {held}, found {found}")
+    table = Table("Swapping", ("", "call ms", "slot ms", "rms %", "worst"), rows, decimals=4)
+    print(render(table, "plain"))
+    return other
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status (0, 1, or 2 with a line on stderr)."""
+    parser = argparse.ArgumentParser(description="find the fitted constants of latency.py")
+    parser.add_argument("--check", action="store_true", help="exit 1 if latency.py has others")
+    parser.add_argument("--model", action="append", choices=tuple(latency.FITTED),
+                        help="only this one (repeatable)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        lengths = find_lengths([], os.environ.get("LENGTHS_DIR"))
+        sources = [f"{name}: {lengths.source(name)}" for name in LONGEST_S]
+        if options.check and not set(LONGEST_S) <= set(lengths.files):
+            raise WorkloadError("--check needs LENGTHS_DIR, a folder of the full length files")
+    except WorkloadError as error:
+        print(f"fit_latency: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([*sources, ""]), flush=True)
+    other = check_software(dict.fromkeys(options.model or latency.FITTED), lengths)
+    other += check_swaps()
+    if options.check:
+        print("\n".join(["", *(other or ["latency.py has what is found"])]))
+    return 1 if options.check and other else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
