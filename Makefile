@@ -30,11 +30,12 @@ python_problem = $(shell \
     fi)
 check_python = $(if $(python_problem),$(error $(python_problem)))
 
-.PHONY: help run test lint clean
+.PHONY: help run figures test lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run   run main.py, all four scenarios; ARGS="--scenario 2 --seed 1" passes arguments'
+	@echo 'make figures  run reproduce.py, every figure; ARGS=--quick for what takes seconds'
 	@echo 'make test  run the tests but the slow ones; ARGS="-k cli" passes arguments to pytest'
 	@echo 'make lint  ruff check'
 	@echo 'make clean remove .venv and caches'
@@ -44,6 +45,9 @@ help:
 
 run: $(RUN_STAMP)
 	@$(RUN_PYTHON) main.py $(ARGS)
+
+figures: $(RUN_STAMP)
+	@$(RUN_PYTHON) reproduce.py $(ARGS)
 
 # One torch thread a process: workers whose threads wait for one another take several times longer.
 test: $(TEST_STAMP)

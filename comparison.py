@@ -120,7 +120,7 @@ def _row(
     tolerance: str, excess: float, reason: str, remake: Callable[[float], Row],
 ) -> Row:  # fmt: skip
     """A reason given beforehand is only used, and shown, where the row does not hold."""
-    holds = excess <= 1.0  # and not where it is no number
+    holds = bool(excess <= 1.0 + 1e-9)  # not where it is no number; rounding decides nothing
     held: bool | str = holds if holds or not reason else EXPLAINED
     shown = "" if holds else reason
     return Row(

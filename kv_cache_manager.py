@@ -193,9 +193,11 @@ class PagedKVCacheManager(PagedTables):
         All new tables are built before any old one is dropped, so a beam may take the place of
         another that moves away in the same step. Returns the blocks nobody holds any more.
         """
+        tables = self._tables
         moves = []
         for child_id, parent_id in parents.items():
-            child, parent = self._running(child_id), self._running(parent_id)
+            child = tables.get(child_id) or self._running(child_id)
+            parent = tables.get(parent_id) or self._running(parent_id)
             if child is not parent:
                 moves.append((child_id, child, parent_id, parent))
         new_tables = []

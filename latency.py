@@ -67,15 +67,15 @@ class Swap:
 
 
 FITTED = {
-    "opt-13b": Software(6.75e-3, 6.25e-3, 0.95e-3),
-    "opt-66b": Software(25.0e-3, 5.0e-3, 5.0e-3),
-    "opt-175b": Software(52.5e-3, 6.0e-3, 24.5e-3),
+    "opt-13b": Software(6.5e-3, 6.5e-3, 0.95e-3),
+    "opt-66b": Software(25.0e-3, 5.25e-3, 5.0e-3),
+    "opt-175b": Software(52.5e-3, 6.0e-3, 24.45e-3),
 }
 # Same layers, same width: the constants of one are taken for the other.
 FITTED_LIKE = {"llama-13b": "opt-13b"}
 # From Fig. 19a's microbenchmark, an input of Figs. 14 and 19b (tools/fit_latency.py).
-SWAP_IN = Swap(0.253e-3, 0.0672e-3)
-SWAP_OUT = Swap(0.154e-3, 0.0627e-3)
+SWAP_IN = Swap(0.268e-3, 0.0672e-3)
+SWAP_OUT = Swap(0.154e-3, 0.0626e-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class LatencyModel:
     context_s: float = 0.0  # each token of K/V read
     prompt_s: float = 0.0  # each prompt
     copy_s: float = 0.0  # each slot copied inside GPU memory
-    swap_out_s: float = 0.0  # each block
+    swap_out_s: float = 0.0  # each block (measured for OPT-13B's slots)
     swap_in_s: float = 0.0
     block_size: int = 1
 

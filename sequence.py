@@ -87,7 +87,8 @@ class BlockTable:
         """A second table on the same blocks; both must copy before writing a shared last block."""
         child = BlockTable(self.blocks.copy(), self.block_size, 0, self.clock)
         child.num_prefix_blocks = self.num_prefix_blocks
-        child.room, child.held = 0, self.unfilled
+        child.room = self.unfilled
+        child.hold()
         return child
 
     def hold(self) -> None:
@@ -184,7 +185,7 @@ class BeamHistory(list):
 
     def __init__(self, parents: Iterable[list[int]] = ()) -> None:
         super().__init__(parents)
-        self._moves: list[int] | None = None
+        self._moves: list[int] | None = None  # steps, once they are asked for
 
     def next_move(self, step: int) -> int | None:
         """The first step from `step` on in which a beam changes parents."""

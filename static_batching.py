@@ -1,7 +1,7 @@
 """FasterTransformer as the paper compares with it: static batches, padded.
 
 Reproduces: section 6.1's first baseline. A batch takes up to B of the earliest requests that have
-arrived, as long as its longest input and longest output together stay below a limit; it runs until
+arrived, as long as its longest input and longest output together keep to a limit; it runs until
 its longest output is complete, every sequence padded to the longest, and only then does anything
 return and the next batch begin (the authors' artifact). B is a limit per model and data set, chosen
 by them so that the memory suffices; no manager is asked.

@@ -7,7 +7,17 @@ from functools import partial
 
 import pytest
 
-from comparison import EXPLAINED, Row, absolute, as_printed, between, factor, over_seeds, relative
+from comparison import (
+    EXPLAINED,
+    Row,
+    absolute,
+    allow,
+    as_printed,
+    between,
+    factor,
+    over_seeds,
+    relative,
+)
 
 WHERE = ("Fig. 12", "13B ShareGPT, vLLM", "requests/s at 0.5 s/token")
 # Kinds of rows by name, without the value of ours. Those tolerances that can be are binary
@@ -76,8 +86,8 @@ def test_a_range_may_have_one_end():
 
 
 def test_a_factor_goes_both_ways():
-    for paper, ours, held in ((2.0, 3.0, True), (3.0, 2.0, True), (2.0, 3.2, False),
-                              (3.2, 2.0, False), (2.0, 0.0, False), (2.0, -2.0, False)):
+    for paper, ours, held in ((2.0, 2.9, True), (2.9, 2.0, True), (2.0, 3.1, False),
+                              (3.1, 2.0, False), (2.0, 0.0, False), (2.0, -2.0, False)):
         assert factor(*WHERE, paper, ours, 1.5).held is held
 
 
@@ -116,6 +126,40 @@ def test_explained_is_not_held():
     row = relative(*WHERE, 1.0, 9.0, 5.0, "item 3")
     assert row.held is not True and row.held is not False
     assert row.held == EXPLAINED == "explained"
+
+
+# A value of ours on either side that is two tolerances away; a range counts a tenth of its nearer
+# end as a tolerance, after it is left.
+TWICE_OFF = {
+    "relative": (6.0, 10.0), "absolute": (35.0, 45.0), "factor": (2.0, 32.0),
+    "as printed": (15.4, 15.6), "between": (1.8, 4.4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_far_off_in_tolerances(kind):
+    make, (low, high) = KINDS[kind], ENDS[kind]
+    for ours in TWICE_OFF[kind]:
+        assert make(ours).excess == pytest.approx(2.0, rel=1e-6)
+        assert make(ours, "item 3").excess == make(ours).excess
+    for ours in (low, high):
+        assert make(ours).excess == (0.0 if kind == "between" else pytest.approx(1.0, rel=1e-6))
+    pair = [make(ours) for ours in TWICE_OFF[kind]]
+    assert over_seeds(pair).excess == make((pair[0].ours + pair[1].ours) / 2).excess != 2.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_not_too_far_off_is_allowed(kind):
+    make, (below, above) = KINDS[kind], TWICE_OFF[kind]
+    for ours in (below, above):
+        row = make(ours)
+        assert row.held is False
+        assert allow(row, 2.01, "item 9") == replace(row, held=EXPLAINED, reason="item 9")
+        assert allow(row, 1.99, "item 9") is row
+    held, explained = make(ENDS[kind][0]), make(above, "item 3")
+    assert allow(held, 9.0, "item 9") is held
+    assert allow(explained, 9.0, "item 9") is explained, "it has a reason of its own"
+    assert allow(make(math.nan), 1e9, "item 9").held is False
 
 
 # --- to_json -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import PagedKVCache
 from scenario import Setting
 from scheduler import Limits, Scheduler
-from sequence import BlockTable, Sequence, SequenceGroup
+from sequence import BeamHistory, BlockTable, Sequence, SequenceGroup
 from serving import make_groups, simulate
 from stamped_cache import PIECE, StampedCache, Stamps
 from workload import Request
@@ -445,7 +445,7 @@ def trading_beams(broken=None):
     if broken is not None:
         broken(stamped)
     (group,) = make_groups([Request(0, 0.0, 3, 8, beam_width=3)])
-    group.beam_parents = [[0, 0, 0]] + [[1, 2, 0]] * 7
+    group.beam_parents = BeamHistory([[0, 0, 0]] + [[1, 2, 0]] * 7)
     return stamped, simulate([group], manager, LIMITS, observers=[stamped])
 
 

@@ -100,7 +100,58 @@ def manager() -> str:
     return origin(result, "bench_manager.json") + "\n\n" + table
 
 
-PARTS = {part.__name__: part for part in (scenarios, tail, checks, manager)}
+def figures() -> str:
+    """What reproduce.py found: a line for each figure, then the rows that sum it up."""
+    result = load("reproduce.json")
+    rows = result["output"]["rows"]
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        count = counts.setdefault(row["figure"], [0, 0, 0])
+        count[{True: 0, "explained": 1, False: 2}[row["held"]]] += 1
+    summary = [(figure, sum(count), *count) for figure, count in counts.items()]
+    summary.append(("all", *(sum(column) for column in list(zip(*summary))[1:])))
+    drawn = re.compile(r"at [\d.]+ (requests/s|s/token)$")
+    shown = []
+    for row in rows:
+        reading = row["metric"].startswith(("requests/s at 0.5", "rate, ratio at 0.5"))
+        if row["figure"] in ("Table 1", "Fig. 1") or (
+            drawn.search(row["metric"]) and not reading
+        ):
+            continue
+        if row["figure"] in ("Fig. 18b", "Fig. 19b") and row.get("reason", "").startswith("D10"):
+            continue
+        held = {True: "yes", False: "NO"}.get(row["held"], row.get("reason", "").split(":")[0])
+        paper = row["paper"] if isinstance(row["paper"], str) else f"{row['paper']:.4g}"
+        shown.append((
+            row["figure"], row["setting"], row["metric"], paper, f"{row['ours']:.4g}",
+            row["difference"], row["tolerance"], held,
+        ))  # fmt: skip
+    headers = ("figure", "setting", "metric", "paper", "ours", "difference", "tolerance", "held")
+    seconds = result["output"]["elapsed_s"]
+    return "\n\n".join([
+        f"{origin(result, 'reproduce.json')}, {seconds:.0f} s",
+        render(Table("", ("figure", "rows", "held", "explained", "not held"), summary), "github")
+        .strip(),
+        "Without Table 1, the points of the curves one by one, and blocks of fewer than 16 slots:",
+        render(Table("", headers, shown), "github").strip(),
+    ])  # fmt: skip
+
+
+def serving() -> str:
+    """The speed of the simulator."""
+    result = load("bench_serving.json")
+    rows = [
+        (row["trace"], row["requests"], row["decode_tokens"], row["iterations"], row["seconds"],
+         row["ns_per_token"], row["x_call"], row["plain_seconds"] or "-", row["speed_up"] or "-")
+        for row in result["output"]["rows"]
+    ]  # fmt: skip
+    headers = ("trace", "requests", "decode tokens", "iterations", "s", "ns per token",
+               "x empty call", "one by one, s", "speed-up")  # fmt: skip
+    table = render(Table("", headers, rows, decimals=2), "github").strip()
+    return origin(result, "bench_serving.json") + "\n\n" + table
+
+
+PARTS = {part.__name__: part for part in (scenarios, tail, checks, manager, figures, serving)}
 
 
 def main() -> int:
