@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 EXPLAINED = "explained"
+MOST_EXPLAINED = 12.0  # tolerances: no reason explains more
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def between(
 ) -> Row:  # fmt: skip
     """Held if ours lies in the range that the paper states; the infinite end is left open."""
     if math.isinf(high):
-        paper = f"over {low:g}"
+        paper = f"over {low:.4g}"
     else:
-        paper = f"up to {high:g}" if math.isinf(low) else f"{low:g} to {high:g}"
+        paper = f"up to {high:.4g}" if math.isinf(low) else f"{low:.4g} to {high:.4g}"
     off = max(low - ours, ours - high, 0.0)
     # Off by a tenth of the nearer end counts as off by a tolerance.
     excess = 1.0 + off / (0.1 * abs(low if ours < low else high)) if off else 0.0
@@ -121,8 +122,9 @@ def _row(
 ) -> Row:  # fmt: skip
     """A reason given beforehand is only used, and shown, where the row does not hold."""
     holds = bool(excess <= 1.0 + 1e-9)  # not where it is no number; rounding decides nothing
-    held: bool | str = holds if holds or not reason else EXPLAINED
-    shown = "" if holds else reason
+    explained = not holds and bool(reason) and excess <= MOST_EXPLAINED
+    held: bool | str = EXPLAINED if explained else holds
+    shown = reason if explained else ""
     return Row(
         figure, setting, metric, paper, ours, difference, tolerance, held, shown, excess,
         remake=remake,

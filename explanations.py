@@ -1,4 +1,4 @@
-"""Why a row of reproduce.py may differ: one line each, numbered as in the README.
+"""Why a row of reproduce.py differs: one line each, numbered as in the README.
 
 Reproduces nothing. The README's 'Differences from the paper' tells each in full; a row that is not
 held carries the line as its reason. A row that holds needs none, whatever stands here.
@@ -15,6 +15,6 @@ CHATBOT_TEXT = "D8: the paper's own curves show 1.5x, not the 2x of its text"
 CHATBOT_DATA = "D9: the authors' conversations are not published; ours have fewer full prompts"
 SMALL_BLOCKS = "D10: below 16 slots the paper's kernel reads memory badly; no kernel is modelled"
 KNEE_18B = "D11: 30.1 requests/s lies on the knee: a few percent of rate are a factor in latency"
-SAME_RUN_TWICE = "D12: Figs. 18b and 19b show the same run twice, up to 1.4 times apart"
+SAME_RUN_TWICE = "D12: ten minutes at the edge of overload; the paper's two drawings differ"
 TEXT_RANGES = "D13: the text's extreme is not in the paper's own curves at one common latency"
 ANOTHER_DRAW = "D14: the compact tables draw other requests than the authors' files have"

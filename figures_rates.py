@@ -23,7 +23,7 @@ AT = f"requests/s at {paper.RATE_AT_LATENCY:g} s/token"
 RATIO = f"rate, ratio at {paper.RATE_AT_LATENCY:g} s/token"
 SHORT = {"opt-13b": "13B", "opt-66b": "66B", "opt-175b": "175B"}
 FEW_REQUESTS = 200
-KNEE = 1.6  # times the first point's latency: a drawn point above it is on the knee or beyond
+KNEE = 1.5  # times the first point's latency: a drawn point above it is on the knee or beyond
 # The artifact's scheduler for vLLM with prefixes, and the only reading of the 175B panels that
 # fits, has the older default of 256 sequences instead of 2048 (README, Differences).
 OLDER_MAX_SEQUENCES = 256
@@ -91,7 +91,11 @@ class Fig12:
         rows = []
         ours = dict(curve.line(done))
         first = curve.paper[0][1]
+        seen = set()
         for rate, latency in curve.paper:
+            if latency < KNEE * first and rate in seen:
+                continue  # one curve has two points at one rate: the first counts
+            seen.add(rate)
             reason = why.TINY_TRACE if rate * curve.run.seconds < FEW_REQUESTS else ""
             if system == FASTER_TRANSFORMER and model == "opt-175b":
                 reason = why.FT_175B
@@ -116,7 +120,7 @@ class Fig12:
         name, text = self.name, paper.TEXT
         near = sum(abs(ours / printed - 1.0) <= 0.10 for printed, ours in ratios)
         found = [between(
-            name, "6 panels, vLLM / Orca", "ratios within 10 % of the paper's, of 18", 15, 18, near,
+            name, "6 panels, vLLM / Orca", "ratios within 10 % (our criterion)", 15, 18, near,
             why.CURVE_175B,
         )]  # fmt: skip
         over = {row.setting: row.ours for row in rows if row.metric == RATIO}
@@ -219,6 +223,10 @@ class Fig16:
             rows.append(relative(
                 self.name, f"LLaMA-13B WMT16 {shots}, vLLM / Orca (Oracle)", RATIO,
                 printed["ratio"], rates[VLLM] / rates[ORCA_ORACLE], 15.0, why.PREFILL,
+            ))  # fmt: skip
+            rows.append(relative(
+                "Sec. 6.4", f"LLaMA-13B WMT16 {shots}, vLLM / Orca (Oracle)", RATIO,
+                printed["text_ratio"], rates[VLLM] / rates[ORCA_ORACLE], 15.0, why.PREFILL,
             ))  # fmt: skip
         return rows
 

@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+MAX_SEEDS = 1000
 FIGURES = ("table1", "2", "12", "13", "14", "15", "16", "17", "18b", "19b")
 
 
@@ -76,7 +77,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json is not None:
         check_writable(args.json)
+    if args.seeds > MAX_SEEDS:
+        raise UsageError(f"--seeds {args.seeds}: at most {MAX_SEEDS}")
+    if args.figures is not None and str(args.figures) in FIGURES:
+        raise UsageError(f"--figures takes a folder; for one figure use --figure {args.figures}")
     figures = choose(args.figure or FIGURES, args.quick)
+    if not figures:
+        raise UsageError(f"--quick: nothing of figure {', '.join(args.figure)} is quick")
     if args.figures is not None:
         from pictures import check_pictures
 
@@ -99,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     failed = len(rows) - held - explained
     reasons = sorted({row.reason for row in rows if row.reason}, key=lambda text: int(
         text[1 : text.index(":")]))  # fmt: skip
-    print(comment + f"\n{comment}".join(["Explained (README, Differences):", *reasons]))
+    if reasons:
+        print(comment + f"\n{comment}".join(["Explained (README, Differences):", *reasons]))
     elapsed = time.perf_counter() - start
     print(
         f"\n{comment}{len(rows)} rows: {held} held, {explained} explained, {failed} not held, "
@@ -123,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn what cannot be used into one line and exit code 2."""
     try:
         args = build_parser().parse_args(argv)
+        from concurrent.futures.process import BrokenProcessPool
+
         from allocator import CacheError
         from report import OutputError
         from workload import WorkloadError
@@ -136,6 +146,8 @@ def main(argv: list[str] | None = None) -> int:
             return code
         except (CacheError, OutputError, WorkloadError) as error:
             raise UsageError(str(error)) from None
+        except BrokenProcessPool:
+            raise UsageError("a process was killed, out of memory perhaps; lower --jobs") from None
         except BrokenPipeError:
             drop_output()
             return 141  # as the shell reports it: whoever read our output is gone

@@ -34,8 +34,10 @@ ENDS = {
     "relative": (7.0, 9.0), "absolute": (37.5, 42.5), "factor": (4.0, 16.0),
     "as printed": (15.45, 15.55), "between": (2.0, 4.0),
 }  # fmt: skip
-# Where one of them is far outside.
-OUTSIDE = {name: high * 3 for name, (_, high) in ENDS.items()}
+# Where one of them is outside, by a few tolerances.
+OUTSIDE = {
+    "relative": 12.0, "absolute": 60.0, "factor": 32.0, "as printed": 15.2, "between": 4.8
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,9 +125,15 @@ def test_only_a_row_that_does_not_hold_is_explained(kind):
 
 
 def test_explained_is_not_held():
-    row = relative(*WHERE, 1.0, 9.0, 5.0, "item 3")
+    row = relative(*WHERE, 1.0, 1.5, 5.0, "item 3")
     assert row.held is not True and row.held is not False
     assert row.held == EXPLAINED == "explained"
+
+
+def test_no_reason_explains_more_than_twelve_tolerances():
+    assert relative(*WHERE, 1.0, 1.59, 5.0, "item 3").held == EXPLAINED
+    row = relative(*WHERE, 1.0, 1.61, 5.0, "item 3")
+    assert row.held is False and row.reason == ""
 
 
 # A value of ours on either side that is two tolerances away; a range counts a tenth of its nearer

@@ -282,7 +282,7 @@ def test_no_watermark_is_found(monkeypatch):
 def test_one_row_that_is_not_held_is_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(paper, "kv_blocks", lambda *args, **options: 900)
     assert reproduce.main(["--figure", "table1"]) == 1
-    assert " 2 not held" in capsys.readouterr().out
+    assert " 3 not held" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the authors' lengths are not here")
