@@ -134,7 +134,7 @@ def figures() -> str:
         (panel, *(cells.get(system, "-") for system in systems)) for panel, cells in ratios.items()
     ]
     return "\n\n".join([
-        f"{origin(result, 'reproduce.json')}, {result['output']['elapsed_s']:.0f} s",
+        origin(result, "reproduce.json"),
         render(
             Table("", ("where in the paper", "rows", "held", "explained", "not held"), summary),
             "github",
