@@ -16,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
+from explanations import BOUNDS
+
 EXPLAINED = "explained"
-MOST_EXPLAINED = 12.0  # tolerances: no reason explains more
+MOST_EXPLAINED = 12.0  # tolerances, where a reason has no bound of its own
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _row(
 ) -> Row:  # fmt: skip
     """A reason given beforehand is only used, and shown, where the row does not hold."""
     holds = bool(excess <= 1.0 + 1e-9)  # not where it is no number; rounding decides nothing
-    explained = not holds and bool(reason) and excess <= MOST_EXPLAINED
+    explained = not holds and bool(reason) and excess <= BOUNDS.get(reason, MOST_EXPLAINED)
     held: bool | str = EXPLAINED if explained else holds
     shown = reason if explained else ""
     return Row(

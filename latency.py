@@ -69,7 +69,7 @@ class Swap:
 FITTED = {
     "opt-13b": Software(6.5e-3, 6.5e-3, 0.95e-3),
     "opt-66b": Software(25.0e-3, 5.25e-3, 5.0e-3),
-    "opt-175b": Software(52.5e-3, 6.0e-3, 24.45e-3),
+    "opt-175b": Software(52.5e-3, 6.0e-3, 14.5e-3),
 }
 # Same layers, same width: the constants of one are taken for the other.
 FITTED_LIKE = {"llama-13b": "opt-13b"}

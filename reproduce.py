@@ -135,7 +135,6 @@ def main(argv: list[str] | None = None) -> int:
 
         from allocator import CacheError
         from report import OutputError
-        from workload import WorkloadError
 
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -144,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code
-        except (CacheError, OutputError, WorkloadError) as error:
+        except (CacheError, OutputError, ValueError) as error:  # WorkloadError is a ValueError
             raise UsageError(str(error)) from None
         except BrokenProcessPool:
             raise UsageError("a process was killed, out of memory perhaps; lower --jobs") from None

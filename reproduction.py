@@ -130,7 +130,8 @@ def _judge(row: Row, lengths: Lengths) -> Row:
 
 def lengths_matter(row: Row) -> bool:
     """Whether the row comes from a trace: only then can another draw explain it."""
-    return row.figure not in ("Table 1", "Fig. 1")
+    sizes = row.figure in ("Table 1", "Fig. 1", "Sec. 4.5") or "of K/V a" in row.metric
+    return not sizes and not row.setting.startswith("Fig. 19a")
 
 
 class Progress:
