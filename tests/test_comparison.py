@@ -18,6 +18,7 @@ from comparison import (
     over_seeds,
     relative,
 )
+from explanations import BOUNDS, PREFILL
 
 WHERE = ("Fig. 12", "13B ShareGPT, vLLM", "requests/s at 0.5 s/token")
 # Kinds of rows by name, without the value of ours. Those tolerances that can be are binary
@@ -128,6 +129,12 @@ def test_explained_is_not_held():
     row = relative(*WHERE, 1.0, 1.5, 5.0, "item 3")
     assert row.held is not True and row.held is not False
     assert row.held == EXPLAINED == "explained"
+
+
+def test_a_reason_explains_no_more_than_its_bound():
+    bound = BOUNDS[PREFILL]
+    assert relative(*WHERE, 1.0, 1.0 + 0.0499 * bound, 5.0, PREFILL).held == EXPLAINED
+    assert relative(*WHERE, 1.0, 1.0 + 0.0501 * bound, 5.0, PREFILL).held is False
 
 
 def test_no_reason_explains_more_than_twelve_tolerances():

@@ -101,12 +101,11 @@ def test_descend_stays_at_or_above_zero():
 
 
 def test_static_step_is_found_again(monkeypatch):
-    run = Run(FASTER_TRANSFORMER, "opt-66b", "ShareGPT", 0.05, 900.0)
+    run = Run(FASTER_TRANSFORMER, "opt-66b", "ShareGPT", 0.05, 3600.0)
     at = fit_latency.ours(run, TABLES, Software(9.0, 9.0, 7.35e-3))
     monkeypatch.setitem(
         paper.FIG12_CURVES, ("ShareGPT", "opt-66b"), {FASTER_TRANSFORMER: ((run.rate, at),)}
     )
-    monkeypatch.setitem(paper.TRACE_SECONDS, "opt-66b", 900)
     assert fit_latency.fit_static("opt-66b", TABLES) == 7.35e-3
 
 

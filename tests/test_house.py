@@ -16,7 +16,8 @@ BOOKKEEPING = (
     "sequence", "allocator", "copy_ledger", "memory_usage", "invariants", "paged_tables",
     "baseline_manager", "kv_cache_manager", "workload", "length_tables", "chat_lengths",
     "length_files", "scheduler", "serving",
-    "paper", "paper_figures", "paper_text",
+    "paper", "paper_figures", "paper_text", "paper_curves", "latency", "static_batching",
+    "beam_search", "experiments",
 )  # fmt: skip
 TENSORS = ("attention", "paged_attention")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
