@@ -7,6 +7,7 @@ as the paper's is (curves.py); the rows are the rate at 0.5 s/token, vLLM's rati
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -89,14 +90,14 @@ class Fig12:
         """Each drawn point: below the knee at equal rate, above it at equal latency."""
         rows = []
         ours = dict(curve.line(done))
-        first = curve.paper[0][1]
+        below = curve.knee * curve.paper[0][1]
         seen = set()
         for rate, latency in curve.paper:
-            if latency < KNEE * first and rate in seen:
+            if latency < below and rate in seen:
                 continue  # one curve has two points at one rate: the first counts
             seen.add(rate)
             reason = why.TINY_TRACE if rate * curve.run.seconds < FEW_REQUESTS else ""
-            if latency < KNEE * first:
+            if latency < below:
                 rows.append(relative(
                     self.name, f"{panel}, {system}", f"s/token at {rate:g} requests/s", latency,
                     ours[float(rate)], 20.0, reason,
@@ -288,7 +289,8 @@ def _fig12_curves(datasets: tuple[str, ...], seed: int) -> dict:
                     Run(system, model, dataset, 1.0,
                         hours.get(system, float(paper.TRACE_SECONDS[model])), seed,
                         max_num_seqs=cap if system == VLLM else 0, window_s=BATCH_WINDOW_S),
-                    points, next_rates.get(system), paper.RATE_AT_LATENCY, KNEE,
+                    points, next_rates.get(system), paper.RATE_AT_LATENCY,
+                    math.inf if system == FASTER_TRANSFORMER else KNEE,  # it rises without one
                 )
                 for system, points in systems.items()
             }  # fmt: skip
