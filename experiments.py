@@ -154,7 +154,7 @@ def execute(run: Run, lengths: Lengths, *, check: bool = False) -> Outcome:
             groups_for(run, columns),
             manager,
             Limits(MAX_BATCHED_TOKENS, run.max_num_seqs or MAX_SEQUENCES[run.system]),
-            latency_model(deployment, run.block_size),
+            latency_of(run),
             preemption=run.preemption,
             observers=[meter] if run.memory else [],
             window_s=run.window_s,
