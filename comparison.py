@@ -3,7 +3,8 @@
 Reproduces nothing by itself. A row says which figure and setting, what was measured, the paper's
 value, ours, how far apart they are, how far they may be, and whether the row held: true, false, or
 "explained" with the number of the item in the README's 'Differences from the paper' that shows why
-no faithful simulator can hold it.
+no faithful simulator can hold it. A row on a value to which a constant of ours was fitted says so:
+that it holds shows little.
 
     row = relative("Fig. 12", "13B ShareGPT, vLLM", "requests/s at 0.5 s/token", 1.929, 1.98, 12)
     row.held, row.difference                       # True, '+2.6 %'
@@ -24,7 +25,10 @@ MOST_EXPLAINED = 12.0  # tolerances, where a reason has no bound of its own
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `held` is True, False or "explained"; `reason` says why if it is the last."""
+    """One comparison. `held` is True, False or "explained"; `reason` says why if it is the last.
+
+    `fitted` if a constant of ours was fitted to this value of the paper's.
+    """
 
     figure: str
     setting: str
@@ -34,6 +38,7 @@ class Row:
     difference: str
     tolerance: str
     held: bool | str
+    fitted: bool = False
     reason: str = ""
     # How far off in tolerances: 1 is the limit.
     excess: float = field(default=0.0, repr=False, compare=False)
@@ -45,6 +50,12 @@ class Row:
         """The row with its words as keys."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
         return {key: value for key, value in shown.items() if value not in (None, "")}
+
+
+def verdict(held: bool | str, reason: str, fitted: bool) -> str:
+    """What a table says of a row: yes, NO, or the difference that explains it; and if fitted."""
+    text = {True: "yes", False: "NO"}.get(held) or reason.split(":")[0]
+    return f"{text}, fitted" if fitted else text
 
 
 def relative(
@@ -128,8 +139,8 @@ def _row(
     held: bool | str = EXPLAINED if explained else holds
     shown = reason if explained else ""
     return Row(
-        figure, setting, metric, paper, ours, difference, tolerance, held, shown, excess,
-        remake=remake,
+        figure, setting, metric, paper, ours, difference, tolerance, held, reason=shown,
+        excess=excess, remake=remake,
     )  # fmt: skip
 
 
@@ -148,4 +159,5 @@ def over_seeds(rows: list[Row]) -> Row:
     if len(values) == 1:
         return rows[0]
     mean = sum(values) / len(values)
-    return replace(rows[0].remake(mean), spread=max(values) - min(values))
+    spread = max(values) - min(values)
+    return replace(rows[0].remake(mean), fitted=rows[0].fitted, spread=spread)

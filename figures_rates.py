@@ -2,22 +2,24 @@
 
 Reproduces: sections 6.2 to 6.5. Every curve is simulated at the rates that the paper draws and read
 as the paper's is (curves.py); the rows are the rate at 0.5 s/token, vLLM's ratio to the others at
-0.5 and 0.2, and every drawn point of Fig. 12: below the knee its latency, above it the rate.
+0.5 and 0.2, and every drawn point of Fig. 12: below the knee its latency, above it the rate. Points
+to which the latency model was fitted are marked.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
 
 import explanations as why
 import paper
 from comparison import Row, between, relative
-from curves import Curve, Done
+from curves import Curve, Done, Point
 from experiments import Run
 from figures_memory import BATCH_WINDOW_S, THETA
+from fitted_points import fitted_points
 from paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, ORCAS, VLLM
 
 AT = f"requests/s at {paper.RATE_AT_LATENCY:g} s/token"
@@ -70,7 +72,8 @@ class Fig12:
                     ours, 18.0,
                 ))  # fmt: skip
             for system, curve in curves.items():
-                rows += self._points(panel, model, system, curve, done)
+                fitted = fitted_points(dataset, model, system)
+                rows += self._points(f"{panel}, {system}", curve, done, fitted)
         if len(self.datasets) == 2:
             rows += self._text(ratios, rows)
         return rows
@@ -85,7 +88,7 @@ class Fig12:
         return (12.0 if system == VLLM else 25.0), reason
 
     def _points(
-        self, panel: str, model: str, system: str, curve: Curve, done: Done
+        self, setting: str, curve: Curve, done: Done, fitted: tuple[Point, ...]
     ) -> list[Row]:
         """Each drawn point: below the knee at equal rate, above it at equal latency."""
         rows = []
@@ -98,18 +101,19 @@ class Fig12:
             seen.add(rate)
             reason = why.TINY_TRACE if rate * curve.run.seconds < FEW_REQUESTS else ""
             if latency < below:
-                rows.append(relative(
-                    self.name, f"{panel}, {system}", f"s/token at {rate:g} requests/s", latency,
+                row = relative(
+                    self.name, setting, f"s/token at {rate:g} requests/s", latency,
                     ours[float(rate)], 20.0, reason,
-                ))  # fmt: skip
+                )  # fmt: skip
+                rows.append(replace(row, fitted=(rate, latency) in fitted))
             else:
                 try:
                     found = curve.rate_at(done, latency)
                 except ValueError:  # our curve never has this latency
                     found = 0.0
                 rows.append(relative(
-                    self.name, f"{panel}, {system}", f"requests/s at {latency:g} s/token",
-                    float(rate), found, 25.0, reason,
+                    self.name, setting, f"requests/s at {latency:g} s/token", float(rate), found,
+                    25.0, reason,
                 ))  # fmt: skip
         return rows
 

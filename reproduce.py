@@ -104,14 +104,16 @@ def run(args: argparse.Namespace) -> int:
     held = sum(row.held is True for row in rows)
     explained = sum(row.held == EXPLAINED for row in rows)
     failed = len(rows) - held - explained
+    fitted = sum(row.held is True and row.fitted for row in rows)
+    of_these = f" ({fitted} of them on values that constants were fitted to)" if fitted else ""
     reasons = sorted({row.reason for row in rows if row.reason}, key=lambda text: int(
         text[1 : text.index(":")]))  # fmt: skip
     if reasons:
         print(comment + f"\n{comment}".join(["Explained (README, Differences):", *reasons]))
     elapsed = time.perf_counter() - start
     print(
-        f"\n{comment}{len(rows)} rows: {held} held, {explained} explained, {failed} not held, "
-        f"{elapsed:.1f} s"
+        f"\n{comment}{len(rows)} rows: {held} held{of_these}, {explained} explained, "
+        f"{failed} not held, {elapsed:.1f} s"
     )
     if args.json is not None:
         write_json(args.json, {

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Protocol, TextIO
 
 import explanations as why
-from comparison import Row, allow, over_seeds
+from comparison import Row, allow, over_seeds, verdict
 from curves import Done
 from experiments import Outcome, Run, execute
 from figures_blocks import Fig18b, Fig19b
@@ -62,7 +62,7 @@ class Found:
             headers = (*headers, "spread")
         cells = []
         for row in self.rows:
-            held = {True: "yes", False: "NO"}.get(row.held, row.reason.split(":")[0])
+            held = verdict(row.held, row.reason, row.fitted)
             paper = row.paper if isinstance(row.paper, str) else _number(row.paper)
             cells.append((
                 row.figure, row.setting, row.metric, paper, _number(row.ours), row.difference,

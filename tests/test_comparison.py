@@ -17,6 +17,7 @@ from comparison import (
     factor,
     over_seeds,
     relative,
+    verdict,
 )
 from explanations import BOUNDS, PREFILL
 
@@ -180,7 +181,7 @@ def test_a_row_not_too_far_off_is_allowed(kind):
 # --- to_json -------------------------------------------------------------------------------------
 
 ALWAYS = [
-    "figure", "setting", "metric", "paper", "ours", "difference", "tolerance", "held"
+    "figure", "setting", "metric", "paper", "ours", "difference", "tolerance", "held", "fitted"
 ]  # fmt: skip
 
 
@@ -201,6 +202,29 @@ def test_rows_as_json(kind):
     assert failed.to_json()["held"] is False
     assert explained.to_json()["held"] == "explained"
     assert several.to_json()["spread"] == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fitted_row_says_so_and_is_judged_as_the_others(kind):
+    for ours in (ENDS[kind][0], OUTSIDE[kind]):
+        row = KINDS[kind](ours)
+        fitted = replace(row, fitted=True)
+        assert (row.fitted, fitted.held) == (False, row.held)
+        assert fitted.to_json() == row.to_json() | {"fitted": True}
+        assert over_seeds([fitted, fitted]).fitted and not over_seeds([row, row]).fitted
+        assert allow(fitted, math.inf, "item 9").fitted
+
+
+@pytest.mark.parametrize(
+    ("held", "reason", "fitted", "text"),
+    [
+        (True, "", False, "yes"), (True, "", True, "yes, fitted"),
+        (False, "", False, "NO"), (False, "", True, "NO, fitted"),
+        (EXPLAINED, "D3: a reason", False, "D3"), (EXPLAINED, "D3: so: it is", True, "D3, fitted"),
+    ],
+)  # fmt: skip
+def test_what_a_table_says_of_a_row(held, reason, fitted, text):
+    assert verdict(held, reason, fitted) == text
 
 
 def test_zero_is_a_value():

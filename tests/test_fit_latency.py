@@ -1,4 +1,5 @@
-"""Tests of tools/fit_latency.py: the search finds known constants again, and those of latency.py.
+"""Tests of tools/fit_latency.py and fitted_points.py: the search finds known constants again, and
+those of latency.py; reproduce.py marks the points that it used.
 
 The fits of the models to the whole of Fig. 12 take minutes: the tool's --check is that test.
 """
@@ -12,7 +13,9 @@ import pytest
 
 import latency
 import paper
-from experiments import Run, execute
+from experiments import Outcome, Run, execute
+from figures_rates import SHORT, Fig12
+from fitted_points import fitted_points, left_end
 from latency import FITTED, Software
 from length_files import Lengths
 from paper import FASTER_TRANSFORMER, ORCA_POW2, VLLM
@@ -28,9 +31,47 @@ TABLES = Lengths({})
 
 def test_left_end_stops_at_the_first_point_that_is_not_below():
     curve = ((1, 0.04), (2, 0.045), (3, 0.0499), (4, 0.05), (5, 0.041))
-    assert fit_latency.left_end(curve) == [(1, 0.04), (2, 0.045), (3, 0.0499)]
-    assert fit_latency.left_end(curve[:1]) == [(1, 0.04)]
-    assert fit_latency.left_end(((1, 0.06), (2, 0.05), (3, 0.08))) == [(1, 0.06), (2, 0.05)]
+    assert left_end(curve) == ((1, 0.04), (2, 0.045), (3, 0.0499))
+    assert left_end(curve[:1]) == ((1, 0.04),)
+    assert left_end(((1, 0.06), (2, 0.05), (3, 0.08))) == ((1, 0.06), (2, 0.05))
+
+
+def test_of_faster_transformer_one_point_and_none_on_alpaca():
+    for dataset, model in paper.FIG12_CURVES:
+        points = fitted_points(dataset, model, FASTER_TRANSFORMER)
+        curve = paper.FIG12_CURVES[dataset, model][FASTER_TRANSFORMER]
+        assert points == (curve[:1] if dataset == "ShareGPT" else ())
+    with pytest.raises(KeyError):
+        fitted_points("WMT16", "opt-13b", VLLM)
+
+
+def test_the_rows_marked_as_fitted_are_the_points_of_the_fit(monkeypatch):
+    """Fig. 12 with outcomes made by hand: which rows there are depends on the paper alone."""
+    figure, done = Fig12(), {}
+    while runs := figure.needed(done, 0):
+        for run in runs:
+            share = run.rate / paper.FIG12_RATES[run.dataset][run.model][run.system]
+            latency = 0.03 / (1.0 - 0.9 * share) if share < 1.1 else 5.0
+            done[run] = Outcome(latency, 1, 1, 1.0)
+    rows = figure.rows(done, 0, False)
+    marked = [(row.setting, row.metric, row.paper) for row in rows if row.fitted]
+    used = []
+    for model in FITTED:
+        used += [at for at in fit_latency.points_of(model) if isinstance(at.source, Run)]
+        asked = set()  # by the fit of FasterTransformer's constant
+        monkeypatch.setattr(fit_latency, "log_ratios", lambda points, *_, asked=asked: [
+            0.0 for at in points if asked.add(at) is None])  # fmt: skip
+        fit_latency.fit_static(model, TABLES)
+        used += asked
+    assert sorted(marked) == sorted(
+        (
+            f"{SHORT[at.source.model]} {at.source.dataset}, {at.source.system}",
+            f"s/token at {at.source.rate:g} requests/s",
+            at.paper,
+        )
+        for at in used
+    )
+    assert len(marked) == len(set(marked)) < len(rows) / 4
 
 
 def test_points_are_those_of_the_model_and_only_13b_has_fig_1():

@@ -18,7 +18,7 @@ import paper
 import reproduce
 from comparison import EXPLAINED
 from experiments import Run, execute, manager_for
-from figures_memory import Fig2, Fig15
+from figures_memory import Fig2, Fig15, Table1
 from kv_cache_manager import PagedKVCacheManager
 from length_files import Lengths, find_lengths
 from paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, SYSTEMS, VLLM
@@ -34,7 +34,8 @@ SIMULATOR = (
     "length_files", "beam_search", "scheduler", "serving", "static_batching", "latency",
     "experiments",
 )  # fmt: skip
-KEYS = ["figure", "setting", "metric", "paper", "ours", "difference", "tolerance", "held"]
+KEYS = ["figure", "setting", "metric", "paper", "ours", "difference", "tolerance", "held",
+        "fitted"]  # fmt: skip
 
 
 def call(*arguments, **environment):
@@ -77,6 +78,7 @@ def test_a_table_with_its_words_as_keys(tmp_path):
     held = sum(row["held"] is True for row in rows)
     last = done.stdout.splitlines()[-1]
     assert last.startswith(f"{len(rows)} rows: {held} held, {len(rows) - held} explained, 0 not")
+    assert {row["fitted"] for row in rows} == {False}
     assert "compact table" in found["setting"]["lengths"]["ShareGPT"]
     assert "Lengths: ShareGPT: compact table" in done.stdout
 
@@ -250,6 +252,27 @@ def failures(figures):
 @pytest.mark.slow
 def test_a_sound_simulator_passes():
     assert failures([Fig2(), Fig15(beams=False)]) == []
+
+
+def test_the_rows_that_theta_was_fitted_to_are_marked(monkeypatch):
+    short(monkeypatch, paper, 10, (2, 10))
+    (found,) = regenerate([Fig15()], COMPACT, 1, 1, None)
+    assert {row.fitted for row in found.rows} == {True, False}
+    assert all(row.fitted == (", beam" in row.setting) for row in found.rows)
+    column = [cells[-1] for cells in found.table().rows]
+    assert [cell.endswith(", fitted") for cell in column] == [row.fitted for row in found.rows]
+
+
+def test_the_closing_line_counts_the_fitted_rows_apart(monkeypatch, capsys):
+    sound = Table1.rows
+    monkeypatch.setattr(Table1, "rows", lambda self, *asked: [
+        replace(row, fitted=row.setting == "opt-175b") for row in sound(self, *asked)
+    ])  # fmt: skip
+    assert reproduce.main(["--figure", "table1"]) == 0
+    printed = capsys.readouterr().out
+    # Of Table 1's four numbers for 175B one is explained.
+    assert "16 rows: 14 held (3 of them on values that constants were fitted to), 2 exp" in printed
+    assert printed.count("yes, fitted") == 3 and printed.count("D2, fitted") == 1
 
 
 def test_a_wrong_buddy_size_is_found(monkeypatch):

@@ -6,7 +6,8 @@
 Serves section 6, whose simulation rests on these constants. They rest on no more than
 
 - the left ends of Fig. 12: the first points of each curve of Orca and vLLM, while their latency is
-  below 1.25 times the first one's; and the first point of FasterTransformer on ShareGPT;
+  below 1.25 times the first one's; and the first point of FasterTransformer on ShareGPT
+  (fitted_points.py, where reproduce.py looks too, to mark its rows on them);
 - Fig. 1 (right): tokens/s of OPT-13B by batch size, where each request is taken to have the context
   with which Fig. 1's requests fill Table 1's slots;
 - Fig. 19a's swapping, for SWAP_*: least squares of the relative error.
@@ -27,7 +28,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cache, partial
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import latency  # noqa: E402
 import paper  # noqa: E402
 from experiments import Run, groups_for, manager_for  # noqa: E402
+from fitted_points import fitted_points  # noqa: E402
 from latency import Software, Swap, latency_model  # noqa: E402
 from length_files import Lengths, find_lengths  # noqa: E402
 from report import Table, render  # noqa: E402
@@ -46,7 +47,6 @@ from serving import simulate  # noqa: E402
 from static_batching import simulate_static  # noqa: E402
 from workload import WorkloadError  # noqa: E402
 
-LEFT_END = 1.25  # times a curve's first latency
 GRID_S, STATIC_GRID_S = 0.25e-3, 0.05e-3
 STRIDES = (64, 8, 1)  # grid steps
 LONGEST_S = {"ShareGPT": math.inf, "Alpaca": float(paper.ARTIFACT_RUNS["Fig. 12"]["seconds"])}
@@ -67,21 +67,16 @@ class Point:
         return f"{self.source.dataset}, {self.source.system}, {self.source.rate:g} req/s"
 
 
-def left_end(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The leading points whose latency is below LEFT_END times the first one's."""
-    return list(takewhile(lambda at: at[1] < LEFT_END * curve[0][1], curve))
-
-
 def points_of(model: str) -> list[Point]:
     """What step_s and prompt_s are fitted to: Fig. 12, then Fig. 1 if it is of this model."""
     points = []
     for dataset, longest_s in LONGEST_S.items():
         seconds = min(float(paper.TRACE_SECONDS[model]), longest_s)
-        for system, curve in paper.FIG12_CURVES[dataset, model].items():
+        for system in paper.FIG12_CURVES[dataset, model]:
             if system != paper.FASTER_TRANSFORMER:
                 points += [
                     Point(Run(system, model, dataset, float(rate), seconds), at)
-                    for rate, at in left_end(curve)
+                    for rate, at in fitted_points(dataset, model, system)
                 ]
     if model == FIG1_MODEL:
         points += [Point(batch, at) for batch, at in paper.FIG1_THROUGHPUT.items()]
@@ -164,7 +159,7 @@ def on_grid(step: int, prompt: int, static: int = 0) -> Software:
 def fit_static(model: str, lengths: Lengths) -> float:
     """The static_step_s nearest to FasterTransformer's leftmost point on ShareGPT."""
     system, seconds = paper.FASTER_TRANSFORMER, 3600.0  # the artifact's hour
-    rate, at = paper.FIG12_CURVES["ShareGPT", model][system][0]
+    ((rate, at),) = fitted_points("ShareGPT", model, system)
     points, static = [Point(Run(system, model, "ShareGPT", rate, seconds), at)], 0
     for stride in STRIDES:
         static = descend(

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from comparison import verdict  # noqa: E402
 from report import Table, render  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -104,8 +105,8 @@ WORDS = ("figure", "setting", "metric", "paper", "ours", "difference", "toleranc
 
 
 def held(row: dict) -> str:
-    """yes, NO, or the difference that explains it."""
-    return {True: "yes", False: "NO"}.get(row["held"]) or row["reason"].split(":")[0]
+    """As reproduce.py's tables say it. Older results do not tell which rows were fitted."""
+    return verdict(row["held"], row.get("reason", ""), row.get("fitted", False))
 
 
 def value(number: float | str) -> str:
@@ -116,11 +117,17 @@ def figures() -> str:
     """How many rows of reproduce.py held, figure by figure, and the ratios of rates."""
     result = load("reproduce.json")
     rows = result["output"]["rows"]
-    counts: dict[str, list[int]] = {}
+    columns = ["held", "explained", "not held"]
+    if any("fitted" in row for row in rows):
+        columns.insert(1, "of these fitted")
+    counts: dict[str, dict[str, int]] = {}
     for row in rows:
-        count = counts.setdefault(row["figure"], [0, 0, 0])
-        count[{True: 0, "explained": 1, False: 2}[row["held"]]] += 1
-    summary = [(figure, sum(count), *count) for figure, count in counts.items()]
+        count = counts.setdefault(row["figure"], dict.fromkeys(["rows", *columns], 0))
+        count["rows"] += 1
+        count[{True: "held", "explained": "explained", False: "not held"}[row["held"]]] += 1
+        if row["held"] is True and row.get("fitted"):
+            count["of these fitted"] += 1
+    summary = [(figure, *count.values()) for figure, count in counts.items()]
     summary.append(("all", *(sum(column) for column in list(zip(*summary))[1:])))
     ratios: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -136,7 +143,7 @@ def figures() -> str:
     return "\n\n".join([
         origin(result, "reproduce.json"),
         render(
-            Table("", ("where in the paper", "rows", "held", "explained", "not held"), summary),
+            Table("", ("where in the paper", "rows", *columns), summary),
             "github",
         ).strip(),
         "How many times the rate of the others vLLM sustains at 0.5 s/token, ours / the paper's:",
