@@ -16,17 +16,18 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+import command_line
+from command_line import OneLineParser, UsageError, exit_code
 
 if __name__ == "__main__":
-    # While modules load, Ctrl-C ends the process at once: an exception would surface wherever the
-    # import happens to be, and numpy's, from within torch's, is even lost.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command_line.end_on_interrupt()
 
 import paper
 
@@ -41,17 +42,6 @@ example:
 
 
 MEMORY_FLAGS = "--layers, --num-blocks or --block-size"
-
-
-class UsageError(Exception):
-    """Input that cannot be used; the message is the one line the user sees."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a mistake takes one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def positive(text: str) -> int:
@@ -156,8 +146,7 @@ def run(args: argparse.Namespace) -> int:
     import scenario_paged
     import scenario_sampling
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    command_line.raise_on_interrupt()
     if setting.device.type == "cpu":
         tune_cpu()
     scenarios = (scenario_baseline, scenario_paged, scenario_sampling, scenario_mixed)
@@ -197,48 +186,28 @@ def run_one(scenario: ModuleType, number: int, setting: Setting) -> ScenarioRepo
         return report
 
 
+def parse_and_run(argv: list[str] | None) -> int:
+    """The exit code. Raises UsageError for what cannot be used, or needs more memory than is."""
+    args = build_parser().parse_args(argv)
+    import torch
+
+    from paged_attention import DeviceMemoryError
+
+    try:
+        return run(args)
+    except DeviceMemoryError as error:
+        raise UsageError(f"{error}; lower {MEMORY_FLAGS}") from None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = str(error).split("\n")[0]  # others may use the device too
+        raise UsageError(f"out of memory: {reason}; lower {MEMORY_FLAGS}") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn what cannot be used into one line and exit code 2."""
     # Threads that spin while they wait cost a busy CPU far more than they save. OpenMP reads this
     # once, when torch is first imported: nothing above this line may import it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        args = build_parser().parse_args(argv)
-        import torch
-
-        from paged_attention import DeviceMemoryError
-        from report import OutputError
-
-        try:
-            code = run(args)
-            if sys.stdout is not None:  # None: it was closed before we started
-                sys.stdout.flush()
-            return code
-        except DeviceMemoryError as error:
-            raise UsageError(f"{error}; lower {MEMORY_FLAGS}") from None
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            reason = str(error).split("\n")[0]  # others may use the device too
-            raise UsageError(f"out of memory: {reason}; lower {MEMORY_FLAGS}") from None
-        except OutputError as error:
-            raise UsageError(str(error)) from None
-        except BrokenPipeError:
-            drop_output()
-            return 141  # as the shell reports it: whoever read our output is gone
-        except OSError as error:
-            drop_output()
-            raise UsageError(f"cannot write the output: {error.strerror or error}") from None
-    except UsageError as error:
-        if sys.stderr is not None:
-            text = str(error).encode("unicode_escape").decode("ascii")  # one line, whatever it has
-            print(f"main.py: error: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def drop_output() -> None:
-    """Send what is still buffered nowhere: Python would try, and fail, to write it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return exit_code("main.py", partial(parse_and_run, argv))
 
 
 if __name__ == "__main__":

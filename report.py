@@ -18,12 +18,14 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from command_line import UsageError
+
 # --format: the name tabulate knows each by.
 FORMATS = {"github": "pipe", "plain": "simple", "latex": "latex_booktabs"}
 Cell = str | int | float | None
 
 
-class OutputError(OSError):
+class OutputError(UsageError):
     """A file cannot be written; one line says which and why."""
 
 

@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import command_line
+from command_line import OneLineParser, UsageError, exit_code
+
+if __name__ == "__main__":
+    command_line.end_on_interrupt()
 
 MAX_SEEDS = 1000
 FIGURES = ("table1", "2", "12", "13", "14", "15", "16", "17", "18b", "19b")
 
 
-class UsageError(Exception):
-    """Input that cannot be used; one line says why."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = OneLineParser(
         prog="reproduce.py",
         description="Regenerate the figures of the PagedAttention paper by simulation.",
         epilog="LENGTHS_DIR names a folder of length files; see README.md.",
@@ -75,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from reproduction import choose, reproduce
     from workload import WorkloadError
 
+    command_line.raise_on_interrupt()
     if args.json is not None:
         check_writable(args.json)
     if args.seeds > MAX_SEEDS:
@@ -129,44 +127,24 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def parse_and_run(argv: list[str] | None) -> int:
+    """The exit code. Raises UsageError for what cannot be used."""
+    args = build_parser().parse_args(argv)
+    from concurrent.futures.process import BrokenProcessPool
+
+    from allocator import CacheError
+
+    try:
+        return run(args)
+    except (CacheError, ValueError) as error:  # WorkloadError is a ValueError
+        raise UsageError(str(error)) from None
+    except BrokenProcessPool:
+        raise UsageError("a process was killed, out of memory perhaps; lower --jobs") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn what cannot be used into one line and exit code 2."""
-    try:
-        args = build_parser().parse_args(argv)
-        from concurrent.futures.process import BrokenProcessPool
-
-        from allocator import CacheError
-        from report import OutputError
-
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            code = run(args)
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            return code
-        except (CacheError, OutputError, ValueError) as error:  # WorkloadError is a ValueError
-            raise UsageError(str(error)) from None
-        except BrokenProcessPool:
-            raise UsageError("a process was killed, out of memory perhaps; lower --jobs") from None
-        except BrokenPipeError:
-            drop_output()
-            return 141  # as the shell reports it: whoever read our output is gone
-        except OSError as error:
-            drop_output()
-            raise UsageError(f"cannot write the output: {error.strerror or error}") from None
-    except UsageError as error:
-        if sys.stderr is not None:
-            text = str(error).encode("unicode_escape").decode("ascii")
-            print(f"reproduce.py: error: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def drop_output() -> None:
-    """Send what is still buffered nowhere: Python would try, and fail, to write it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return exit_code("reproduce.py", partial(parse_and_run, argv))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import active_children
 from typing import Protocol, TextIO
 
 import explanations as why
@@ -107,8 +109,9 @@ def reproduce(
         return runs - done.keys()
 
     reporter = Progress(progress)
-    for run, outcome in _outcomes(needed, lengths, jobs, reporter):
-        done[run] = outcome
+    with closing(_outcomes(needed, lengths, jobs, reporter)) as outcomes:
+        for run, outcome in outcomes:
+            done[run] = outcome
     reporter.end()
     found = []
     for figure in figures:
@@ -157,7 +160,9 @@ class Progress:
             print(" " * 60, end="\r", file=self._stream, flush=True)
 
 
-def _outcomes(needed, lengths: Lengths, jobs: int, progress: Progress) -> Iterator[tuple]:
+def _outcomes(
+    needed, lengths: Lengths, jobs: int, progress: Progress
+) -> Generator[tuple, None, None]:
     """(run, outcome) as they come; `needed()` is asked for more whenever one is done."""
     if jobs == 1:
         num_done = 0
@@ -168,6 +173,7 @@ def _outcomes(needed, lengths: Lengths, jobs: int, progress: Progress) -> Iterat
                 progress.show(num_done, num_done + len(runs))
         return
     files = tuple(sorted(lengths.files.items()))
+    others = set(active_children())
     with ProcessPoolExecutor(jobs, initializer=_ignore_interrupts) as pool:
         pending: dict[Future, Run] = {}
         num_done = 0
@@ -184,8 +190,10 @@ def _outcomes(needed, lengths: Lengths, jobs: int, progress: Progress) -> Iterat
                     yield pending.pop(future), future.result()
                     num_done += 1
                 progress.show(num_done, num_done + len(pending) + len(runs))
-        except BaseException:
+        except BaseException:  # Ctrl-C above all
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(active_children()) - others:
+                worker.terminate()  # what it has begun would take seconds, for nobody
             raise
 
 

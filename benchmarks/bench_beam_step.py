@@ -40,8 +40,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from command_line import UsageError, exit_code
 from paper import MODELS
-from report import OutputError, Table, check_writable, render, write_json
+from report import Table, check_writable, render, write_json
 
 MODEL, VOCABULARY = MODELS["opt-13b"], MODELS["opt-13b"].vocab_size
 SEQUENCES, GROUPS = (1, 2, 4, 6), (16, 64)
@@ -167,14 +168,10 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=100, help="runs of each; the median counts")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
-    try:
-        if args.json:
-            check_writable(args.json)
-        if not torch.cuda.is_available():
-            raise OutputError("needs a CUDA device")
-    except OutputError as error:
-        print(f"bench_beam_step.py: error: {error}", file=sys.stderr)
-        return 2
+    if args.json:
+        check_writable(args.json)
+    if not torch.cuda.is_available():
+        raise UsageError("needs a CUDA device")
     torch.manual_seed(0)
     repeats = max(2, args.repeats)
     groups = [measure_groups(n, number, repeats) for number in GROUPS for n in SEQUENCES]
@@ -195,4 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("bench_beam_step.py", main))

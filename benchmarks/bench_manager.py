@@ -23,8 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from command_line import exit_code
 from kv_cache_manager import PagedKVCacheManager
-from report import OutputError, check_writable, write_json
+from report import check_writable, write_json
 
 BLOCK_SIZE = 16
 
@@ -131,11 +132,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
     if args.json:
-        try:
-            check_writable(args.json)
-        except OutputError as error:
-            print(f"bench_manager.py: error: {error}", file=sys.stderr)
-            return 2
+        check_writable(args.json)
     rows = [measure(name, max(1, args.repeats)) for name in WORKLOADS]
     print(f"Python {platform.python_version()}, block size {BLOCK_SIZE}, best of {args.repeats}")
     print(
@@ -155,4 +152,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("bench_manager.py", main))

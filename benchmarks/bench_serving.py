@@ -29,12 +29,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from command_line import UsageError, exit_code
 from experiments import Run, groups_for, latency_of, manager_for
 from length_files import find_lengths
 from paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
-from report import OutputError, Table, check_writable, render, write_json
+from report import Table, check_writable, render, write_json
 from scheduler import Limits
 from serving import ServingResult, simulate
+from workload import WorkloadError
 
 AZURE = "AzureLLMInferenceTrace_conv.csv.gz"
 HOUR = 3600.0
@@ -122,13 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--traces", type=Path, metavar="DIR", help="a folder with length files")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    if args.json is not None:
+        check_writable(args.json)
     try:
-        if args.json is not None:
-            check_writable(args.json)
-    except OutputError as error:
-        print(f"bench_serving.py: error: {error}", file=sys.stderr)
-        return 2
-    lengths = find_lengths([], str(args.traces) if args.traces else None)
+        lengths = find_lengths([], str(args.traces) if args.traces else None)
+    except WorkloadError as error:
+        raise UsageError(str(error)) from None
     call_s = seconds_per_call()
     rows = []
     for name, (run, pool, plain) in RUNS.items():
@@ -152,4 +153,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("bench_serving.py", main))

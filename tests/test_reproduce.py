@@ -118,6 +118,34 @@ def test_quick_is_a_part_of_everything():
     assert [figure.name for figure in choose(["2"], True)] == ["Fig. 2"]
 
 
+def test_an_interrupt_waits_for_no_worker():
+    """Each has a run before it that would outlast the test."""
+    code = """if True:
+        import multiprocessing, os, signal, sys, threading, time
+        import reproduce, reproduction
+
+        def work(run, files):
+            started.release()
+            time.sleep(1000)
+
+        def interrupt():
+            for _ in range(2):
+                started.acquire()
+            os.kill(os.getpid(), signal.SIGINT)
+
+        multiprocessing.set_start_method("fork")  # so that workers have all this
+        started = multiprocessing.Semaphore(0)
+        reproduction._work = work
+        threading.Thread(target=interrupt).start()
+        print(reproduce.main(["--figure", "2", "--jobs", "2"]))  # Python waits for them at its end
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, timeout=100,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("130\n", "")
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

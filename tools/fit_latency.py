@@ -21,7 +21,6 @@ begin to wait: by 4, and OPT-66B's by 11 and 17 %. So an hour would give OPT-66B
 Exit code 1 if --check finds other constants than latency.py has, 2 for input that cannot be used.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -37,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import latency  # noqa: E402
 import paper  # noqa: E402
+from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
 from experiments import Run, groups_for, manager_for  # noqa: E402
 from fitted_points import fitted_points  # noqa: E402
 from latency import Software, Swap, latency_model  # noqa: E402
@@ -221,7 +221,12 @@ def check_swaps() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0, 1, or 2 with a line on stderr)."""
-    parser = argparse.ArgumentParser(description="find the fitted constants of latency.py")
+    return exit_code("fit_latency.py", partial(parse_and_fit, arguments))
+
+
+def parse_and_fit(arguments: list[str] | None) -> int:
+    """0, or 1 if --check finds other constants. Raises UsageError."""
+    parser = OneLineParser(description="find the fitted constants of latency.py")
     parser.add_argument("--check", action="store_true", help="exit 1 if latency.py has others")
     parser.add_argument("--model", action="append", choices=tuple(latency.FITTED), help="only it")
     options = parser.parse_args(arguments)
@@ -231,8 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise WorkloadError("--check needs LENGTHS_DIR, a folder of the full length files")
         print(*(f"{name}: {lengths.source(name)}" for name in LONGEST_S), "", sep="\n", flush=True)
     except WorkloadError as error:
-        print(f"fit_latency: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from None
     other = check_software(dict.fromkeys(options.model or latency.FITTED), lengths)
     other += check_swaps()
     if options.check:

@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from report import OutputError, check_writable, write_json  # noqa: E402
+from command_line import exit_code  # noqa: E402
+from report import check_writable, write_json  # noqa: E402
 
 
 def commit() -> str:
@@ -69,11 +70,7 @@ def main() -> int:
     parser.add_argument("result", type=Path, help="the file to write")
     parser.add_argument("script", help="the script to run, from the root")
     args, arguments = parser.parse_known_args()
-    try:
-        check_writable(args.result)
-    except OutputError as error:
-        print(f"record.py: error: {error}", file=sys.stderr)
-        return 2
+    check_writable(args.result)
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "out.json"
         command = [sys.executable, args.script, *arguments, "--json", str(found)]
@@ -101,4 +98,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("record.py", main))

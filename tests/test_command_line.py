@@ -1,0 +1,128 @@
+"""command_line.py: what each way to end means to the shell, and what the user sees of it."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import OneLineParser, UsageError, exit_code, raise_on_interrupt
+from report import OutputError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [
+    ROOT / name
+    for name in (
+        "main.py", "reproduce.py", "benchmarks/bench_manager.py", "benchmarks/bench_serving.py",
+        "benchmarks/bench_beam_step.py", "tools/fit_latency.py", "tools/record.py",
+    )
+]  # fmt: skip
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_a_run_that_ends_has_its_own_code(code, capsys):
+    assert exit_code("a.py", lambda: code) == code
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UsageError("no such figure"), "no such figure"),
+        (UsageError("two\nlines \u00e9 \u2014"), r"two\nlines \xe9 \u2014"),
+        (OutputError("cannot write out.json"), "cannot write out.json"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_2(error, line, capsys):
+    assert exit_code("a.py", raising(error)) == 2
+    assert capsys.readouterr() == ("", f"a.py: error: {line}\n")
+
+
+def test_what_is_nobodys_mistake_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        exit_code("a.py", raising(ZeroDivisionError()))
+
+
+def test_an_interrupt_is_130_without_a_word(capsys):
+    assert exit_code("a.py", raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "errors"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+        (OSError(errno.ENOSPC, "No space left on device"), 2,
+         "a.py: error: cannot write the output: No space left on device\n"),
+    ],
+)  # fmt: skip
+def test_output_that_fails_is_dropped(error, code, errors, capfd):
+    """What is still in the buffer would fail again when Python ends."""
+    kept = os.dup(1)
+    try:
+        with os.fdopen(os.dup(1), "w") as out, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+
+            def run():
+                out.write("half a table")
+                raise error
+
+            assert exit_code("a.py", run) == code
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert capfd.readouterr() == ("", errors)
+
+
+def test_without_any_output_a_run_still_has_its_code(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert exit_code("a.py", lambda: 1) == 1
+    assert exit_code("a.py", raising(UsageError("unseen"))) == 2
+
+
+def test_a_mistake_of_the_command_line_is_one_line(capsys):
+    parser = OneLineParser(prog="a.py")
+    parser.add_argument("--number", type=int)
+    assert exit_code("a.py", lambda: parser.parse_args(["--number", "x"]).number) == 2
+    assert capsys.readouterr() == ("", "a.py: error: argument --number: invalid int value: 'x'\n")
+
+
+def test_interrupts_raise_again_unless_someone_else_has_them():
+    old = signal.getsignal(signal.SIGINT)
+    try:
+        for before, after in (
+            (signal.SIG_DFL, signal.default_int_handler), (signal.SIG_IGN, signal.SIG_IGN),
+        ):  # fmt: skip
+            signal.signal(signal.SIGINT, before)
+            raise_on_interrupt()
+            assert signal.getsignal(signal.SIGINT) is after
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_refuses_a_file_that_it_cannot_write(script, tmp_path):
+    target = tmp_path / "none" / "out.json"
+    arguments = ["--json", target]
+    if script.name == "record.py":
+        arguments = [target, "main.py"]
+    elif script.name == "fit_latency.py":  # it writes none: a folder that it cannot read
+        arguments = ["--check"]
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"LENGTHS_DIR": str(target)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{script.name}: error: ") and done.stderr.count("\n") == 1
+    assert "none" in done.stderr
