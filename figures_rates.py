@@ -1,56 +1,46 @@
 """Figs. 12, 14, 16 and 17: how many requests per second each system sustains.
 
-Reproduces: sections 6.2 to 6.5. Every curve is simulated at the rates that the paper draws and read
-as the paper's is (curves.py); the rows are the rate at 0.5 s/token, vLLM's ratio to the others at
-0.5 and 0.2, and every drawn point of Fig. 12: below the knee its latency, above it the rate. Points
-to which the latency model was fitted are marked.
+Reproduces: sections 6.2 to 6.5. Every curve (panels.py) is simulated at the rates that the paper
+draws and read as the paper's is (curves.py); the rows are the rate at 0.5 s/token, vLLM's ratio to
+the others at 0.5 and 0.2, and every drawn point of Fig. 12: below the knee its latency, above it
+the rate. Points to which the latency model was fitted are marked.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from functools import cache
 from statistics import median
 
 import explanations as why
 import paper
 from comparison import Row, between, relative
 from curves import Curve, Done, Point
-from experiments import Run
-from figures_memory import BATCH_WINDOW_S, THETA
 from fitted_points import fitted_points
+from panels import CurveFigure, Panels, fig12_panels, fig14_panels, fig16_panels, fig17_panels
 from paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, ORCAS, VLLM
 
 AT = f"requests/s at {paper.RATE_AT_LATENCY:g} s/token"
 RATIO = f"rate, ratio at {paper.RATE_AT_LATENCY:g} s/token"
 SHORT = {"opt-13b": "13B", "opt-66b": "66B", "opt-175b": "175B"}
 FEW_REQUESTS = 200
-KNEE = 1.5  # times the first point's latency: a drawn point above it is on the knee or beyond
-# The artifact's scheduler for vLLM with prefixes, and the only reading of the 175B panels that
-# fits, has the older default of 256 sequences instead of 2048 (README, Differences).
-OLDER_MAX_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
-class Fig12:
+class Fig12(CurveFigure):
     """Basic sampling: two data sets, three models, five systems."""
 
     datasets: tuple[str, ...] = ("ShareGPT", "Alpaca")
     name = "Fig. 12"
 
-    def curves(self, seed: int) -> dict[tuple[str, str], dict[str, Curve]]:
-        return _fig12_curves(self.datasets, seed)
-
-    def needed(self, done: Done, seed: int) -> list[Run]:
-        return _needed(self.curves(seed), done)
+    def curves(self, seed: int) -> Panels:
+        return fig12_panels(self.datasets, seed)
 
     def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
         rows: list[Row] = []
         ratios: list[tuple[float, float]] = []
         for (dataset, model), curves in self.curves(seed).items():
             panel = f"{SHORT[model]} {dataset}"
-            rates = {system: curve.rate_at(done) for system, curve in curves.items()}
+            rates = self.rates(curves, done)
             for system, printed in paper.FIG12_RATES[dataset][model].items():
                 percent, reason = self._tolerance(model, system)
                 rows.append(relative(
@@ -77,9 +67,6 @@ class Fig12:
         if len(self.datasets) == 2:
             rows += self._text(ratios, rows)
         return rows
-
-    def notes(self, done: Done, seed: int) -> list[str]:
-        return []
 
     def _tolerance(self, model: str, system: str) -> tuple[float, str]:
         if system == FASTER_TRANSFORMER:
@@ -159,22 +146,19 @@ class Fig12:
 
 
 @dataclass(frozen=True)
-class Fig14:
+class Fig14(CurveFigure):
     """Parallel sampling and beam search, OPT-13B, Alpaca."""
 
     name = "Fig. 14"
 
-    def curves(self, seed: int) -> dict[tuple[str, int], dict[str, Curve]]:
-        return _fig14_curves(seed)
-
-    def needed(self, done: Done, seed: int) -> list[Run]:
-        return _needed(self.curves(seed), done)
+    def curves(self, seed: int) -> Panels:
+        return fig14_panels(seed)
 
     def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
         rows = []
         for (decoding, width), curves in self.curves(seed).items():
             panel = f"13B Alpaca, {decoding} {width}"
-            rates = {system: curve.rate_at(done) for system, curve in curves.items()}
+            rates = self.rates(curves, done)
             reason = why.BEAM if decoding == "beam" else ""
             for system, printed in paper.FIG14_RATES[decoding][width].items():
                 rows.append(relative(
@@ -196,26 +180,20 @@ class Fig14:
         ))  # fmt: skip
         return rows
 
-    def notes(self, done: Done, seed: int) -> list[str]:
-        return []
-
 
 @dataclass(frozen=True)
-class Fig16:
+class Fig16(CurveFigure):
     """A shared prefix: translation with LLaMA-13B."""
 
     name = "Fig. 16"
 
-    def curves(self, seed: int) -> dict[str, dict[str, Curve]]:
-        return _fig16_curves(seed)
-
-    def needed(self, done: Done, seed: int) -> list[Run]:
-        return _needed(self.curves(seed), done)
+    def curves(self, seed: int) -> Panels:
+        return fig16_panels(seed)
 
     def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
         rows = []
         for shots, curves in self.curves(seed).items():
-            rates = {system: curve.rate_at(done) for system, curve in curves.items()}
+            rates = self.rates(curves, done)
             printed = paper.FIG16[shots]
             for system, rate in rates.items():
                 rows.append(relative(
@@ -232,25 +210,19 @@ class Fig16:
             ))  # fmt: skip
         return rows
 
-    def notes(self, done: Done, seed: int) -> list[str]:
-        return []
-
 
 @dataclass(frozen=True)
-class Fig17:
+class Fig17(CurveFigure):
     """The chatbot: prompts cut to 1024 tokens."""
 
     name = "Fig. 17"
 
-    def curves(self, seed: int) -> dict[str, dict[str, Curve]]:
-        return _fig17_curves(seed)
-
-    def needed(self, done: Done, seed: int) -> list[Run]:
-        return _needed(self.curves(seed), done)
+    def curves(self, seed: int) -> Panels:
+        return fig17_panels(seed)
 
     def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
         (curves,) = self.curves(seed).values()
-        rates = {system: curve.rate_at(done) for system, curve in curves.items()}
+        rates = self.rates(curves, done)
         printed = paper.FIG17_RATES
         rows = [
             relative(
@@ -271,82 +243,3 @@ class Fig17:
             rates[VLLM] / rates[ORCA_ORACLE], 8.0, why.CHATBOT_TEXT,
         ))  # fmt: skip
         return rows
-
-    def notes(self, done: Done, seed: int) -> list[str]:
-        return []
-
-
-def _needed(panels: dict, done: Done) -> list[Run]:
-    return [run for curves in panels.values() for c in curves.values() for run in c.needed(done)]
-
-
-@cache
-def _fig12_curves(datasets: tuple[str, ...], seed: int) -> dict:
-    panels: dict = {}
-    for (dataset, model), systems in paper.FIG12_CURVES.items():
-        if dataset in datasets:
-            hours = {FASTER_TRANSFORMER: 3600.0}  # an hour for every model, as in the artifact
-            next_rates = paper.FIG12_NEXT_RATES[dataset, model]
-            cap = OLDER_MAX_SEQUENCES if model == "opt-175b" else 0
-            panels[dataset, model] = {
-                system: Curve(
-                    Run(system, model, dataset, 1.0,
-                        hours.get(system, float(paper.TRACE_SECONDS[model])), seed,
-                        max_num_seqs=cap if system == VLLM else 0, window_s=BATCH_WINDOW_S),
-                    points, next_rates.get(system), paper.RATE_AT_LATENCY,
-                    math.inf if system == FASTER_TRANSFORMER else KNEE,  # it rises without one
-                )
-                for system, points in systems.items()
-            }  # fmt: skip
-    return panels
-
-
-@cache
-def _fig14_curves(seed: int) -> dict:
-    # An hour, as the paper says; beam search the artifact's ten minutes, for the time it takes.
-    seconds = {
-        "parallel": float(paper.TRACE_SECONDS["opt-13b"]),
-        "beam": float(paper.ARTIFACT_RUNS["Fig. 12"]["seconds"]),
-    }
-    return {
-        (decoding, width): {
-            system: Curve(
-                Run(system, "opt-13b", "Alpaca", 1.0, seconds[decoding], seed, decoding, width,
-                    theta=THETA["Alpaca"]),
-                points, paper.FIG14_NEXT_RATES[decoding, width].get(system),
-                paper.RATE_AT_LATENCY,
-            )
-            for system, points in systems.items()
-        }
-        for (decoding, width), systems in paper.FIG14_CURVES.items()
-    }  # fmt: skip
-
-
-@cache
-def _fig16_curves(seed: int) -> dict:
-    seconds = float(paper.ARTIFACT_RUNS["Fig. 16"]["seconds"])
-    return {
-        shots: {
-            system: Curve(
-                Run(system, "llama-13b", f"WMT16 {shots}", 1.0, seconds, seed,
-                    max_num_seqs=OLDER_MAX_SEQUENCES),
-                points, None, paper.RATE_AT_LATENCY,
-            )
-            for system, points in systems.items()
-        }
-        for shots, systems in paper.FIG16_CURVES.items()
-    }  # fmt: skip
-
-
-@cache
-def _fig17_curves(seed: int) -> dict:
-    seconds = float(paper.TRACE_SECONDS["opt-13b"])
-    return {
-        "chatbot": {
-            system: Curve(
-                Run(system, "opt-13b", "chat", 1.0, seconds, seed), points,
-                paper.FIG17_NEXT_RATES.get(system), paper.RATE_AT_LATENCY,
-            )
-            for system, points in paper.FIG17_CURVES.items()
-        }
-    }  # fmt: skip
