@@ -16,7 +16,15 @@ import paper
 from comparison import Row, between, relative
 from curves import Curve, Done, Point
 from fitted_points import fitted_points
-from panels import CurveFigure, Panels, fig12_panels, fig14_panels, fig16_panels, fig17_panels
+from panels import (
+    BEAM_SECONDS,
+    CurveFigure,
+    Panels,
+    fig12_panels,
+    fig14_panels,
+    fig16_panels,
+    fig17_panels,
+)
 from paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, ORCAS, VLLM
 
 AT = f"requests/s at {paper.RATE_AT_LATENCY:g} s/token"
@@ -147,12 +155,13 @@ class Fig12(CurveFigure):
 
 @dataclass(frozen=True)
 class Fig14(CurveFigure):
-    """Parallel sampling and beam search, OPT-13B, Alpaca."""
+    """Parallel sampling, and beam search for so many seconds, OPT-13B, Alpaca."""
 
+    beam_seconds: float = BEAM_SECONDS
     name = "Fig. 14"
 
     def curves(self, seed: int) -> Panels:
-        return fig14_panels(seed)
+        return fig14_panels(seed, self.beam_seconds)
 
     def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
         rows = []

@@ -6,6 +6,7 @@ Reproduces: Table 1, Figs. 2, 12 to 17, 18b and 19b, and the claims of the text 
     python reproduce.py                     # everything
     python reproduce.py --quick             # what is cheap to simulate, each as in a full run
     python reproduce.py --figure 2 --seeds 8
+    python reproduce.py --figure 14 --beam-seconds 3600     # the paper's hour for beam search too
     LENGTHS_DIR=data python reproduce.py --json out.json --figures pictures
 
 Exit code 0 if every row is held or explained, 1 if one is not, 2 for input that cannot be used.
@@ -26,7 +27,11 @@ from command_line import OneLineParser, UsageError, exit_code
 if __name__ == "__main__":
     command_line.end_on_interrupt()
 
+import paper
+
 MAX_SEEDS = 1000
+BEAM_SECONDS = paper.ARTIFACT_RUNS["Fig. 12"]["seconds"]
+MAX_BEAM_SECONDS = paper.TRACE_SECONDS["opt-13b"]
 FIGURES = ("table1", "2", "12", "13", "14", "15", "16", "17", "18b", "19b")
 
 
@@ -45,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="processes (default: one a core)")  # fmt: skip
     add("--seeds", type=_positive, default=1, metavar="N",
         help="seeds 0 to N - 1: rows are about their mean (default 1, seed 0)")  # fmt: skip
+    add("--beam-seconds", type=_positive, default=BEAM_SECONDS, metavar="N",
+        help=f"length of the traces of Fig. 14's beam search (default {BEAM_SECONDS}, the "
+        f"artifact's; {MAX_BEAM_SECONDS}, the paper's, takes long)")  # fmt: skip
     add("--lengths", action="append", default=[], metavar="FILE",
         help="a full length file (repeatable); default LENGTHS_DIR, then tables")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all rows here")
@@ -79,9 +87,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--seeds {args.seeds}: at most {MAX_SEEDS}")
     if args.figures is not None and str(args.figures) in FIGURES:
         raise UsageError(f"--figures takes a folder; for one figure use --figure {args.figures}")
-    figures = choose(args.figure or FIGURES, args.quick)
+    if args.beam_seconds > MAX_BEAM_SECONDS:
+        raise UsageError(f"--beam-seconds {args.beam_seconds}: at most {MAX_BEAM_SECONDS}")
+    figures = choose(args.figure or FIGURES, args.quick, float(args.beam_seconds))
     if not figures:
         raise UsageError(f"--quick: nothing of figure {', '.join(args.figure)} is quick")
+    if args.beam_seconds != BEAM_SECONDS and "Fig. 14" not in {f.name for f in figures}:
+        raise UsageError("--beam-seconds is for figure 14, which is not among those asked for")
     if args.figures is not None:
         from pictures import check_pictures
 
@@ -115,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json is not None:
         write_json(args.json, {
-            "setting": {"seeds": args.seeds, "quick": args.quick, "lengths": sources},
+            "setting": {"seeds": args.seeds, "quick": args.quick,
+                        "beam_seconds": args.beam_seconds, "lengths": sources},
             "rows": [row.to_json() for row in rows],
             "notes": [note for figure in found for note in figure.notes],
             "elapsed_s": round(elapsed, 3),

@@ -16,8 +16,9 @@ import experiments
 import paged_tables
 import paper
 import reproduce
+import reproduction
 from comparison import EXPLAINED
-from experiments import Run, execute, manager_for
+from experiments import Outcome, Run, execute, manager_for
 from figures_memory import Fig2, Fig15, Table1
 from kv_cache_manager import PagedKVCacheManager
 from length_files import Lengths, find_lengths
@@ -118,6 +119,42 @@ def test_quick_is_a_part_of_everything():
     assert [figure.name for figure in choose(["2"], True)] == ["Fig. 2"]
 
 
+def test_beam_search_runs_as_long_as_it_is_told_and_nothing_else_does():
+    seconds = {}
+    for beam_seconds in (600.0, 60.0, 3600.0):
+        (figure,) = choose(["14"], False, beam_seconds)
+        for (decoding, _), curves in figure.curves(0).items():
+            for curve in curves.values():
+                seconds.setdefault((beam_seconds, decoding), set()).add(curve.run.seconds)
+        assert {run.seconds for run in figure.needed({}, 0)} == {beam_seconds, 3600.0}
+    assert seconds == {
+        (told, decoding): {3600.0 if decoding == "parallel" else told}
+        for told in (600.0, 60.0, 3600.0)
+        for decoding in ("parallel", "beam")
+    }
+    assert choose(["14"], False) == choose(["14"], False, 600.0)
+    assert choose(["2", "15"], False) == choose(["2", "15"], False, 60.0)
+
+
+def test_the_length_of_beam_search_goes_from_the_command_line_into_the_json(monkeypatch, tmp_path):
+    """Fig. 14 with outcomes at once: how long each run was asked to be."""
+    asked, out = set(), tmp_path / "out.json"
+
+    def at_once(run, lengths):
+        asked.add((run.decoding, run.seconds))
+        return Outcome(0.03 if run.rate < 15.0 else 2.0, 1, 1, 1.0)
+
+    monkeypatch.setattr(reproduction, "execute", at_once)
+    arguments = ["--figure", "14", "--jobs", "1", "--json", str(out)]
+    assert reproduce.main([*arguments, "--beam-seconds", "60"]) == 1
+    assert asked == {("parallel", 3600.0), ("beam", 60.0)}
+    assert json.loads(out.read_text())["setting"]["beam_seconds"] == 60
+    asked.clear()
+    assert reproduce.main(arguments) == 1
+    assert asked == {("parallel", 3600.0), ("beam", 600.0)}
+    assert json.loads(out.read_text())["setting"]["beam_seconds"] == 600
+
+
 def test_an_interrupt_waits_for_no_worker():
     """Each has a run before it that would outlast the test."""
     code = """if True:
@@ -165,6 +202,9 @@ def bad_files(folder):
         (["--seeds", "-1"], "'-1' is not"),
         (["--jobs", "1.5"], "'1.5' is not"),
         (["--fig", "2"], "unrecognized arguments"),
+        (["--beam-seconds", "0"], "'0' is not a whole number from 1"),
+        (["--beam-seconds", "3601"], "at most 3600"),
+        (["--beam-seconds", "60"], "for figure 14, which is not among"),
         (["--lengths", "{folder}/none.csv"], "cannot be read"),
         (["--lengths", "{folder}/empty.csv"], "empty.csv"),
         (["--lengths", "{folder}/sharegpt_bad.csv"], "line 2"),
