@@ -291,7 +291,7 @@ def test_a_device_without_kernels_is_refused(monkeypatch):
 @pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("heads", [(16, 128), (1, 2047)])  # words of 8 bytes, and of 2
 def test_pools_beyond_2_to_the_31_elements(heads):
-    """Two parts of some 1.5 * 2**31 elements: V, and the end of K, lie beyond what 32 bits count."""
+    """Parts of some 1.5 * 2**31 elements: V, and the end of K, lie beyond what 32 bits count."""
     blocks, size = 1200, 1311  # both the number of slots and a row of 2047 are odd
     need = 2 * blocks * size * heads[0] * heads[1] * 2
     if torch.cuda.mem_get_info()[0] < need + (4 << 30):
