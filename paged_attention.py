@@ -139,7 +139,7 @@ class PagedKVCache:
         if not pairs:
             return
         if not self.fused:
-            sources, targets = upload(pairs, self.device).unbind(1)
+            sources, targets = upload(list(zip(*pairs)), self.device)
             self._blocks.index_copy_(1, targets, self._blocks.index_select(1, sources))
             return
         # In place a pair would race with another whose source it writes: so, in turn.

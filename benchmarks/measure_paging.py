@@ -268,25 +268,26 @@ def _copy_row(setting: Setting, cache: PagedKVCache, layers: int, blocks: int) -
     rows = pool.flatten(3).flatten(0, 1)  # (L * 2, N, S * H_kv * D)
     maps = [torch.randperm(cache.num_blocks)[: 2 * blocks].view(blocks, 2) for _ in range(TURNS)]
     pairs = [one.to(cache.device) for one in maps]
+    columns = [one.T.contiguous() for one in pairs]
 
     def plain(some: Tensor) -> None:
-        rows.index_copy_(1, some[:, 1], rows.index_select(1, some[:, 0]))
+        rows.index_copy_(1, some[1], rows.index_select(1, some[0]))
 
     def fused(some: Tensor) -> None:
         block_kernels.copy_blocks(pool, some)
 
     row: Row = {"what": "copy", "layers": layers, "blocks": blocks}
     row["num_bytes"] = 2 * layers * blocks * rows[0, 0].nbytes
-    for name, way in (("fused", fused), ("plain", plain)):
-        old, new = pairs[0].unbind(1)
+    for name, way, turns in (("fused", fused, pairs), ("plain", plain, columns)):
+        old, new = columns[0]
         rows[:, new] = 0
-        way(pairs[0])
+        way(turns[0])
         if not all(torch.equal(part[new], part[old]) for part in rows):
             raise WrongResult(f"{name}: wrong copy")
-        row[f"{name}_us"] = best_us(setting, [lambda way=way, p=p: way(p) for p in pairs])
+        row[f"{name}_us"] = best_us(setting, [lambda way=way, p=p: way(p) for p in turns])
     row["call_us"] = None
     if layers == cache.num_layers:
-        turns = cycle([one.tolist() for one in maps])
-        times = gpu_timing.wall_times_us(lambda: cache.copy_blocks(next(turns)), setting.repeats)
+        lists = cycle([one.tolist() for one in maps])
+        times = gpu_timing.wall_times_us(lambda: cache.copy_blocks(next(lists)), setting.repeats)
         row["call_us"] = median(times)
     return row
