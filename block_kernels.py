@@ -16,6 +16,9 @@ of a thread. Rows need no power of two: a program takes BLOCK words of the conca
 wherever one ends. Block and slot numbers are not checked: that would wait for the device.
 """
 
+import functools
+import warnings
+
 import torch
 import triton
 import triton.language as tl
@@ -69,6 +72,20 @@ def _move_blocks(
     new = tl.load(pairs + 2 * pair + 1, mask=live, other=0)
     words = tl.load(source + (part * from_part + old * from_block) * ROW + column, mask=live)
     tl.store(target + (part * to_part + new * to_block) * ROW + column, words, mask=live)
+
+
+@functools.cache
+def works_on(device):
+    """Whether triton can build and run a kernel: on the host it needs a C compiler and headers."""
+    blocks = torch.zeros(1, 2, 8, device=device)
+    try:
+        move_blocks(blocks, blocks, torch.tensor([[0, 1]], device=device))
+    except Exception as error:  # triton, the compiler and the driver each raise their own
+        reason = str(error).partition("\n")[0]
+        message = f"triton does not run here, plain torch moves the blocks: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def write_slots(pool, slots, k, v):

@@ -44,8 +44,8 @@ class PagedKVCache:
         """Allocate the pools, uninitialised; with poison, filled with NaN.
 
         dtype: float16 on CUDA and float32 on a CPU if None. fused: whether to move blocks with
-        block_kernels.py; None: on CUDA where triton is installed. Raises ShapeError for a size
-        that makes no sense or a device without kernels, DeviceMemoryError if the pools do not fit.
+        block_kernels.py; None: on CUDA where triton runs. Raises ShapeError for a size that
+        makes no sense or a device without kernels, DeviceMemoryError if the pools do not fit.
         """
         pinned = torch.device(device).type == "cuda"
         dtype = dtype or (torch.float16 if pinned else torch.float32)
@@ -308,12 +308,13 @@ def _checked_pairs(pairs, num_sources, num_targets, chains=True):
 
 def _block_kernels(device, fused):
     """The module block_kernels, or None if plain torch is to move the blocks (fused: see above)."""
-    if fused is None:
-        fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    if not fused:
+    maybe = fused is None and device.type == "cuda" and importlib.util.find_spec("triton")
+    if not fused and not maybe:
         return None
     import block_kernels  # only here: it needs triton
 
+    if fused is None:
+        return block_kernels if block_kernels.works_on(device) else None
     usable = device.type == "cuda" or block_kernels.INTERPRETED
     check_shape(usable, f"no fused kernels run on {device}")
     return block_kernels

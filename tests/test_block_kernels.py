@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_paged_attention import REFUSED, bits, block_major, stamped
 
 import host_pool
+import paged_attention
 from attention import ShapeError
 from paged_attention import BlockMapError, PagedKVCache
 
@@ -29,8 +30,6 @@ SIZES = [  # (N, S, H_kv, D, L)
     (3, 7, 1, 1, 1),
     (3, 256, 1, 8, 1),
 ]
-# A launch of many small pieces takes the interpreter long, and the device no time.
-MANY = 40 if ON_CUDA else 4
 
 
 def drawn(shape, dtype, seed):
@@ -287,6 +286,24 @@ def test_a_device_without_kernels_is_refused(monkeypatch):
         PagedKVCache(2, 2, 1, 4, fused=True)
 
 
+def test_where_triton_cannot_run_plain_torch_moves_the_blocks(monkeypatch):
+    works = kernels.works_on.__wrapped__  # without its memory
+    assert works(torch.device(DEVICE))
+    cuda = torch.device("cuda")
+    for answer, module in ((True, kernels), (False, None)):
+        monkeypatch.setattr(kernels, "works_on", lambda device, answer=answer: answer)
+        assert paged_attention._block_kernels(cuda, None) is module
+        assert paged_attention._block_kernels(cuda, True) is kernels
+        assert paged_attention._block_kernels(torch.device("cpu"), None) is None
+
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(kernels, "move_blocks", no_compiler)
+    with pytest.warns(RuntimeWarning, match="plain torch moves the blocks: Failed to find C"):
+        assert not works(torch.device(DEVICE))
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("heads", [(16, 128), (1, 2047)])  # words of 8 bytes, and of 2
@@ -320,7 +337,9 @@ def test_swaps_do_not_wait_and_whoever_reads_the_host_does():
     fused = twins((64, 16, 40, 128, 4), torch.float16, seed=18, num_cpu_blocks=64)[0]
     pairs = [(block, (7 * block) % 64) for block in range(64)]
     want = block_major(fused.pool)
-    for _ in range(MANY):
+    fused.swap_out(pairs)  # compiles
+    fused.swap_in([(host, block) for block, host in pairs])
+    for _ in range(10):
         fused.cpu_pool.zero_()
         torch.cuda._sleep(20_000_000)  # cycles: the device is busy for a while
         fused.swap_out(pairs)
@@ -336,12 +355,12 @@ def test_swaps_do_not_wait_and_whoever_reads_the_host_does():
 @pytest.mark.cuda
 @pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
 def test_many_blocks_at_opt_13bs_layer_shape():
-    fused, plain = twins((256, 16, 40, 128, 2), torch.float16, seed=19)
+    fused, plain = twins((128, 16, 40, 128, 2), torch.float16, seed=19)
     rng = random.Random(20)
-    for _ in range(MANY):
-        blocks = rng.sample(range(256), 256)
-        pairs = [(rng.choice(blocks[128:]), target) for target in blocks[:128]]
-        slots = torch.tensor(rng.sample(range(256 * 16), 1000), device="cuda")
+    for _ in range(40):
+        blocks = rng.sample(range(128), 128)
+        pairs = [(rng.choice(blocks[64:]), target) for target in blocks[:64]]
+        slots = torch.tensor(rng.sample(range(128 * 16), 1000), device="cuda")
         k, v = (torch.randn(1000, 40, 128, device="cuda").half() for _ in (0, 1))
         for cache in (fused, plain):
             cache.copy_blocks(pairs)

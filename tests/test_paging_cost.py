@@ -1,7 +1,8 @@
 """benchmarks/bench_paging_cost.py and what it stands on, as far as they go without a GPU.
 
-Every measurement runs here at tiny sizes on the CPU, with clocks that tell made-up times: what is
-tested is that the right things are run and checked, and that the tables say what was found.
+Every measurement runs here at tiny sizes, on the CPU if need be, with clocks that tell made-up
+times: what is tested is that the right things are run and checked, and that the tables say what was
+found.
 """
 
 import ast
@@ -28,8 +29,9 @@ import measure_paging as measure  # noqa: E402
 from opt_prefill import UNUSED_POSITIONS, RandomOPT  # noqa: E402
 
 TINY = ModelConfig("tiny", "opt", 2, 32, 2, 2, 16, 64, 50, 300)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run: conftest.py
 SETTING = measure.Setting(
-    model=TINY, dtype=torch.float32, device="cpu", attention=((8, 64), (3, 512)), batch=2,
+    model=TINY, dtype=torch.float32, device=DEVICE, attention=((8, 64), (3, 512)), batch=2,
     context=256, block_sizes=(1, 16, 256), swap_tokens=32, device_slots=1024, host_slots=512,
     moved_blocks=(1, 3), pool_blocks=8,
 )  # fmt: skip
@@ -136,7 +138,7 @@ def test_a_kernel_with_a_wrong_result_is_not_timed(clock):
 
 
 def test_swaps_are_checked_and_measured(clock, monkeypatch):
-    model = RandomOPT(TINY, torch.float32, "cpu")
+    model = RandomOPT(TINY, torch.float32, DEVICE)
     row = measure.measure_swap(SETTING, model, 16)
     assert row["blocks"] == 2 and row["num_bytes"] == 32 * TINY.kv_bytes_per_token * 2
     for name in ("recompute", "swap_in", "swap_out"):
