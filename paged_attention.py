@@ -3,7 +3,8 @@
 What it is: the worker's side of the paper. A pool of equal blocks holds K and V (section 4.2);
 tokens go to the slots that a block table names (4.3); blocks are copied for copy-on-write (4.4)
 and moved to the host and back (4.5). The three fused kernels of section 5 are indexed operations
-here: `write`, `paged_attention_kernel` (section 4.1, Eq. 4) and `copy_blocks`.
+here: `write`, `paged_attention_kernel` (section 4.1, Eq. 4) and `copy_blocks`. On CUDA, where
+triton is installed, the cache has its two from block_kernels.py instead, one launch each.
 
 How to use it: a manager decides, this obeys. It is given block numbers, never a manager.
     cache = PagedKVCache(num_blocks, block_size, num_kv_heads, head_size, num_layers=L)
@@ -18,11 +19,13 @@ Block and slot numbers in tensors are checked against the pool on a CPU only: on
 them would make the host wait for the device.
 """
 
+import importlib.util
 import operator
 
 import torch
 
 from attention import attention, check_shape, length_mask
+from host_pool import HostPool, upload
 
 
 class BlockMapError(ValueError):
@@ -37,11 +40,12 @@ class PagedKVCache:
     """K and V of all layers in N device blocks, and num_cpu_blocks host blocks for swapping."""
 
     def __init__(self, num_blocks, block_size, num_kv_heads, head_size, *, num_layers=1,
-                 num_cpu_blocks=0, dtype=None, device="cpu", poison=False):
+                 num_cpu_blocks=0, dtype=None, device="cpu", poison=False, fused=None):
         """Allocate the pools, uninitialised; with poison, filled with NaN.
 
-        dtype: float16 on CUDA and float32 on a CPU if None. Raises ShapeError for a size that
-        makes no sense and DeviceMemoryError if the pools do not fit.
+        dtype: float16 on CUDA and float32 on a CPU if None. fused: whether to move blocks with
+        block_kernels.py; None: on CUDA where triton runs. Raises ShapeError for a size that
+        makes no sense or a device without kernels, DeviceMemoryError if the pools do not fit.
         """
         pinned = torch.device(device).type == "cuda"
         dtype = dtype or (torch.float16 if pinned else torch.float32)
@@ -50,6 +54,8 @@ class PagedKVCache:
             min(sizes) >= 1 and num_cpu_blocks >= 0 and dtype.is_floating_point,
             f"no cache can have {sizes=}, {num_cpu_blocks=} and {dtype=}",
         )
+        self._kernels = _block_kernels(torch.device(device), fused)
+        self.fused = self._kernels is not None
         self.num_layers, self.num_blocks, self.block_size = sizes[:3]
         self.num_kv_heads, self.head_size = sizes[3:]
         self.num_cpu_blocks, self.dtype, self.poison = num_cpu_blocks, dtype, poison
@@ -65,12 +71,15 @@ class PagedKVCache:
         self.device = self.pool.device  # with its index: "cuda" has become "cuda:0"
         # The same for copies, which do not care what is inside a block: (L * 2, N, S * H_kv * D)
         self._blocks = self.pool.flatten(0, 1).flatten(2)
-        shape = (num_layers, 2, num_cpu_blocks, *shape[3:])
-        self.cpu_pool = torch.empty(shape, dtype=dtype, pin_memory=pinned and num_cpu_blocks > 0)
-        self._cpu_blocks = self.cpu_pool.flatten(0, 1).flatten(2)
+        self._host = HostPool(num_cpu_blocks, self.pool, self._kernels)
         if poison:
             self.pool.fill_(torch.nan)
             self.cpu_pool.fill_(torch.nan)
+
+    @property
+    def cpu_pool(self):
+        """The host blocks (num_cpu_blocks, L, 2, S, H_kv, D); waits for the swaps so far."""
+        return self._host.tensor
 
     def k_pool(self, layer):
         """The keys of a layer: a view (N, S, H_kv, D)."""
@@ -82,7 +91,7 @@ class PagedKVCache:
 
     @torch.no_grad()
     def write(self, layer, slot_mapping, k, v):
-        """Write T tokens: one indexed write for K and one for V (section 5, first kernel).
+        """Write T tokens: an indexed write each for K and V, or one launch (section 5, 1st kernel).
 
         slot_mapping: (T,) int64 slot numbers, all different (not checked: with a duplicate
         it is not defined which token wins); k, v: (T, H_kv, D) in the cache's dtype.
@@ -96,6 +105,9 @@ class PagedKVCache:
                 f"need k, v (T, H_kv, D) = {shape} {self.dtype} on {self.device}, got "
                 f"{tuple(x.shape)} {x.dtype} on {x.device}",
             )
+        if self.fused:
+            self._kernels.write_slots(self.pool[layer], slots, k, v)
+            return
         for part, values in enumerate((k, v)):
             self._slots(layer, part).index_copy_(0, slots, values.flatten(1))
 
@@ -123,21 +135,34 @@ class PagedKVCache:
         # this iteration. So a source that an earlier pair writes (a chain) is a manager's error,
         # and ambiguous: copied in order it would give the new content, at once the old. A source
         # that a later pair writes was freed and given out again; both orders give the old.
-        self._move(self._blocks, self._blocks, pairs, chains=False)
+        pairs = _checked_pairs(pairs, self.num_blocks, self.num_blocks, chains=False)
+        if not pairs:
+            return
+        if not self.fused:
+            sources, targets = upload(list(zip(*pairs)), self.device)
+            self._blocks.index_copy_(1, targets, self._blocks.index_select(1, sources))
+            return
+        # In place a pair would race with another whose source it writes: so, in turn.
+        parts = self._kernels.ordered(pairs)
+        for part in upload(pairs, self.device).split([len(part) for part in parts]):
+            self._kernels.copy_blocks(self.pool, part)
 
     def swap_out(self, pairs):
         """Copy device blocks to host blocks (section 4.5). pairs: (device, host) block numbers.
 
-        One transfer for all blocks and layers. Raises BlockMapError before any change.
+        One gather, then a transfer for each run of host blocks; on CUDA it does not wait for
+        them. Raises BlockMapError before any change.
         """
-        self._move(self._blocks, self._cpu_blocks, pairs)
+        self._host.swap(_checked_pairs(pairs, self.num_blocks, self.num_cpu_blocks), out=True)
 
     def swap_in(self, pairs):
         """Copy host blocks to device blocks (section 4.5). pairs: (host, device) block numbers.
 
-        One transfer for all blocks and layers. Raises BlockMapError before any change.
+        A transfer for each run of host blocks, then one scatter; on CUDA it does not wait for
+        them. Raises BlockMapError before any change.
         """
-        self._move(self._cpu_blocks, self._blocks, pairs)
+        pairs = _checked_pairs(pairs, self.num_cpu_blocks, self.num_blocks)
+        self._host.swap([(block, host) for host, block in pairs], out=False)
 
     def poison_blocks(self, blocks, *, on_cpu=False):
         """Fill freed blocks with NaN, if poison is on: whoever still reads them will show it.
@@ -145,10 +170,11 @@ class PagedKVCache:
         blocks: device block numbers, or host block numbers if on_cpu. Raises BlockMapError.
         """
         blocks = list(map(operator.index, blocks))
-        pool = self._cpu_blocks if on_cpu else self._blocks
-        _check_range(blocks, pool.shape[1], "poisoned")
-        if self.poison and blocks:
-            pool.index_fill_(1, torch.tensor(blocks, device=pool.device), torch.nan)
+        _check_range(blocks, self.num_cpu_blocks if on_cpu else self.num_blocks, "poisoned")
+        if self.poison and blocks and on_cpu:
+            self.cpu_pool.index_fill_(0, torch.tensor(blocks), torch.nan)
+        elif self.poison and blocks:
+            self._blocks.index_fill_(1, upload(blocks, self.device), torch.nan)
 
     def _slots(self, layer, part):
         """K (part 0) or V (part 1) of a layer: a view (N * S, H_kv * D)."""
@@ -159,30 +185,6 @@ class PagedKVCache:
         check_shape(have == want, f"slot_mapping: (dim, dtype, device) is {have}, not {want}")
         _check_numbers(slots, self.num_blocks * self.block_size, "slot")
         return slots
-
-    def _move(self, source_pool, target_pool, pairs, chains=True):
-        """Gather the sources, carry them over in one transfer, scatter to the destinations."""
-        pairs = [(operator.index(source), operator.index(target)) for source, target in pairs]
-        _check_pairs(pairs, source_pool.shape[1], target_pool.shape[1], chains)
-        if not pairs:
-            return
-        sources, targets = zip(*pairs)
-        index = torch.tensor(sources, device=source_pool.device)
-        # Staged as (L * 2, blocks, S * H_kv * D). On the host side in pinned memory: from pageable
-        # memory the driver would copy once more, and the transfer would block.
-        if source_pool.device == target_pool.device:
-            staged = source_pool.index_select(1, index)
-        else:
-            shape = (source_pool.shape[0], len(pairs), source_pool.shape[2])
-            pinned = torch.empty(shape, dtype=self.dtype, pin_memory=True)
-            if target_pool.device.type == "cuda":
-                torch.index_select(source_pool, 1, index, out=pinned)
-                staged = pinned.to(target_pool.device, non_blocking=True)
-            else:
-                staged = pinned.copy_(source_pool.index_select(1, index), non_blocking=True)
-                # The host reads this buffer next, and the host waits for no stream by itself.
-                torch.cuda.current_stream(self.device).synchronize()
-        target_pool.index_copy_(1, torch.tensor(targets, device=target_pool.device), staged)
 
 
 def gather_blocks(pool, block_tables):
@@ -286,8 +288,12 @@ def _check_range(blocks, num_blocks, role):
             raise BlockMapError(f"{role} block {block} is outside a pool of {num_blocks} blocks")
 
 
-def _check_pairs(pairs, num_sources, num_targets, chains):
-    """Raise BlockMapError for a map with no one meaning; chains: whether they are harmless."""
+def _checked_pairs(pairs, num_sources, num_targets, chains=True):
+    """The pairs as a list of integers; chains: whether a source may be an earlier destination.
+
+    Raises BlockMapError for a map with no one meaning.
+    """
+    pairs = [(operator.index(source), operator.index(target)) for source, target in pairs]
     written = set()
     for source, target in pairs:
         _check_range([source], num_sources, "source")
@@ -297,3 +303,18 @@ def _check_pairs(pairs, num_sources, num_targets, chains):
         if target in written:
             raise BlockMapError(f"block {target} is a destination twice")
         written.add(target)
+    return pairs
+
+
+def _block_kernels(device, fused):
+    """The module block_kernels, or None if plain torch is to move the blocks (fused: see above)."""
+    maybe = fused is None and device.type == "cuda" and importlib.util.find_spec("triton")
+    if not fused and not maybe:
+        return None
+    import block_kernels  # only here: it needs triton
+
+    if fused is None:
+        return block_kernels if block_kernels.works_on(device) else None
+    usable = device.type == "cuda" or block_kernels.INTERPRETED
+    check_shape(usable, f"no fused kernels run on {device}")
+    return block_kernels

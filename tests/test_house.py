@@ -19,7 +19,7 @@ BOOKKEEPING = (
     "paper", "paper_figures", "paper_text", "paper_curves", "latency", "static_batching",
     "beam_search", "experiments",
 )  # fmt: skip
-TENSORS = ("attention", "paged_attention")
+TENSORS = ("attention", "host_pool", "block_kernels", "paged_attention")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -45,9 +45,17 @@ def test_bookkeeping_starts_without_torch():
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 
+def test_the_scripts_start_without_triton():
+    """It comes with torch on a GPU machine, and is in no requirements of a run."""
+    code = "import sys; sys.modules['triton'] = None; import main, paged_attention as p"
+    code += "; print(p.PagedKVCache(2, 2, 1, 4).fused)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 @pytest.mark.parametrize("name", TENSORS)
 def test_cache_and_kernels_know_no_manager(name):
-    assert imports(MODULES[name]) & set(MODULES) <= {"attention"}
+    assert imports(MODULES[name]) & set(MODULES) <= set(TENSORS)
 
 
 def test_imports_point_one_way():

@@ -61,6 +61,11 @@ def bits(x):
     return x.contiguous().view(torch.uint8)
 
 
+def block_major(x):
+    """Blocks of a device pool (L, 2, N, S, H_kv, D) as the host pool has them, N first, there."""
+    return x.permute(2, 0, 1, 3, 4, 5).cpu()
+
+
 def stamped(device="cpu", num_blocks=7, num_cpu_blocks=4, block_size=3, poison=False):
     """A cache of fp16 whose every element names its place: 2 layers, 1 head of size 2."""
     cache = PagedKVCache(
@@ -217,7 +222,7 @@ def test_kernel_refuses_what_does_not_fit():
 
 def test_bytes_are_exact():
     cache = PagedKVCache(5, 3, 2, 8, num_layers=4, num_cpu_blocks=2, dtype=torch.float16)
-    assert cache.pool.shape == (4, 2, 5, 3, 2, 8) and cache.cpu_pool.shape == (4, 2, 2, 3, 2, 8)
+    assert cache.pool.shape == (4, 2, 5, 3, 2, 8) and cache.cpu_pool.shape == (2, 4, 2, 3, 2, 8)
     assert cache.num_bytes == cache.pool.untyped_storage().nbytes() == 4 * 2 * 5 * 3 * 2 * 8 * 2
     assert cache.num_cpu_bytes == cache.cpu_pool.untyped_storage().nbytes()
     assert cache.bytes_per_block * 5 == cache.num_bytes
@@ -389,8 +394,8 @@ def test_swap_out_and_in_is_the_identity_though_the_blocks_are_reused(device):
     before, cpu_before = cache.pool.clone(), cache.cpu_pool.clone()
     cache.swap_out([(4, 0), (1, 3), (6, 2)])
     assert torch.equal(cache.pool, before), "sources stay as they are"
-    assert torch.equal(cache.cpu_pool[:, :, [0, 3, 2]], before[:, :, [4, 1, 6]].cpu())
-    assert torch.equal(cache.cpu_pool[:, :, 1], cpu_before[:, :, 1])
+    assert torch.equal(cache.cpu_pool[[0, 3, 2]], block_major(before[:, :, [4, 1, 6]]))
+    assert torch.equal(cache.cpu_pool[1], cpu_before[1])
     cache.poison_blocks([4, 1, 6])
     cache.copy_blocks([(0, 4), (2, 1)])  # others move in
     cache.swap_in([(3, 5), (0, 6), (2, 3)])
@@ -402,9 +407,9 @@ def test_block_numbers_of_the_two_pools_do_not_mix():
     cache = stamped()
     before, cpu_before = cache.pool.clone(), cache.cpu_pool.clone()
     cache.swap_in([(0, 1), (1, 2)])  # no chain: host block 1 is not device block 1
-    assert torch.equal(cache.pool[:, :, [1, 2]], cpu_before[:, :, [0, 1]])
+    assert torch.equal(block_major(cache.pool[:, :, [1, 2]]), cpu_before[[0, 1]])
     cache.swap_out([(4, 3), (3, 2), (3, 0)])  # one block may go to two places
-    assert torch.equal(cache.cpu_pool[:, :, [3, 2, 0]], before[:, :, [4, 3, 3]])
+    assert torch.equal(cache.cpu_pool[[3, 2, 0]], block_major(before[:, :, [4, 3, 3]]))
 
 
 def test_a_cache_without_cpu_blocks_cannot_swap():
@@ -422,7 +427,7 @@ def test_poison(device):
     cache = stamped(device, poison=True)
     cache.poison_blocks([3, 5])
     cache.poison_blocks([1], on_cpu=True)
-    for pool, poisoned in ((cache.pool, [3, 5]), (cache.cpu_pool, [1])):
+    for pool, poisoned in ((cache.pool, [3, 5]), (cache.cpu_pool.movedim(0, 2), [1])):
         for block in range(pool.shape[2]):
             assert pool[:, :, block].isnan().all() == (block in poisoned)
             assert pool[:, :, block].isnan().any() == (block in poisoned)
