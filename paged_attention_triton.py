@@ -1,0 +1,320 @@
+"""Decode attention that reads the scattered blocks in place: one Triton kernel, nothing gathered.
+
+Reproduces: the PagedAttention kernel of section 4.1 (Eq. 4) and section 5 (fused block read and
+attention), with what came after the paper: grouped queries on tensor cores, and sequences split
+over thread blocks (split-KV) whose partial results merge by their log-sum-exp.
+
+How to use it: as paged_attention.paged_attention_kernel, same arguments and results.
+    out, lse = paged_attention_kernel(q, cache.k_pool(0), cache.v_pool(0), block_tables, seq_lens)
+
+Needs Triton, which comes with torch on a GPU; TRITON_INTERPRET=1 runs it on a CPU, for tests.
+
+Shapes: B sequences, H query heads, H_kv K/V heads, G = H / H_kv, D head size, N blocks, S slots
+per block, P splits. An *item* is what one program computes: (sequence, split, K/V head).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from attention import check_shape
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_GROUP = 16  # rows of one tensor-core product
+MAX_SPLITS = 64
+MAX_HEAD_SIZE = 256
+MIN_CHUNK, MAX_CHUNK = 256, 4096  # slots of an item, where a sequence is split
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the work is cut: `tile` slots are read at a time, `chunk` slots are an item at most."""
+
+    tile: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        if self.tile < 16 or self.tile & (self.tile - 1) or self.chunk < 1 or self.num_stages < 1:
+            raise ValueError(f"a tile is a power of two from 16, a chunk at least 1: {self}")
+
+
+class Workspace:
+    """Partial results of split sequences, kept from call to call so that nothing is cleared.
+
+    Not to be shared by streams that run at the same time.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.out = torch.empty(0, device=device)
+        self.lse = torch.empty(0, device=device)
+        self.arrived = torch.zeros(0, dtype=torch.int32, device=device)  # all 0 between calls
+
+    def reserve(self, num_items: int, num_heads: int, group: int, head_size: int) -> None:
+        """Room for `num_items` partial results of G query heads, and `num_heads` counters."""
+        if self.lse.numel() < num_items * group or self.out.numel() < num_items * group * head_size:
+            self.out = torch.empty(num_items * group * head_size, device=self.device)
+            self.lse = torch.empty(num_items * group, device=self.device)
+        if self.arrived.numel() < num_heads:
+            self.arrived = torch.zeros(num_heads, dtype=torch.int32, device=self.device)
+
+
+def paged_attention_kernel(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float | None = None,
+    *,
+    workspace: Workspace | None = None,
+    tuning: Tuning | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode attention over scattered blocks (paper, Eq. 4), read where they lie.
+
+    q: (B, H, D), the newest token's queries; k_pool, v_pool: (N, S, H_kv, D), the last two
+    dimensions dense; block_tables: (B, max_blocks) int32; seq_lens: (B,) integers, tokens in
+    the cache, the newest included. H / H_kv from 1 to 16, D up to 256.
+    Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
+    0 and -inf. Slots at or beyond a sequence's length are never read.
+    Raises ShapeError. Block numbers are not checked: see paged_attention.py.
+    """
+    _check_inputs(q, k_pool, v_pool, block_tables, seq_lens)
+    batch, num_heads, head_size = q.shape
+    num_kv_heads, block_size = k_pool.shape[2], k_pool.shape[1]
+    group = num_heads // num_kv_heads
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, num_heads, dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return out, lse
+    max_len = block_tables.shape[1] * block_size
+    if tuning is None:
+        row_bytes = triton.next_power_of_2(head_size) * q.element_size()
+        num_items, multiprocessors = batch * num_kv_heads, _multiprocessors(q.device)
+        tuning = choose_tuning(num_items, max_len, row_bytes, multiprocessors)
+    num_splits = max(1, -(-max_len // tuning.chunk))
+    check_shape(
+        num_splits <= MAX_SPLITS, f"{tuning} cuts {max_len} slots into more than {MAX_SPLITS} parts"
+    )
+    workspace = workspace or Workspace(q.device)
+    num_items = batch * num_splits * num_kv_heads
+    if num_splits > 1:
+        workspace.reserve(num_items, batch * num_kv_heads, group, head_size)
+    scale = head_size**-0.5 if scale is None else scale
+    _decode[(num_items,)](
+        q, k_pool, v_pool, block_tables, seq_lens, out, lse,
+        workspace.out, workspace.lse, workspace.arrived,
+        scale, num_splits, tuning.chunk, max_len, q.stride(0), q.stride(1),
+        k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
+        block_tables.stride(0),
+        H_KV=num_kv_heads, G=group, D=head_size, S=block_size,
+        D_PAD=triton.next_power_of_2(head_size), TILE=tuning.tile,
+        PARTS=1 if num_splits == 1 else MAX_SPLITS,
+        SAME=k_pool.stride() == v_pool.stride(), STAGES=tuning.num_stages,
+        num_warps=tuning.num_warps,
+    )  # fmt: skip
+    return out, lse
+
+
+def choose_tuning(num_items: int, max_len: int, row_bytes: int, multiprocessors: int) -> Tuning:
+    """The cut that was fastest on an H100 over the shapes of benchmarks/bench_attention.py.
+
+    num_items: sequences times K/V heads; max_len: slots of the widest block table;
+    row_bytes: of one head of one slot, padded to a power of two.
+
+    A few long sequences are split so that every multiprocessor has a part, and read in the largest
+    tiles. Many are not split at all while an item stays short, as every part costs a merge; what is
+    read at a time is then small, so that several programs share a multiprocessor.
+    """
+    splits = 1
+    if num_items <= multiprocessors:
+        splits, shape = multiprocessors // max(1, num_items), (128, 8, 3)
+    elif num_items <= 2 * multiprocessors:
+        splits, shape = 4 * multiprocessors // num_items, (32, 4, 3)
+    elif max_len > 1536 and num_items > 4 * multiprocessors:
+        shape = (64, 4, 3)
+    else:
+        shape = (32, 4, 2 if num_items > 4 * multiprocessors else 3)
+    tile, num_warps, num_stages = shape
+    tile = max(16, tile * 256 // max(256, row_bytes))  # as many bytes, where rows are longer
+    splits = min(splits, -(-max_len // MIN_CHUNK))
+    splits = max(1, splits, -(-max_len // MAX_CHUNK))
+    chunk = -(-max_len // min(splits, MAX_SPLITS))
+    return Tuning(tile, max(tile, -(-chunk // tile) * tile), num_warps, num_stages)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter's programs run one after another
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
+    """ShapeError unless the kernel can run on these."""
+    check_shape(q.dim() == 3, f"q must be (B, H, D), not {tuple(q.shape)}")
+    check_shape(
+        k_pool.dim() == 4 and k_pool.shape == v_pool.shape and k_pool.shape[3] == q.shape[2],
+        f"need pools (N, S, H_kv, D) with D = {q.shape[2]}, got {tuple(k_pool.shape)} and "
+        f"{tuple(v_pool.shape)}",
+    )
+    num_kv_heads = k_pool.shape[2]
+    check_shape(
+        num_kv_heads > 0
+        and q.shape[1] % num_kv_heads == 0
+        and q.shape[1] // num_kv_heads <= MAX_GROUP
+        and q.shape[2] <= MAX_HEAD_SIZE,
+        f"{q.shape[1]} query heads over {num_kv_heads} K/V heads of size {q.shape[2]}: need a "
+        f"multiple, up to {MAX_GROUP}, and at most {MAX_HEAD_SIZE}",
+    )
+    check_shape(
+        q.dtype == k_pool.dtype == v_pool.dtype and q.dtype in DTYPES,
+        f"q and the pools must have one dtype of {DTYPES}, not {q.dtype}, {k_pool.dtype}",
+    )
+    for pool in (k_pool, v_pool):
+        check_shape(
+            pool.stride(3) == 1 and pool.stride(2) == pool.shape[3],
+            "the heads of a slot must be dense",
+        )
+    check_shape(q.stride(2) == 1, "the elements of a query must be dense")
+    check_shape(
+        block_tables.dim() == 2
+        and block_tables.dtype in (torch.int32, torch.int64)
+        and block_tables.stride(1) == 1,
+        "block_tables must be (B, max_blocks), int32 or int64, its rows dense",
+    )
+    check_shape(
+        block_tables.shape[:1] == seq_lens.shape == q.shape[:1] and seq_lens.stride(0) == 1,
+        f"B differs: q {tuple(q.shape)}, block_tables {tuple(block_tables.shape)}, "
+        f"seq_lens {tuple(seq_lens.shape)}",
+    )
+    check_shape(
+        q.device == k_pool.device == v_pool.device == block_tables.device == seq_lens.device,
+        "all tensors must be on one device",
+    )
+
+
+@triton.jit(do_not_specialize=["num_splits", "chunk", "max_slots", "table_stride"])
+def _decode(
+    q_ptr, k_ptr, v_ptr, tables_ptr, lens_ptr, out_ptr, lse_ptr,
+    part_out_ptr, part_lse_ptr, arrived_ptr,
+    scale, num_splits, chunk, max_slots, q_stride_b, q_stride_h,
+    k_stride_n, k_stride_s, v_stride_n, v_stride_s, table_stride,
+    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    D_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SAME: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One item: G query heads over the slots of one split of one sequence."""
+    item = tl.program_id(0)
+    # Heads run fastest: programs that run together read neighbouring bytes of the same slots.
+    head = item % H_KV
+    split = (item // H_KV) % num_splits
+    seq = item // H_KV // num_splits
+    seq_len = tl.load(lens_ptr + seq).to(tl.int32)
+    first = split * chunk
+    end = tl.minimum(first + chunk, seq_len)
+    if (first < end) | (split == 0):
+        rows = tl.arange(0, 16)  # the least that a tensor core multiplies
+        cols = tl.arange(0, D_PAD)
+        offsets = tl.arange(0, TILE)
+        table = tables_ptr + seq.to(tl.int64) * table_stride
+        q_at = q_ptr + seq.to(tl.int64) * q_stride_b + (head * G + rows)[:, None] * q_stride_h
+        q_mask = (rows < G)[:, None] & (cols < D)[None, :]
+        q = tl.load(q_at + cols[None, :], mask=q_mask, other=0.0)
+        k_at = k_ptr + head * D + cols[:, None]
+        v_at = v_ptr + head * D + cols[None, :]
+        scale2 = scale * LOG2_E
+        top = tl.full([16], -float("inf"), tl.float32)
+        total = tl.zeros([16], tl.float32)
+        acc = tl.zeros([16, D_PAD], tl.float32)
+        # Block numbers are read a tile ahead, so that K and V never wait for them; masked by the
+        # table's width and not by the length, which has to be read itself.
+        slots = first + offsets
+        block = tl.load(table + slots // S, mask=slots < max_slots, other=0)
+        for start in tl.range(first, end, TILE, num_stages=STAGES):
+            slots = start + offsets
+            live = slots < end
+            this = block.to(tl.int64)
+            ahead = slots + TILE
+            block = tl.load(table + ahead // S, mask=ahead < max_slots, other=0)
+            if D == D_PAD:
+                k_mask, v_mask = live[None, :], live[:, None]
+            else:
+                k_mask = live[None, :] & (cols < D)[:, None]
+                v_mask = live[:, None] & (cols < D)[None, :]
+            at = this * k_stride_n + (slots % S) * k_stride_s
+            k = tl.load(k_at + at[None, :], mask=k_mask, other=0.0)  # (D, TILE)
+            scores = tl.dot(q, k, input_precision="ieee") * scale2  # (16, TILE)
+            scores = tl.where(live[None, :], scores, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            fade = tl.exp2(top - new_top)
+            weight = tl.exp2(scores - new_top[:, None])
+            total = total * fade + tl.sum(weight, axis=1)
+            if not SAME:
+                at = this * v_stride_n + (slots % S) * v_stride_s
+            v = tl.load(v_at + at[:, None], mask=v_mask, other=0.0)  # (TILE, D)
+            acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+            top = new_top
+        some = total > 0.0  # not where there is no slot at all
+        acc = acc / tl.where(some, total, 1.0)[:, None]
+        lse = tl.where(some, (top + tl.log2(total)) / LOG2_E, -float("inf"))
+        first_row = (seq.to(tl.int64) * H_KV + head) * G
+        num_parts = tl.cdiv(seq_len, chunk)
+        if PARTS > 1 and num_parts > 1:
+            place = item.to(tl.int64) * G + rows
+            tl.store(part_out_ptr + place[:, None] * D + cols[None, :], acc, mask=q_mask)
+            tl.store(part_lse_ptr + place, lse, mask=rows < G)
+            # The last to arrive merges: what the others have stored is there by then.
+            tl.debug_barrier()
+            counter = arrived_ptr + seq * H_KV + head
+            if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
+                _merge(
+                    part_out_ptr, part_lse_ptr, out_ptr, lse_ptr,
+                    seq * num_splits * H_KV + head, first_row, num_parts, H_KV, G, D, D_PAD, PARTS,
+                )  # fmt: skip
+                tl.store(counter, 0)
+        else:
+            at = first_row + rows
+            tl.store(out_ptr + at[:, None] * D + cols[None, :], acc, mask=q_mask)
+            tl.store(lse_ptr + at, lse, mask=rows < G)
+
+
+@triton.jit
+def _merge(
+    part_out_ptr, part_lse_ptr, out_ptr, lse_ptr, item, first_row, num_parts,
+    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Attention over a sequence from that over each of its parts (attention.merge_attention)."""
+    ROWS: tl.constexpr = triton.next_power_of_2(G)
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, D_PAD)
+    parts = tl.arange(0, PARTS)
+    mask = (rows < G)[:, None] & (cols < D)[None, :]
+    # .cg: from the L2 cache, where other multiprocessors' stores are.
+    places = (item + parts * H_KV).to(tl.int64)[:, None] * G + rows[None, :]
+    there = (parts < num_parts)[:, None] & (rows < G)[None, :]
+    lses = tl.load(part_lse_ptr + places, mask=there, other=-float("inf"), cache_modifier=".cg")
+    top = tl.max(lses, axis=0)
+    top = tl.where(rows < G, top, 0.0)  # every part has a slot, so the others are finite
+    total = tl.sum(tl.exp2((lses - top[None, :]) * LOG2_E), axis=0)
+    total = tl.where(rows < G, total, 1.0)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    # No step waits for another, so that many loads are under way at once.
+    for part in tl.range(0, num_parts, loop_unroll_factor=8):
+        place = (item + part * H_KV).to(tl.int64) * G + rows
+        lse_at, out_at = part_lse_ptr + place, part_out_ptr + place[:, None] * D + cols[None, :]
+        lse = tl.load(lse_at, mask=rows < G, other=-float("inf"), cache_modifier=".cg")
+        out = tl.load(out_at, mask=mask, other=0.0, cache_modifier=".cg")
+        acc += out * tl.exp2((lse - top) * LOG2_E)[:, None]
+    at = first_row + rows
+    tl.store(out_ptr + at[:, None] * D + cols[None, :], acc / total[:, None], mask=mask)
+    tl.store(lse_ptr + at, top + tl.log2(total) / LOG2_E, mask=rows < G)
