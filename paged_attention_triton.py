@@ -192,7 +192,7 @@ def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
         "block_tables must be (B, max_blocks), int32 or int64, its rows dense",
     )
     check_shape(
-        block_tables.shape[:1] == seq_lens.shape == q.shape[:1] and seq_lens.stride(0) == 1,
+        block_tables.shape[:1] == seq_lens.shape == q.shape[:1] and seq_lens.is_contiguous(),
         f"B differs: q {tuple(q.shape)}, block_tables {tuple(block_tables.shape)}, "
         f"seq_lens {tuple(seq_lens.shape)}",
     )
@@ -264,7 +264,8 @@ def _decode(
             acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
             top = new_top
         some = total > 0.0  # not where there is no slot at all
-        acc = acc / tl.where(some, total, 1.0)[:, None]
+        total = tl.where(some, total, 1.0)
+        acc = acc / total[:, None]
         lse = tl.where(some, (top + tl.log2(total)) / LOG2_E, -float("inf"))
         first_row = (seq.to(tl.int64) * H_KV + head) * G
         num_parts = tl.cdiv(seq_len, chunk)

@@ -48,28 +48,33 @@ class CacheFlush:
         self._sum = torch.zeros((), dtype=torch.float32, device="cuda")
 
     def __call__(self) -> None:
-        self._written.zero_()
+        self.write()
         torch.sum(self._read, dim=0, out=self._sum)
+
+    def write(self) -> None:
+        """The first half: the cache is left full of lines that are still to be written back."""
+        self._written.zero_()
 
 
 def cold_median_us(
-    run: Run | Sequence[Run], repeats: int = 50, *, graph: bool | None = None
+    run: Run | Sequence[Run], repeats: int = 50, *, graph: bool | None = None, dirty: bool = False
 ) -> float:
     """Median microseconds of `run` on the device, the L2 cache cold; see `cold_times_us`."""
-    return median(cold_times_us(run, repeats, graph=graph))
+    return median(cold_times_us(run, repeats, graph=graph, dirty=dirty))
 
 
 def cold_times_us(
-    run: Run | Sequence[Run], repeats: int = 50, *, graph: bool | None = None
+    run: Run | Sequence[Run], repeats: int = 50, *, graph: bool | None = None, dirty: bool = False
 ) -> list[float]:
     """Microseconds of each of `repeats` runs on the device, the L2 cache cold before each.
 
     run: a function that issues work on the current stream, or several that take turns (the same
     work on other data). graph: whether to replay it from a CUDA graph; it must then not wait for
     the device nor send anything from the host. None: if it takes less than GRAPH_BELOW_US.
+    dirty: flush by writing alone, as many benchmarks do, so that a run pays for lines of others.
     """
     runs = [run] if callable(run) else list(run)
-    flush = CacheFlush()
+    flush = CacheFlush().write if dirty else CacheFlush()
     for i in range(max(WARM_UP, len(runs))):
         runs[i % len(runs)]()
     torch.cuda.synchronize()
