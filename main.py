@@ -75,6 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scenario", type=positive, choices=(1, 2, 3, 4), action="append", metavar="1..4",
         help="run only this one (repeatable); default all")  # fmt: skip
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
+    add("--kernel", choices=("auto", "gather", "triton"), default="auto",
+        help="gather copies blocks together, triton reads them in place (default: auto, that is "
+        "triton on a GPU if it runs there)")  # fmt: skip
     add("--model", choices=tuple(paper.MODELS), default="opt-13b", metavar="NAME",
         help=f"default opt-13b; one of {', '.join(paper.MODELS)}")  # fmt: skip
     add("--layers", type=layers, default=1, metavar="N|all",
@@ -93,6 +96,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
     """The setting the arguments ask for. Raises UsageError if it cannot be had."""
     import torch
 
+    from kernels import choose_kernel
     from scenario import Setting, check_setting
 
     cuda = torch.cuda.is_available()
@@ -108,8 +112,12 @@ def make_setting(args: argparse.Namespace) -> Setting:
         # Models that the paper does not use get as many slots as its smallest.
         deployment = paper.DEPLOYMENTS.get(args.model, paper.DEPLOYMENTS["opt-13b"])
         num_blocks = paper.kv_blocks(deployment, args.block_size)
-    setting = Setting(model, device, num_layers, num_blocks, args.block_size, args.seed)
     try:
+        heads = model.num_heads, model.num_kv_heads, model.head_size
+        kernel = choose_kernel(args.kernel, device, *heads)
+        setting = Setting(
+            model, device, num_layers, num_blocks, args.block_size, args.seed, kernel
+        )
         check_setting(setting)
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import kernels
 import paper
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from paged_attention import PagedKVCache, check_device_memory
@@ -37,6 +38,7 @@ class Setting:
     num_blocks: int
     block_size: int
     seed: int
+    kernel: str = kernels.GATHER  # what moves and reads the blocks
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,6 +73,7 @@ class Setting:
         return {
             "model": self.model.name,
             "device": self.device_name,
+            "kernel": self.kernel,
             "layers": self.num_layers,
             "num_blocks": self.num_blocks,
             "block_size": self.block_size,
@@ -111,6 +114,7 @@ class Setting:
             dtype=self.dtype,
             device=self.device,
             poison=poison,
+            fused=self.kernel == kernels.TRITON,
         )
 
     def limits(self, system: str) -> Limits:

@@ -19,7 +19,9 @@ BOOKKEEPING = (
     "paper", "paper_figures", "paper_text", "paper_curves", "latency", "static_batching",
     "beam_search", "experiments",
 )  # fmt: skip
-TENSORS = ("attention", "host_pool", "block_kernels", "paged_attention")
+TENSORS = (
+    "attention", "host_pool", "block_kernels", "paged_attention", "paged_attention_triton", "kernels",
+)  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -11,11 +11,13 @@ import random
 import pytest
 import torch
 
+import paged_attention
 import paper
 import scenario
 import scenario_baseline
 import scenario_mixed
 import scenario_paged
+import scenario_paged_tensors
 import scenario_sampling
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import PagedKVCache
@@ -395,8 +397,8 @@ def coarse_blocks(mp):
 
 def kernel(mp, wrong):
     """paged_attention_kernel as scenario 2 sees it, with wrong(q, k, v, tables, lens) instead."""
-    right = scenario_paged.paged_attention_kernel
-    mp.setattr(scenario_paged, "paged_attention_kernel", lambda *args: right(*wrong(*args)))
+    right = paged_attention.paged_attention_kernel
+    mp.setattr(paged_attention, "paged_attention_kernel", lambda *args: right(*wrong(*args)))
 
 
 def a_token_dropped(mp):
@@ -421,30 +423,30 @@ def one_k_for_v(mp):
 
 def rounded_otherwise(mp):
     """Right to the last bit but one: within any budget, and not identical."""
-    right = scenario_paged.paged_attention_kernel
+    right = paged_attention.paged_attention_kernel
 
     def in_double(q, k, v, tables, lens):
         out, lse = right(q.double(), k.double(), v.double(), tables, lens)
         return out.float(), lse.float()
 
-    mp.setattr(scenario_paged, "paged_attention_kernel", in_double)
+    mp.setattr(paged_attention, "paged_attention_kernel", in_double)
 
 
 def both_scaled_wrongly(mp):
     """Paged and contiguous agree with one another, and with nothing else."""
-    paged, dense = scenario_paged.paged_attention_kernel, scenario_paged.attention
-    mp.setattr(scenario_paged, "paged_attention_kernel", lambda *a: paged(*a, scale=0.5))
-    mp.setattr(scenario_paged, "attention", lambda *a: dense(*a, scale=0.5))
+    paged, dense = paged_attention.paged_attention_kernel, scenario_paged_tensors.attention
+    mp.setattr(paged_attention, "paged_attention_kernel", lambda *a: paged(*a, scale=0.5))
+    mp.setattr(scenario_paged_tensors, "attention", lambda *a: dense(*a, scale=0.5))
 
 
 def a_slot_off(mp):
     """Every token is written one slot further on than the table says."""
-    right = scenario_paged.slot_mapping
+    right = scenario_paged_tensors.slot_mapping
 
     def next_slot(table, start, count, size, device="cpu"):
         return (right(table, start, count, size, device) + 1) % (130 * 16)
 
-    mp.setattr(scenario_paged, "slot_mapping", next_slot)
+    mp.setattr(scenario_paged_tensors, "slot_mapping", next_slot)
 
 
 def a_byte_forgotten(mp):

@@ -1,0 +1,207 @@
+"""Scenario 2 on tensors: attention over scattered blocks is attention, bit for bit.
+
+Reproduces: section 4.1 (Eq. 4), the claim under all of scenario 2. K and V of every token of its
+steady state are written through block tables into the pool and read back by the paged kernel,
+which is compared with the same kernel over contiguous K and V and with dense attention in float64.
+
+    attend(setting, report, manager)        # python main.py --scenario 2
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import torch
+import torch.nn.functional as F
+
+import paper
+from attention import attention, length_mask
+from kernels import GATHER, attention_kernel
+from kv_cache_manager import PagedKVCacheManager
+from paged_attention import PagedKVCache, gather_bytes, pad_block_tables, slot_mapping
+from report import ScenarioReport
+from scenario import Setting
+
+BANK = 1021  # different random K and V vectors of a token
+CUDA_GRANULE = 2 << 20  # torch rounds large allocations up to a multiple of this
+ERROR_FACTOR = 4.0  # our error may be this many times plain torch's in the same dtype
+
+
+def attend(setting: Setting, report: ScenarioReport, manager: PagedKVCacheManager) -> None:
+    """K and V of every running sequence in the pool, and attention over them three ways."""
+    cache = _allocate_and_weigh(setting, report)
+    generator = torch.Generator(device=setting.device).manual_seed(setting.seed)
+    m = setting.model
+    shape = (BANK, m.num_kv_heads, m.head_size)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=setting.device, dtype=setting.dtype)
+
+    bank_k, bank_v = random(*shape), random(*shape)
+    ids = sorted(manager.running_ids, key=manager.num_tokens)
+    queries = {seq_id: random(m.num_heads, m.head_size) for seq_id in ids}
+    tables = {seq_id: manager.block_table(seq_id).blocks for seq_id in ids}
+    lens = {seq_id: manager.num_tokens(seq_id) for seq_id in ids}
+    # Token p of the sequence with running number i has row (337 * i + p) of the bank.
+    rows = {
+        seq_id: (337 * i + torch.arange(lens[seq_id], device=setting.device)) % BANK
+        for i, seq_id in enumerate(ids)
+    }
+    for seq_id in ids:
+        slots = slot_mapping(
+            tables[seq_id], 0, lens[seq_id], setting.block_size, device=setting.device
+        )
+        for layer in range(setting.num_layers):
+            # Each layer holds the bank in another order.
+            row = (rows[seq_id] + layer) % BANK
+            cache.write(layer, slots, bank_k[row], bank_v[row])
+
+    kernel = attention_kernel(setting.kernel)
+    identical = compared = 0
+    ours_error = torch_error = 0.0
+    widest = 0
+    for batch in _batches(ids, tables, setting):
+        for layer in range(setting.num_layers):
+            q = torch.stack([queries[i] for i in batch])  # (B, H, D)
+            block_tables = pad_block_tables([tables[i] for i in batch], device=setting.device)
+            seq_lens = torch.tensor([lens[i] for i in batch], device=setting.device)
+            k_pool, v_pool = cache.k_pool(layer), cache.v_pool(layer)
+            widest = max(widest, gather_bytes(k_pool, block_tables))
+            out, lse = kernel(q, k_pool, v_pool, block_tables, seq_lens)
+
+            num_slots = block_tables.shape[1] * setting.block_size
+            row = torch.zeros(len(batch), num_slots, dtype=torch.int64, device=setting.device)
+            for b, i in enumerate(batch):
+                row[b, : lens[i]] = (rows[i] + layer) % BANK
+            k, v = bank_k[row], bank_v[row]  # contiguous: (B, T, H_kv, D)
+            same_out, same_lse = _contiguous(setting, q, k, v, block_tables, seq_lens)
+            for b in range(len(batch)):
+                compared += 1
+                identical += torch.equal(out[b], same_out[b]) and torch.equal(
+                    lse[b], same_lse[b]
+                )
+            for b, i in enumerate(batch):
+                exact, plain = _references(q[b], k[b, : lens[i]], v[b, : lens[i]])
+                ours_error = max(ours_error, _distance(out[b], exact))
+                torch_error = max(torch_error, _distance(plain, exact))
+            del k, v, out, same_out
+    what = f"{len(ids)} sequences x {setting.num_layers} layers, {sum(lens.values()):,} tokens"
+    report.check(
+        "paged attention bit-identical to contiguous",
+        identical == compared == len(ids) * setting.num_layers,
+        f"{identical} of {compared} ({what})",
+    )
+    report.check(
+        "within the error budget of dense float64",
+        ours_error <= ERROR_FACTOR * torch_error,
+        f"largest relative error {ours_error:.1e}; torch's own in {_name(setting.dtype)} "
+        f"{torch_error:.1e}, budget {ERROR_FACTOR:.0f} x that",
+    )
+    pool = setting.pool_bytes()
+    if setting.kernel == GATHER:
+        report.parts.append(
+            f"Kernel gather: copying the blocks of the largest batch together takes {widest:,} "
+            f"more bytes ({100 * widest / pool:.1f} % of the pool),\nfor the copies alone. Kernel "
+            "triton, on a GPU, reads them in place and does not need these."
+        )
+    else:
+        report.parts.append(
+            f"Kernel triton reads the blocks in place: the {widest:,} bytes "
+            f"({100 * widest / pool:.1f} % of the pool) into which kernel gather\nwould copy the "
+            "blocks of the largest batch are not needed."
+        )
+    del cache
+    gc.collect()
+
+
+def _allocate_and_weigh(setting: Setting, report: ScenarioReport) -> PagedKVCache:
+    """The pool, after comparing the bytes accounted for with the bytes the tensors take."""
+    predicted = setting.pool_bytes()
+    before = _cuda_bytes(setting)
+    cache = setting.new_cache()
+    if setting.device.type == "cuda":
+        requested, allocated = (b - a for a, b in zip(before, _cuda_bytes(setting)))
+        same = requested == predicted <= allocated < predicted + CUDA_GRANULE
+        found = f"torch.cuda: {requested:,} requested, memory_allocated {allocated:,} (of 2 MiB)"
+    else:
+        taken = cache.pool.untyped_storage().nbytes()
+        same, found = taken == predicted, f"the tensor's storage has {taken:,}"
+    report.check(
+        "predicted bytes are the tensors' bytes", same, f"{predicted:,} predicted; {found}"
+    )
+    m = setting.model
+    whole = m.kv_bytes_per_token * setting.num_slots
+    report.parts.append(
+        f"K/V pool: {predicted:,} bytes for {setting.num_layers} of {m.num_layers} layers in "
+        f"{_name(setting.dtype)}; the whole model in fp16: {whole / paper.GIB:.2f} GiB\n"
+        f"(2 x {m.num_layers} layers x {m.num_kv_heads} heads x {m.head_size} x 2 bytes = "
+        f"{m.kv_bytes_per_token:,} bytes per token)."
+    )
+    return cache
+
+
+def _cuda_bytes(setting: Setting) -> tuple[int, int]:
+    """(bytes that tensors asked for, bytes torch allocated for them) on the device."""
+    if setting.device.type != "cuda":
+        return 0, 0
+    requested = torch.cuda.memory_stats(setting.device).get("requested_bytes.all.current", 0)
+    return requested, torch.cuda.memory_allocated(setting.device)
+
+
+def _batches(ids: list[int], tables: dict[int, list[int]], setting: Setting) -> list[list[int]]:
+    """Sequences of similar length together, so that little is gathered only as padding."""
+    limit = setting.gathered_slots // setting.block_size
+    batches: list[list[int]] = [[]]
+    for seq_id in ids:  # in order of length: the newest is the longest of its batch
+        if batches[-1] and (len(batches[-1]) + 1) * len(tables[seq_id]) > limit:
+            batches.append([])
+        batches[-1].append(seq_id)
+    return batches
+
+
+def _contiguous(
+    setting: Setting,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same kernel over contiguous K and V (B, T, H_kv, D): out (B, H, D) and lse (B, H).
+
+    To kernel triton they are blocks that lie in order.
+    """
+    if setting.kernel == GATHER:
+        out, lse = attention(q[:, None], k, v, length_mask(seq_lens, k.shape[1]))
+        return out[:, 0], lse[:, 0]
+    k, v = (x.reshape(-1, setting.block_size, *x.shape[2:]) for x in (k, v))  # (N, S, H_kv, D)
+    in_order = torch.arange(block_tables.numel(), dtype=torch.int32, device=q.device)
+    return attention_kernel(setting.kernel)(q, k, v, in_order.view_as(block_tables), seq_lens)
+
+
+def _references(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode attention of one sequence: dense in float64, and torch's own in the given dtype.
+
+    q: (H, D); k, v: (T, H_kv, D). Both results (H, D).
+    """
+    group = q.shape[0] // k.shape[1]
+    grouped = q.double().unflatten(0, (k.shape[1], group))  # (H_kv, G, D)
+    scores = torch.einsum("hgd,thd->hgt", grouped, k.double()) / q.shape[1] ** 0.5
+    exact = torch.einsum("hgt,thd->hgd", scores.softmax(-1), v.double()).flatten(0, 1)
+    plain = F.scaled_dot_product_attention(
+        q[None, :, None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], enable_gqa=group > 1
+    )
+    return exact, plain[0, :, 0]
+
+
+def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative error in norm; infinite where NaN, which no maximum would show."""
+    error = float((out.double() - exact).norm() / exact.norm())
+    return math.inf if math.isnan(error) else error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
