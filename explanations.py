@@ -1,7 +1,8 @@
-"""Why a row of reproduce.py differs: one line each, numbered as in the README.
+"""Why a row of reproduce.py differs: one line each, numbered as in docs/differences.md.
 
-Reproduces nothing. The README's 'Differences from the paper' tells each in full; a row that is not
-held carries the line as its reason. A row that holds needs none, whatever stands here.
+Reproduces nothing. docs/differences.md tells each in full, the README's table has these lines; a
+row that is not held carries its line as the reason. A row that holds needs none, whatever stands
+here. D3 is retired.
 """
 
 TABLE1_SLOTS = "D1: 39.39 GiB a card gives 9,648 slots; 39.40 would give the printed 9.7K"
