@@ -49,7 +49,8 @@ class Row:
     def to_json(self) -> dict:
         """The row with its words as keys."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
-        return {key: value for key, value in shown.items() if value not in (None, "")}
+        shown = {key: value for key, value in shown.items() if value not in (None, "")}
+        return {**shown, "ours": None} if math.isnan(self.ours) else shown
 
 
 def verdict(held: bool | str, reason: str, fitted: bool) -> str:
@@ -135,6 +136,7 @@ def _row(
 ) -> Row:  # fmt: skip
     """A reason given beforehand is only used, and shown, where the row does not hold."""
     holds = bool(excess <= 1.0 + 1e-9)  # not where it is no number; rounding decides nothing
+    difference = "no value" if math.isnan(ours) else difference
     explained = not holds and bool(reason) and excess <= BOUNDS.get(reason, MOST_EXPLAINED)
     held: bool | str = EXPLAINED if explained else holds
     shown = reason if explained else ""

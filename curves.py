@@ -9,6 +9,7 @@ it is narrow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -85,14 +86,14 @@ class Curve:
     def rate_at(self, done: Done, latency: float | None = None) -> float:
         """Requests/s at which our line reaches a latency, by default the one it is read at.
 
-        ValueError if it does not.
+        NaN if it is above it from its first rate on, or never reaches it: no row with it holds.
         """
         latency = self.read_at if latency is None else latency
         line = self.line(done)
         for (low, before), (high, after) in pairwise(line):
             if before < latency <= after:
                 return low + (latency - before) / (after - before) * (high - low)
-        raise ValueError(f"{self.run.system}: the curve does not cross {latency} s/token: {line}")
+        return math.nan
 
     def _passed(self, points: list[Point]) -> bool:
         """Whether the line has reached all that is read from it."""

@@ -102,13 +102,9 @@ class Fig12(CurveFigure):
                 )  # fmt: skip
                 rows.append(replace(row, fitted=(rate, latency) in fitted))
             else:
-                try:
-                    found = curve.rate_at(done, latency)
-                except ValueError:  # our curve never has this latency
-                    found = 0.0
                 rows.append(relative(
-                    self.name, setting, f"requests/s at {latency:g} s/token", float(rate), found,
-                    25.0, reason,
+                    self.name, setting, f"requests/s at {latency:g} s/token", float(rate),
+                    curve.rate_at(done, latency), 25.0, reason,
                 ))  # fmt: skip
         return rows
 

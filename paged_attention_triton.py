@@ -109,18 +109,19 @@ def paged_attention_kernel(
     if num_splits > 1:
         workspace.reserve(num_items, batch * num_kv_heads, group, head_size)
     scale = head_size**-0.5 if scale is None else scale
-    _decode[(num_items,)](
-        q, k_pool, v_pool, block_tables, seq_lens, out, lse,
-        workspace.out, workspace.lse, workspace.arrived,
-        scale, num_splits, tuning.chunk, max_len, q.stride(0), q.stride(1),
-        k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
-        block_tables.stride(0),
-        H_KV=num_kv_heads, G=group, D=head_size, S=block_size,
-        D_PAD=triton.next_power_of_2(head_size), TILE=tuning.tile,
-        PARTS=1 if num_splits == 1 else MAX_SPLITS,
-        SAME=k_pool.stride() == v_pool.stride(), STAGES=tuning.num_stages,
-        num_warps=tuning.num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # triton launches on the current device
+        _decode[(num_items,)](
+            q, k_pool, v_pool, block_tables, seq_lens, out, lse,
+            workspace.out, workspace.lse, workspace.arrived,
+            scale, num_splits, tuning.chunk, max_len, q.stride(0), q.stride(1),
+            k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
+            block_tables.stride(0),
+            H_KV=num_kv_heads, G=group, D=head_size, S=block_size,
+            D_PAD=triton.next_power_of_2(head_size), TILE=tuning.tile,
+            PARTS=1 if num_splits == 1 else MAX_SPLITS,
+            SAME=k_pool.stride() == v_pool.stride(), STAGES=tuning.num_stages,
+            num_warps=tuning.num_warps,
+        )  # fmt: skip
     return out, lse
 
 

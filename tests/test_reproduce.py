@@ -21,6 +21,7 @@ from comparison import EXPLAINED
 from experiments import Outcome, Run, execute, manager_for
 from figures_memory import Fig2, Fig15, Table1
 from kv_cache_manager import PagedKVCacheManager
+from latency import LatencyModel
 from length_files import Lengths, find_lengths
 from paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, SYSTEMS, VLLM
 from reproduction import choose
@@ -368,6 +369,19 @@ def test_no_watermark_is_found(monkeypatch):
 
     monkeypatch.setattr(PagedKVCacheManager, "__init__", without)
     assert [row.figure for row in failures([Fig2()])] == ["Sec. 4.5"]
+
+
+def test_a_simulator_too_slow_from_the_first_rate_on_is_found(monkeypatch, tmp_path, capsys):
+    """No curve has a rate at 0.5 s/token then: that is a failure, not input that cannot be used."""
+    monkeypatch.setattr(paper, "TRACE_SECONDS", dict.fromkeys(paper.TRACE_SECONDS, 5))
+    slow = LatencyModel(step_s=1.0, token_s=0.1)
+    monkeypatch.setattr(experiments, "latency_of", lambda run: slow)
+    out = tmp_path / "rows.json"
+    assert reproduce.main(["--figure", "12", "--quick", "--jobs", "1", "--json", str(out)]) == 1
+    assert "no value" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    without = [row for row in rows if row["ours"] is None]
+    assert without and not any(row["held"] for row in without)
 
 
 def test_one_row_that_is_not_held_is_exit_code_1(monkeypatch, capsys):
