@@ -20,8 +20,8 @@ BOOKKEEPING = (
     "beam_search", "experiments",
 )  # fmt: skip
 TENSORS = (
-    "attention", "host_pool", "block_kernels", "paged_attention", "paged_attention_triton",
-    "kernels",
+    "attention", "block_kernels", "host_pool", "kernels", "paged_attention",
+    "paged_attention_triton",
 )  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

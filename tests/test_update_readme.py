@@ -99,6 +99,17 @@ def test_differences_counts_rows_by_figure(monkeypatch):
     assert figure_blocks.explained("D6") == "No row of the committed run."
 
 
+def test_a_curve_without_a_value_is_shown_as_missing(monkeypatch):
+    real = committed.load("reproduce.json")
+    for one in real["output"]["rows"]:
+        if one["setting"] == "13B ShareGPT, vLLM / Orca (Max)":
+            one.update(ours=None, held=False, difference="no value")
+    monkeypatch.setattr(figure_blocks, "load", {
+        "reproduce.json": real, "main_cpu.json": committed.load("main_cpu.json")}.get)  # fmt: skip
+    assert cells(figure_blocks.ratios())["Fig. 12, 13B ShareGPT"][2] == "- / 3.68 (NO)"
+    assert "| - " in figure_blocks.rows() and " neither." in figure_blocks.headline()
+
+
 def hour(ratio):
     metric = "rate, ratio at 0.5 s/token"
     return results(

@@ -32,8 +32,11 @@ def held(row: dict) -> str:
     return with_links(verdict(row["held"], row.get("reason", ""), row.get("fitted", False)))
 
 
-def value(number: float | str) -> str:
-    return number if isinstance(number, str) else f"{number:.4g}"
+def value(number: float | str | None, digits: int = 4) -> str:
+    """A number, a range in words, or nothing: a curve of ours may never have a latency."""
+    if number is None:
+        return "-"
+    return number if isinstance(number, str) else f"{number:.{digits}g}"
 
 
 def number_of(reason: str) -> str:
@@ -55,6 +58,7 @@ def headline() -> str:
             (row["ours"], row["paper"]) for row in rows
             if row["figure"] == "Fig. 12" and row["metric"] == RATIO
             and dataset in row["setting"] and row["setting"].endswith(ORCAS)
+            and row["ours"] is not None
         ]  # fmt: skip
         ours, theirs = (f"{min(side):.3g} to {max(side):.3g}" for side in zip(*pairs))
         spans[dataset] = f"{ours} times", f"on {dataset} (paper: {theirs})"
@@ -79,7 +83,7 @@ def ratios() -> str:
         if row["metric"] == RATIO and row["figure"].startswith("Fig."):
             panel, _, system = row["setting"].partition(", vLLM / ")
             mark = "" if row["held"] is True else f" ({held(row)})"
-            text = f"{row['ours']:.3g} / {row['paper']:.3g}{mark}"
+            text = f"{value(row['ours'], 3)} / {value(row['paper'], 3)}{mark}"
             cells.setdefault(f"{row['figure']}, {panel}", {})[system] = text
     body = [(panel, *(found.get(s, "-") for s in SYSTEMS)) for panel, found in cells.items()]
     shown = table(("requests/s of vLLM over those of", *SYSTEMS), body)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from committed import load, origin, table
+from committed import load, machine, origin, table
 
 # The one table of each scenario that its answer rests on.
 DECIDING = ("Steady state", "Steady state", "Saving by sharing", "All requests served")
@@ -30,7 +30,7 @@ def scenarios() -> str:
 
 def answers() -> str:
     """Of each scenario the question, the deciding table and the answer."""
-    parts = [origin(load("main_cpu.json"), "main_cpu.json")]
+    parts = [f"{origin(load('main_cpu.json'), 'main_cpu.json')}. {machine()}"]
     for section, title in zip(sections(), DECIDING, strict=True):
         name, question, *_ = section.removeprefix("### ").split("\n")
         above, shown = re.search(
