@@ -256,7 +256,7 @@ def tables(rows: list[Row], where: str) -> list[Table]:
              *(over_floor(row, COLUMNS[name], suffix) for name in names))
             for row in rows
         ]  # fmt: skip
-        result.append(Table(title, ("shape", "floor us", "aim", *names), body, where))
+        result.append(Table(title, ("shape", "floor us", "aim", *names), body, where, 3))
     return result
 
 

@@ -28,10 +28,10 @@ from report import check_writable, write_json  # noqa: E402
 
 
 def commit() -> str:
-    """The commit that is checked out, '+' behind it if files differ from it."""
+    """The commit that is checked out, '+' behind it if files differ from it, results/ aside."""
     try:
         head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        changed = _git("status", "--porcelain", "--untracked-files=no", ":!results")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT", "unknown")
     return head + ("+" if changed else "")
