@@ -161,5 +161,5 @@ def over_seeds(rows: list[Row]) -> Row:
     if len(values) == 1:
         return rows[0]
     mean = sum(values) / len(values)
-    spread = max(values) - min(values)
+    spread = None if math.isnan(mean) else max(values) - min(values)
     return replace(rows[0].remake(mean), fitted=rows[0].fitted, spread=spread)

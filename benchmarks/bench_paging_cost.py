@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -183,7 +184,9 @@ def attention_kernel(name: str) -> Kernel:
         return paged_attention.paged_attention_kernel
     import paged_attention_triton
 
-    return paged_attention_triton.paged_attention_kernel
+    # Kept from call to call, as a server would: no launch is spent on clearing it.
+    workspace = paged_attention_triton.Workspace("cuda")
+    return partial(paged_attention_triton.paged_attention_kernel, workspace=workspace)
 
 
 def main() -> int:

@@ -299,3 +299,11 @@ def test_rows_are_compared_by_what_they_say():
     assert first != replace(first, ours=9.5)
     assert "remake" not in repr(first)
     assert isinstance(first, Row) and first.remake(7.0) == relative(*WHERE, 8.0, 7.0, 12.5)
+
+
+def test_a_seed_without_a_value_leaves_the_mean_without_one():
+    one, none = relative(*WHERE, 1.0, 2.0, 5.0), relative(*WHERE, 1.0, math.nan, 5.0)
+    for rows in ([one, none], [none, one]):
+        row = over_seeds(rows)
+        assert row.held is False and row.spread is None and row.difference == "no value"
+        assert row.to_json()["ours"] is None and "spread" not in row.to_json()

@@ -20,7 +20,7 @@ BOOKKEEPING = (
     "beam_search", "experiments",
 )  # fmt: skip
 TENSORS = (
-    "attention", "block_kernels", "host_pool", "kernels", "paged_attention",
+    "attention", "block_kernels", "decode_tuning", "host_pool", "kernels", "paged_attention",
     "paged_attention_triton",
 )  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")

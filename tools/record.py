@@ -57,7 +57,7 @@ def device() -> str:
 def versions() -> dict[str, str]:
     """Python and the packages that matter, where installed."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "triton"):
+    for package in ("torch", "numpy", "triton", "flashinfer-python", "nvidia-cudnn-cu13"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
