@@ -20,7 +20,8 @@ BOOKKEEPING = (
     "beam_search", "experiments",
 )  # fmt: skip
 TENSORS = (
-    "attention", "host_pool", "block_kernels", "paged_attention", "paged_attention_triton", "kernels",
+    "attention", "host_pool", "block_kernels", "paged_attention", "paged_attention_triton",
+    "kernels",
 )  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
