@@ -8,24 +8,28 @@ A marker pair is `<!-- result: NAME -->` ... `<!-- end -->`; NAME is a function 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
 from comparison import verdict  # noqa: E402
-from report import Table, render  # noqa: E402
+from report import Table, render, write_whole  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def load(name: str) -> dict:
-    """A file of results/, as tools/record.py wrote it."""
-    return json.loads((ROOT / "results" / name).read_text(encoding="ascii"))
+    """A file of results/, as tools/record.py wrote it. Raises UsageError."""
+    try:
+        return json.loads((ROOT / "results" / name).read_text(encoding="ascii"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"results/{name} cannot be read: {error}") from None
 
 
 def origin(result: dict, file: str) -> str:
@@ -207,19 +211,39 @@ PARTS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def made(name: str) -> str:
+    """What stands between the markers of this name. Raises UsageError."""
+    try:
+        return PARTS[name]()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the results do not give the part {name}: {what}") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, 1 if --check finds a difference, or 2 with one line on stderr."""
+    return exit_code("update_readme.py", partial(parse_and_update, argv))
+
+
+def parse_and_update(argv: list[str] | None) -> int:
+    """All texts are made before the first is written. Raises UsageError."""
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
-    args = parser.parse_args()
-    changed = False
-    for name in ("README.md", "docs/figures.md"):
-        path = ROOT / name
-        old = path.read_text(encoding="utf-8")
-        new = BLOCK.sub(lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", old)
-        changed |= new != old
-        if not args.check:
-            path.write_text(new, encoding="utf-8")
-    return int(changed and args.check)
+    args = parser.parse_args(argv)
+    changed = {}
+    for path in (ROOT / "README.md", ROOT / "docs" / "figures.md"):
+        try:
+            old = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from None
+        new = BLOCK.sub(lambda m: f"{m[1]}{made(m[2])}\n{m[3]}", old)
+        if new != old:
+            changed[path] = new
+    if args.check:
+        return int(bool(changed))
+    for path, text in changed.items():
+        write_whole(path, text.encode("utf-8"))
+    return 0
 
 
 if __name__ == "__main__":
