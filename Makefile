@@ -30,7 +30,7 @@ python_problem = $(shell \
     fi)
 check_python = $(if $(python_problem),$(error $(python_problem)))
 
-.PHONY: help run figures test coverage lint clean
+.PHONY: help run figures test coverage mutants lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo 'make figures  run reproduce.py, every figure; ARGS=--quick for what takes seconds'
 	@echo 'make test  run the tests but the slow ones; ARGS="-k cli" passes arguments to pytest'
 	@echo 'make coverage  the same tests, and which branches of the root modules they take'
+	@echo 'make mutants  mutation testing of the manager and the simulator; hours, ARGS="--sample 30"'
 	@echo 'make lint  ruff check'
 	@echo 'make clean remove .venv and caches'
 	@echo
@@ -64,6 +65,10 @@ coverage: $(TEST_STAMP)
 	@$(RUN_PYTHON) -c 'import json; totals = json.load(open(".coverage.json"))["totals"]; \
 	    print("branches: %(covered_branches)d of %(num_branches)d, %(percent_branches_covered).1f %%" % totals)'
 
+# Goes on where it was ended; ARGS=--fresh begins again, ARGS="--module serving.py" is a part.
+mutants: $(TEST_STAMP)
+	@$(RUN_PYTHON) tools/mutants.py $(ARGS)
+
 lint: $(TEST_STAMP)
 	@$(RUN_PYTHON) -m ruff check .
 
@@ -81,5 +86,5 @@ $(TEST_STAMP): $(RUN_STAMP)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache .coverage*
+	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache .coverage* .mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

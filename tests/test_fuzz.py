@@ -549,7 +549,8 @@ def test_without_permission(room, no_work):
 # ---- as processes ------------------------------------------------------------------------------
 
 SCRIPTS = ("main.py", "reproduce.py", "tools/make_length_tables.py", "tools/record.py",
-           "tools/update_readme.py", "tools/fit_latency.py", "benchmarks/bench_manager.py",
+           "tools/update_readme.py", "tools/fit_latency.py", "tools/mutants.py",
+           "benchmarks/bench_manager.py",
            "benchmarks/bench_serving.py")  # fmt: skip
 WITH_TORCH = ("benchmarks/bench_attention.py", "benchmarks/bench_beam_step.py",
               "benchmarks/bench_paging_cost.py")  # fmt: skip
