@@ -16,8 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 LONGEST_MESSAGE = 1000  # characters: a name that is wrong may be as long as its author likes
 
@@ -82,15 +81,21 @@ def _refuse(script: str, message: str) -> int:
     if len(text) > LONGEST_MESSAGE:
         text = text[:LONGEST_MESSAGE] + "..."
     if sys.stderr is not None:
-        with suppress(OSError):  # nobody can be told, but for the exit code
+        try:
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
+        except OSError:  # nobody can be told, but for the exit code
+            _drop(sys.stderr)
     return 2
 
 
 def drop_output() -> None:
     """Send what is still buffered nowhere: Python would try, and fail, to write it at exit."""
     if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
+
+
+def _drop(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def end_on_interrupt() -> None:

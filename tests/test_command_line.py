@@ -141,10 +141,12 @@ def test_what_was_printed_before_a_refusal_fails_in_one_line(error):
 
         sys.exit(exit_code("a.py", run))
     """
+    env = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=full,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "a.py: error: cannot write the output: No space left on device\n"
 

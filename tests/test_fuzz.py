@@ -557,9 +557,12 @@ WITH_TORCH = ("benchmarks/bench_attention.py", "benchmarks/bench_beam_step.py",
 ALL_SCRIPTS = [*SCRIPTS, *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_TORCH)]
 
 
+UNLIKE_USERS = ("COVERAGE_", "LENGTHS_DIR", "PYTHONUNBUFFERED")  # variables
+
+
 def process(script, *arguments, **options):
-    """A finished process, without coverage's own output."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("COVERAGE_", "LENGTHS_DIR"))}
+    """A finished process that buffers its output, without coverage's own."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(UNLIKE_USERS)}
     return subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         **({"cwd": ROOT, "env": env, "stderr": subprocess.PIPE, "timeout": 100} | options),
