@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_timing import cold_median_us, copy_bandwidth
 
 import paged_attention
-from command_line import OneLineParser, UsageError, exit_code
+from command_line import OneLineParser, UsageError, exit_code, positive
 from paged_attention import gather_blocks, pad_block_tables
 from report import Table, check_writable, render, write_json
 
@@ -266,7 +266,9 @@ def tables(rows: list[Row], where: str) -> list[Table]:
 
 def run(argv: list[str] | None) -> int:
     parser = OneLineParser(prog="bench_attention.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=30, help="runs of each; the median counts")
+    parser.add_argument(
+        "--repeats", type=positive, default=30, help="runs of each; the median counts"
+    )
     parser.add_argument(
         "--shape", action="append", choices=SHAPES, help="only this one; may be given again"
     )
@@ -276,8 +278,6 @@ def run(argv: list[str] | None) -> int:
         check_writable(args.json)
     if not torch.cuda.is_available():
         raise UsageError("needs a CUDA device")
-    if args.repeats < 1:
-        raise UsageError(f"--repeats is at least 1, not {args.repeats}")
     bandwidth = copy_bandwidth()
     found = {"bandwidth_bytes_per_s": bandwidth, "repeats": args.repeats, "head_size": D}
     found |= {"block_size": S, "dtype": "float16"}

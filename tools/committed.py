@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from command_line import UsageError  # noqa: E402
 from report import Table, render  # noqa: E402
 
 USUAL = "main_cpu.json"  # whose machine and versions need no telling
@@ -25,8 +26,11 @@ DIFFERENCES = "docs/differences.md"
 
 
 def load(name: str) -> dict:
-    """A file of results/. Raises OSError if there is none."""
-    return json.loads((ROOT / "results" / name).read_text(encoding="ascii"))
+    """A file of results/. Raises UsageError."""
+    try:
+        return json.loads((ROOT / "results" / name).read_text(encoding="ascii"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"results/{name} cannot be read: {error}") from None
 
 
 def find(name: str) -> dict | None:

@@ -9,9 +9,9 @@ a word behind it its argument. What has not been recorded yet leaves nothing bet
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -20,6 +20,9 @@ import figure_blocks as f
 import scenario_blocks as s
 import speed_blocks as v
 from committed import ROOT, machine
+
+from command_line import OneLineParser, UsageError, exit_code
+from report import write_whole
 
 BLOCK = re.compile(r"(<!-- result: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 PARTS = {
@@ -42,27 +45,46 @@ def from_docs(text: str) -> str:
 
 
 def updated(path: Path) -> str:
-    """The text of a document with its blocks made anew. KeyError for a block that is unknown."""
+    """The text of a document with its blocks made anew. Raises UsageError."""
 
     def block(match: re.Match[str]) -> str:
-        text = PARTS[match[2]](*([match[3]] if match[3] else []))
+        text = made(match[2], *([match[3]] if match[3] else []))
         text = from_docs(text) if path.parent.name == "docs" else text
         return match[1] + (text + "\n" if text else "") + match[4]
 
-    return BLOCK.sub(block, path.read_text(encoding="utf-8"))
+    try:
+        old = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    return BLOCK.sub(block, old)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def made(name: str, *words: str) -> str:
+    """What stands between the markers of this name. Raises UsageError."""
+    try:
+        return PARTS[name](*words)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the results do not give the part {name}: {what}") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, 1 if --check finds a difference, or 2 with one line on stderr."""
+    return exit_code("update_readme.py", partial(parse_and_update, argv))
+
+
+def parse_and_update(argv: list[str] | None) -> int:
+    """All texts are made before the first is written. Raises UsageError."""
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
-    args = parser.parse_args()
-    changed = False
-    for path in documents():
-        new = updated(path)
-        changed |= new != path.read_text(encoding="utf-8")
-        if not args.check:
-            path.write_text(new, encoding="utf-8")
-    return int(changed and args.check)
+    args = parser.parse_args(argv)
+    texts = {path: updated(path) for path in documents()}
+    changed = {p: new for p, new in texts.items() if new != p.read_text(encoding="utf-8")}
+    if args.check:
+        return int(bool(changed))
+    for path, text in changed.items():
+        write_whole(path, text.encode("utf-8"))
+    return 0
 
 
 if __name__ == "__main__":
