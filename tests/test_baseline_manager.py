@@ -1,4 +1,4 @@
-"""baseline_manager.py: section 3.1's reservations, section 6.1's three policies."""
+"""Regime items 1 and 7: section 3.1's reservations, section 6.1's policies, their invariants."""
 
 import random
 

@@ -119,14 +119,14 @@ def assert_same(recording, expected):
         torch.testing.assert_close(recording.all_outputs[at], found, rtol=0, atol=1e-5)
 
 
-SEEDS = range(4)
+SEEDS = range(2)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("mode", "cpu", "swaps", "recomputes"),
-    [("swap", 32, True, False), ("recompute", 0, False, True), ("swap", 4, True, True),
-     ("auto", 32, True, True)],
+    [("swap", 30, True, False), ("recompute", 0, False, True), ("swap", 4, True, True),
+     ("auto", 30, True, True)],
 )  # fmt: skip
 def test_a_tiny_pool_that_preempts_gives_the_same(seed, mode, cpu, swaps, recomputes):
     recording, result = serve(seed, 30, 4, mode, cpu)
@@ -137,7 +137,7 @@ def test_a_tiny_pool_that_preempts_gives_the_same(seed, mode, cpu, swaps, recomp
 
 
 def test_those_pools_did_preempt_in_both_ways():
-    for mode, cpu in (("swap", 4), ("auto", 32)):
+    for mode, cpu in (("swap", 4), ("auto", 30)):
         results = [serve(seed, 30, 4, mode, cpu)[1] for seed in SEEDS]
         assert sum(r.num_swaps for r in results) and sum(r.num_recomputations for r in results)
 
@@ -152,7 +152,7 @@ def test_blocks_in_other_orders_give_the_same(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 16, 32])
+@pytest.mark.parametrize("size", [1, 3, 16])
 def test_blocks_of_other_sizes_give_the_same(seed, size):
     for num_slots, mode in ((4000, "auto"), (144, "swap"), (144, "recompute")):
         num_blocks = max(-(-num_slots // size), 10)
@@ -169,7 +169,7 @@ def test_the_triton_kernel_gives_the_same_in_a_tiny_pool():
 
 def test_what_differs_is_seen():
     """A bit of one K, an output, a sequence that is missing: the comparison is not blind."""
-    run = partial(serve, 0, 30, 4, "swap", 32)
+    run = partial(serve, 0, 30, 4, "swap", 30)
     for spoil in (
         lambda r: r.held[3][0, 0, 0, :1].add_(2**-20),
         lambda r: next(iter(r.all_outputs.values())).add_(1e-4),
@@ -183,4 +183,4 @@ def test_what_differs_is_seen():
             assert_same(recording, large(0))
     # Another seed is another run.
     with pytest.raises(AssertionError):
-        assert_same(serve(1, 30, 4, "swap", 32)[0], large(0))
+        assert_same(serve(1, 30, 4, "swap", 30)[0], large(0))

@@ -1,4 +1,4 @@
-"""The stamped K and V: they verify every run that is right, and show every way of being wrong.
+"""Regime item 3: stamped K and V verify every run that is right, and show every way to be wrong.
 
 Whole runs of mixed workloads on a tiny model, in pools so small that groups are preempted. Then
 the same with one thing broken on purpose at a time: each must end with sequences found wrong or
