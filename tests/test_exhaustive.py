@@ -84,7 +84,7 @@ def test_every_state_of_a_small_world(world, states, transitions):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "states", "transitions"),
-    [(World(5, 3, 4), 113_871, 4_851_469)],
+    [(World(5, 3, 4), 113_871, 4_851_469), (World(6, 3, 3, prefix_len=3), 53_966, 2_046_694)],
 )
 def test_every_state_of_a_large_world(world, states, transitions):
     search_all(world, states, transitions)
