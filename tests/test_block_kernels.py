@@ -1,4 +1,4 @@
-"""block_kernels.py and the cache that uses it, bit for bit against plain torch.
+"""Regime item 8: block_kernels.py and the cache that uses it, bit for bit against plain torch.
 
 On a CUDA device; through Triton's interpreter where there is none (see conftest.py).
 """

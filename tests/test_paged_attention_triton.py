@@ -1,4 +1,4 @@
-"""paged_attention_triton.py against a float64 oracle: every way to cut the work, nothing else read.
+"""Regime item 8: paged_attention_triton.py against a float64 oracle, however the work is cut.
 
 On a CUDA device; through Triton's interpreter where there is none (see conftest.py). There bf16 is
 left out, as the interpreter multiplies the bits of bfloat16 as if they were integers.
