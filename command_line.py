@@ -30,6 +30,20 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def positive(text: str) -> int:
+    """A positive integer, for argparse."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 12 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a positive integer")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed: 0 to 2**32 - 1."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 10 or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not an integer from 0 to 2**32 - 1")
+    return int(text)
+
+
 def exit_code(script: str, run: Callable[[], int]) -> int:
     """What `run` returns, or the exit code that stands for what it raised."""
     try:

@@ -17,7 +17,7 @@ BOOKKEEPING = (
     "baseline_manager", "kv_cache_manager", "workload", "length_tables", "chat_lengths",
     "length_files", "scheduler", "serving",
     "paper", "paper_figures", "paper_text", "paper_curves", "latency", "static_batching",
-    "beam_search", "experiments",
+    "beam_search", "experiments", "steady_state",
 )  # fmt: skip
 TENSORS = (
     "attention", "block_kernels", "host_pool", "kernels", "paged_attention",
