@@ -19,6 +19,10 @@ from serving import make_groups
 from workload import Request
 
 
+class QueueTooShortError(ValueError):
+    """All requests were admitted before the last iteration, so the state was not steady."""
+
+
 class UsageMean:
     """Mean share of every part of the slot identity over the iterations it is told of."""
 
@@ -80,7 +84,7 @@ def steady_state(
     Returns the mean of `iterations` iterations after `warmup` others, one in `every`; those
     between are taken at once where nothing is decided in them. `each` sees the scheduler in every
     one that counts, after scheduling and before completing. Ends in the middle of the last
-    iteration, with everything in place. ValueError if the queue does run dry.
+    iteration, with everything in place. QueueTooShortError if it does run dry.
     """
     scheduler = Scheduler(manager, limits)
     for group in make_groups(requests):
@@ -119,4 +123,4 @@ def _run_to(scheduler: Scheduler, index: int, end: int, queued: int) -> int:
 
 def _require_waiting(scheduler: Scheduler, index: int, queued: int) -> None:
     if not scheduler.waiting:
-        raise ValueError(f"the queue of {queued} ran dry after {index} iterations")
+        raise QueueTooShortError(f"the queue of {queued} ran dry after {index} iterations")
