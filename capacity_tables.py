@@ -28,6 +28,7 @@ TABLE_ENTRY_BYTES = 4  # int32
 FORKS = 200  # prompts that are forked to count copies
 GB = 10**9
 MIB = 1 << 20
+PLANS = {"paper": "the paper's memory plan", "serving": "a serving system's memory plan"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,15 @@ class Case:
         gpu = f"{self.gpu.name} of {memory}" if self.gpu else f"GPU of {memory}"
         return (
             f"{self.model.name}, {self.weight_type} weights, {self.kv_type} K/V, "
-            f"{self.plan.num_gpus} x {gpu}, {self.plan.name}'s memory plan, "
+            f"{self.plan.num_gpus} x {gpu}, {PLANS[self.plan.name]}, "
             f"block size {self.plan.block_size}, up to {self.max_len:,} tokens"
         )
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a window is shorter than the longest request."""
+        windows = (layers.window for layers in self.model.decoder.cache_layers)
+        return any(window and window < self.max_len for window in windows)
 
     @property
     def workload_line(self) -> str:
@@ -80,7 +87,7 @@ class Section:
 def sections(case: Case) -> Iterator[Section]:
     """All sections in order, each computed as it is asked for."""
     yield bytes_per_token(case)
-    if case.model.decoder.windows:
+    if case.windowed:
         yield bytes_by_length(case)
     yield memory(case)
     yield blocks_and_slots(case)
@@ -129,7 +136,8 @@ def bytes_per_token(case: Case) -> Section:
         f"holds {GIB // per_gpu:,} tokens"
     )
     if d.latent or d.num_kv_heads < d.num_heads:
-        wrong = 2 * d.num_layers * d.num_heads * d.head_size * size
+        value_size = d.latent.value_size if d.latent else d.head_size
+        wrong = d.num_layers * d.num_heads * (d.head_size + value_size) * size
         answer += f"; with K and V for every query head it would be {wrong / total:.1f} times that"
     question = "How many bytes are the K and V of one token?"
     return Section(Table(question, ("factor", "value", ""), rows, case.line), answer + ".")
@@ -161,7 +169,8 @@ def bytes_by_length(case: Case) -> Section:
         (length, length * whole / MIB, d.cached_elements(length) * size / MIB,
          d.cached_elements(length) * size / length, 100 * d.cached_elements(length)
          / (d.slot_elements * length))
-        for length in lengths if length <= case.max_len
+        for length in lengths
+        if length <= case.max_len
     ]  # fmt: skip
     headers = ("tokens", "every layer whole, MiB", "with windows, MiB", "bytes a token", "% of it")
     kinds = ", ".join(
@@ -260,7 +269,7 @@ def concurrency(case: Case, found: Means, holdings: list[Holding]) -> Section:
     setting = f"{case.workload_line}; no limit but memory"
     if found.share_cut:
         setting += f"; {100 * found.share_cut:.1f} % of the requests cut to the maximum"
-    if d.windows:
+    if case.windowed:
         setting += "; simulated without windows, every layer whole"
     headers = ("counted", "tokens a request", "requests")
     question = "How many requests run at once?"

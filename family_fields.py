@@ -81,7 +81,9 @@ def layer_windows(config: Config, num_layers: int, window: int | None, slides: C
     ]
     if window is None and types and any(sliding):
         raise config.fail("has sliding layers in layer_types, but no sliding_window")
-    return tuple(window if slide else None for slide in sliding) if window else ()
+    if window is None or not any(sliding):
+        return ()
+    return tuple(window if slide else None for slide in sliding)
 
 
 def all_layers(index: int) -> bool:

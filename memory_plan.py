@@ -117,11 +117,11 @@ def serving_plan(
     usable = int(utilization * memory_bytes)
     kv_cache = usable - weights - activations - workspace
     if kv_cache < sizes.block_size * per_slot:
-        gib = memory_bytes / GIB
+        where = "a GPU" if num_gpus == 1 else f"each of {num_gpus} GPUs"
         raise PlanError(
-            f"{model.name} does not fit: on each of {num_gpus} GPUs of {gib:.2f} GiB, {utilization}"
-            f" of it is {usable / GIB:.2f} GiB, and weights take {weights / GIB:.2f}, activations "
-            f"and workspace {(activations + workspace) / GIB:.2f} GiB"
+            f"{model.name} does not fit: {utilization:g} of the {memory_bytes / GIB:.2f} GiB of "
+            f"{where} are {usable / GIB:.2f} GiB, of which weights take {weights / GIB:.2f} and "
+            f"activations and workspace {(activations + workspace) / GIB:.2f} GiB"
         )
     return Plan("serving", num_gpus, memory_bytes - usable, weights, activations, workspace,
                 kv_cache, per_slot, heads_per_gpu(decoder, num_gpus), sizes.block_size)  # fmt: skip
