@@ -192,12 +192,12 @@ def memory(case: Case) -> Section:
     parts = [
         ("held back", p.held_back),
         ("weights", p.weights),
-        ("activations (estimate)", p.activations),
+        ("activations (estimate)" if p.workspace else "allowance as given", p.activations),
         ("workspace (assumed)", p.workspace),
         ("K and V", p.kv_cache),
         ("all, as CUDA reports it", p.memory),
     ]
-    rows = [(what, n, n / GIB, n / GB, 100 * n / p.memory) for what, n in parts]
+    rows = [(what, n, n / GIB, n / GB, 100 * n / p.memory) for what, n in parts if n]
     params = f"{w.total / 1e9:.2f} B parameters"
     if case.model.decoder.experts:
         params += f" (a token passes {w.active / 1e9:.2f} B of them, memory holds all)"
