@@ -32,7 +32,7 @@ from gpus import GPUS
 from paper import GIB
 
 if TYPE_CHECKING:
-    from capacity_tables import Case
+    from capacity_case import Case
     from memory_plan import Plan, Sizes
     from model_config import Model
 
@@ -110,8 +110,8 @@ def _number(text: str) -> float:
 
 def make_case(args: argparse.Namespace) -> Case:
     """The case the arguments describe. Raises UsageError if it cannot be had."""
+    from capacity_case import Case
     from capacity_simulation import parse_workload
-    from capacity_tables import Case
     from memory_plan import Sizes
     from model_config import load_model
 
@@ -156,7 +156,7 @@ def longest(args: argparse.Namespace, model: Model) -> int:
 
 def make_plan(args: argparse.Namespace, model: Model, sizes: Sizes) -> Plan:
     """The paper's plan for its deployments or if asked for, otherwise a serving system's."""
-    from capacity_tables import is_papers
+    from capacity_case import is_papers
     from memory_plan import UTILIZATION, paper_plan, serving_plan
 
     gpu = None if args.gpu_memory else GPUS[args.gpu or "a100-40gb"]
@@ -177,7 +177,7 @@ def make_plan(args: argparse.Namespace, model: Model, sizes: Sizes) -> Plan:
 
 def setting_of(case: Case) -> dict[str, object]:
     """For --json: what was asked, and what it came to."""
-    from capacity_tables import describe
+    from capacity_case import describe
 
     return {
         "model": case.model.name,

@@ -10,16 +10,13 @@ Reproduces: section 3's bytes of a token, Table 1's slots, Fig. 2's parts of the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import paper
-from capacity_simulation import ALL_POLICIES, Holding, Means, Workload, hold, means
-from decoder import Decoder
-from gpus import DataGPU
+from capacity_case import Case, Section, is_papers
+from capacity_simulation import ALL_POLICIES, Holding, Means, hold, means
 from kv_cache_manager import PagedKVCacheManager
-from memory_plan import Plan, Sizes, requests_of_length
+from memory_plan import requests_of_length
 from memory_usage import MemoryUsage
-from model_config import Model
 from paper import GIB
 from report import Cell, Table
 
@@ -28,60 +25,6 @@ TABLE_ENTRY_BYTES = 4  # int32
 FORKS = 200  # prompts that are forked to count copies
 GB = 10**9
 MIB = 1 << 20
-PLANS = {"paper": "the paper's memory plan", "serving": "a serving system's memory plan"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model on one kind of GPU under one workload. Lengths in tokens."""
-
-    model: Model
-    gpu: DataGPU | None  # None: a memory size was given
-    plan: Plan
-    sizes: Sizes
-    weight_type: str
-    kv_type: str
-    max_len: int
-    workload: Workload
-    prefix_len: int
-    seed: int
-
-    @property
-    def line(self) -> str:
-        """The line above each table."""
-        memory = f"{self.plan.memory / GIB:.2f} GiB"
-        gpu = f"{self.gpu.name} of {memory}" if self.gpu else f"GPU of {memory}"
-        return (
-            f"{self.model.name}, {self.weight_type} weights, {self.kv_type} K/V, "
-            f"{self.plan.num_gpus} x {gpu}, {PLANS[self.plan.name]}, "
-            f"block size {self.plan.block_size}, up to {self.max_len:,} tokens"
-        )
-
-    @property
-    def windowed(self) -> bool:
-        """Whether a window is shorter than the longest request."""
-        windows = (layers.window for layers in self.model.decoder.cache_layers)
-        return any(window and window < self.max_len for window in windows)
-
-    @property
-    def workload_line(self) -> str:
-        return f"{self.line}, {self.workload.name}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A question, the table that answers it (its title is the question), and the answer."""
-
-    table: Table
-    answer: str
-
-    @property
-    def question(self) -> str:
-        return self.table.title
-
-    def to_json(self) -> dict:
-        rows = [dict(zip(self.table.headers, row)) for row in self.table.rows]
-        return {"question": self.question, "rows": rows, "answer": self.answer}
 
 
 def sections(case: Case) -> Iterator[Section]:
@@ -231,15 +174,6 @@ def blocks_and_slots(case: Case) -> Section:
     return Section(Table(question, ("", "number"), rows, case.line), answer + ".")
 
 
-def is_papers(model: Model, gpu: DataGPU | None, num_gpus: int) -> bool:
-    """Whether these are one of the paper's deployments."""
-    deployment = paper.DEPLOYMENTS.get(model.preset.name) if model.preset and gpu else None
-    return deployment is not None and (gpu.name, num_gpus) == (
-        deployment.gpu.name,
-        deployment.num_gpus,
-    )
-
-
 def _table1(case: Case) -> float | None:
     papers = is_papers(case.model, case.gpu, case.plan.num_gpus)
     published = paper.TABLE1.get(case.model.name)
@@ -339,18 +273,3 @@ def copies_per_fork(prompt_lens: list[int], block_size: int) -> float:
         manager.free(0)
         manager.free(1)
     return copies / len(prompt_lens)
-
-
-def describe(decoder: Decoder) -> dict[str, object]:
-    """A decoder's sizes for --json."""
-    weights = decoder.weights()
-    return {
-        "family": decoder.family,
-        "parameters": weights.total,
-        "active_parameters": weights.active,
-        "layers": decoder.num_layers,
-        "hidden_size": decoder.hidden_size,
-        "heads": decoder.num_heads,
-        "kv_heads": decoder.num_kv_heads,
-        "head_size": decoder.head_size,
-    }
