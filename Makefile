@@ -30,13 +30,15 @@ python_problem = $(shell \
     fi)
 check_python = $(if $(python_problem),$(error $(python_problem)))
 
-.PHONY: help run figures test lint clean
+.PHONY: help run figures test coverage mutants lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run   run main.py, all four scenarios; ARGS="--scenario 2 --seed 1" passes arguments'
 	@echo 'make figures  run reproduce.py, every figure; ARGS=--quick for what takes seconds'
 	@echo 'make test  run the tests but the slow ones; ARGS="-k cli" passes arguments to pytest'
+	@echo 'make coverage  the same tests, and which branches of the root modules they take'
+	@echo 'make mutants  mutation testing of the manager and the simulator; hours, ARGS="--sample 30"'
 	@echo 'make lint  ruff check'
 	@echo 'make clean remove .venv and caches'
 	@echo
@@ -52,6 +54,20 @@ figures: $(RUN_STAMP)
 # One torch thread a process: workers whose threads wait for one another take several times longer.
 test: $(TEST_STAMP)
 	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
+
+# Takes about twice as long. Every process that a test starts is counted as well, workers too.
+coverage: $(TEST_STAMP)
+	@rm -f .coverage .coverage.*
+	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m coverage run -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
+	@$(RUN_PYTHON) -m coverage combine -q
+	@$(RUN_PYTHON) -m coverage report
+	@$(RUN_PYTHON) -m coverage json -q -o .coverage.json
+	@$(RUN_PYTHON) -c 'import json; totals = json.load(open(".coverage.json"))["totals"]; \
+	    print("branches: %(covered_branches)d of %(num_branches)d, %(percent_branches_covered).1f %%" % totals)'
+
+# Goes on where it was ended; ARGS=--fresh begins again, ARGS="--module serving.py" is a part.
+mutants: $(TEST_STAMP)
+	@$(RUN_PYTHON) tools/mutants.py $(ARGS)
 
 lint: $(TEST_STAMP)
 	@$(RUN_PYTHON) -m ruff check .
@@ -70,5 +86,5 @@ $(TEST_STAMP): $(RUN_STAMP)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .hypothesis .pytest_cache .ruff_cache .coverage* .mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ Fig. 3), section 6.1 (Orca's three variants, buddy allocation). How much a reque
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 
 from allocator import (
@@ -164,7 +164,7 @@ class BaselineCacheManager:
         start_len = num_tokens - self._now
         held = Reservation(start, size, asked, final_len, start_len)
         self._held[seq_id] = held
-        heappush(self._full_at, (final_len - start_len, next(self._serial), seq_id, held))
+        self._note_full(seq_id, held)
         self._tokens += num_tokens
         self._final += final_len
         self._asked += asked
@@ -228,8 +228,7 @@ class BaselineCacheManager:
         if held.start_len + self._now + num_tokens > held.final_len:
             raise ReservationError(f"sequence {seq_id} ends at {held.final_len} tokens")
         held.start_len += num_tokens
-        full_at = held.final_len - held.start_len
-        heappush(self._full_at, (full_at, next(self._serial), seq_id, held))
+        self._note_full(seq_id, held)
         self._tokens += num_tokens
         return NO_COPIES
 
@@ -241,6 +240,17 @@ class BaselineCacheManager:
         self._now += num_tokens
         self._tokens += num_tokens * len(self._held)
         return NO_COPIES
+
+    def _note_full(self, seq_id: int, held: Reservation) -> None:
+        """Put the step at which it is full on the heap; whatever was noted before is void."""
+        heap = self._full_at
+        heappush(heap, (held.final_len - held.start_len, next(self._serial), seq_id, held))
+        if len(heap) > 64 + 4 * len(self._held):  # mostly void, and no step has cleared them
+            heap[:] = [
+                (r.final_len - r.start_len, next(self._serial), i, r)
+                for i, r in self._held.items()
+            ]
+            heapify(heap)
 
     def _first_full(self) -> int:
         """The step at which the first reservation is full."""

@@ -75,17 +75,26 @@ def _move_blocks(
 
 
 @functools.cache
-def works_on(device):
-    """Whether triton can build and run a kernel: on the host it needs a C compiler and headers."""
+def problem_on(device):
+    """Why triton cannot build and run a kernel, in one line, or None if it can.
+
+    On the host it needs a C compiler and headers.
+    """
     blocks = torch.zeros(1, 2, 8, device=device)
     try:
         move_blocks(blocks, blocks, torch.tensor([[0, 1]], device=device))
     except Exception as error:  # triton, the compiler and the driver each raise their own
-        reason = str(error).partition("\n")[0]
-        message = f"triton does not run here, plain torch moves the blocks: {reason}"
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None
+
+
+def works_on(device):
+    """Whether triton can build and run a kernel; a warning says why not."""
+    problem = problem_on(device)
+    if problem is not None:
+        message = f"triton does not run here, plain torch moves the blocks: {problem}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    return problem is None
 
 
 def write_slots(pool, slots, k, v):

@@ -16,7 +16,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
+
+LONGEST_MESSAGE = 1000  # characters: a name that is wrong may be as long as its author likes
 
 
 class UsageError(Exception):
@@ -28,6 +30,15 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def parse_known_args(self, args=None, namespace=None):  # parse_args comes here too
+        given = sys.argv[1:] if args is None else args
+        for argument in given:
+            option, *value = argument.split("=", 1)
+            if option.startswith("--") and value == ["--"]:
+                # argparse takes the value for the end of the options, and gives an empty list.
+                self.error(f"argument {option}: expected one argument")
+        return super().parse_known_args(given, namespace)
 
 
 def positive(text: str) -> int:
@@ -47,9 +58,12 @@ def seed(text: str) -> int:
 def exit_code(script: str, run: Callable[[], int]) -> int:
     """What `run` returns, or the exit code that stands for what it raised."""
     try:
-        code = run()
-        if sys.stdout is not None:  # None: it was closed before we started
-            sys.stdout.flush()
+        try:
+            code = run()
+        except (UsageError, SystemExit):  # the latter after --help
+            _flush()
+            raise
+        _flush()
         return code
     except UsageError as error:
         return _refuse(script, str(error))
@@ -63,16 +77,32 @@ def exit_code(script: str, run: Callable[[], int]) -> int:
         return 130
 
 
+def _flush() -> None:
+    """Print now what is buffered: at Python's end a failure would be several lines and code 120."""
+    if sys.stdout is not None:  # None: it was closed before we started
+        sys.stdout.flush()
+
+
 def _refuse(script: str, message: str) -> int:
+    text = message.encode("unicode_escape").decode("ascii")  # one line, whatever it has
+    if len(text) > LONGEST_MESSAGE:
+        text = text[:LONGEST_MESSAGE] + "..."
     if sys.stderr is not None:
-        text = message.encode("unicode_escape").decode("ascii")  # one line, whatever it has
-        print(f"{script}: error: {text}", file=sys.stderr)
+        try:
+            print(f"{script}: error: {text}", file=sys.stderr, flush=True)
+        except OSError:  # nobody can be told, but for the exit code
+            _drop(sys.stderr)
     return 2
 
 
 def drop_output() -> None:
     """Send what is still buffered nowhere: Python would try, and fail, to write it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        _drop(sys.stdout)
+
+
+def _drop(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def end_on_interrupt() -> None:

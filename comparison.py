@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
-from explanations import BOUNDS
+from explanations import BOUNDS, ONE_SEED
 
 EXPLAINED = "explained"
 MOST_EXPLAINED = 12.0  # tolerances, where a reason has no bound of its own
@@ -154,12 +154,18 @@ def allow(row: Row, excess: float, reason: str) -> Row:
 
 
 def over_seeds(rows: list[Row]) -> Row:
-    """One row for the same comparison under several seeds: their mean is judged."""
+    """One row for the same comparison under several seeds, the paper's first: their mean is judged.
+
+    If that is not held but the paper's own seed is, the seed explains it, up to its bound.
+    """
     if len({(row.figure, row.setting, row.metric) for row in rows}) != 1:
         raise ValueError(f"not one comparison: {rows}")
     values = [row.ours for row in rows]
     if len(values) == 1:
         return rows[0]
     mean = sum(values) / len(values)
-    spread = max(values) - min(values)
-    return replace(rows[0].remake(mean), fitted=rows[0].fitted, spread=spread)
+    spread = None if math.isnan(mean) else max(values) - min(values)
+    row = rows[0].remake(mean)
+    if rows[0].held is True:
+        row = allow(row, BOUNDS[ONE_SEED], ONE_SEED)
+    return replace(row, fitted=rows[0].fitted, spread=spread)

@@ -8,6 +8,8 @@ the rate. Points to which the latency model was fitted are marked.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -120,18 +122,19 @@ class Fig12(CurveFigure):
         sharegpt = {s: v for s, v in over.items() if "ShareGPT" in s}
 
         def extreme(key: str, system: str, pick: int, reason: str = "") -> None:
-            values = sorted(v for s, v in sharegpt.items() if s.endswith(f"/ {system}"))
+            values = [v for s, v in sharegpt.items() if s.endswith(f"/ {system}")]
             printed = text[key].value[pick]
             found.append(relative(
                 text[key].figure, f"ShareGPT, vLLM / {system}",
-                f"rate, {('lowest', 'highest')[pick]} ratio", printed, values[-pick], 18.0, reason,
+                f"rate, {('lowest', 'highest')[pick]} ratio", printed,
+                of_all((min, max)[pick], values), 18.0, reason,
             ))  # fmt: skip
 
         extreme("over_oracle_sharegpt", ORCA_ORACLE, 0)
         extreme("over_oracle_sharegpt", ORCA_ORACLE, 1, why.TEXT_RANGES)
         extreme("over_max_sharegpt", ORCA_MAX, 0)
         extreme("over_max_sharegpt", ORCA_MAX, 1, why.TEXT_RANGES)
-        static = max(v for s, v in over.items() if s.endswith(FASTER_TRANSFORMER))
+        static = of_all(max, [v for s, v in over.items() if s.endswith(FASTER_TRANSFORMER)])
         found.append(relative(
             text["over_ft_up_to"].figure, "vLLM / FasterTransformer", "rate, highest ratio",
             text["over_ft_up_to"].value, static, 18.0,
@@ -139,7 +142,7 @@ class Fig12(CurveFigure):
         low, high = text["overall"].value
         found.append(between(
             text["overall"].figure, "6 panels, vLLM / Orca", "rate, median of 18 ratios", low, high,
-            median(ours for _, ours in ratios),
+            of_all(median, [ours for _, ours in ratios]),
         ))  # fmt: skip
         basic = text["over_oracle_alpaca"]
         found.append(relative(
@@ -147,6 +150,11 @@ class Fig12(CurveFigure):
             over["13B Alpaca, vLLM / Orca (Oracle)"], 18.0,
         ))  # fmt: skip
         return found
+
+
+def of_all(pick: Callable[[list[float]], float], values: list[float]) -> float:
+    """What `pick` finds; NaN if a value is: where a curve has no rate, nothing holds of all."""
+    return math.nan if any(map(math.isnan, values)) else pick(values)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Reproduces: section 5, whose three fused kernels are indexed operations of torch here ("gather",
 paged_attention.py) or Triton kernels ("triton", paged_attention_triton.py and block_kernels.py).
 
-    kernel = choose_kernel("auto", device, num_heads, num_kv_heads, head_size)
+    kernel, why = choose_kernel("auto", device, num_heads, num_kv_heads, head_size)
     out, lse = attention_kernel(kernel)(q, k_pool, v_pool, block_tables, seq_lens)
 
 Triton comes with torch on a GPU and may be missing elsewhere, so it is imported only if asked for.
@@ -11,7 +11,6 @@ Triton comes with torch on a GPU and may be missing elsewhere, so it is imported
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -28,20 +27,23 @@ class KernelError(ValueError):
 
 def choose_kernel(
     asked: str, device: torch.device, num_heads: int, num_kv_heads: int, head_size: int
-) -> str:
-    """GATHER or TRITON. `auto`: Triton on a CUDA device if it runs there, gathering elsewhere.
+) -> tuple[str, str]:
+    """GATHER or TRITON, and why not the latter ("" if nobody would expect it).
 
-    Raises KernelError if TRITON was asked for and cannot be had.
+    `auto`: Triton on a CUDA device if it runs there, gathering elsewhere. Raises KernelError if
+    TRITON was asked for and cannot be had.
     """
     assert asked in CHOICES
-    if asked == GATHER or (asked == "auto" and device.type != "cuda"):
-        return GATHER
+    if asked == GATHER:
+        return GATHER, ""
+    if asked == "auto" and device.type != "cuda":
+        return GATHER, "triton needs a GPU"
     problem = _problem(device, num_heads // num_kv_heads, head_size)
     if problem is None:
-        return TRITON
+        return TRITON, ""
     if asked == TRITON:
         raise KernelError(f"--kernel triton: {problem}; use --kernel gather")
-    return GATHER
+    return GATHER, problem
 
 
 def attention_kernel(kernel: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -65,9 +67,10 @@ def _problem(device: torch.device, group: int, head_size: int) -> str | None:
             f"{group} query heads for each K/V head, of size {head_size}: the kernel has "
             f"{module.MAX_GROUP} and {module.MAX_HEAD_SIZE} at most"
         )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if block_kernels.works_on(device):
-            return None
-    reason = str(caught[-1].message).rpartition(": ")[2] if caught else "a trial launch failed"
-    return f"it does not run on {device}: {reason}"
+    problem = block_kernels.problem_on(device)
+    if problem is None:  # so it can launch something; now the kernel itself, at this size
+        try:
+            module.try_launch(device, group, head_size)
+        except Exception as error:  # triton, the compiler and the driver each raise their own
+            problem = f"{error}".partition("\n")[0]
+    return None if problem is None else f"it does not run on {device}: {problem}"

@@ -100,9 +100,9 @@ def make_setting(args: argparse.Namespace) -> Setting:
         num_blocks = paper.kv_blocks(deployment, args.block_size)
     try:
         heads = model.num_heads, model.num_kv_heads, model.head_size
-        kernel = choose_kernel(args.kernel, device, *heads)
+        kernel, why = choose_kernel(args.kernel, device, *heads)
         setting = Setting(
-            model, device, num_layers, num_blocks, args.block_size, args.seed, kernel
+            model, device, num_layers, num_blocks, args.block_size, args.seed, kernel, why
         )
         check_setting(setting)
     except ValueError as error:

@@ -15,56 +15,51 @@ per block, P splits. An *item* is what one program computes: (sequence, split, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
 from attention import check_shape
+from decode_tuning import MAX_SPLITS, Tuning, choose_tuning, device_limits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_GROUP = 16  # rows of one tensor-core product
-MAX_SPLITS = 64
 MAX_HEAD_SIZE = 256
-MIN_CHUNK, MAX_CHUNK = 256, 4096  # slots of an item, where a sequence is split
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """How the work is cut: `tile` slots are read at a time, `chunk` slots are an item at most."""
-
-    tile: int
-    chunk: int
-    num_warps: int
-    num_stages: int
-
-    def __post_init__(self) -> None:
-        if self.tile < 16 or self.tile & (self.tile - 1) or self.chunk < 1 or self.num_stages < 1:
-            raise ValueError(f"a tile is a power of two from 16, a chunk at least 1: {self}")
 
 
 class Workspace:
     """Partial results of split sequences, kept from call to call so that nothing is cleared.
 
-    Not to be shared by streams that run at the same time.
+    Not to be shared by streams that run at the same time. A CUDA graph goes on using what it was
+    captured with, so call once before a capture, with the largest shape: while one is captured
+    the workspace does not grow (ShapeError). Without a workspace each call makes its own.
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
         self.out = torch.empty(0, device=device)
         self.lse = torch.empty(0, device=device)
         self.arrived = torch.zeros(0, dtype=torch.int32, device=device)  # all 0 between calls
+        self.device = self.out.device  # with its index
+        self._before: list[torch.Tensor] = []  # smaller ones, which a graph may still use
 
     def reserve(self, num_items: int, num_heads: int, group: int, head_size: int) -> None:
         """Room for `num_items` partial results of G query heads, and `num_heads` counters."""
-        if self.lse.numel() < num_items * group or self.out.numel() < num_items * group * head_size:
-            self.out = torch.empty(num_items * group * head_size, device=self.device)
-            self.lse = torch.empty(num_items * group, device=self.device)
-        if self.arrived.numel() < num_heads:
-            self.arrived = torch.zeros(num_heads, dtype=torch.int32, device=self.device)
+        rows = num_items * group
+        sizes = rows * head_size, rows, num_heads
+        have = self.out.numel(), self.lse.numel(), self.arrived.numel()
+        if all(size <= room for size, room in zip(sizes, have)):
+            return
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        check_shape(
+            not (capturing and self.lse.numel()),
+            "the workspace is too small for this shape and cannot grow while a graph is captured",
+        )
+        self._before += [self.out, self.lse, self.arrived]
+        out, lse, arrived = (max(size, room) for size, room in zip(sizes, have))
+        self.out = torch.empty(out, device=self.device)
+        self.lse = torch.empty(lse, device=self.device)
+        self.arrived = torch.zeros(arrived, dtype=torch.int32, device=self.device)
 
 
 def paged_attention_kernel(
@@ -83,9 +78,10 @@ def paged_attention_kernel(
     q: (B, H, D), the newest token's queries; k_pool, v_pool: (N, S, H_kv, D), the last two
     dimensions dense; block_tables: (B, max_blocks) int32; seq_lens: (B,) integers, tokens in
     the cache, the newest included. H / H_kv from 1 to 16, D up to 256.
+    workspace: to keep from call to call; tuning: another cut than choose_tuning's.
     Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
-    0 and -inf. Slots at or beyond a sequence's length are never read.
-    Raises ShapeError. Block numbers are not checked: see paged_attention.py.
+    0 and -inf. Slots at or beyond a sequence's length are never read, nor what its table does
+    not hold. Raises ShapeError. Block numbers are not checked: see paged_attention.py.
     """
     _check_inputs(q, k_pool, v_pool, block_tables, seq_lens)
     batch, num_heads, head_size = q.shape
@@ -96,15 +92,16 @@ def paged_attention_kernel(
     if q.numel() == 0:
         return out, lse
     max_len = block_tables.shape[1] * block_size
+    head_pad = max(16, triton.next_power_of_2(head_size))  # a tensor core multiplies no less
     if tuning is None:
-        row_bytes = triton.next_power_of_2(head_size) * q.element_size()
-        num_items, multiprocessors = batch * num_kv_heads, _multiprocessors(q.device)
-        tuning = choose_tuning(num_items, max_len, row_bytes, multiprocessors)
+        row_bytes = head_pad * q.element_size()
+        tuning = choose_tuning(batch * num_kv_heads, max_len, row_bytes, *device_limits(q.device))
     num_splits = max(1, -(-max_len // tuning.chunk))
     check_shape(
         num_splits <= MAX_SPLITS, f"{tuning} cuts {max_len} slots into more than {MAX_SPLITS} parts"
     )
     workspace = workspace or Workspace(q.device)
+    check_shape(workspace.device == q.device, f"the workspace is on {workspace.device}")
     num_items = batch * num_splits * num_kv_heads
     if num_splits > 1:
         workspace.reserve(num_items, batch * num_kv_heads, group, head_size)
@@ -117,7 +114,7 @@ def paged_attention_kernel(
             k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
             block_tables.stride(0),
             H_KV=num_kv_heads, G=group, D=head_size, S=block_size,
-            D_PAD=triton.next_power_of_2(head_size), TILE=tuning.tile,
+            D_PAD=head_pad, TILE=tuning.tile,
             PARTS=1 if num_splits == 1 else MAX_SPLITS,
             SAME=k_pool.stride() == v_pool.stride(), STAGES=tuning.num_stages,
             num_warps=tuning.num_warps,
@@ -125,38 +122,12 @@ def paged_attention_kernel(
     return out, lse
 
 
-def choose_tuning(num_items: int, max_len: int, row_bytes: int, multiprocessors: int) -> Tuning:
-    """The cut that was fastest on an H100 over the shapes of benchmarks/bench_attention.py.
-
-    num_items: sequences times K/V heads; max_len: slots of the widest block table;
-    row_bytes: of one head of one slot, padded to a power of two.
-
-    A few long sequences are split so that every multiprocessor has a part, and read in the largest
-    tiles. Many are not split at all while an item stays short, as every part costs a merge; what is
-    read at a time is then small, so that several programs share a multiprocessor.
-    """
-    splits = 1
-    if num_items <= multiprocessors:
-        splits, shape = multiprocessors // max(1, num_items), (128, 8, 3)
-    elif num_items <= 2 * multiprocessors:
-        splits, shape = 4 * multiprocessors // num_items, (32, 4, 3)
-    elif max_len > 1536 and num_items > 4 * multiprocessors:
-        shape = (64, 4, 3)
-    else:
-        shape = (32, 4, 2 if num_items > 4 * multiprocessors else 3)
-    tile, num_warps, num_stages = shape
-    tile = max(16, tile * 256 // max(256, row_bytes))  # as many bytes, where rows are longer
-    splits = min(splits, -(-max_len // MIN_CHUNK))
-    splits = max(1, splits, -(-max_len // MAX_CHUNK))
-    chunk = -(-max_len // min(splits, MAX_SPLITS))
-    return Tuning(tile, max(tile, -(-chunk // tile) * tile), num_warps, num_stages)
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # the interpreter's programs run one after another
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def try_launch(device: torch.device, group: int, head_size: int) -> None:
+    """One small call in the dtype of a GPU's cache; raises what triton or the driver raises."""
+    q = torch.zeros(1, group, head_size, dtype=torch.float16, device=device)
+    pool = torch.zeros(1, 16, 1, head_size, dtype=torch.float16, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    paged_attention_kernel(q, pool, pool, table, table[0] + 1)
 
 
 def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
@@ -181,20 +152,22 @@ def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
         f"q and the pools must have one dtype of {DTYPES}, not {q.dtype}, {k_pool.dtype}",
     )
     for pool in (k_pool, v_pool):
-        check_shape(
-            pool.stride(3) == 1 and pool.stride(2) == pool.shape[3],
-            "the heads of a slot must be dense",
-        )
-    check_shape(q.stride(2) == 1, "the elements of a query must be dense")
+        heads_dense = pool.shape[2] == 1 or pool.stride(2) == pool.shape[3]
+        rows_dense = pool.shape[3] == 1 or pool.stride(3) == 1
+        check_shape(heads_dense and rows_dense, "the heads of a slot must be dense")
+    check_shape(q.shape[2] == 1 or q.stride(2) == 1, "the elements of a query must be dense")
     check_shape(
         block_tables.dim() == 2
         and block_tables.dtype in (torch.int32, torch.int64)
-        and block_tables.stride(1) == 1,
+        and (block_tables.shape[1] <= 1 or block_tables.stride(1) == 1),
         "block_tables must be (B, max_blocks), int32 or int64, its rows dense",
     )
     check_shape(
-        block_tables.shape[:1] == seq_lens.shape == q.shape[:1] and seq_lens.is_contiguous(),
-        f"B differs: q {tuple(q.shape)}, block_tables {tuple(block_tables.shape)}, "
+        block_tables.shape[:1] == seq_lens.shape == q.shape[:1]
+        and seq_lens.is_contiguous()
+        and not seq_lens.is_floating_point(),
+        f"need (B,) integers; B differs: q {tuple(q.shape)}, "
+        f"block_tables {tuple(block_tables.shape)}, "
         f"seq_lens {tuple(seq_lens.shape)}",
     )
     check_shape(
@@ -219,7 +192,8 @@ def _decode(
     head = item % H_KV
     split = (item // H_KV) % num_splits
     seq = item // H_KV // num_splits
-    seq_len = tl.load(lens_ptr + seq).to(tl.int32)
+    # No more than the table holds: a longer one would wait for parts that nobody computes.
+    seq_len = tl.minimum(tl.load(lens_ptr + seq).to(tl.int32), max_slots)
     first = split * chunk
     end = tl.minimum(first + chunk, seq_len)
     if (first < end) | (split == 0):
@@ -251,20 +225,23 @@ def _decode(
             else:
                 k_mask = live[None, :] & (cols < D)[:, None]
                 v_mask = live[:, None] & (cols < D)[None, :]
-            at = this * k_stride_n + (slots % S) * k_stride_s
+            inside = (slots % S).to(tl.int64)
+            at = this * k_stride_n + inside * k_stride_s
             k = tl.load(k_at + at[None, :], mask=k_mask, other=0.0)  # (D, TILE)
             scores = tl.dot(q, k, input_precision="ieee") * scale2  # (16, TILE)
             scores = tl.where(live[None, :], scores, -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
-            fade = tl.exp2(top - new_top)
-            weight = tl.exp2(scores - new_top[:, None])
+            # Where no score is above -inf yet, -inf - -inf would give NaN.
+            base = tl.where(new_top == -float("inf"), 0.0, new_top)
+            fade = tl.exp2(top - base)
+            weight = tl.exp2(scores - base[:, None])
             total = total * fade + tl.sum(weight, axis=1)
             if not SAME:
-                at = this * v_stride_n + (slots % S) * v_stride_s
+                at = this * v_stride_n + inside * v_stride_s
             v = tl.load(v_at + at[:, None], mask=v_mask, other=0.0)  # (TILE, D)
             acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
             top = new_top
-        some = total > 0.0  # not where there is no slot at all
+        some = total != 0.0  # not where there is no slot at all; a NaN stays one
         total = tl.where(some, total, 1.0)
         acc = acc / total[:, None]
         lse = tl.where(some, (top + tl.log2(total)) / LOG2_E, -float("inf"))
@@ -306,9 +283,10 @@ def _merge(
     there = (parts < num_parts)[:, None] & (rows < G)[None, :]
     lses = tl.load(part_lse_ptr + places, mask=there, other=-float("inf"), cache_modifier=".cg")
     top = tl.max(lses, axis=0)
-    top = tl.where(rows < G, top, 0.0)  # every part has a slot, so the others are finite
+    top = tl.where(top == -float("inf"), 0.0, top)  # no slot of any part counts
     total = tl.sum(tl.exp2((lses - top[None, :]) * LOG2_E), axis=0)
-    total = tl.where(rows < G, total, 1.0)
+    some = total != 0.0
+    total = tl.where(some, total, 1.0)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     # No step waits for another, so that many loads are under way at once.
     for part in tl.range(0, num_parts, loop_unroll_factor=8):
@@ -319,4 +297,5 @@ def _merge(
         acc += out * tl.exp2((lse - top) * LOG2_E)[:, None]
     at = first_row + rows
     tl.store(out_ptr + at[:, None] * D + cols[None, :], acc / total[:, None], mask=mask)
-    tl.store(lse_ptr + at, top + tl.log2(total) / LOG2_E, mask=rows < G)
+    lse = tl.where(some, top + tl.log2(total) / LOG2_E, -float("inf"))
+    tl.store(lse_ptr + at, lse, mask=rows < G)

@@ -12,7 +12,6 @@ Curves are those of seed 0; bars and points by block size are the rows, so the m
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import paper
 from paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, VLLM
-from report import OutputError, check_writable
+from report import OutputError, check_writable, write_whole
 from reproduction import Found
 
 if TYPE_CHECKING:
@@ -89,22 +88,9 @@ def draw(found: list[Found], directory: Path) -> list[Path]:
             data = io.BytesIO()
             with style.context(["default", STYLE]):  # not what the user's matplotlibrc says
                 paint(one).savefig(data, **PNG)
-            _write(directory / file, data.getvalue())
+            write_whole(directory / file, data.getvalue())
             paths.append(directory / file)
     return paths
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write the file whole or not at all, through a link if it is one."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sheet(found: Found, about: str, columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:

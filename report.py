@@ -181,17 +181,19 @@ def block_map(
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON whole or not at all, through a link if it is one. Raises OutputError."""
+    """Write JSON as `write_whole` does. Raises OutputError, ValueError for NaN and infinity."""
+    write_whole(path, f"{json.dumps(data, indent=1, allow_nan=False)}\n".encode("ascii"))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, through a link if it is one. Raises OutputError."""
     check_writable(path)
     target = Path(os.path.realpath(path))
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=".json-", delete=False, encoding="ascii"
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".new-", delete=False) as file:
             temporary = Path(file.name)
             try:
-                json.dump(data, file, indent=1, allow_nan=False)
-                file.write("\n")
+                file.write(content)
                 file.flush()
                 os.chmod(temporary, 0o666 & ~current_umask())
                 os.replace(temporary, target)

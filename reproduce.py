@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import command_line
-from command_line import OneLineParser, UsageError, exit_code
+from command_line import OneLineParser, UsageError, exit_code, positive
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import paper
 
 MAX_SEEDS = 1000
+MAX_JOBS = 1024
 BEAM_SECONDS = paper.ARTIFACT_RUNS["Fig. 12"]["seconds"]
 MAX_BEAM_SECONDS = paper.TRACE_SECONDS["opt-13b"]
 FIGURES = ("table1", "2", "12", "13", "14", "15", "16", "17", "18b", "19b")
@@ -46,11 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--figure", choices=FIGURES, action="append", metavar="NAME",
         help=f"only this one (repeatable): {', '.join(FIGURES)}")  # fmt: skip
     add("--quick", action="store_true", help="only what is cheap to simulate, in seconds")
-    add("--jobs", type=_positive, default=_cores(), metavar="N",
+    add("--jobs", type=positive, default=min(_cores(), MAX_JOBS), metavar="N",
         help="processes (default: one a core)")  # fmt: skip
-    add("--seeds", type=_positive, default=1, metavar="N",
+    add("--seeds", type=positive, default=1, metavar="N",
         help="seeds 0 to N - 1: rows are about their mean (default 1, seed 0)")  # fmt: skip
-    add("--beam-seconds", type=_positive, default=BEAM_SECONDS, metavar="N",
+    add("--beam-seconds", type=positive, default=BEAM_SECONDS, metavar="N",
         help=f"length of the traces of Fig. 14's beam search (default {BEAM_SECONDS}, the "
         f"artifact's; {MAX_BEAM_SECONDS}, the paper's, takes long)")  # fmt: skip
     add("--lengths", action="append", default=[], metavar="FILE",
@@ -60,12 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw the figures there (needs matplotlib: requirements-dev.txt)")  # fmt: skip
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text[:9]) == int(text):
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from 1")
-    return int(text)
 
 
 def _cores() -> int:
@@ -85,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json)
     if args.seeds > MAX_SEEDS:
         raise UsageError(f"--seeds {args.seeds}: at most {MAX_SEEDS}")
+    if args.jobs > MAX_JOBS:  # all are started at once
+        raise UsageError(f"--jobs {args.jobs}: at most {MAX_JOBS}")
     if args.figures is not None and str(args.figures) in FIGURES:
         raise UsageError(f"--figures takes a folder; for one figure use --figure {args.figures}")
     if args.beam_seconds > MAX_BEAM_SECONDS:

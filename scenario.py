@@ -40,6 +40,7 @@ class Setting:
     block_size: int
     seed: int
     kernel: str = kernels.GATHER  # what moves and reads the blocks
+    no_triton: str = ""  # why it is not kernels.TRITON, where one might expect it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +75,7 @@ class Setting:
         return {
             "model": self.model.name,
             "device": self.device_name,
-            "kernel": self.kernel,
+            "kernel": f"{self.kernel} ({self.no_triton})" if self.no_triton else self.kernel,
             "layers": self.num_layers,
             "num_blocks": self.num_blocks,
             "block_size": self.block_size,

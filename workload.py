@@ -9,11 +9,13 @@ A request is two lengths and an arrival time. Lengths come from the small tables
 The second, given the authors' lengths in order, is their artifact's trace, request by request.
 """
 
+import errno
 import gzip
 import math
 import numbers
 import os
 import random
+import stat
 import sys
 import zlib
 from array import array
@@ -31,7 +33,9 @@ SLOT_S = 0.01  # arrivals are drawn per slot of 10 ms, as in the authors' artifa
 MAX_EXPECTED = 10**8  # slots, or expected requests, that one trace may have
 MAX_LENGTH = 10**7
 MAX_FILE_BYTES = 256 * 2**20
+MAX_PACKED_BYTES = 2**24  # of a gzipped file: what costs time and unpacks to nothing
 MAX_LINE_BYTES = 2**16
+MAX_LINES = 2 * 10**6
 # Examples in the translation prompt (Fig. 16): (prefix_len, added_prompt_len) for make_trace.
 WMT16_PROMPTS = length_tables.WMT16_PROMPTS
 Pair = tuple[int, int]  # input and output length of one request
@@ -259,23 +263,37 @@ def whole_number(place: str, cell: str, low: int = 1) -> int:
 def read_lines(path: str | os.PathLike[str]) -> Iterator[Row]:
     """('file, line n', cells) of every line of a CSV that is not blank, the header included.
 
-    The file is plain or gzipped (told by its content), read line by line, at most 256 MiB of it
-    once unpacked. Raises WorkloadError for anything else.
+    The file is plain or gzipped (told by its content), 16 MiB at most if it is, and read line by
+    line: at most 256 MiB of it once unpacked, and 2 million lines. Raises WorkloadError for
+    anything else; a pipe or a device, which may never end, is not read at all.
     """
     size = 0
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file")
             packed = file.peek(2)[:2] == b"\x1f\x8b"
+            if about.st_size > (MAX_PACKED_BYTES if packed else MAX_FILE_BYTES):
+                raise WorkloadError(f"{os.fspath(path)}: the file is too long")
             stream = gzip.GzipFile(fileobj=file) if packed else file
             lines = iter(partial(stream.readline, MAX_LINE_BYTES + 1), b"")
             for number, line in enumerate(lines, 1):
                 size += len(line)
                 place = f"{os.fspath(path)}, line {number}"
-                if size > MAX_FILE_BYTES or len(line) > MAX_LINE_BYTES:
+                too_many = size > MAX_FILE_BYTES or number > MAX_LINES
+                if too_many or len(line) > MAX_LINE_BYTES:
                     raise WorkloadError(f"{place}: the file, or this line, is too long")
                 text = line.decode("utf-8-sig", errors="replace").strip()  # bad bytes fail as cells
                 if text:
                     yield place, [cell.strip() for cell in text.split(",")]
-    except (OSError, EOFError, zlib.error) as error:
+    except WorkloadError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise WorkloadError(f"{path}: cannot be read: {reason}") from None
+
+
+def _open_at_once(path: str | os.PathLike[str], flags: int) -> int:
+    """For open(): without waiting for somebody to write to a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)

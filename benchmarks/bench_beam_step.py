@@ -26,7 +26,6 @@ to random places, the next blocks at each repeat so that no cache helps:
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import re
 import sys
@@ -40,7 +39,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import UsageError, exit_code
+from command_line import OneLineParser, UsageError, exit_code, positive
 from paper import MODELS
 from report import Table, check_writable, render, write_json
 
@@ -163,11 +162,13 @@ class Copies:
         return {**row, "limit_us": 2 * self.calls * self.part_bytes / bytes_per_s * 1e6}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=100, help="runs of each; the median counts")
+def run(argv: list[str] | None) -> int:
+    parser = OneLineParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--repeats", type=positive, default=100, help="runs of each; the median counts"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.json:
         check_writable(args.json)
     if not torch.cuda.is_available():
@@ -191,5 +192,9 @@ def main() -> int:
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    return exit_code("bench_beam_step.py", lambda: run(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code("bench_beam_step.py", main))
+    sys.exit(main())

@@ -13,7 +13,6 @@ nothing, timed in the same run; `x call` is the ratio to it.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import random
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import exit_code
+from command_line import OneLineParser, exit_code, positive
 from kv_cache_manager import PagedKVCacheManager
 from report import check_writable, write_json
 
@@ -126,14 +125,14 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each; the best counts")
+def run(argv: list[str] | None) -> int:
+    parser = OneLineParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=positive, default=5, help="runs of each; the best counts")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.json:
         check_writable(args.json)
-    rows = [measure(name, max(1, args.repeats)) for name in WORKLOADS]
+    rows = [measure(name, args.repeats) for name in WORKLOADS]
     print(f"Python {platform.python_version()}, block size {BLOCK_SIZE}, best of {args.repeats}")
     print(
         f"{'':4}{'tokens':>10}{'append':>9}{'x call':>8}{'append_all':>12}"
@@ -151,5 +150,9 @@ def main() -> int:
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    return exit_code("bench_manager.py", lambda: run(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code("bench_manager.py", main))
+    sys.exit(main())

@@ -19,9 +19,9 @@ All other times are the device's, medians, with a cold L2 cache: see gpu_timing.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ from measure_paging import (
 from opt_prefill import RandomOPT
 
 import paged_attention
+from command_line import OneLineParser, UsageError, exit_code
 from paper_figures import (
     FASTER_TRANSFORMER,
     FIG18A,
@@ -51,7 +52,7 @@ from paper_figures import (
     FIG19A_RATIO,
     VLLM,
 )
-from report import OutputError, Table, check_writable, render, write_json
+from report import Table, check_writable, render, write_json
 
 PARTS = ("attention", "blocks", "swap", "moves")
 
@@ -183,37 +184,43 @@ def attention_kernel(name: str) -> Kernel:
         return paged_attention.paged_attention_kernel
     import paged_attention_triton
 
-    return paged_attention_triton.paged_attention_kernel
+    # Kept from call to call, as a server would: no launch is spent on clearing it.
+    workspace = paged_attention_triton.Workspace("cuda")
+    return partial(paged_attention_triton.paged_attention_kernel, workspace=workspace)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def run(argv: list[str] | None) -> int:
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; repeatable")
     parser.add_argument("--kernel", choices=("triton", "gather"), default="triton",
                         help="whose attention; gather copies the blocks first")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few sizes, four layers: does it run")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     parts = args.part or PARTS
+    if args.json:
+        check_writable(args.json)
+    if not torch.cuda.is_available():
+        raise UsageError("needs a CUDA device")
     try:
-        if args.json:
-            check_writable(args.json)
-        if not torch.cuda.is_available():
-            raise OutputError("needs a CUDA device")
         kernel = attention_kernel(args.kernel) if {"attention", "blocks"} & {*parts} else None
         setting = Setting().quick() if args.quick else Setting()
         torch.manual_seed(0)
         where = f"{torch.cuda.get_device_name()}, {setting.model.name}'s shape"
         found = measure(setting, parts, kernel, where)
-        if args.json:
-            write_json(args.json, {**found, "kernel": args.kernel, "quick": args.quick})
+    except ImportError as error:
+        raise UsageError(str(error)) from None
+    if args.json:
+        write_json(args.json, {**found, "kernel": args.kernel, "quick": args.quick})
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return exit_code("bench_paging_cost.py", lambda: run(argv))
     except WrongResult as error:
         print(f"bench_paging_cost.py: wrong result, nothing timed: {error}", file=sys.stderr)
         return 1
-    except (OutputError, ImportError) as error:
-        print(f"bench_paging_cost.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,10 +16,7 @@ call that does nothing: `x call` is a decode token's cost over it.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import gc
-import gzip
 import platform
 import sys
 import time
@@ -29,16 +26,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import UsageError, exit_code
+from allocator import CacheError
+from command_line import OneLineParser, UsageError, exit_code, positive
 from experiments import Run, groups_for, latency_of, manager_for
 from length_files import find_lengths
 from paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
 from report import Table, check_writable, render, write_json
 from scheduler import Limits
 from serving import ServingResult, simulate
-from workload import WorkloadError
+from workload import WorkloadError, read_cells, whole_number
 
 AZURE = "AzureLLMInferenceTrace_conv.csv.gz"
+AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 HOUR = 3600.0
 RUNS = {  # name: (run, factor on the number of blocks, also in plain mode)
     "13B single, 2.0/s, 1 h": (Run(VLLM, "opt-13b", "ShareGPT", 2.0, HOUR), 1, True),
@@ -87,16 +86,24 @@ def simulate_once(
     return seconds, result
 
 
-def azure_columns(folder: Path) -> tuple[list, list, list]:
-    """Arrivals, prompts and outputs of the trace; what exceeds 2,560 tokens is cut to fit."""
-    with gzip.open(folder / AZURE, "rt", encoding="ascii") as file:
-        rows = list(csv.DictReader(file))
-    times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
-    outputs = [max(1, int(row["GeneratedTokens"])) for row in rows]
-    room = MAX_BATCHED_TOKENS
-    prompts = [
-        max(1, min(int(row["ContextTokens"]), room - output)) for row, output in zip(rows, outputs)
-    ]
+def azure_columns(path: Path) -> tuple[list, list, list]:
+    """Arrivals, prompts and outputs of the trace; what exceeds 2,560 tokens is cut to fit.
+
+    Raises WorkloadError.
+    """
+    times, prompts, outputs = [], [], []
+    for place, (moment, context, generated) in read_cells(path, AZURE_COLUMNS):
+        try:
+            times.append(datetime.fromisoformat(moment[:26]).timestamp())
+        except (ValueError, OverflowError):
+            raise WorkloadError(f"{place}: {moment[:30]!a} is not a time") from None
+        if times[-1] < times[max(0, len(times) - 2)]:
+            raise WorkloadError(f"{place}: the times are not in order")
+        tokens = [max(1, whole_number(place, cell, low=0)) for cell in (context, generated)]
+        outputs.append(min(tokens[1], MAX_BATCHED_TOKENS - 1))
+        prompts.append(min(tokens[0], MAX_BATCHED_TOKENS - outputs[-1]))
+    if not times:
+        raise WorkloadError(f"{path}: no rows after the header")
     return [moment - times[0] for moment in times], prompts, outputs
 
 
@@ -119,26 +126,31 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default 3")
+    return exit_code("bench_serving.py", lambda: run(argv))
+
+
+def run(argv: list[str] | None) -> int:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="default 3")
     parser.add_argument("--traces", type=Path, metavar="DIR", help="a folder with length files")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     if args.json is not None:
         check_writable(args.json)
+    call_s = seconds_per_call()
     try:
         lengths = find_lengths([], str(args.traces) if args.traces else None)
-    except WorkloadError as error:
+        traces = [
+            (name, case, lengths.columns(case.dataset, case.rate, case.seconds, case.seed), *how)
+            for name, (case, *how) in RUNS.items()
+        ]
+        if args.traces and (args.traces / AZURE).exists():
+            case = replace(RUNS["13B single, 2.0/s, 1 h"][0], seconds=HOUR)
+            columns = azure_columns(args.traces / AZURE)
+            traces.append(("Azure conversations, 2023", case, columns, 1, False))
+        rows = [measure(*trace, args.repeats) for trace in traces]
+    except (CacheError, WorkloadError) as error:
         raise UsageError(str(error)) from None
-    call_s = seconds_per_call()
-    rows = []
-    for name, (run, pool, plain) in RUNS.items():
-        columns = lengths.columns(run.dataset, run.rate, run.seconds, run.seed)
-        rows.append(measure(name, run, columns, pool, plain, max(1, args.repeats)))
-    if args.traces and (args.traces / AZURE).exists():
-        run = replace(RUNS["13B single, 2.0/s, 1 h"][0], seconds=HOUR)
-        columns = azure_columns(args.traces)
-        rows.append(measure("Azure conversations, 2023", run, columns, 1, False, args.repeats))
     for row in rows:
         row["x_call"] = 1e-9 * row["ns_per_token"] / call_s
     headers = tuple(rows[0])
@@ -153,4 +165,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("bench_serving.py", main))
+    sys.exit(main())

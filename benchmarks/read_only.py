@@ -1,4 +1,4 @@
-"""A kernel that does nothing but read: the limit of any kernel whose cost is its input.
+"""A kernel that does nothing but read: a plain limit for kernels whose cost is their input.
 
     us = cold_median_us(lambda: read_bytes(source, programs=4224, tile=8192), graph=True)
 

@@ -1,4 +1,4 @@
-"""allocator.py and copy_ledger.py against bitmaps, counters and lists of labels."""
+"""Regime item 1: allocator.py and copy_ledger.py against bitmaps, counters, lists of labels."""
 
 import copy
 import random

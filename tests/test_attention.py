@@ -1,4 +1,4 @@
-"""attention.py against a float64 oracle, and the properties that the paged kernels rely on."""
+"""Regime item 8: attention.py against a float64 oracle, and what the paged kernels rely on."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""baseline_manager.py: section 3.1's reservations, section 6.1's three policies."""
+"""Regime items 1 and 7: section 3.1's reservations, section 6.1's policies, their invariants."""
 
 import random
 
@@ -530,3 +530,18 @@ def test_the_invariants_check_the_buddy_too():
 def test_every_assert_of_the_invariants_is_seen_to_fail():
     messages = assert_messages(BaselineCacheManager.check_invariants)
     assert sorted(messages) == sorted(BASELINE_CORRUPTIONS)
+
+
+def test_what_is_noted_of_the_past_does_not_pile_up():
+    """Sequences that come, grow one by one and go, while nobody ever takes a step."""
+    manager = BaselineCacheManager(64, 1, policy="oracle", max_len=8)
+    manager.allocate(0, 1, 8)
+    for seq_id in range(1, 1000):
+        manager.allocate(seq_id, 1, 4)
+        for _ in range(3):
+            manager.append(seq_id)
+        manager.free(seq_id)
+        assert len(manager._full_at) <= 64 + 4 * 2
+    manager.check_invariants()
+    manager.append_all(7)
+    refused(manager, ReservationError, manager.append_all)

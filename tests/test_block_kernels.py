@@ -1,4 +1,4 @@
-"""block_kernels.py and the cache that uses it, bit for bit against plain torch.
+"""Regime item 8: block_kernels.py and the cache that uses it, bit for bit against plain torch.
 
 On a CUDA device; through Triton's interpreter where there is none (see conftest.py).
 """
@@ -286,15 +286,25 @@ def test_a_device_without_kernels_is_refused(monkeypatch):
         PagedKVCache(2, 2, 1, 4, fused=True)
 
 
-def test_where_triton_cannot_run_plain_torch_moves_the_blocks(monkeypatch):
-    works = kernels.works_on.__wrapped__  # without its memory
-    assert works(torch.device(DEVICE))
+@pytest.fixture
+def asked_anew():
+    """What is known of the device is forgotten before the test, and what the test made it after."""
+    kernels.problem_on.cache_clear()
+    yield
+    kernels.problem_on.cache_clear()
+
+
+def test_where_triton_cannot_run_plain_torch_moves_the_blocks(monkeypatch, asked_anew):
+    assert kernels.works_on(torch.device(DEVICE))
+    works = kernels.works_on
     cuda = torch.device("cuda")
     for answer, module in ((True, kernels), (False, None)):
         monkeypatch.setattr(kernels, "works_on", lambda device, answer=answer: answer)
         assert paged_attention._block_kernels(cuda, None) is module
         assert paged_attention._block_kernels(cuda, True) is kernels
         assert paged_attention._block_kernels(torch.device("cpu"), None) is None
+
+    kernels.problem_on.cache_clear()
 
     def no_compiler(*_):
         raise RuntimeError("Failed to find C compiler.")

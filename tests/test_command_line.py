@@ -127,3 +127,33 @@ def test_every_script_refuses_a_file_that_it_cannot_write(script, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"{script.name}: error: ") and done.stderr.count("\n") == 1
     assert "none" in done.stderr
+
+
+@pytest.mark.parametrize("error", ["UsageError('no')", "SystemExit(0)"])
+def test_what_was_printed_before_a_refusal_fails_in_one_line(error):
+    """And not at Python's end, in several lines and with code 120."""
+    code = f"""if True:
+        import sys
+        from command_line import UsageError, exit_code
+
+        def run():
+            print("half a table")
+            raise {error}
+
+        sys.exit(exit_code("a.py", run))
+    """
+    env = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=full,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "a.py: error: cannot write the output: No space left on device\n"
+
+
+def test_a_value_that_argparse_drops_is_refused(capsys):
+    parser = OneLineParser(prog="a.py")
+    parser.add_argument("--number", type=int)
+    assert exit_code("a.py", lambda: parser.parse_args(["--number=--"]).number) == 2
+    assert capsys.readouterr().err == "a.py: error: argument --number: expected one argument\n"

@@ -252,7 +252,7 @@ def test_the_mean_over_seeds_is_judged(kind):
     assert either_side.spread == pytest.approx(2 * width)
     assert either_side == replace(make(either_side.ours), spread=either_side.spread)
     pulled = over_seeds([make(middle), make(middle), make(middle + 4 * width)])
-    assert pulled.held is False
+    assert pulled.held is not True
     assert pulled.ours == pytest.approx(middle + 4 / 3 * width)
     assert pulled.spread == pytest.approx(4 * width)
     assert pulled.difference == make(pulled.ours).difference
@@ -299,3 +299,22 @@ def test_rows_are_compared_by_what_they_say():
     assert first != replace(first, ours=9.5)
     assert "remake" not in repr(first)
     assert isinstance(first, Row) and first.remake(7.0) == relative(*WHERE, 8.0, 7.0, 12.5)
+
+
+def test_a_seed_without_a_value_leaves_the_mean_without_one():
+    one, none = relative(*WHERE, 1.0, 2.0, 5.0), relative(*WHERE, 1.0, math.nan, 5.0)
+    for rows in ([one, none], [none, one]):
+        row = over_seeds(rows)
+        assert row.held is False and row.spread is None and row.difference == "no value"
+        assert row.to_json()["ours"] is None and "spread" not in row.to_json()
+
+
+def test_a_mean_that_is_off_is_explained_where_the_papers_own_seed_holds():
+    first, other = relative(*WHERE, 1.0, 1.04, 5.0), relative(*WHERE, 1.0, 1.14, 5.0)
+    row = over_seeds([first, other])
+    assert row.held == EXPLAINED and row.reason.startswith("D15: ")
+    assert row.ours == pytest.approx(1.09)
+    assert over_seeds([other, first]).held is False, "the paper's seed is the first"
+    far = relative(*WHERE, 1.0, 1.2, 5.0)
+    assert over_seeds([first, far]).held is False, "more than twice the tolerance off"
+    assert over_seeds([first, first]).held is True

@@ -1,4 +1,4 @@
-"""Event by event against iteration by iteration: the same finish times, the same counts.
+"""Regime items 6 and 9: event by event as iteration by iteration, the same times and counts.
 
 The plain mode asks the scheduler about every iteration and adds up every one's time; the
 event-driven mode must come to the same end, whatever the workload, the manager and the mode of

@@ -1,4 +1,4 @@
-"""Every operation with every number of free blocks: all of it happens, or nothing does.
+"""Regime item 5: with every number of free blocks, all of an operation happens, or nothing does.
 
 The managers compare what an operation needs with what is free before they touch anything. So an
 allocation that fails half-way would show as a number of free blocks below the need at which the

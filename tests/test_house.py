@@ -22,10 +22,11 @@ BOOKKEEPING = (
     "expert_families", "family_fields", "gpus", "memory_plan", "model_config", "model_families",
 )  # fmt: skip
 TENSORS = (
-    "attention", "block_kernels", "host_pool", "kernels", "paged_attention",
+    "attention", "block_kernels", "decode_tuning", "host_pool", "kernels", "paged_attention",
     "paged_attention_triton",
 )  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def imports(path):
@@ -99,10 +100,41 @@ def test_every_module_opens_with_what_it_is(path):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
 
 
-def test_readme_names_only_files_that_exist():
-    names = set(re.findall(r"`([\w./-]+\.(?:py|slurm|txt|json|sh))`", README))
-    missing = {name for name in names if not (ROOT / name).exists()} - {"out.json"}
-    assert len(names) > 30 and not missing
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_only_files_that_exist(path):
+    text = path.read_text(encoding="utf-8")
+    names = set(re.findall(r"`([\w./-]+\.(?:py|slurm|txt|json|sh))`", text))
+    missing = {name for name in names if not (ROOT / name).exists()}
+    assert names and not missing
+
+
+def test_every_module_has_its_place_in_a_document():
+    code = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    assert {name for name in MODULES if f"`{name}.py`" not in code} == set()
+
+
+def anchors(path):
+    """Of the headings of a document, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    for link in {link for link in links if not link.startswith("https://")}:
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_difference_is_told():
+    told = anchors(ROOT / "docs" / "differences.md")
+    for path in [*MODULES.values(), *(ROOT / "results").glob("*.json")]:
+        numbers = set(re.findall(r"\"(D\d+): ", path.read_text(encoding="ascii")))
+        assert {number.lower() for number in numbers} <= told, path
 
 
 def test_readme_map_names_functions_that_exist():
@@ -116,8 +148,9 @@ def test_readme_map_names_functions_that_exist():
             found = getattr(found, attribute)
 
 
-def test_readme_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_example_runs():
+    text = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, done.stderr
 

@@ -1,5 +1,7 @@
 """kernels.py: the right kernel by default, a clear refusal by name, the same scenario with both."""
 
+import sys
+
 import pytest
 import torch
 
@@ -23,15 +25,22 @@ def problem(monkeypatch):
 
 
 def test_auto_takes_triton_on_a_gpu_where_it_runs(problem):
-    assert choose_kernel("auto", CUDA, 8, 2, 64) == TRITON
-    assert choose_kernel("auto", CPU, 8, 2, 64) == GATHER
+    assert choose_kernel("auto", CUDA, 8, 2, 64) == (TRITON, "")
+    assert choose_kernel("auto", CPU, 8, 2, 64) == (GATHER, "triton needs a GPU")
     problem["text"] = "no compiler"
-    assert choose_kernel("auto", CUDA, 8, 2, 64) == GATHER
+    assert choose_kernel("auto", CUDA, 8, 2, 64) == (GATHER, "no compiler")
+
+
+def test_the_first_line_of_a_run_says_why(problem):
+    setting = Setting(MODELS["opt-125m"], CPU, 1, 160, 16, 0, *choose_kernel("auto", CPU, 8, 2, 64))
+    assert setting.describe()["kernel"] == "gather (triton needs a GPU)"
+    setting = Setting(MODELS["opt-125m"], CPU, 1, 160, 16, 0, *choose_kernel(GATHER, CPU, 8, 2, 64))
+    assert setting.describe()["kernel"] == "gather"
 
 
 def test_a_kernel_by_name_is_taken_or_refused(problem):
-    assert choose_kernel(GATHER, CUDA, 8, 2, 64) == GATHER
-    assert choose_kernel(TRITON, CUDA, 8, 2, 64) == TRITON
+    assert choose_kernel(GATHER, CUDA, 8, 2, 64) == (GATHER, "")
+    assert choose_kernel(TRITON, CUDA, 8, 2, 64) == (TRITON, "")
     problem["text"] = "no compiler"
     with pytest.raises(KernelError, match="no compiler; use --kernel gather"):
         choose_kernel(TRITON, CUDA, 8, 2, 64)
@@ -45,9 +54,22 @@ def test_what_the_kernel_cannot_do_is_named():
 
 
 def test_without_triton_there_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "block_kernels", None)
+    monkeypatch.setitem(sys.modules, "block_kernels", None)
     with pytest.raises(KernelError, match="--kernel triton: import of block_kernels halted"):
         choose_kernel(TRITON, CPU, 4, 4, 64)
+
+
+def test_a_kernel_that_cannot_be_launched_at_this_size_is_found_before_the_run(monkeypatch):
+    module = pytest.importorskip("paged_attention_triton", exc_type=ImportError)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_kernel(TRITON, device, 8, 2, 64) == (TRITON, "")
+
+    def too_much(device, group, head_size):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(module, "try_launch", too_much)
+    with pytest.raises(KernelError, match="out of resource: shared memory; use"):
+        choose_kernel(TRITON, device, 8, 2, 64)
 
 
 def test_each_name_has_its_kernel():

@@ -389,9 +389,9 @@ def test_columns_are_quick(full, dataset):
     full.columns(dataset, 30.0, 3600.0, 0)
     taken = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         count = len(full.columns(dataset, 30.0, 3600.0, 0)[0])
-        middle = time.perf_counter()
+        middle = time.process_time()
         poisson_arrivals(30.0, 3600.0, 0)
-        taken.append(middle - start - (time.perf_counter() - middle))
+        taken.append(middle - start - (time.process_time() - middle))
     assert min(taken) / count < 4e-6

@@ -1,4 +1,4 @@
-"""paged_attention.py: where every byte lies, what is refused, and the same bits as contiguous."""
+"""Regime item 8: paged_attention.py, where every byte lies, what is refused, contiguous bits."""
 
 import random
 

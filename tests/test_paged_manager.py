@@ -1,4 +1,4 @@
-"""The paged manager: the paper's own examples, closed forms, refusals, and its invariants."""
+"""Regime items 1 and 7: the paged manager's invariants, the paper's own examples, refusals."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""The scheduler against the artifact's rules: worked examples, and a naive reference beside it.
+"""Regime items 7 and 9: the artifact's rules in worked examples, and against a naive reference.
 
 The reference (`Naive`) goes through an iteration as section 4.5 tells it: group by group, token by
 token, with nothing counted ahead. It shares no line with scheduler.py; under it is a manager of

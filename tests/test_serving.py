@@ -1,4 +1,4 @@
-"""Serving a workload: the groups it is made of, the clock, the totals, and what observers see."""
+"""Regime item 9: serving a workload to its end, its groups, clock, totals and observers."""
 
 import random
 

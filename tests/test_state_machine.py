@@ -1,4 +1,4 @@
-"""Random histories against a shadow that knows contents and no blocks (design, test regime 2).
+"""Regime item 2: random histories against a shadow that knows contents and no blocks.
 
 The shadow keeps what each sequence's K and V should be: a list of stamps, one per token, all
 different. A fake cache does what the manager says (copies and swaps at once, freed blocks are
@@ -7,15 +7,22 @@ poisoned), and the contents are compared through the tables after every step.
 The shadow also predicts every number of blocks without a table. Two sequences may share a block
 if and only if its contents are the same stamps, so the pool in use must be as large as the set
 of different block contents, and an operation needs as many blocks as that set grows by.
+
+The long runs (marker `slow`) go on until RULE_STEPS (environment; 150,000) rules have run, with
+the seeds 0, 1, 2, ... of Hypothesis, and print what they did:
+    RULE_STEPS=1000000 python -m pytest -m slow -rP tests/test_state_machine.py -k paged
 """
 
 import math
+import os
 import random
+import time
 from collections import Counter
 from typing import ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -48,8 +55,9 @@ SHORT = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-# Other examples on each run, and longer ones.
-LONG = settings(SHORT, max_examples=1500, stateful_step_count=100, derandomize=False)
+# One round of a long run: other examples for each seed, and longer ones.
+ROUND = settings(SHORT, max_examples=250, stateful_step_count=100, derandomize=False)
+RULE_STEPS = int(os.environ.get("RULE_STEPS", "150000"))
 
 PICK = st.integers(0, 2**12)  # chooses among what there is, modulo its number
 BAD_COUNTS = (0, -1, True, 1.0, None)
@@ -90,6 +98,12 @@ class PagedMachine(RuleBasedStateMachine):
         if prefix:
             self.allocate_prefix(prefix)
         self.admit(prompt_len=2, generated=generated, pick=0, behind=True, finished=0)
+        self.events["rules"] -= 1
+
+    @invariant()
+    def count(self):
+        """Hypothesis asks after `start` and after each rule."""
+        self.events["rules"] += 1
 
     # -- the shadow -------------------------------------------------------------------------
 
@@ -577,6 +591,11 @@ class BaselineMachine(RuleBasedStateMachine):
         self.next_id = self.next_stamp = 0
         for _ in range(beams):
             self.allocate(tokens=2, more=max_len - 2, limit=max_len)
+        self.events["rules"] -= 1
+
+    @invariant()
+    def count(self):
+        self.events["rules"] += 1
 
     def fresh(self, count):
         self.next_stamp += count
@@ -777,11 +796,29 @@ BASELINE_EVENTS = {
 }
 
 
+def assert_exercised(machine, least):
+    rare = {event: machine.events[event] for event, n in least.items() if machine.events[event] < n}
+    assert not rare, f"hardly exercised: {rare}"
+
+
 def run_machine(machine, how, least):
     machine.events.clear()
     run_state_machine_as_test(machine, settings=how)
-    rare = {event: machine.events[event] for event, n in least.items() if machine.events[event] < n}
-    assert not rare, f"hardly exercised: {rare}"
+    assert_exercised(machine, least)
+
+
+def run_for_long(machine, least):
+    """Rounds with the seeds 0, 1, 2, ... until RULE_STEPS rules have run."""
+    machine.events.clear()
+    begin, rounds = time.process_time(), 0
+    while machine.events["rules"] < RULE_STEPS:
+        one_of_its_own = type(machine.__name__, (machine,), {})  # which keeps the seed
+        run_state_machine_as_test(seeded(rounds)(one_of_its_own), settings=ROUND)
+        rounds += 1
+    seconds = time.process_time() - begin
+    print(f"{machine.events['rules']:,} rules, seeds 0 to {rounds - 1}, {seconds:.0f} s of CPU")
+    print(dict(machine.events))
+    assert_exercised(machine, least)
 
 
 def test_paged_manager_against_contents():
@@ -794,9 +831,9 @@ def test_baseline_manager_against_contents():
 
 @pytest.mark.slow
 def test_paged_manager_against_contents_for_long():
-    run_machine(PagedMachine, LONG, PAGED_EVENTS)
+    run_for_long(PagedMachine, PAGED_EVENTS)
 
 
 @pytest.mark.slow
 def test_baseline_manager_against_contents_for_long():
-    run_machine(BaselineMachine, LONG, BASELINE_EVENTS)
+    run_for_long(BaselineMachine, BASELINE_EVENTS)

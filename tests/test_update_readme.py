@@ -1,4 +1,4 @@
-"""tools/update_readme.py: how the README counts rows, of results with and without 'fitted'."""
+"""tools/update_readme.py: how rows are counted, what is not recorded yet, where links lead."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import committed  # noqa: E402
+import figure_blocks  # noqa: E402
+import speed_blocks  # noqa: E402
 import update_readme  # noqa: E402
+
+D5 = "[D5](docs/differences.md#d5)"
 
 
 def row(figure, held, **more):
@@ -50,8 +55,8 @@ def cells(text):
     ids=["new", "old"],
 )
 def test_fitted_rows_are_counted_where_the_results_tell_them(monkeypatch, found, columns, counts):
-    monkeypatch.setattr(update_readme, "load", lambda name: found)
-    text = update_readme.figures().split("How many times")[0]
+    monkeypatch.setattr(figure_blocks, "load", lambda name: found)
+    text = figure_blocks.figures()
     (headers,) = [line for line in text.splitlines() if "where in the paper" in line]
     assert " | ".join(cell.strip() for cell in headers.strip("|").split("|")[2:]) == columns
     assert cells(text)["all"] == counts
@@ -60,10 +65,124 @@ def test_fitted_rows_are_counted_where_the_results_tell_them(monkeypatch, found,
 def test_fitted_rows_are_marked_where_the_results_tell_them(monkeypatch):
     last = []
     for found in (NEW, OLD):
-        monkeypatch.setattr(update_readme, "load", lambda name, found=found: found)
-        lines = [line for line in update_readme.rows().splitlines() if line.startswith("| Fig.")]
+        monkeypatch.setattr(figure_blocks, "load", lambda name, found=found: found)
+        lines = [line for line in figure_blocks.rows().splitlines() if line.startswith("| Fig.")]
         last.append([line.strip("|").split("|")[-1].strip() for line in lines])
     assert last == [
-        ["yes", "yes, fitted", "yes", "D5, fitted", "NO, fitted"],
-        ["yes", "yes", "yes", "D5", "NO"],
+        ["yes", "yes, fitted", "yes", f"{D5}, fitted", "NO, fitted"],
+        ["yes", "yes", "yes", D5, "NO"],
     ]
+
+
+def test_the_headline_counts_the_fitted(monkeypatch):
+    real = committed.load
+
+    def load(name):
+        found = real(name)
+        if name == "reproduce.json":
+            for one in found["output"]["rows"]:
+                one["fitted"] = one["figure"] == "Table 1"
+        return found
+
+    monkeypatch.setattr(figure_blocks, "load", load)
+    rows = load("reproduce.json")["output"]["rows"]
+    fitted = sum(one["held"] is True for one in rows if one["figure"] == "Table 1")
+    assert f"({fitted} of them on values that constants were fitted to)" in figure_blocks.headline()
+
+
+def test_differences_counts_rows_by_figure(monkeypatch):
+    monkeypatch.setattr(figure_blocks, "load", lambda name: NEW)
+    table = cells(figure_blocks.differences())
+    assert table[D5][0] == "1 of Fig. 12"
+    assert {counts[0] for number, counts in table.items() if number != D5} == {"none here"}
+    assert "12" in figure_blocks.explained("D5")
+    assert figure_blocks.explained("D6") == "No row of the committed run."
+
+
+def test_a_curve_without_a_value_is_shown_as_missing(monkeypatch):
+    real = committed.load("reproduce.json")
+    for one in real["output"]["rows"]:
+        if one["setting"] == "13B ShareGPT, vLLM / Orca (Max)":
+            one.update(ours=None, held=False, difference="no value")
+    monkeypatch.setattr(figure_blocks, "load", {
+        "reproduce.json": real, "main_cpu.json": committed.load("main_cpu.json")}.get)  # fmt: skip
+    assert cells(figure_blocks.ratios())["Fig. 12, 13B ShareGPT"][2] == "- / 3.68 (NO)"
+    assert "| - " in figure_blocks.rows() and " neither." in figure_blocks.headline()
+
+
+def hour(ratio):
+    metric = "rate, ratio at 0.5 s/token"
+    return results(
+        row("Fig. 14", True, setting="13B Alpaca, parallel 2, vLLM", metric=metric, ours=9.0),
+        row("Fig. 14", True, setting="13B Alpaca, beam 6, vLLM", metric=metric, ours=ratio),
+    )
+
+
+def test_an_hour_of_beam_search_stands_beside_ten_minutes(monkeypatch):
+    monkeypatch.setattr(figure_blocks, "find", lambda name: None)
+    assert figure_blocks.beams_hour() == ""
+    monkeypatch.setattr(figure_blocks, "find", lambda name: hour(2.5))
+    monkeypatch.setattr(figure_blocks, "load", lambda name: hour(1.5))
+    assert cells(figure_blocks.beams_hour())["6, vLLM"][1:4] == ["1", "1.5", "2.5"]
+
+
+def test_what_is_not_recorded_is_left_out(monkeypatch):
+    monkeypatch.setattr(speed_blocks, "find", lambda name: None)
+    for block in (speed_blocks.gpu, speed_blocks.gpu_attention, speed_blocks.gpu_paging):
+        assert block() == ""
+
+
+def recorded(output):
+    return {"command": "python b.py", "device": "a GPU", "versions": {}, "output": output}
+
+
+ATTENTION = recorded({
+    "bandwidth_bytes_per_s": 1e12, "repeats": 3,
+    "shapes": [
+        {"shape": "small", "aim": 1.25, "floor_us": 10.0, "triton_us": 12.0, "read_us": 11.0},
+        {"shape": "large", "aim": 1.05, "floor_us": 100.0, "triton_us": 110.0, "read_us": 101.0},
+    ],
+})  # fmt: skip
+PAGED = {
+    "paged_us": 11.0,
+    "floor_us": 9.0,
+    "contiguous_us": 10.0,
+    "cudnn_us": None,
+    "flash_us": 8.0,
+}
+TIMES = {
+    f"{way}{of}_ms": 2.0 for way in ("recompute", "swap_in", "swap_out") for of in ("", "_median")
+}
+PAGING = recorded({
+    "model": "opt-13b", "copy_bytes_per_s": 1e12,
+    "pinned_bytes_per_s": {"to_device": 5e10, "to_host": 5e10},
+    "attention": [{"batch": 8, "context": 64, **PAGED}], "blocks": [{"block_size": 16, **PAGED}],
+    "swap": [{"block_size": 16, "blocks": 16, "num_bytes": 1 << 20, **TIMES}],
+    "moves": [{"what": "copy", "layers": 1, "blocks": 1, "fused_us": 2.0, "limit_us": 1.0,
+               "plain_us": 4.0, "call_us": 3.0}],
+})  # fmt: skip
+
+
+def test_recorded_kernels_are_shown(monkeypatch):
+    monkeypatch.setattr(speed_blocks, "find", {
+        speed_blocks.ATTENTION: ATTENTION, speed_blocks.PAGING: PAGING}.get)  # fmt: skip
+    assert cells(speed_blocks.gpu_attention())["small"][:4] == ["10.000", "1.250", "-", "-"]
+    paging = speed_blocks.gpu_paging()
+    for title in ("Fig. 18a", "Fig. 18b", "Fig. 19a", "Swapping", "Section 5"):
+        assert f"\n{title}" in paging
+    lines = speed_blocks.gpu()
+    assert "1.10 to 1.20 times" in lines and "1 of 2 aims met" in lines and "+10.0 to" in lines
+
+
+def test_links_are_rewritten_for_docs(tmp_path, monkeypatch):
+    page = "<!-- result: origin_of x -->\nold\n<!-- end -->\n"
+    monkeypatch.setitem(
+        update_readme.PARTS, "origin_of", lambda name: f"[a](docs/{name}.md) [b](results/{name})"
+    )
+    found = []
+    for folder in ("docs", "elsewhere"):
+        path = tmp_path / folder / "page.md"
+        path.parent.mkdir()
+        path.write_text(page, encoding="utf-8")
+        found.append(update_readme.updated(path).splitlines()[1])
+    assert found == ["[a](x.md) [b](../results/x)", "[a](docs/x.md) [b](results/x)"]

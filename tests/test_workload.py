@@ -268,7 +268,7 @@ def test_five_shot_suffix_is_the_input_plus_a_constant():
 
 BAD_SOURCES = {
     "missing": None,
-    "not gzip": b"input_len,output_len\n1,2\n",
+    "not gzip": b"input_len,output_len\n1 2\n",
     "truncated": gzip.compress(b"input_len,output_len\n" + b"12,34\n" * 999)[:40],
     "column": gzip.compress(b"input_len,other\n1,2\n"),
     "value": gzip.compress(b"input_len,output_len\n1,2\n1,x\n"),

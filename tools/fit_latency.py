@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import latency  # noqa: E402
 import paper  # noqa: E402
+from allocator import CacheError  # noqa: E402
 from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
 from experiments import Run, groups_for, manager_for  # noqa: E402
 from fitted_points import fitted_points  # noqa: E402
@@ -237,7 +238,10 @@ def parse_and_fit(arguments: list[str] | None) -> int:
         print(*(f"{name}: {lengths.source(name)}" for name in LONGEST_S), "", sep="\n", flush=True)
     except WorkloadError as error:
         raise UsageError(str(error)) from None
-    other = check_software(dict.fromkeys(options.model or latency.FITTED), lengths)
+    try:
+        other = check_software(dict.fromkeys(options.model or latency.FITTED), lengths)
+    except (CacheError, ValueError) as error:  # a request that no memory holds, say
+        raise UsageError(str(error)) from None
     other += check_swaps()
     if options.check:
         print("", *(other or ["latency.py has what is found"]), sep="\n")

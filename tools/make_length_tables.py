@@ -16,15 +16,10 @@ it: a least-squares line through a cell keeps the cell's mean, which sampled kno
 Most chat prompts have one length, the longest, which is a row of its own.
 """
 
-import argparse
-import csv
-import gzip
-import os
 import sys
-import tempfile
 import textwrap
-import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +27,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
 from length_files import chat_rounds  # noqa: E402
-from workload import WorkloadError  # noqa: E402
+from report import check_writable, write_whole  # noqa: E402
+from workload import WorkloadError, read_columns  # noqa: E402
 
 MAX_TABLE_BYTES = 10_000
 KNOT_WARP = 0.85  # 0: levels evenly spaced, 1: cosine spacing; knots crowd into both tails
@@ -67,10 +64,6 @@ The rounds of Fig. 17: prompts of history and query, and replies, as length_file
 makes them from the turns of the first conversations (125,509,632 bytes) of
 ShareGPT_V3_unfiltered_cleaned_split.json, counted with the OPT tokenizer; no licence named.
 A stand-in: the paper's artifact does not give its own conversations."""
-
-
-class BadInput(Exception):
-    """A source file is missing or not what it should be; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -107,45 +100,17 @@ CHAT_SPEC = TableSpec("CHAT", "sharegpt_v3_first17671_turn_lengths.csv.gz", "", 
                       bounded=True)  # fmt: skip
 
 
-def read_columns(path: Path, columns: tuple[str, ...]) -> np.ndarray:
-    """The named columns of a gzipped CSV as an int64 array (rows, columns); BadInput if not."""
-    values = []
-    try:
-        with gzip.open(path, "rt", encoding="ascii", newline="") as stream:
-            reader = csv.DictReader(stream)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
-            if missing:
-                raise BadInput(f"{path}: no column {missing[0]}")
-            for row in reader:
-                try:
-                    values.append([int(row[name]) for name in columns])
-                except (TypeError, ValueError):
-                    raise BadInput(f"{path}: line {reader.line_num}: not an integer") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path}: {reason}") from None
-    if not values:
-        raise BadInput(f"{path}: no rows")
-    lengths = np.array(values, dtype=np.int64)
-    if lengths.min() < 1:
-        raise BadInput(f"{path}: a length below 1")
-    return lengths
-
-
 def read_pairs(data: Path, spec: TableSpec) -> np.ndarray:
-    """The pairs of a table, int64 (pairs, 2), from its file in folder `data`; BadInput if not."""
+    """The pairs of a table, int64 (pairs, 2), from its file in `data`; WorkloadError if not."""
     path = data / spec.filename
     if not spec.input_column:
-        try:
-            pairs = np.array(chat_rounds(path), dtype=np.int64).reshape(-1, 2)
-        except WorkloadError as error:
-            raise BadInput(str(error)) from None
+        pairs = np.array(chat_rounds(path), dtype=np.int64).reshape(-1, 2)
     else:
-        pairs = read_columns(path, (spec.input_column, spec.output_column))
+        pairs = read_columns(path, (spec.input_column, spec.output_column)).T
     if spec.max_total is not None:
         pairs = pairs[pairs.sum(axis=1) <= spec.max_total]
     if not len(pairs):
-        raise BadInput(f"{path}: no pair of lengths to keep")
+        raise WorkloadError(f"{path}: no pair of lengths to keep")
     return pairs
 
 
@@ -206,12 +171,12 @@ def table_text(pairs: np.ndarray, spec: TableSpec) -> str:
 
 
 def wmt16_added_tokens(data: Path) -> dict[int, int]:
-    """Tokens to add to a WMT16 input, by number of examples; BadInput if not one constant."""
+    """Tokens to add to a WMT16 input, by number of examples; WorkloadError if not a constant."""
     columns = tuple(WMT16_SUFFIX.format(shots) for shots in WMT16_SHARED)
-    suffixes = read_columns(data / WMT16_NAME, columns)
+    suffixes = read_columns(data / WMT16_NAME, columns).T
     added = suffixes - suffixes[:, :1]
     if (added != added[0]).any():
-        raise BadInput(f"{data / WMT16_NAME}: suffix lengths do not differ by a constant")
+        raise WorkloadError(f"{data / WMT16_NAME}: suffix lengths do not differ by a constant")
     return dict(zip(WMT16_SHARED, added[0].tolist()))
 
 
@@ -220,7 +185,7 @@ def table_lines(data: Path, spec: TableSpec) -> list[str]:
     pairs = read_pairs(data, spec)
     text = table_text(pairs, spec)
     if len(text) >= MAX_TABLE_BYTES:
-        raise BadInput(f"{data / spec.filename}: table takes {len(text)} bytes, too many")
+        raise WorkloadError(f"{data / spec.filename}: table takes {len(text)} bytes, too many")
     lines = [f"# {len(pairs)} pairs", f'{spec.constant}_ROWS = """', text, '"""', ""]
     if spec.max_total is not None:
         lines.insert(0, f"{spec.constant}_MAX_TOTAL = {spec.max_total}  # input + output")
@@ -270,38 +235,26 @@ def generate_chat(data: Path) -> str:
     return "\n".join(parts + table_lines(data, CHAT_SPEC))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` with `text` in one step, so that no reader sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="ascii", newline="\n") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0, or 2 with one line on stderr)."""
-    parser = argparse.ArgumentParser(description="make the compact tables from the length files")
+    return exit_code("make_length_tables.py", partial(parse_and_make, arguments))
+
+
+def parse_and_make(arguments: list[str] | None) -> int:
+    """0. Raises UsageError."""
+    parser = OneLineParser(description="make the compact tables from the length files")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR")
     options = parser.parse_args(arguments)
+    parts = {"length_tables.py": generate, "chat_lengths.py": generate_chat}
+    for name in parts:
+        check_writable(options.out / name)
     try:
-        texts = {
-            "length_tables.py": generate(options.data),
-            "chat_lengths.py": generate_chat(options.data),
-        }
-        for name, text in texts.items():
-            write_atomically(options.out / name, text)
-    except BadInput as error:
-        print(f"make_length_tables: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"make_length_tables: {options.out}: {error.strerror}", file=sys.stderr)
-        return 2
+        texts = {name: make(options.data) for name, make in parts.items()}
+    except WorkloadError as error:
+        raise UsageError(str(error)) from None
+    for name, text in texts.items():
+        write_whole(options.out / name, text.encode("ascii"))
     return 0
 
 

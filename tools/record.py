@@ -10,28 +10,29 @@ taken from the variable COMMIT.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import exit_code  # noqa: E402
+from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
 from report import check_writable, write_json  # noqa: E402
 
 
 def commit() -> str:
-    """The commit that is checked out, '+' behind it if files differ from it."""
+    """The commit that is checked out, '+' behind it if files differ from it, results/ aside."""
     try:
         head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        changed = _git("status", "--porcelain", "--untracked-files=no", ":!results")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT", "unknown")
     return head + ("+" if changed else "")
@@ -57,7 +58,7 @@ def device() -> str:
 def versions() -> dict[str, str]:
     """Python and the packages that matter, where installed."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "triton"):
+    for package in ("torch", "numpy", "triton", "flashinfer-python", "nvidia-cudnn-cu13"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -65,24 +66,34 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: list[str] | None = None) -> int:
+    """The script's own exit code, or 2 with one line on stderr."""
+    return exit_code("record.py", partial(parse_and_record, argv))
+
+
+def parse_and_record(argv: list[str] | None) -> int:
+    """Raises UsageError for a script that there is not, or that leaves no JSON."""
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("result", type=Path, help="the file to write")
     parser.add_argument("script", help="the script to run, from the root")
-    args, arguments = parser.parse_known_args()
+    args, arguments = parser.parse_known_args(argv)
     check_writable(args.result)
+    if not (ROOT / args.script).is_file():
+        raise UsageError(f"there is no script {args.script}")
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "out.json"
         command = [sys.executable, args.script, *arguments, "--json", str(found)]
         printed = []
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, errors="backslashreplace"
+        ) as running:
             assert running.stdout is not None
             for line in running.stdout:
                 print(line, end="", flush=True)
                 printed.append(line.rstrip("\n"))
         if not found.exists():
             return running.returncode or 2
-        output = json.loads(found.read_text(encoding="ascii"))
+        output = load(found, args.script)
     write_json(
         args.result,
         {
@@ -97,5 +108,17 @@ def main() -> int:
     return running.returncode
 
 
+def load(path: Path, script: str) -> object:
+    """What the script wrote with --json. Raises UsageError if that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="ascii"), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{script}: its --json cannot be read: {error}") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code("record.py", main))
+    sys.exit(main())

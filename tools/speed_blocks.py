@@ -1,0 +1,132 @@
+"""What README.md and docs/ show of the benchmarks, for tools/update_readme.py.
+
+Reproduces nothing. Each function is the text between two markers: `serving`, `manager` (Python on
+one core), `gpu`, `gpu_attention`, `gpu_paging` (kernels, left out until they are recorded).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from committed import ROOT, find, load, origin, table
+
+from report import Table, render
+
+SERVING_AIMS = {  # trace: s
+    "13B single, 2.0/s, 1 h": 0.15, "13B parallel 6, 7.0/s, 1 h": 0.5,
+    "13B beam 6, 7.0/s, 1 h": 5.0, "Azure conversations, 2023": 0.5,
+}  # fmt: skip
+ALL_AIM_S = 90.0  # everything, on 2 cores
+APPEND_AIM_NS = 130.0
+APPEND_ALL_AIMS_NS = {"W1": 10.0, "W2": 3.0, "W3": 10.0}
+ATTENTION, PAGING = "bench_attention.json", "bench_paging_cost.json"
+
+
+def serving() -> str:
+    """The speed of the simulator."""
+    result = load("bench_serving.json")
+    rows = [
+        (row["trace"], row["requests"], row["decode_tokens"], row["iterations"], row["seconds"],
+         SERVING_AIMS.get(row["trace"]), row["ns_per_token"], row["x_call"],
+         row["plain_seconds"], row["speed_up"])
+        for row in result["output"]["rows"]
+    ]  # fmt: skip
+    headers = ("trace", "requests", "decode tokens", "iterations", "s", "aim, s", "ns a token",
+               "x empty call", "one by one, s", "speed-up")  # fmt: skip
+    every = load("reproduce.json")
+    all_s = every["output"]["elapsed_s"]
+    aims = [(row["seconds"], SERVING_AIMS[row["trace"]]) for row in result["output"]["rows"]
+            if row["trace"] in SERVING_AIMS]  # fmt: skip
+    aims.append((all_s, ALL_AIM_S))
+    missed = [seconds / aim for seconds, aim in aims if seconds > aim]
+    by = f", by factors of {min(missed):.1f} to {max(missed):.1f}" if missed else ""
+    return "\n\n".join([
+        origin(result, "bench_serving.json"),
+        table(headers, rows, decimals=2),
+        f"Everything: {all_s:.0f} s, aim {ALL_AIM_S:.0f} s; {origin(every, 'reproduce.json')}. "
+        f"{len(missed)} of {len(aims)} aims are missed{by}.",
+    ])  # fmt: skip
+
+
+def manager() -> str:
+    """The speed of the bookkeeping."""
+    result = load("bench_manager.json")
+    rows = []
+    for row in result["output"]["rows"]:
+        ns = row["ns_per_token"]
+        aims = APPEND_AIM_NS, APPEND_ALL_AIMS_NS[row["workload"]]
+        rows.append(
+            (row["workload"], row["tokens"], ns["append"], aims[0], ns["append"] / ns["call"])
+            + (ns["append_all"], aims[1], *row["blocks"])
+        )
+    headers = ("workload", "tokens", "append, ns", "aim", "x empty call", "append_all, ns", "aim",
+               "blocks admitted", "after step 1", "at the end")  # fmt: skip
+    return origin(result, "bench_manager.json") + "\n\n" + table(headers, rows)
+
+
+def benchmark(name: str):
+    """A module of benchmarks/, which needs torch."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    return __import__(name)
+
+
+def shown(tables: list[Table], decimals: int) -> str:
+    return "\n\n".join(render(replace(t, decimals=decimals), "github").strip() for t in tables)
+
+
+def gpu_attention() -> str:
+    """The attention kernel over the memory's limit, once it has been recorded."""
+    result = find(ATTENTION)
+    if result is None:
+        return ""
+    found = result["output"]
+    where = f"large copy {found['bandwidth_bytes_per_s'] / 1e9:,.0f} GB/s, "
+    where += f"median of {found['repeats']}"
+    tables = benchmark("bench_attention").tables(found["shapes"], where)
+    return origin(result, ATTENTION) + "\n\n" + shown(tables, 3)
+
+
+def gpu_paging() -> str:
+    """Figs. 18a, 18b and 19a and the fused kernels, once they have been recorded."""
+    result = find(PAGING)
+    if result is None:
+        return ""
+    bench, found = benchmark("bench_paging_cost"), result["output"]
+    where = f"{found['model']}'s shape, large copy {found['copy_bytes_per_s'] / 1e9:,.0f} GB/s"
+    tables = []
+    if "attention" in found:
+        tables.append(bench.attention_table(found["attention"], where))
+    if "blocks" in found:
+        tables.append(bench.blocks_table(found["blocks"], where))
+    if "swap" in found:
+        pinned = bench.PinnedBandwidth(**found["pinned_bytes_per_s"])
+        tables.append(bench.swap_table(found["swap"], where))
+        tables.append(bench.transfer_table(found["swap"], pinned, where))
+    if "moves" in found:
+        tables.append(bench.moves_table(found["moves"], where))
+    return origin(result, PAGING) + "\n\n" + shown(tables, 2)
+
+
+def gpu() -> str:
+    """One line for each of the two, once it has been recorded."""
+    lines = []
+    attention, paging = find(ATTENTION), find(PAGING)
+    if attention is not None:
+        over = [row["triton_us"] / row["floor_us"] for row in attention["output"]["shapes"]]
+        met = sum(o <= row["aim"] for o, row in zip(over, attention["output"]["shapes"]))
+        lines.append(
+            f"* Reading blocks in place takes {min(over):.2f} to {max(over):.2f} times as long as "
+            f"one large copy needs for the live K and V; {met} of {len(over)} aims met. "
+            + origin(attention, ATTENTION)
+        )
+    if paging is not None and "attention" in paging["output"]:
+        over = [
+            100 * (row["paged_us"] / row["contiguous_us"] - 1)
+            for row in paging["output"]["attention"]
+        ]
+        lines.append(
+            f"* Random blocks against consecutive ones, the same kernel: {min(over):+.1f} to "
+            f"{max(over):+.1f} %. " + origin(paging, PAGING)
+        )
+    return "\n".join(lines)
