@@ -104,7 +104,7 @@ def test_every_module_opens_with_what_it_is(path):
 def test_documents_name_only_files_that_exist(path):
     text = path.read_text(encoding="utf-8")
     names = set(re.findall(r"`([\w./-]+\.(?:py|slurm|txt|json|sh))`", text))
-    missing = {name for name in names if not (ROOT / name).exists()}
+    missing = {name for name in names if not (ROOT / name).exists()} - {"config.json"}  # a model's
     assert names and not missing
 
 
