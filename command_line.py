@@ -25,13 +25,6 @@ class UsageError(Exception):
     """What was asked for cannot be done; the message is the one line the user sees."""
 
 
-def positive(text: str) -> int:
-    """A positive integer, for argparse."""
-    if not (text.isascii() and text.isdigit()) or len(text) > 12 or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a positive integer")
-    return int(text)
-
-
 class OneLineParser(argparse.ArgumentParser):
     """argparse, but a mistake takes one line, without the usage."""
 
@@ -46,6 +39,20 @@ class OneLineParser(argparse.ArgumentParser):
                 # argparse takes the value for the end of the options, and gives an empty list.
                 self.error(f"argument {option}: expected one argument")
         return super().parse_known_args(given, namespace)
+
+
+def positive(text: str) -> int:
+    """A positive integer, for argparse."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 12 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a positive integer")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed: 0 to 2**32 - 1."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 10 or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not an integer from 0 to 2**32 - 1")
+    return int(text)
 
 
 def exit_code(script: str, run: Callable[[], int]) -> int:

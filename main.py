@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import command_line
-from command_line import OneLineParser, UsageError, exit_code, positive
+from command_line import OneLineParser, UsageError, exit_code, positive, seed
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
@@ -42,13 +42,6 @@ example:
 
 
 MEMORY_FLAGS = "--layers, --num-blocks or --block-size"
-
-
-def seed(text: str) -> int:
-    """A seed: 0 to 2**32 - 1."""
-    if not (text.isascii() and text.isdigit()) or len(text) > 10 or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not an integer from 0 to 2**32 - 1")
-    return int(text)
 
 
 def layers(text: str) -> int | None:

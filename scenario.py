@@ -1,4 +1,4 @@
-"""What the four scenarios share: the setting, the stamps, and running a saturated queue.
+"""What the four scenarios share: the setting, and requests for a queue that never runs dry.
 
 Reproduces: section 6.1's standing conditions (OPT-13B on one A100-40GB, ShareGPT lengths, block
 size 16). Run by main.py; each scenario_*.py is one scenario.
@@ -6,8 +6,6 @@ size 16). Run by main.py; each scenario_*.py is one scenario.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +13,15 @@ import torch
 
 import kernels
 import paper
-from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from paged_attention import PagedKVCache, check_device_memory
-from scheduler import Limits, Manager, Scheduler
-from sequence import SequenceStatus
-from serving import make_groups
+from scheduler import Limits
+from steady_state import UsageMean, steady_state
 from workload import LengthTable, Request
+
+__all__ = [
+    "BASELINE_ITERATIONS", "CPU_SHARE", "ITERATIONS", "WARMUP", "Setting", "UsageMean",
+    "check_setting", "num_queued", "sample_requests", "steady_state",
+]  # fmt: skip
 
 WARMUP, ITERATIONS = 1000, 2000  # of a paged steady state
 BASELINE_ITERATIONS = 10_000  # longer: with 7 to 13 requests at a time a mean moves slowly
@@ -171,85 +172,3 @@ def sample_requests(
         output = min(output, longest - prompt)
         requests.append(Request(i, 0.0, prompt, output, num_samples=num_samples))
     return requests
-
-
-class UsageMean:
-    """Mean share of every part of the slot identity over the iterations it is told of."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.agreed = 0  # iterations whose slots were also counted sequence by sequence
-        self._sums: defaultdict[str, float] = defaultdict(float)
-
-    def add(self, usage: MemoryUsage, batch: int) -> None:
-        self.count += 1
-        for part in MemoryUsage.PARTS:
-            self._sums[part] += usage.share(part)
-        self._sums["batch"] += batch
-        if usage.physical_blocks:
-            self._sums["sharing"] += usage.logical_blocks / usage.physical_blocks
-            self._sums["in use"] += 1
-
-    def percent(self, part: str) -> float:
-        return 100.0 * self._sums[part] / self.count
-
-    @property
-    def external_and_others(self) -> float:
-        """Fig. 2's last part, in percent."""
-        return self.percent("rounding") + self.percent("padding") + self.percent("free")
-
-    @property
-    def batch(self) -> float:
-        """Mean number of batched requests."""
-        return self._sums["batch"] / self.count
-
-    @property
-    def saving(self) -> float:
-        """Fig. 15's saving in percent as the artifact has it: 1 - 1 / mean(logical / physical)."""
-        return 100.0 * (1.0 - self._sums["in use"] / self._sums["sharing"])
-
-
-def _sequence_by_sequence(scheduler: Scheduler) -> tuple[int, int]:
-    """(tokens, slots reserved for more) of the running sequences, from the requests alone."""
-    tokens = left = 0
-    for group in scheduler.running:
-        for seq in group.seqs:
-            if seq.status is SequenceStatus.RUNNING:
-                tokens += seq.prefix_len + seq.prompt_len + seq.num_generated
-                left += seq.output_len - seq.num_generated
-    return tokens, left if isinstance(scheduler.manager, BaselineCacheManager) else 0
-
-
-def steady_state(
-    manager: Manager,
-    requests: list[Request],
-    limits: Limits,
-    warmup: int,
-    iterations: int,
-    each: Callable[[Scheduler], None] = lambda scheduler: None,
-) -> UsageMean:
-    """A steady state of completions and admissions from a queue that never runs dry.
-
-    Returns the mean of `iterations` iterations after `warmup` others. `each` sees the scheduler
-    in every one that counts, after scheduling and before completing. Ends in the middle of the
-    last iteration, with everything in place. ValueError if the queue does run dry.
-    """
-    scheduler = Scheduler(manager, limits)
-    for group in make_groups(requests):
-        scheduler.add(group)
-    mean = UsageMean()
-    for index in range(warmup + iterations):
-        if index:
-            scheduler.complete()
-        scheduler.schedule(float(index))
-        if index >= warmup:
-            usage = manager.usage()
-            mean.add(usage, len(scheduler.running))
-            mean.agreed += (usage.logical_tokens, usage.reserved) == _sequence_by_sequence(
-                scheduler
-            )
-            each(scheduler)
-        if not scheduler.waiting:
-            raise ValueError(f"the queue of {len(requests)} ran dry after {index} iterations")
-    manager.check_invariants()
-    return mean

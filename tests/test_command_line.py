@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
     ROOT / name
     for name in (
-        "main.py", "reproduce.py", "benchmarks/bench_manager.py", "benchmarks/bench_serving.py",
-        "benchmarks/bench_beam_step.py", "tools/fit_latency.py", "tools/record.py",
+        "main.py", "reproduce.py", "capacity.py", "benchmarks/bench_manager.py",
+        "benchmarks/bench_serving.py", "benchmarks/bench_beam_step.py", "tools/fit_latency.py",
+        "tools/record.py",
     )
 ]  # fmt: skip
 

@@ -13,7 +13,6 @@ import torch
 
 import paged_attention
 import paper
-import scenario
 import scenario_baseline
 import scenario_mixed
 import scenario_paged
@@ -26,6 +25,7 @@ from report import ScenarioReport, Table, render_scenario
 from scenario import Setting, check_setting, sample_requests, steady_state
 from scheduler import Limits
 from sequence import BlockTable
+from serving import make_groups
 from stamped_cache import StampedCache
 from workload import ALPACA, SHAREGPT, Request
 
@@ -169,13 +169,13 @@ def test_what_is_accepted_holds_the_longest_request_and_the_largest_group(block_
         manager = BaselineCacheManager(need, block_size, policy=policy, max_len=2048)
         manager.allocate(0, longest.prompt_len, 2048)
     manager = PagedKVCacheManager(need, block_size, watermark=paper.WATERMARK)
-    group = scenario.make_groups([longest])[0]
+    group = make_groups([longest])[0]
     manager.require_fits(group)
     for n in (1, 2, 4, 6):
         for request in sample_requests(SHAREGPT, 300, setting, n):
             assert request.num_samples == n
             assert request.prompt_len + request.output_len <= setting.max_len
-            manager.require_fits(scenario.make_groups([request])[0])
+            manager.require_fits(make_groups([request])[0])
 
 
 def test_a_pool_that_does_not_fit_the_memory_is_refused():
