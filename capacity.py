@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", default="opt-13b", metavar="NAME|FILE",
         help=f"{', '.join(paper.MODELS)}; or a Hugging Face config.json "
         "(default opt-13b)")  # fmt: skip
-    add("--gpu", choices=tuple(GPUS), metavar="NAME",
+    add("--gpu", type=str.lower, choices=tuple(GPUS), metavar="NAME",
         help=f"one of {', '.join(GPUS)} (default a100-40gb)")  # fmt: skip
     add("--gpu-memory", type=gib, metavar="GIB",
         help="instead: the memory of one GPU as CUDA reports it, in GiB")  # fmt: skip
@@ -78,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="sharegpt, alpaca, or the mean prompt and output in tokens, such as 512,256 "
         "(geometric lengths)")  # fmt: skip
     add("--prefix-len", type=positive, default=PREFIX_LEN, metavar="N",
-        help=f"tokens of a shared prefix (default {PREFIX_LEN})")  # fmt: skip
+        help=f"tokens of a shared prefix, for the table of block sizes alone (default "
+        f"{PREFIX_LEN})")  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")

@@ -202,8 +202,10 @@ def concurrency(case: Case, found: Means, holdings: list[Holding]) -> Section:
         answer += "; not one request fits at full length, so a server would refuse this maximum"
     setting = f"{case.workload_line}; no limit but memory"
     if found.share_cut:
+        answer += f"; {100 * found.share_cut:.0f} % of it was longer than the maximum and cut to it"
         setting += f"; {100 * found.share_cut:.1f} % of the requests cut to the maximum"
     if case.windowed:
+        answer += "; the simulation holds every layer whole, so windows let more run than it says"
         setting += "; simulated without windows, every layer whole"
     headers = ("counted", "tokens a request", "requests")
     question = "How many requests run at once?"

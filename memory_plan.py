@@ -1,7 +1,7 @@
 """Where the bytes of each GPU go, and what is left for K and V: blocks and slots.
 
 Reproduces: Table 1's memory row. Two plans: `paper_plan` is the authors' (paper.py, README
-difference 1) and gives Table 1's slots; `serving_plan` is how serving systems plan today, with
+difference D1) and gives Table 1's slots; `serving_plan` is how serving systems plan today, with
 what they leave for activations stated as an assumption.
 
     plan = serving_plan(load_model("opt-13b"), GPUS["h100"].memory_bytes, 1, Sizes())

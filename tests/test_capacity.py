@@ -273,7 +273,7 @@ NOT_POSITIVE = ("0", "-1", "abc", "", "1.5", "1e3", "9" * 400, "nan", "\u0663")
         ("--gpu-memory", ("0", "-1", "x", "", "nan", "inf", "1e6", "9" * 400, "\u0663")),
         ("--allowance", ("0", "-1", "x", "", "nan", "1e400")),
         ("--gpu-memory-utilization", ("0", "-0.5", "1.01", "x", "", "nan")),
-        ("--gpu", ("a100", "H100", "", "a\nb")),
+        ("--gpu", ("a100", "H-100", "", "a\nb")),
         ("--dtype", ("fp32", "int4", "")),
         ("--kv-dtype", ("fp4", "")),
         ("--plan", ("mine", "")),
@@ -553,3 +553,13 @@ def test_block_sizes_by_hand(run):
     lengths = np.add(*parse_workload("30,20").sample(FORKS, 2048, 0))
     for size, row in rows.items():
         assert row["padding, slots"] == np.mean(np.ceil(lengths / size) * size - lengths)
+
+
+def test_a_gpu_may_be_written_in_capitals(run):
+    printed, _ = run("--gpu", "H100", *QUICK)
+    assert "1 x h100 of" in printed
+
+
+def test_the_answer_says_how_much_of_the_workload_was_cut(run):
+    printed, _ = run("--workload", "3000,300")
+    assert re.search(r"paging holds [^;]*; \d+ % of it was longer than the maximum", printed)

@@ -79,7 +79,7 @@ def gpu_attention() -> str:
     """The attention kernel over the memory's limit, once it has been recorded."""
     result = find(ATTENTION)
     if result is None:
-        return ""
+        return "Not recorded yet."
     found = result["output"]
     where = f"large copy {found['bandwidth_bytes_per_s'] / 1e9:,.0f} GB/s, "
     where += f"median of {found['repeats']}"
@@ -91,7 +91,7 @@ def gpu_paging() -> str:
     """Figs. 18a, 18b and 19a and the fused kernels, once they have been recorded."""
     result = find(PAGING)
     if result is None:
-        return ""
+        return "Not recorded yet."
     bench, found = benchmark("bench_paging_cost"), result["output"]
     where = f"{found['model']}'s shape, large copy {found['copy_bytes_per_s'] / 1e9:,.0f} GB/s"
     tables = []
