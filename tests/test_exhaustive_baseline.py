@@ -343,7 +343,10 @@ def search_world(world, canonical=canonical_baseline):
 
 def search_all(world, states, transitions):
     found = search_world(world)
-    assert found.done.keys() == DONE and found.refused.keys() == REFUSED
+    # A pool with room for the longest reservation of every sequence never runs dry.
+    dry = world.policy != "max" or world.num_blocks < world.num_seqs * world.max_len
+    refused = {call for call in REFUSED if dry or call[1] != "OutOfBlocksError"}
+    assert found.done.keys() == DONE and found.refused.keys() == refused
     assert (found.states, found.transitions) == (states, transitions)
 
 
