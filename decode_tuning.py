@@ -37,7 +37,7 @@ class Tuning:
 def choose_tuning(
     num_items: int, max_len: int, row_bytes: int, multiprocessors: int, shared_bytes: int
 ) -> Tuning:
-    """The cut that was fastest on an H100 over the shapes of benchmarks/bench_attention.py.
+    """A cut that suits an H100 at the shapes of benchmarks/bench_attention.py, which times it.
 
     num_items: sequences times K/V heads; max_len: slots of the widest block table; row_bytes: of
     one head of one slot, padded to a power of two; shared_bytes: that a program can have.

@@ -43,13 +43,16 @@ def _sparse_layers(config: Config, num_layers: int) -> int:
     return sum(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
 
 
+def _routed(config: Config, num_layers: int) -> tuple[int, int, int, int]:
+    """Qwen's: layers with experts, experts of one, how many a token takes, and their width."""
+    names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    return _sparse_layers(config, num_layers), *(config.count(name) for name in names)
+
+
 def _qwen2_moe(config: Config, name: str) -> Decoder:
     found = rotary(config, name)
     experts = Experts(
-        _sparse_layers(config, found["num_layers"]),
-        config.count("num_experts"),
-        config.count("num_experts_per_tok"),
-        config.count("moe_intermediate_size"),
+        *_routed(config, found["num_layers"]),
         config.count("shared_expert_intermediate_size"),
         shared_gate=True,
     )
@@ -60,10 +63,7 @@ def _qwen2_moe(config: Config, name: str) -> Decoder:
 def _qwen3_moe(config: Config, name: str) -> Decoder:
     found = rotary(config, name)
     experts = Experts(
-        _sparse_layers(config, found["num_layers"]),
-        config.count("num_experts"),
-        config.count("num_experts_per_tok"),
-        config.count("moe_intermediate_size"),
+        *_routed(config, found["num_layers"]),
     )
     bias = config.flag("attention_bias", False)
     windows = layer_windows(config, found["num_layers"], *late_layers(config))

@@ -16,7 +16,7 @@ from itertools import islice
 
 import pytest
 import torch
-from test_isolation import DEVICE, TINY, Attending, Bank, one_thread  # noqa: F401 (a fixture)
+from test_isolation import DEVICE, TINY, Attending, Bank
 from test_stamped_cache import LIMITS, PREFIX_ID, PREFIX_LEN, requests_of
 
 from kernels import GATHER, TRITON
@@ -25,6 +25,7 @@ from paged_attention import PagedKVCache, pad_block_tables
 from scenario import Setting
 from serving import make_groups, simulate
 
+pytestmark = pytest.mark.usefixtures("few_bytes")
 LONGEST = 64  # no sequence has more tokens: its own numbers are LONGEST * id + position
 
 

@@ -35,13 +35,7 @@ GROUPED = paper.ModelConfig("grouped", "opt", 3, 32, 4, 2, 8, 64, 100, 2048)
 SCENARIOS = (scenario_baseline, scenario_paged, scenario_sampling, scenario_mixed)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few bytes: a second thread only ever waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("few_bytes")
 
 
 @pytest.fixture

@@ -27,13 +27,7 @@ PREFIX_ID, PREFIX_LEN = 10**6, 7
 LIMITS = Limits(400, 32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few bytes: a second thread only ever waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("few_bytes")
 
 
 def setting_of(num_blocks=30, block_size=4, num_layers=2, seed=0, model=TINY):
