@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import paper
 from gpus import GPUS
 from paper import GIB
+from progress import Progress
 
 if TYPE_CHECKING:
     from capacity_case import Case
@@ -83,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
+    add("--quiet", action="store_true", help="no progress on stderr")
     return parser
 
 
@@ -203,9 +205,10 @@ def setting_of(case: Case) -> dict[str, object]:
     }
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, progress: Progress) -> int:
     """Size, simulate, show."""
     from capacity_tables import sections
+    from json_document import document
     from report import check_writable, render, write_json
 
     command_line.raise_on_interrupt()
@@ -217,16 +220,17 @@ def run(args: argparse.Namespace) -> int:
     for note in case.model.decoder.notes:
         print(f"{comment}{case.model.name}: {note}\n")
     found = []
-    for section in sections(case):
+    for section in sections(case, progress):
+        progress.clear()
         found.append(section)
         print(render(section.table, args.format))
         print(f"\n{comment}Answer: {section.answer}\n", flush=True)
     if args.json is not None:
-        write_json(args.json, {
-            "setting": setting_of(case),
-            "sections": [section.to_json() for section in found],
-            "elapsed_s": round(time.perf_counter() - start, 3),
-        })  # fmt: skip
+        write_json(args.json, document(
+            "capacity.py", vars(args), seeds=[args.seed], setting=setting_of(case),
+            tables=[section.to_json() for section in found], exit_code=0,
+            elapsed_s=time.perf_counter() - start,
+        ))  # fmt: skip
     return 0
 
 
@@ -234,7 +238,8 @@ def parse_and_run(argv: list[str] | None) -> int:
     """The exit code. Raises UsageError for what cannot be used."""
     args = build_parser().parse_args(argv)
     try:
-        return run(args)
+        with Progress.on(sys.stderr, "capacity.py", quiet=args.quiet) as progress:
+            return run(args, progress)
     except ValueError as error:  # ConfigError, PlanError, WorkloadNameError are ValueErrors
         raise UsageError(str(error)) from None
 

@@ -69,8 +69,8 @@ class Section:
         return self.table.title
 
     def to_json(self) -> dict:
-        rows = [dict(zip(self.table.headers, row)) for row in self.table.rows]
-        return {"question": self.question, "rows": rows, "answer": self.answer}
+        """The table, and the answer beside it."""
+        return {**self.table.to_json(), "answer": self.answer}
 
 
 def is_papers(model: Model, gpu: DataGPU | None, num_gpus: int) -> bool:

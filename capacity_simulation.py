@@ -17,6 +17,7 @@ import paper
 from baseline_manager import POLICIES, BaselineCacheManager
 from kv_cache_manager import PagedKVCacheManager
 from memory_usage import MemoryUsage
+from progress import SILENT, Progress
 from scheduler import Limits
 from steady_state import QueueTooShortError, steady_state
 from workload import ALPACA, SHAREGPT, LengthTable, Request
@@ -111,8 +112,9 @@ class Holding:
 
 
 def hold(
-    workload: Workload, policy: str, num_blocks: int, block_size: int, max_len: int, seed: int
-) -> Holding:
+    workload: Workload, policy: str, num_blocks: int, block_size: int, max_len: int, seed: int,
+    progress: Progress = SILENT,
+) -> Holding:  # fmt: skip
     """The mean of a steady state, and in proportion for a pool of which a part was simulated.
 
     Requests longer than the pool's largest chunk are cut to it, whatever the policy, so that all
@@ -145,6 +147,7 @@ def hold(
                 warmup,
                 -(-span // every),
                 every=every,
+                progress=progress,
             )
             break
         except QueueTooShortError:

@@ -18,6 +18,7 @@ from kv_cache_manager import PagedKVCacheManager
 from memory_plan import requests_of_length
 from memory_usage import MemoryUsage
 from paper import GIB
+from progress import SILENT, Progress
 from report import Cell, Table
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # as in Fig. 18
@@ -27,7 +28,7 @@ GB = 10**9
 MIB = 1 << 20
 
 
-def sections(case: Case) -> Iterator[Section]:
+def sections(case: Case, progress: Progress = SILENT) -> Iterator[Section]:
     """All sections in order, each computed as it is asked for."""
     yield bytes_per_token(case)
     if case.windowed:
@@ -36,8 +37,8 @@ def sections(case: Case) -> Iterator[Section]:
     yield blocks_and_slots(case)
     holdings = [
         hold(case.workload, policy, case.plan.num_blocks, case.plan.block_size, case.max_len,
-             case.seed)
-        for policy in ALL_POLICIES
+             case.seed, progress.part(number, len(ALL_POLICIES), f"steady state, {policy}"))
+        for number, policy in enumerate(ALL_POLICIES)
     ]  # fmt: skip
     found = means(case.workload, case.max_len, case.seed)
     yield concurrency(case, found, holdings)
@@ -83,7 +84,9 @@ def bytes_per_token(case: Case) -> Section:
         wrong = d.num_layers * d.num_heads * (d.head_size + value_size) * size
         answer += f"; with K and V for every query head it would be {wrong / total:.1f} times that"
     question = "How many bytes are the K and V of one token?"
-    return Section(Table(question, ("factor", "value", ""), rows, case.line), answer + ".")
+    table = Table(question, ("factor", "value", ""), rows, case.line, name="bytes_per_token",
+                  keys=("factor", "value", "remark"))  # fmt: skip
+    return Section(table, answer + ".")
 
 
 def _gpus(case: Case) -> str:
@@ -126,7 +129,9 @@ def bytes_by_length(case: Case) -> Section:
     )
     question = "How do the bytes a token change with the length, as windows drop what is behind?"
     setting = f"{case.line}; all GPUs together"
-    return Section(Table(question, headers, rows, setting), answer)
+    keys = ("tokens", "whole_mib", "windowed_mib", "bytes_per_token", "windowed_percent")
+    table = Table(question, headers, rows, setting, name="bytes_by_length", keys=keys)
+    return Section(table, answer)
 
 
 def memory(case: Case) -> Section:
@@ -152,7 +157,7 @@ def memory(case: Case) -> Section:
     )
     headers = ("part", "bytes", "GiB", "GB", "%")
     question = "Where does the memory of each GPU go?"
-    return Section(Table(question, headers, rows, case.line, decimals=2), answer)
+    return Section(Table(question, headers, rows, case.line, decimals=2, name="memory"), answer)
 
 
 def blocks_and_slots(case: Case) -> Section:
@@ -171,7 +176,9 @@ def blocks_and_slots(case: Case) -> Section:
         rows.append(("thousands of slots in the paper's Table 1", told))
         answer += f" (Table 1: {told}K)"
     question = "How many blocks and slots is that?"
-    return Section(Table(question, ("", "number"), rows, case.line), answer + ".")
+    table = Table(question, ("", "number"), rows, case.line, name="blocks_and_slots",
+                  keys=("what", "number"))  # fmt: skip
+    return Section(table, answer + ".")
 
 
 def _table1(case: Case) -> float | None:
@@ -209,7 +216,9 @@ def concurrency(case: Case, found: Means, holdings: list[Holding]) -> Section:
         setting += "; simulated without windows, every layer whole"
     headers = ("counted", "tokens a request", "requests")
     question = "How many requests run at once?"
-    return Section(Table(question, headers, rows, setting), answer + ".")
+    keys = ("counted", "tokens_per_request", "requests")
+    table = Table(question, headers, rows, setting, name="concurrency", keys=keys)
+    return Section(table, answer + ".")
 
 
 def slot_table(case: Case, holdings: list[Holding]) -> Section:
@@ -229,7 +238,7 @@ def slot_table(case: Case, holdings: list[Holding]) -> Section:
     )
     question = "Where does every slot go, in the mean of a steady state?"
     setting = f"{case.workload_line}; a part of a large pool is simulated, in proportion"
-    return Section(Table(question, headers, rows, setting, decimals=0), answer)
+    return Section(Table(question, headers, rows, setting, decimals=0, name="slots"), answer)
 
 
 def block_sizes(case: Case, found: Means) -> Section:
@@ -260,7 +269,8 @@ def block_sizes(case: Case, found: Means) -> Section:
         answer += f"; {row[5]:.0f} % of a {case.prefix_len:,}-token prefix is in whole blocks"
     question = "What does the block size change?"
     setting = f"{case.workload_line}; prefix of {case.prefix_len:,} tokens; sizes on each GPU"
-    return Section(Table(question, headers, rows, setting, decimals=2), answer + ".")
+    table = Table(question, headers, rows, setting, decimals=2, name="block_sizes")
+    return Section(table, answer + ".")
 
 
 def copies_per_fork(prompt_lens: list[int], block_size: int) -> float:

@@ -39,6 +39,7 @@ from paper import (
     WATERMARK,
     kv_blocks,
 )
+from progress import SILENT, Progress
 from scheduler import Iteration, Limits
 from sequence import BeamHistory, Sequence, SequenceGroup
 from serving import Observer, simulate
@@ -128,7 +129,9 @@ class MemoryMeter(Observer):
         return 1.0 - self._in_use / self._sharing if self._sharing else 0.0
 
 
-def execute(run: Run, lengths: Lengths, *, check: bool = False) -> Outcome:
+def execute(
+    run: Run, lengths: Lengths, *, check: bool = False, progress: Progress = SILENT
+) -> Outcome:
     """Simulate one run; `check` recomputes all invariants in every iteration.
 
     Raises ValueError, RequestTooLargeError, and WorkloadError for bad length files.
@@ -160,6 +163,7 @@ def execute(run: Run, lengths: Lengths, *, check: bool = False) -> Outcome:
             window_s=run.window_s,
             until_s=run.window_s[1] if run.memory else math.inf,
             check=check,
+            progress=progress,
         )
     finally:
         if collecting:

@@ -30,6 +30,7 @@ if __name__ == "__main__":
     command_line.end_on_interrupt()
 
 import paper
+from progress import Progress
 
 if TYPE_CHECKING:
     from report import ScenarioReport
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures and checks here")
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
+    add("--quiet", action="store_true", help="no progress on stderr")
     return parser
 
 
@@ -128,8 +130,9 @@ def tune_cpu() -> None:
         mallopt(m_mmap_threshold, 1 << 28)  # the pool itself, above this, is still given back
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, progress: Progress) -> int:
     """Run the scenarios asked for; returns 0 if every check held, else 1."""
+    from json_document import document
     from report import check_writable, checks_table, render, render_scenario, write_json
 
     if args.json is not None:
@@ -150,8 +153,11 @@ def run(args: argparse.Namespace) -> int:
     print(comment + ", ".join(f"{key} {value}" for key, value in described.items()), flush=True)
     print()
     reports = []
-    for number in sorted(set(args.scenario or (1, 2, 3, 4))):
-        reports.append(run_one(scenarios[number - 1], number, setting))
+    numbers = sorted(set(args.scenario or (1, 2, 3, 4)))
+    for index, number in enumerate(numbers):
+        part = progress.part(index, len(numbers), f"scenario {number}")
+        reports.append(run_one(scenarios[number - 1], number, setting, part))
+        progress.clear()
         print(render_scenario(reports[-1], args.format), flush=True)
     checks = [check for report in reports for check in report.checks]
     failed = sum(not check.ok for check in checks)
@@ -159,20 +165,24 @@ def run(args: argparse.Namespace) -> int:
     print(render(checks_table(reports), args.format))
     print(f"\n{comment}{len(checks) - failed} of {len(checks)} checks held, {elapsed:.1f} s")
     if args.json is not None:
-        found = [report.to_json() for report in reports]
-        write_json(
-            args.json,
-            {"setting": described, "scenarios": found, "elapsed_s": round(elapsed, 3)},
-        )
+        write_json(args.json, document(
+            "main.py", vars(args), seeds=[args.seed], setting=described,
+            scenarios=[report.to_json() for report in reports],
+            tables=[table for report in reports for table in report.tables_json()],
+            checks=[check for report in reports for check in report.checks_json()],
+            exit_code=1 if failed else 0, elapsed_s=elapsed,
+        ))  # fmt: skip
     return 1 if failed else 0
 
 
-def run_one(scenario: ModuleType, number: int, setting: Setting) -> ScenarioReport:
+def run_one(
+    scenario: ModuleType, number: int, setting: Setting, progress: Progress
+) -> ScenarioReport:
     """One scenario; an invariant that does not hold is a check that failed, not a crash."""
     from report import ScenarioReport
 
     try:
-        return scenario.run(setting)
+        return scenario.run(setting, progress)
     except AssertionError as error:
         report = ScenarioReport(number, scenario.__name__, "What went wrong?")
         report.check("all invariants", False, " ".join(str(error).split()) or "assertion failed")
@@ -188,7 +198,8 @@ def parse_and_run(argv: list[str] | None) -> int:
     from paged_attention import DeviceMemoryError
 
     try:
-        return run(args)
+        with Progress.on(sys.stderr, "main.py", quiet=args.quiet) as progress:
+            return run(args, progress)
     except DeviceMemoryError as error:
         raise UsageError(f"{error}; lower {MEMORY_FLAGS}") from None
     except (torch.OutOfMemoryError, MemoryError) as error:

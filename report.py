@@ -1,55 +1,27 @@
-"""Tables, the ASCII map of the pool, and JSON: how a scenario shows what it found.
+"""How a scenario shows what it found, the ASCII map of the pool, and runs put together.
 
 Reproduces: the presentation only: one question, one table with its setting in the line above,
-the paper's number beside ours, one sentence of answer, the checks that held. All is ASCII.
+the paper's number beside ours, one sentence of answer, the checks that held. All is ASCII. As a
+script it merges what --json and sweep.py have written (sweep_table.py, docs/sweeps.md):
 
-    table = Table("Slots by part", ("policy", "tokens"), [("max", 20.4)], "983 blocks")
-    print(render(table, "plain"))
+    python report.py results/sweep/*.json
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from tabulate import tabulate
+from command_line import exit_code
+from output_files import OutputError, check_writable, current_umask, write_json, write_whole
+from tables import FORMATS, Cell, Table, cell_text, render
 
-from command_line import UsageError
-
-# --format: the name tabulate knows each by.
-FORMATS = {"github": "pipe", "plain": "simple", "latex": "latex_booktabs"}
-Cell = str | int | float | None
-
-
-class OutputError(UsageError):
-    """A file cannot be written; one line says which and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """One table. `setting` is the line above it: hardware, model, sizes."""
-
-    title: str
-    headers: tuple[str, ...]
-    rows: Sequence[tuple[Cell, ...]]
-    setting: str = ""
-    decimals: int = 1
-    picture: bool = False  # needs characters of equal width, whatever the format
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.headers):
-                raise ValueError(
-                    f"{self.title}: {len(row)} cells under {len(self.headers)} headers"
-                )
-
-    def records(self) -> list[dict[str, Cell]]:
-        """The rows for JSON, numbers unrounded, each with the title of its table."""
-        return [{"table": self.title, **dict(zip(self.headers, row))} for row in self.rows]
+__all__ = [
+    "FORMATS", "Cell", "Check", "OutputError", "ScenarioReport", "Table", "block_map",
+    "cell_text", "check_writable", "checks_table", "current_umask", "render", "render_scenario",
+    "write_json", "write_whole",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +35,10 @@ class Check:
 
 @dataclass(slots=True)
 class ScenarioReport:
-    """What a scenario shows: text and tables in order, checks, and one sentence of answer."""
+    """What a scenario shows: text and tables in order, checks, and one sentence of answer.
+
+    `data` are tables for JSON alone: the figures that stand in a sentence of the text.
+    """
 
     number: int
     name: str
@@ -71,53 +46,36 @@ class ScenarioReport:
     parts: list[Table | str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     answer: str = ""
+    data: list[Table] = field(default_factory=list)
 
     def check(self, name: str, ok: bool, detail: str) -> None:
         """Note that something held or did not; the run goes on either way."""
         self.checks.append(Check(name, bool(ok), detail))
 
+    def note(self, name: str, **figures: Cell) -> None:
+        """A table of one row for JSON alone."""
+        self.data.append(
+            Table(name.replace("_", " "), tuple(figures), [tuple(figures.values())], name=name,
+                  index=0)
+        )  # fmt: skip
+
     def to_json(self) -> dict:
+        """What it asked and answered; its tables and checks are in lists of their own."""
         return {
-            "number": self.number,
-            "name": self.name,
-            "rows": [
-                row for part in self.parts if isinstance(part, Table) for row in part.records()
-            ],
-            "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in self.checks],
+            "number": self.number, "name": self.name, "question": self.question,
             "answer": self.answer,
-        }
+        }  # fmt: skip
 
+    def tables_json(self) -> list[dict]:
+        """Its tables, each with the scenario's number."""
+        shown = [part for part in self.parts if isinstance(part, Table)]
+        return [{**table.to_json(), "scenario": self.number} for table in [*shown, *self.data]]
 
-def cell_text(value: Cell, decimals: int) -> str:
-    """A cell as text: thousands separated, floats rounded, nothing for None."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.{decimals}f}"
-    return f"{value:,}" if isinstance(value, int) else value
-
-
-def render(table: Table, fmt: str) -> str:
-    """The table as text in one of FORMATS, its title and setting above it."""
-    if table.picture and fmt == "github":
-        return f"```\n{render(table, 'plain')}\n```"
-    body = [[cell_text(value, table.decimals) for value in row] for row in table.rows]
-    numeric = [
-        all(isinstance(row[i], int | float | None) for row in table.rows)
-        for i in range(len(table.headers))
-    ]
-    text = tabulate(
-        body,
-        headers=table.headers,
-        tablefmt=FORMATS[fmt],
-        disable_numparse=True,
-        colalign=["right" if n else "left" for n in numeric] if body else None,
-    )
-    lines = [f"{table.title}", f"({table.setting})"] if table.setting else [table.title]
-    if fmt == "latex":
-        lines = [f"% {line}" for line in lines]
-    # Markdown needs an empty line before a table.
-    return "\n".join([*lines, "", text] if fmt == "github" else [*lines, text])
+    def checks_json(self) -> list[dict]:
+        return [
+            {"scenario": self.number, "name": c.name, "ok": c.ok, "detail": c.detail}
+            for c in self.checks
+        ]
 
 
 def render_scenario(report: ScenarioReport, fmt: str) -> str:
@@ -180,62 +138,12 @@ def block_map(
     return "\n".join(text[i : i + width] for i in range(0, len(text), width))
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write JSON as `write_whole` does. Raises OutputError, ValueError for NaN and infinity."""
-    write_whole(path, f"{json.dumps(data, indent=1, allow_nan=False)}\n".encode("ascii"))
+def main(argv: list[str] | None = None) -> int:
+    """0 if every cell is there and held, 1 if not, or 2 with one line on stderr."""
+    from sweep_table import parse_and_merge
+
+    return exit_code("report.py", lambda: parse_and_merge(argv))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, through a link if it is one. Raises OutputError."""
-    check_writable(path)
-    target = Path(os.path.realpath(path))
-    try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".new-", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(content)
-                file.flush()
-                os.chmod(temporary, 0o666 & ~current_umask())
-                os.replace(temporary, target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def check_writable(path: Path) -> None:
-    """OutputError unless `path` could be written: asked before a long run, not only after it."""
-    target = Path(os.path.realpath(path))
-    reason = None
-    try:
-        target.stat()
-        exists = True
-    except (FileNotFoundError, NotADirectoryError):
-        exists = False
-    except OSError as error:  # a name that is too long, say
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    if target.is_dir():
-        reason = "it is a directory"
-    elif not target.parent.is_dir():
-        reason = f"there is no directory {path.parent}"
-    elif exists and not target.is_file():
-        # Replaced by a file, a device such as /dev/null would be gone for everybody.
-        reason = "it is not a regular file"
-    elif exists and not os.access(target, os.W_OK):
-        reason = "permission denied"
-    else:
-        try:
-            with tempfile.TemporaryFile(dir=target.parent):  # asking for permission is not enough
-                pass
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-    if reason is not None:
-        raise OutputError(f"cannot write {path}: {reason}")
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+if __name__ == "__main__":
+    sys.exit(main())

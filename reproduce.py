@@ -28,6 +28,7 @@ if __name__ == "__main__":
     command_line.end_on_interrupt()
 
 import paper
+from progress import Progress
 
 MAX_SEEDS = 1000
 MAX_JOBS = 1024
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--figures", type=Path, metavar="DIR",
         help="draw the figures there (needs matplotlib: requirements-dev.txt)")  # fmt: skip
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
+    add("--quiet", action="store_true", help="no progress on stderr")
     return parser
 
 
@@ -67,12 +69,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, progress: Progress) -> int:
     """Simulate, compare, show; returns the exit code."""
     from comparison import EXPLAINED
+    from json_document import document
     from length_files import DATASETS, find_lengths
     from report import check_writable, render, write_json
-    from reproduction import choose, reproduce
+    from reproduction import choose, reproduce, rows_json
     from workload import WorkloadError
 
     command_line.raise_on_interrupt()
@@ -101,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
     except WorkloadError as error:
         raise UsageError(str(error)) from None
     start = time.perf_counter()
-    found = reproduce(figures, lengths, args.seeds, args.jobs, sys.stderr)
+    found = reproduce(figures, lengths, args.seeds, args.jobs, progress)
+    progress.clear()
     comment = "% " if args.format == "latex" else ""
     print(f"{comment}Lengths: " + "; ".join(f"{k}: {v}" for k, v in sources.items()) + "\n")
     for figure in found:
@@ -123,13 +127,14 @@ def run(args: argparse.Namespace) -> int:
         f"{failed} not held, {elapsed:.1f} s"
     )
     if args.json is not None:
-        write_json(args.json, {
-            "setting": {"seeds": args.seeds, "quick": args.quick,
-                        "beam_seconds": args.beam_seconds, "lengths": sources},
-            "rows": [row.to_json() for row in rows],
-            "notes": [note for figure in found for note in figure.notes],
-            "elapsed_s": round(elapsed, 3),
-        })  # fmt: skip
+        write_json(args.json, document(
+            "reproduce.py", vars(args), seeds=range(args.seeds),
+            setting={"seeds": args.seeds, "quick": args.quick,
+                     "beam_seconds": args.beam_seconds, "lengths": sources},
+            notes=[note for figure in found for note in figure.notes],
+            tables=[rows_json(found)], checks=[figure.check_json() for figure in found],
+            exit_code=1 if failed else 0, elapsed_s=elapsed,
+        ))  # fmt: skip
     if args.figures is not None:
         from pictures import draw
 
@@ -145,7 +150,8 @@ def parse_and_run(argv: list[str] | None) -> int:
     from allocator import CacheError
 
     try:
-        return run(args)
+        with Progress.on(sys.stderr, "reproduce.py", quiet=args.quiet) as progress:
+            return run(args, progress)
     except (CacheError, ValueError) as error:  # WorkloadError is a ValueError
         raise UsageError(str(error)) from None
     except BrokenProcessPool:

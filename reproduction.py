@@ -8,28 +8,29 @@ figures_blocks.py. A figure is asked again and again which runs it needs, given 
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import active_children
-from typing import Protocol, TextIO
+from typing import Protocol
 
 import explanations as why
-from comparison import Row, allow, over_seeds, verdict
+from comparison import EXPLAINED, Row, allow, over_seeds, verdict
 from curves import Done
 from experiments import Outcome, Run, execute
 from figures_blocks import Fig18b, Fig19b
 from figures_memory import Fig2, Fig13, Fig15, Table1
 from figures_rates import Fig12, Fig14, Fig16, Fig17
+from json_document import rows_table
 from length_files import DATASETS, Lengths
 from panels import BEAM_SECONDS
+from progress import SILENT, Progress
 from report import Table
 
 DRAW_EXCESS = 4.0  # tolerances that another draw may cost: single seeds differ by as much
-PROGRESS_S = 5.0  # between two lines, where they do not overwrite each other
+LOOK_S = 1.0  # between two looks at the clock while processes work
 
 
 class Figure(Protocol):
@@ -74,6 +75,21 @@ class Found:
         return Table(self.figure.name, headers, cells)
 
 
+    def check_json(self) -> dict[str, object]:
+        """Whether all rows are held or explained, as --json has it."""
+        held = sum(row.held is True for row in self.rows)
+        explained = sum(row.held == EXPLAINED for row in self.rows)
+        failed = len(self.rows) - held - explained
+        detail = f"{len(self.rows)} rows: {held} held, {explained} explained, {failed} not held"
+        return {"name": self.figure.name, "ok": not failed, "detail": detail}
+
+
+def rows_json(found: Iterable[Found]) -> dict[str, object]:
+    """All rows as one table of --json."""
+    title = "The paper's number beside ours"
+    return rows_table("rows", title, [row.to_json() for one in found for row in one.rows], 3)
+
+
 def _number(value: float) -> str:
     """Four significant digits, without an exponent."""
     if value == 0 or not 1e-9 < abs(value) < 1e12:
@@ -100,7 +116,11 @@ def choose(names: Iterable[str], quick: bool, beam_seconds: float = BEAM_SECONDS
 
 
 def reproduce(
-    figures: Sequence[Figure], lengths: Lengths, num_seeds: int, jobs: int, progress: TextIO | None
+    figures: Sequence[Figure],
+    lengths: Lengths,
+    num_seeds: int,
+    jobs: int,
+    progress: Progress = SILENT,
 ) -> list[Found]:
     """Simulate all that the figures need, and compare. Raises what a run raises."""
     seeds = range(num_seeds)
@@ -110,11 +130,9 @@ def reproduce(
         runs = {run for figure in figures for seed in seeds for run in figure.needed(done, seed)}
         return runs - done.keys()
 
-    reporter = Progress(progress)
-    with closing(_outcomes(needed, lengths, jobs, reporter)) as outcomes:
+    with closing(_outcomes(needed, lengths, jobs, progress)) as outcomes:
         for run, outcome in outcomes:
             done[run] = outcome
-    reporter.end()
     found = []
     for figure in figures:
         by_seed = [figure.rows(done, seed, num_seeds > 1) for seed in seeds]
@@ -139,29 +157,6 @@ def lengths_matter(row: Row) -> bool:
     return not sizes and not row.setting.startswith("Fig. 19a")
 
 
-class Progress:
-    """How far the runs are, on stderr: one line that is overwritten, or one every few seconds."""
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
-        self._overwrite = stream is not None and stream.isatty()
-        self._start = self._last = time.perf_counter()
-        self._written = False
-
-    def show(self, num_done: int, num_known: int) -> None:
-        now = time.perf_counter()
-        if self._stream is None or now - self._last < (0.2 if self._overwrite else PROGRESS_S):
-            return
-        self._last = now
-        self._written = True
-        text = f"{num_done} of {num_known} runs so far, {now - self._start:.0f} s"
-        print(text.ljust(60), end="\r" if self._overwrite else "\n", file=self._stream, flush=True)
-
-    def end(self) -> None:
-        if self._overwrite and self._written:
-            print(" " * 60, end="\r", file=self._stream, flush=True)
-
-
 def _outcomes(
     needed, lengths: Lengths, jobs: int, progress: Progress
 ) -> Generator[tuple, None, None]:
@@ -169,10 +164,12 @@ def _outcomes(
     if jobs == 1:
         num_done = 0
         while runs := needed():
+            known = num_done + len(runs)
             for run in sorted(runs, key=_cost, reverse=True):
-                yield run, execute(run, lengths)
+                part = progress.part(num_done, known, f"{num_done} of {known} runs so far")
+                part.at(0, 1)
+                yield run, execute(run, lengths, progress=part)
                 num_done += 1
-                progress.show(num_done, num_done + len(runs))
         return
     files = tuple(sorted(lengths.files.items()))
     others = set(active_children())
@@ -187,11 +184,14 @@ def _outcomes(
                     pending[pool.submit(_work, run, files)] = run
                 if not pending:
                     return
-                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+                known = num_done + len(pending) + len(runs - set(pending.values()))
+                finished: set[Future] = set()
+                while not finished:
+                    progress.at(num_done, known, f"{num_done} of {known} runs so far")
+                    finished, _ = wait(pending, LOOK_S, FIRST_COMPLETED)
                 for future in finished:
                     yield pending.pop(future), future.result()
                     num_done += 1
-                progress.show(num_done, num_done + len(pending) + len(runs))
         except BaseException:  # Ctrl-C above all
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in set(active_children()) - others:

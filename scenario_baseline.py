@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import paper
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
+from progress import SILENT, Progress
 from report import ScenarioReport, Table, block_map
 from scenario import (
     BASELINE_ITERATIONS,
@@ -30,7 +31,7 @@ LEGEND = "T tokens, r reserved, i internal, o rounding, . free"
 BLOCKS_PER_CHAR = 4
 
 
-def run(setting: Setting) -> ScenarioReport:
+def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
     """All of scenario 1."""
     report = ScenarioReport(
         1,
@@ -48,8 +49,12 @@ def run(setting: Setting) -> ScenarioReport:
         for number, line in enumerate(pool_map(manager).split("\n"))
     ]
     title = f"The pool at the first refusal, {BLOCKS_PER_CHAR} blocks a character"
-    report.parts.append(Table(title, ("policy", LEGEND), rows, setting.line, picture=True))
-    _steady_state(setting, report, requests)
+    keys = ("policy", "line")
+    report.parts.append(
+        Table(title, ("policy", LEGEND), rows, setting.line, picture=True, name="pool_map",
+              keys=keys, index=0)
+    )  # fmt: skip
+    _steady_state(setting, report, requests, progress)
     return report
 
 
@@ -66,6 +71,10 @@ def _one_request(setting: Setting, report: ScenarioReport) -> None:
         f"One request of {length} tokens under 'max': {setting.max_len} slots reserved, "
         f"{kept} of them never used ({100 * kept / setting.max_len:.1f} %)."
     )
+    report.note(
+        "one_request", tokens=usage.tokens, slots_reserved=setting.max_len, never_used=kept,
+        never_used_percent=100 * kept / setting.max_len,
+    )  # fmt: skip
     report.check(
         f"{length} tokens in a {setting.max_len}-slot reservation",
         (usage.tokens, usage.reserved, usage.internal) == (length, 0, kept),
@@ -91,7 +100,9 @@ def _figure_3(setting: Setting, report: ScenarioReport) -> None:
             rows.append((name, fig["max_len"], who, *values))
         before = after
     headers = ("request", "maximum", "", "tokens", "reserved", "internal")
-    report.parts.append(Table("Fig. 3: two requests, slot by slot", headers, rows))
+    keys = ("request", "maximum", "who", "tokens", "reserved", "internal")
+    title = "Fig. 3: two requests, slot by slot"
+    report.parts.append(Table(title, headers, rows, name="fig3", keys=keys, index=3))
     report.check("Fig. 3's slots", same, "both requests as drawn" if same else "differ from Fig. 3")
 
 
@@ -127,7 +138,8 @@ def _first_fill_table(
         rows.append((POLICIES[policy], len(manager.running_ids), *parts, asked))
     parts = tuple(part for part in PARTS if part != "padding")
     headers = ("policy", "requests", *parts, "refused one asks")
-    return Table("Admitted in order until the first refusal, in slots", headers, rows, setting.line)
+    title = "Admitted in order until the first refusal, in slots"
+    return Table(title, headers, rows, setting.line, name="contiguous_first_refusal")
 
 
 def pool_map(manager: BaselineCacheManager) -> str:
@@ -154,13 +166,16 @@ def pool_map(manager: BaselineCacheManager) -> str:
     return block_map(manager.num_blocks, size, spans, per_char=BLOCKS_PER_CHAR)
 
 
-def _steady_state(setting: Setting, report: ScenarioReport, requests: list[Request]) -> None:
+def _steady_state(
+    setting: Setting, report: ScenarioReport, requests: list[Request], progress: Progress
+) -> None:
     """Completions and admissions for thousands of iterations: the bars of Fig. 2."""
     counted = len(POLICIES) * BASELINE_ITERATIONS
     rows = []
     shares: dict[str, UsageMean] = {}
     external: dict[str, int] = {}
-    for policy, system in POLICIES.items():
+    for number, (policy, system) in enumerate(POLICIES.items()):
+        part = progress.part(number, len(POLICIES), f"steady state, {system}")
         manager = _new_manager(setting, policy)
         refused: set[int] = set()
 
@@ -170,7 +185,8 @@ def _steady_state(setting: Setting, report: ScenarioReport, requests: list[Reque
                 refused.add(head.seq_id)
 
         limits = setting.limits(system)
-        mean = steady_state(manager, requests, limits, WARMUP, BASELINE_ITERATIONS, each)
+        mean = steady_state(manager, requests, limits, WARMUP, BASELINE_ITERATIONS, each,
+                            progress=part)  # fmt: skip
         shares[policy], external[policy] = mean, len(refused)
         parts = [mean.percent(part) for part in PARTS if part != "padding"]
         rows.append((system, "ours", mean.batch, *parts, mean.external_and_others, len(refused)))
@@ -183,12 +199,16 @@ def _steady_state(setting: Setting, report: ScenarioReport, requests: list[Reque
             )
     parts = tuple(part for part in PARTS if part != "padding")
     headers = ("policy", "", "batch", *parts, "external & others", "refused, enough free")
+    keys = ("policy", "who", "batch", *parts, "external_and_others", "refused_enough_free")
     report.parts.append(
         Table(
             f"Steady state, mean of {BASELINE_ITERATIONS:,} iterations, percent of slots (Fig. 2)",
             headers,
             rows,
             setting.line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's",
+            name="contiguous_steady_state",
+            keys=keys,
+            index=2,
         )
     )
     agreed = sum(mean.agreed for mean in shares.values())

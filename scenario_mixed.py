@@ -18,6 +18,7 @@ import numpy as np
 import paper
 from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
 from paged_attention import PagedKVCache
+from progress import SILENT, Progress
 from report import ScenarioReport, Table
 from scenario import CPU_SHARE, Setting, UsageMean
 from scheduler import Iteration, Manager
@@ -97,7 +98,7 @@ class UsageLog(Observer):
         return mean
 
 
-def run(setting: Setting) -> ScenarioReport:
+def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
     """All of scenario 4."""
     report = ScenarioReport(
         4,
@@ -105,10 +106,12 @@ def run(setting: Setting) -> ScenarioReport:
         "Do all decoding methods share one pool under pressure, and is no token ever lost?",
     )
     longest = _longest(setting)
-    requests = _under_pressure(setting, longest)
+    requests = _under_pressure(setting, longest, progress.part(0, 2, "looking for a load"))
     cache = setting.new_cache(num_cpu_blocks=num_cpu_blocks(setting))
     outcomes = [
-        _serve(setting, run, requests, longest, cache if run.on_tensors else None) for run in RUNS
+        _serve(setting, run, requests, longest, cache if run.on_tensors else None,
+               progress.part(len(RUNS) + number, 2 * len(RUNS), run.name))
+        for number, run in enumerate(RUNS)
     ]
     _tables(setting, report, requests, outcomes)
     _checks(report, requests, outcomes)
@@ -161,11 +164,14 @@ def _requests(setting: Setting, longest: int, load: float) -> list[Request]:
     ]
 
 
-def _under_pressure(setting: Setting, longest: int) -> list[Request]:
+def _under_pressure(
+    setting: Setting, longest: int, progress: Progress = SILENT
+) -> list[Request]:
     """The smallest of a few loads at which paging has to preempt, found on bookkeeping alone."""
-    for load in LOADS:
+    for number, load in enumerate(LOADS):
         requests = _requests(setting, longest, load)
-        trial = _serve(setting, PAGED_SWAP, requests, longest, None)
+        part = progress.part(number, len(LOADS))
+        trial = _serve(setting, PAGED_SWAP, requests, longest, None, part)
         if trial.result.num_swaps:
             break
     return requests
@@ -187,8 +193,9 @@ def _new_manager(setting: Setting, run: Run, longest: int, prefix_len: int) -> M
 
 
 def _serve(
-    setting: Setting, run: Run, requests: list[Request], longest: int, cache: PagedKVCache | None
-) -> Outcome:
+    setting: Setting, run: Run, requests: list[Request], longest: int, cache: PagedKVCache | None,
+    progress: Progress = SILENT,
+) -> Outcome:  # fmt: skip
     """Serve all requests to their end, on tensors if there is a cache."""
     prefix_len = max(request.prefix_len for request in requests)
     manager = _new_manager(setting, run, longest, prefix_len)
@@ -207,7 +214,8 @@ def _serve(
         seed=setting.seed,
     )
     limits = setting.limits(run.system)
-    result = simulate(groups, manager, limits, preemption=run.preemption, observers=observers)
+    result = simulate(groups, manager, limits, preemption=run.preemption, observers=observers,
+                      progress=progress)  # fmt: skip
     manager.check_invariants()
     if cache is not None and paged:
         cache.poison_blocks(manager.free(PREFIX_ID))  # as everything else is by now
@@ -236,7 +244,8 @@ def _tables(
         )
     headers = ("run", "iterations", "mean batch", "swapped", "recomputed", "block copies",
                "blocks out", "blocks in", "MB copied", "verified")  # fmt: skip
-    report.parts.append(Table("All requests served to their end", headers, rows, line))
+    title = "All requests served to their end"
+    report.parts.append(Table(title, headers, rows, line, name="all_requests"))
 
     parts = MemoryUsage.PARTS
     rows = []
@@ -254,6 +263,8 @@ def _tables(
             ("run", "iterations", "batch", *parts, "saving"),
             rows,
             setting.line,
+            name="slots_over_time",
+            index=2,
         )
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import paper
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
+from progress import SILENT, Progress
 from report import ScenarioReport, Table
 from scenario import (
     BASELINE_ITERATIONS,
@@ -26,7 +27,7 @@ from scheduler import Scheduler
 from workload import SHAREGPT, Request
 
 
-def run(setting: Setting) -> ScenarioReport:
+def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
     """All of scenario 2."""
     report = ScenarioReport(
         2,
@@ -34,8 +35,8 @@ def run(setting: Setting) -> ScenarioReport:
         "How many requests fit, and is attention over scattered blocks exact?",
     )
     requests = sample_requests(SHAREGPT, num_queued(setting), setting)
-    manager = _fill_and_run(setting, report, requests)
-    attend(setting, report, manager)
+    manager = _fill_and_run(setting, report, requests, progress.part(0, 2, "steady state"))
+    attend(setting, report, manager, progress.part(1, 2, "attention"))
     return report
 
 
@@ -49,7 +50,7 @@ def _new_manager(setting: Setting) -> PagedKVCacheManager:
 
 
 def _fill_and_run(
-    setting: Setting, report: ScenarioReport, requests: list[Request]
+    setting: Setting, report: ScenarioReport, requests: list[Request], progress: Progress
 ) -> PagedKVCacheManager:
     """Admission until the first refusal, then a steady state; returns the manager in it."""
     first = _new_manager(setting)
@@ -74,7 +75,9 @@ def _fill_and_run(
         counted.append(len(scheduler.running))
 
     limits = setting.limits(paper.VLLM)
-    mean = steady_state(manager, requests, limits, WARMUP, ITERATIONS, each)
+    mean = steady_state(
+        manager, requests, limits, WARMUP, ITERATIONS, each, progress=progress.part(0, 2)
+    )
     oracle = steady_state(
         BaselineCacheManager(
             setting.num_blocks, setting.block_size, policy="oracle", max_len=setting.max_len
@@ -83,6 +86,7 @@ def _fill_and_run(
         setting.limits(paper.ORCA_ORACLE),
         WARMUP,
         BASELINE_ITERATIONS,
+        progress=progress.part(1, 2),
     )
 
     parts = ("tokens", "padding", "free")
@@ -93,6 +97,7 @@ def _fill_and_run(
             ("policy", "requests", *parts),
             [("paged", len(first.running_ids), *slots)],
             setting.line + "; prompts only: outputs take blocks as they grow",
+            name="paged_first_refusal",
         )
     )
     bar, drawn = paper.FIG2[paper.VLLM], paper.FIG2_DRAWN[paper.VLLM]
@@ -115,6 +120,9 @@ def _fill_and_run(
             setting.line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's "
             "(2 requests/s), its shares are Fig. 2's",
             decimals=2,
+            name="paged_steady_state",
+            keys=("policy", "who", "batch", "tokens", "padding", "free"),
+            index=2,
         )
     )
     waste = 100.0 * mean.percent("padding") / (100.0 - mean.percent("free"))

@@ -20,6 +20,7 @@ from attention import attention, length_mask
 from kernels import GATHER, attention_kernel
 from kv_cache_manager import PagedKVCacheManager
 from paged_attention import PagedKVCache, gather_bytes, pad_block_tables, slot_mapping
+from progress import SILENT, Progress
 from report import ScenarioReport
 from scenario import Setting
 
@@ -28,7 +29,12 @@ CUDA_GRANULE = 2 << 20  # torch rounds large allocations up to a multiple of thi
 ERROR_FACTOR = 4.0  # our error may be this many times plain torch's in the same dtype
 
 
-def attend(setting: Setting, report: ScenarioReport, manager: PagedKVCacheManager) -> None:
+def attend(
+    setting: Setting,
+    report: ScenarioReport,
+    manager: PagedKVCacheManager,
+    progress: Progress = SILENT,
+) -> None:
     """K and V of every running sequence in the pool, and attention over them three ways."""
     cache = _allocate_and_weigh(setting, report)
     generator = torch.Generator(device=setting.device).manual_seed(setting.seed)
@@ -61,8 +67,10 @@ def attend(setting: Setting, report: ScenarioReport, manager: PagedKVCacheManage
     identical = compared = 0
     ours_error = torch_error = 0.0
     widest = 0
-    for batch in _batches(ids, tables, setting):
+    batches = _batches(ids, tables, setting)
+    for number, batch in enumerate(batches):
         for layer in range(setting.num_layers):
+            progress.at(number * setting.num_layers + layer, len(batches) * setting.num_layers)
             q = torch.stack([queries[i] for i in batch])  # (B, H, D)
             block_tables = pad_block_tables([tables[i] for i in batch], device=setting.device)
             seq_lens = torch.tensor([lens[i] for i in batch], device=setting.device)
@@ -99,6 +107,10 @@ def attend(setting: Setting, report: ScenarioReport, manager: PagedKVCacheManage
         f"{torch_error:.1e}, budget {ERROR_FACTOR:.0f} x that",
     )
     pool = setting.pool_bytes()
+    report.note(
+        "gather", kernel=setting.kernel, bytes=widest, percent_of_pool=100 * widest / pool,
+        needed=setting.kernel == GATHER,
+    )  # fmt: skip
     if setting.kernel == GATHER:
         report.parts.append(
             f"Kernel gather: copying the blocks of the largest batch together takes {widest:,} "
@@ -132,6 +144,11 @@ def _allocate_and_weigh(setting: Setting, report: ScenarioReport) -> PagedKVCach
     )
     m = setting.model
     whole = m.kv_bytes_per_token * setting.num_slots
+    report.note(
+        "kv_pool", bytes=predicted, layers=setting.num_layers, model_layers=m.num_layers,
+        dtype=_name(setting.dtype), model_fp16_bytes=whole, model_fp16_gib=whole / paper.GIB,
+        model_fp16_bytes_per_token=m.kv_bytes_per_token,
+    )  # fmt: skip
     report.parts.append(
         f"K/V pool: {predicted:,} bytes for {setting.num_layers} of {m.num_layers} layers in "
         f"{_name(setting.dtype)}; the whole model in fp16: {whole / paper.GIB:.2f} GiB\n"

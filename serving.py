@@ -3,8 +3,9 @@
 Reproduces: section 6.1's way of running a trace: requests arrive over time, are batched at
 iteration level and generate their known output lengths (scheduler.py holds the rules).
 
-    groups = make_groups(make_trace(SHAREGPT, rate=2.0, duration_s=60.0, seed=0))
-    result = simulate(groups, PagedKVCacheManager(983, 16), Limits(2560, 2048), latency)
+    requests = make_trace(SHAREGPT, rate=2.0, duration_s=60.0, seed=0)
+    result = simulate(requests, PagedKVCacheManager(983, 16))
+    print(result.mean_batch, result.num_swaps, result.finish_s[0])
 
 Bookkeeping only. An `Observer` is told what each iteration must do to the tensors (main.py).
 """
@@ -20,9 +21,15 @@ import numpy as np
 
 from beam_search import beam_parents
 from latency import UNIT, LatencyModel
+from paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
+from progress import SILENT, Progress
 from scheduler import ORDER, Completion, Iteration, Limits, Manager, Scheduler
 from sequence import Sequence, SequenceGroup
 from workload import Request
+
+# The artifact's limits on an iteration for vLLM (section 6.1).
+ARTIFACT_LIMITS = Limits(MAX_BATCHED_TOKENS, MAX_SEQUENCES[VLLM])
+EVENTS = 64  # between two looks at the clock for the progress: a power of two
 
 
 class Observer:
@@ -72,7 +79,12 @@ def make_groups(
 
 @dataclass(slots=True)
 class ServingResult:
-    """Totals of one run. Times in the latency model's seconds."""
+    """Totals of one run. Times in the latency model's seconds.
+
+    `num_iterations` counts iterations, `num_swaps` and `num_recomputations` preempted groups,
+    `num_copies` blocks copied on write, `blocks_swapped_out` and `_in` blocks; `finish_s` is when
+    each group was done, by its id (a request's own); the sums are behind the means below.
+    """
 
     num_iterations: int = 0
     finish_s: dict[int, float] = field(default_factory=dict)  # group id -> end of its last step
@@ -102,6 +114,7 @@ class ServingResult:
         return self.sum_normalized_s / max(1, len(self.finish_s))
 
     def count(self, iteration: Iteration) -> None:
+        """What one iteration preempts, copies and swaps."""
         self.num_swaps += iteration.num_swaps
         self.num_recomputations += iteration.num_recomputations
         self.num_copies += len(iteration.copies)
@@ -109,6 +122,7 @@ class ServingResult:
         self.blocks_swapped_in += len(iteration.swapped_in)
 
     def count_batch(self, num_iterations: int, num_groups: int, in_window: bool) -> None:
+        """So many iterations, each with so many groups."""
         self.num_iterations += num_iterations
         self.sum_groups += num_iterations * num_groups
         if in_window:
@@ -116,6 +130,7 @@ class ServingResult:
             self.window_groups += num_iterations * num_groups
 
     def finish(self, group: SequenceGroup, now_s: float) -> None:
+        """A group is done, at this second."""
         self.finish_s[group.group_id] = now_s
         output_len = group.seqs[0].output_len
         if len(group.seqs) > 1:
@@ -124,9 +139,9 @@ class ServingResult:
 
 
 def simulate(
-    groups: Iterable[SequenceGroup],
+    requests: Iterable[Request | SequenceGroup],
     manager: Manager,
-    limits: Limits,
+    limits: Limits = ARTIFACT_LIMITS,
     latency: LatencyModel = UNIT,
     *,
     preemption: str = "auto",
@@ -135,8 +150,13 @@ def simulate(
     until_s: float = math.inf,
     plain: bool = False,
     check: bool = False,
+    progress: Progress = SILENT,
 ) -> ServingResult:
-    """Serve all groups to their end (sections 4.5 and 6.1).
+    """Serve all requests to their end (sections 4.5 and 6.1).
+
+    `requests` are those of `make_trace`, or groups of `make_groups`, which shared prefixes and
+    other beam searches need; `limits` bound the tokens and sequences of an iteration, `latency`
+    says how many seconds it takes (1 unless given); `preemption` is auto, swap or recompute.
 
     Event-driven: between two decisions (a completion, an arrival, a shortage of blocks, a
     preemption) all iterations are taken at once, in closed form. `plain` takes them one by one,
@@ -147,15 +167,18 @@ def simulate(
     Raises RequestTooLargeError before anything runs, StalledError.
     """
     scheduler = Scheduler(manager, limits, preemption)
-    queue = sorted(groups, key=ORDER)
+    queue = sorted(_groups(requests), key=ORDER)
     for group in queue:
         scheduler.check(group)
     arrivals = [group.arrival_s for group in queue] + [math.inf]
     opens_s, closes_s = window_s
     one_by_one = plain or check
     result = ServingResult()
-    now, arrived = 0.0, 0
+    now, arrived, events = 0.0, 0, 0
     while now < until_s and (arrived < len(queue) or not scheduler.idle):
+        events += 1
+        if not events % EVENTS:
+            progress.at(arrived, len(queue))
         in_window = opens_s <= now < closes_s
         watched = in_window and bool(observers)
         steps = 0 if one_by_one or watched else scheduler.quiet_steps()
@@ -203,3 +226,12 @@ def simulate(
         if completion.moves:
             now += latency.completion(completion, manager)
     return result
+
+
+def _groups(requests: Iterable[Request | SequenceGroup]) -> list[SequenceGroup]:
+    """Requests as groups with sequence ids from 0 on; groups as they are."""
+    work = list(requests)
+    plain = [one for one in work if isinstance(one, Request)]
+    if plain and len(plain) < len(work):
+        raise TypeError("requests and groups together: make groups of all, for distinct ids")
+    return make_groups(plain) if plain else work

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
+from progress import SILENT, Progress
 from scheduler import Limits, Manager, Scheduler
 from sequence import SequenceStatus
 from serving import make_groups
@@ -78,6 +79,7 @@ def steady_state(
     iterations: int,
     each: Callable[[Scheduler], None] = lambda scheduler: None,
     every: int = 1,
+    progress: Progress = SILENT,
 ) -> UsageMean:
     """A steady state of completions and admissions from a queue that never runs dry.
 
@@ -98,6 +100,7 @@ def steady_state(
         mean.add(usage, len(scheduler.running))
         mean.agreed += (usage.logical_tokens, usage.reserved) == _sequence_by_sequence(scheduler)
         each(scheduler)
+        progress.at(counted, iterations)
         _require_waiting(scheduler, index, len(requests))
         if counted < iterations - 1:
             scheduler.complete()

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -41,7 +42,9 @@ from gpu_timing import cold_median_us, copy_bandwidth
 
 import paged_attention
 from command_line import OneLineParser, UsageError, exit_code, positive
+from json_document import measured
 from paged_attention import gather_blocks, pad_block_tables
+from progress import Progress
 from report import Table, check_writable, render, write_json
 
 D, S = 128, 16
@@ -264,6 +267,11 @@ def tables(rows: list[Row], where: str) -> list[Table]:
     return result
 
 
+def wrong_keys(row: Row) -> list[str]:
+    """The contenders of a row whose result was not that of the plain kernel."""
+    return [key for key in row if str(row[key]).startswith("WrongResult")]
+
+
 def run(argv: list[str] | None) -> int:
     parser = OneLineParser(prog="bench_attention.py", description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -273,27 +281,36 @@ def run(argv: list[str] | None) -> int:
         "--shape", action="append", choices=SHAPES, help="only this one; may be given again"
     )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_args(argv)
     if args.json:
         check_writable(args.json)
     if not torch.cuda.is_available():
         raise UsageError("needs a CUDA device")
+    start = time.perf_counter()
+    progress = Progress.on(sys.stderr, "bench_attention.py", quiet=args.quiet)
     bandwidth = copy_bandwidth()
     found = {"bandwidth_bytes_per_s": bandwidth, "repeats": args.repeats, "head_size": D}
     found |= {"block_size": S, "dtype": "float16"}
     rows: list[Row] = []
-    for name in args.shape or SHAPES:
+    names = args.shape or SHAPES
+    for name in names:
+        progress.at(len(rows), len(names), name)
         rows.append(measure(name, SHAPES[name], bandwidth, args.repeats))
         torch.cuda.empty_cache()
+        code = int(any(wrong_keys(row) for row in rows))
         if args.json:  # after each shape: time on a GPU is dear
-            write_json(args.json, {**found, "shapes": rows})
+            write_json(args.json, measured(
+                "benchmarks/bench_attention.py", vars(args), {**found, "shapes": rows},
+                {"shapes": 1}, code, time.perf_counter() - start,
+            ))  # fmt: skip
+    progress.clear()
     where = f"{torch.cuda.get_device_name()}, large copy {bandwidth / 1e9:,.0f} GB/s"
     for table in tables(rows, f"{where}, median of {args.repeats}"):
         print(render(table, "plain"))
     print("gather_blocks, share of the copy bandwidth:")
     print("  " + ", ".join(f"{row['shape']} {row['gather_share']:.2f}" for row in rows))
-    wrong = [key for row in rows for key in row if str(row[key]).startswith("WrongResult")]
-    return 1 if wrong else 0
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,7 +40,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command_line import OneLineParser, UsageError, exit_code, positive
+from json_document import measured
 from paper import MODELS
+from progress import Progress
 from report import Table, check_writable, render, write_json
 
 MODEL, VOCABULARY = MODELS["opt-13b"], MODELS["opt-13b"].vocab_size
@@ -168,14 +170,22 @@ def run(argv: list[str] | None) -> int:
         "--repeats", type=positive, default=100, help="runs of each; the median counts"
     )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_args(argv)
     if args.json:
         check_writable(args.json)
     if not torch.cuda.is_available():
         raise UsageError("needs a CUDA device")
+    start = time.perf_counter()
+    progress = Progress.on(sys.stderr, "bench_beam_step.py", quiet=args.quiet)
     torch.manual_seed(0)
     repeats = max(2, args.repeats)
-    groups = [measure_groups(n, number, repeats) for number in GROUPS for n in SEQUENCES]
+    groups: list[Row] = []
+    for number in GROUPS:
+        for sequences in SEQUENCES:
+            progress.at(len(groups), len(GROUPS) * len(SEQUENCES), "groups")
+            groups.append(measure_groups(sequences, number, repeats))
+    progress.clear()
     speed = bandwidth(repeats)
     copies = Copies()
     blocks = [copies.measure(number, repeats, speed) for number in BLOCKS]
@@ -188,7 +198,11 @@ def run(argv: list[str] | None) -> int:
         found = {"model": MODEL.name, "vocabulary": VOCABULARY, "block_size": BLOCK_SIZE}
         found |= {"calls_per_block": copies.calls, "bytes_per_call": copies.part_bytes}
         found |= {"bandwidth_bytes_per_s": speed, "repeats": repeats}
-        write_json(args.json, {**found, "groups": groups, "copies": blocks})
+        write_json(args.json, measured(
+            "benchmarks/bench_beam_step.py", vars(args),
+            {**found, "groups": groups, "copies": blocks}, {"groups": 2, "copies": 1}, 0,
+            time.perf_counter() - start,
+        ))  # fmt: skip
     return 0
 
 

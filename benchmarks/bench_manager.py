@@ -23,7 +23,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command_line import OneLineParser, exit_code, positive
+from json_document import measured
 from kv_cache_manager import PagedKVCacheManager
+from progress import Progress
 from report import check_writable, write_json
 
 BLOCK_SIZE = 16
@@ -129,10 +131,17 @@ def run(argv: list[str] | None) -> int:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=positive, default=5, help="runs of each; the best counts")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_args(argv)
     if args.json:
         check_writable(args.json)
-    rows = [measure(name, args.repeats) for name in WORKLOADS]
+    start = time.perf_counter()
+    progress = Progress.on(sys.stderr, "bench_manager.py", quiet=args.quiet)
+    rows = []
+    for name in WORKLOADS:
+        progress.at(len(rows), len(WORKLOADS), name)
+        rows.append(measure(name, args.repeats))
+    progress.clear()
     print(f"Python {platform.python_version()}, block size {BLOCK_SIZE}, best of {args.repeats}")
     print(
         f"{'':4}{'tokens':>10}{'append':>9}{'x call':>8}{'append_all':>12}"
@@ -146,7 +155,11 @@ def run(argv: list[str] | None) -> int:
             + ", ".join(f"{b:,}" for b in row["blocks"])
         )
     if args.json:
-        write_json(args.json, {"block_size": BLOCK_SIZE, "repeats": args.repeats, "rows": rows})
+        found = {"block_size": BLOCK_SIZE, "repeats": args.repeats, "rows": rows}
+        write_json(args.json, measured(
+            "benchmarks/bench_manager.py", vars(args), found, {"rows": 1}, 0,
+            time.perf_counter() - start,
+        ))  # fmt: skip
     return 0
 
 

@@ -20,6 +20,7 @@ All other times are the device's, medians, with a cold L2 cache: see gpu_timing.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from opt_prefill import RandomOPT
 
 import paged_attention
 from command_line import OneLineParser, UsageError, exit_code
+from json_document import measured
 from paper_figures import (
     FASTER_TRANSFORMER,
     FIG18A,
@@ -52,9 +54,11 @@ from paper_figures import (
     FIG19A_RATIO,
     VLLM,
 )
+from progress import SILENT, Progress
 from report import Table, check_writable, render, write_json
 
 PARTS = ("attention", "blocks", "swap", "moves")
+INDEX = {"attention": 2, "blocks": 1, "swap": 1, "moves": 3}  # columns that say which row it is
 
 
 def percent_over(time: float | None, base: float | None) -> float | None:
@@ -139,8 +143,9 @@ def moves_table(rows: Sequence[Row], where: str) -> Table:
 
 
 def measure(
-    setting: Setting, parts: Sequence[str], kernel: Kernel | None, where: str
-) -> dict[str, object]:
+    setting: Setting, parts: Sequence[str], kernel: Kernel | None, where: str,
+    progress: Progress = SILENT,
+) -> dict[str, object]:  # fmt: skip
     """Run the parts, print each table as it is made, and return all figures."""
     speed, pinned = copy_bandwidth(), pinned_bandwidth()
     where = f"{where}, large copy {speed / 1e9:,.0f} GB/s"
@@ -152,18 +157,29 @@ def measure(
     }  # fmt: skip
     if "attention" in parts:
         points = setting.attention
-        found["attention"] = rows = [measure_attention(setting, kernel, speed, *p) for p in points]
+        found["attention"] = rows = []
+        for number, size in enumerate(points):
+            progress.part(0, len(PARTS), "attention").at(number, len(points))
+            rows.append(measure_attention(setting, kernel, speed, *size))
+        progress.clear()
         show(attention_table(rows, where))
     if "blocks" in parts:
         point = (setting.batch, setting.context)
-        found["blocks"] = rows = [
-            measure_attention(setting, kernel, speed, *point, block_size=size, peers=False)
-            for size in setting.block_sizes
-        ]
+        found["blocks"] = rows = []
+        for number, size in enumerate(setting.block_sizes):
+            progress.part(1, len(PARTS), "blocks").at(number, len(setting.block_sizes))
+            rows.append(
+                measure_attention(setting, kernel, speed, *point, block_size=size, peers=False)
+            )
+        progress.clear()
         show(blocks_table(rows, f"{where}, batch {point[0]}, context {point[1]}"))
     if "swap" in parts:
         model = RandomOPT(m, setting.dtype, setting.device)
-        found["swap"] = rows = [measure_swap(setting, model, s) for s in setting.block_sizes]
+        found["swap"] = rows = []
+        for number, size in enumerate(setting.block_sizes):
+            progress.part(2, len(PARTS), "swap").at(number, len(setting.block_sizes))
+            rows.append(measure_swap(setting, model, size))
+        progress.clear()
         del model  # its memory is needed below
         tokens = f"{where}, {setting.swap_tokens} tokens, {m.num_layers} layers"
         show(swap_table(rows, f"{tokens}, mean of {setting.swap_runs}"))
@@ -196,22 +212,29 @@ def run(argv: list[str] | None) -> int:
                         help="whose attention; gather copies the blocks first")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few sizes, four layers: does it run")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_args(argv)
     parts = args.part or PARTS
     if args.json:
         check_writable(args.json)
     if not torch.cuda.is_available():
         raise UsageError("needs a CUDA device")
+    start = time.perf_counter()
+    progress = Progress.on(sys.stderr, "bench_paging_cost.py", quiet=args.quiet)
     try:
         kernel = attention_kernel(args.kernel) if {"attention", "blocks"} & {*parts} else None
         setting = Setting().quick() if args.quick else Setting()
         torch.manual_seed(0)
         where = f"{torch.cuda.get_device_name()}, {setting.model.name}'s shape"
-        found = measure(setting, parts, kernel, where)
+        found = measure(setting, parts, kernel, where, progress)
     except ImportError as error:
         raise UsageError(str(error)) from None
     if args.json:
-        write_json(args.json, {**found, "kernel": args.kernel, "quick": args.quick})
+        found |= {"kernel": args.kernel, "quick": args.quick}
+        write_json(args.json, measured(
+            "benchmarks/bench_paging_cost.py", vars(args), found, INDEX, 0,
+            time.perf_counter() - start,
+        ))  # fmt: skip
     return 0
 
 

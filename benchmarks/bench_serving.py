@@ -29,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from allocator import CacheError
 from command_line import OneLineParser, UsageError, exit_code, positive
 from experiments import Run, groups_for, latency_of, manager_for
+from json_document import measured
 from length_files import find_lengths
 from paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
+from progress import Progress
 from report import Table, check_writable, render, write_json
 from scheduler import Limits
 from serving import ServingResult, simulate
@@ -134,9 +136,12 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="default 3")
     parser.add_argument("--traces", type=Path, metavar="DIR", help="a folder with length files")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_args(argv)
     if args.json is not None:
         check_writable(args.json)
+    start = time.perf_counter()
+    progress = Progress.on(sys.stderr, "bench_serving.py", quiet=args.quiet)
     call_s = seconds_per_call()
     try:
         lengths = find_lengths([], str(args.traces) if args.traces else None)
@@ -148,7 +153,11 @@ def run(argv: list[str] | None) -> int:
             case = replace(RUNS["13B single, 2.0/s, 1 h"][0], seconds=HOUR)
             columns = azure_columns(args.traces / AZURE)
             traces.append(("Azure conversations, 2023", case, columns, 1, False))
-        rows = [measure(*trace, args.repeats) for trace in traces]
+        rows = []
+        for trace in traces:
+            progress.at(len(rows), len(traces), trace[0])
+            rows.append(measure(*trace, args.repeats))
+        progress.clear()
     except (CacheError, WorkloadError) as error:
         raise UsageError(str(error)) from None
     for row in rows:
@@ -160,7 +169,11 @@ def run(argv: list[str] | None) -> int:
         f"{1e9 * call_s:.0f} ns", 3,
     ), "plain"))  # fmt: skip
     if args.json is not None:
-        write_json(args.json, {"empty_call_ns": 1e9 * call_s, "rows": rows})
+        write_json(args.json, measured(
+            "benchmarks/bench_serving.py", vars(args),
+            {"empty_call_ns": 1e9 * call_s, "rows": rows}, {"rows": 1}, 0,
+            time.perf_counter() - start,
+        ))  # fmt: skip
     return 0
 
 

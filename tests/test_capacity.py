@@ -68,7 +68,7 @@ def run(capfd, tmp_path, monkeypatch):
 
 def section(found, start):
     """The rows under the question that starts so."""
-    (rows,) = [s["rows"] for s in found["sections"] if s["question"].startswith(start)]
+    (rows,) = [t["rows"] for t in found["tables"] if t["title"].startswith(start)]
     return rows
 
 
@@ -100,11 +100,11 @@ def test_the_formula_with_its_inputs(run):
 def test_setting_line_above_each_table_and_answer_below(run):
     printed, found = run(*QUICK, "--seed", 3)
     line = r"^\(opt-13b, fp16 weights, fp16 K/V, 1 x a100-40gb of 39\.39 GiB, "
-    assert len(re.findall(line, printed, re.MULTILINE)) == len(found["sections"]) == 6
+    assert len(re.findall(line, printed, re.MULTILINE)) == len(found["tables"]) == 6
     assert len(re.findall(r"^Answer: .*\.$", printed, re.MULTILINE)) == 6
-    for part in found["sections"]:
-        assert f"{part['question']}\n(" in printed and f"Answer: {part['answer']}\n" in printed
-        assert part["question"].endswith("?") and part["rows"]
+    for part in found["tables"]:
+        assert f"{part['title']}\n(" in printed and f"Answer: {part['answer']}\n" in printed
+        assert part["title"].endswith("?") and part["rows"]
     assert "geometric lengths of mean 30 + 20 tokens, seed 3" in printed
 
 
@@ -120,7 +120,7 @@ def test_default_run_is_the_papers_finding(run):
         assert sum(row[part] for part in MemoryUsage.PARTS) == pytest.approx(15_728)
         assert row["padding" if row["policy"] != "paged" else "reserved"] == 0
     paged = section(found, "Where does every slot")[-1]
-    assert paged["tokens, %"] > 93
+    assert paged["tokens_percent"] > 93
 
 
 def test_same_seed_same_output_and_another_seed_differs(run):
@@ -134,15 +134,18 @@ def test_same_seed_same_output_and_another_seed_differs(run):
 
 def test_json_has_exactly_the_promised_keys(run):
     _, found = run(*QUICK)
-    assert list(found) == ["setting", "sections", "elapsed_s"]
+    assert list(found) == [
+        "schema", "script", "options", "seeds", "versions", "setting", "tables", "checks",
+        "exit_code", "elapsed_s",
+    ]  # fmt: skip
     assert list(found["setting"]) == [
         "model", "family", "parameters", "active_parameters", "layers", "hidden_size", "heads",
         "kv_heads", "head_size", "gpu", "gpus", "memory_bytes", "plan", "dtype", "kv_dtype",
         "kv_bytes_per_token", "weight_bytes_per_gpu", "kv_cache_bytes_per_gpu", "num_blocks",
         "block_size", "num_slots", "max_model_len", "workload", "prefix_len", "seed", "notes",
     ]  # fmt: skip
-    for part in found["sections"]:
-        assert list(part) == ["question", "rows", "answer"]
+    for part in found["tables"]:
+        assert list(part) == ["id", "title", "setting", "headers", "index", "rows", "answer"]
     assert found["setting"]["parameters"] == paper.MODELS["opt-13b"].num_params
 
 
@@ -187,16 +190,16 @@ def test_windows_by_length(run, config):
     printed, found = run("--model", config("Gemma-3-1B"), "--gpu", "t4", *QUICK)
     rows = section(found, "How do the bytes")
     by_length = {row["tokens"]: row for row in rows}
-    assert by_length[512]["% of it"] == 100.0
+    assert by_length[512]["windowed_percent"] == 100.0
     at = by_length[32_768]
     kept = 4 * 32_768 + 22 * 512
-    assert at["with windows, MiB"] == kept * 2 * 256 * 2 / 2**20
-    assert at["% of it"] == 100 * kept / (26 * 32_768)
+    assert at["windowed_mib"] == kept * 2 * 256 * 2 / 2**20
+    assert at["windowed_percent"] == 100 * kept / (26 * 32_768)
     assert "4 layers keep all, 22 layers keep 512 tokens" in printed
     assert "simulated without windows" in printed
     # A window as long as the longest request bounds nothing, so nothing is said of it.
     _, found = run("--model", config("Gemma-3-1B"), "--max-model-len", 512, *QUICK)
-    assert len(found["sections"]) == 6
+    assert len(found["tables"]) == 6
 
 
 def test_quantised_checkpoints_say_so_themselves(run, config, capfd):
@@ -253,9 +256,9 @@ def test_help_has_every_option():
     for option in (
         "model", "gpu", "gpu-memory", "gpus", "dtype", "kv-dtype", "plan", "allowance",
         "gpu-memory-utilization", "max-model-len", "block-size", "workload", "prefix-len", "seed",
-        "json", "format",
+        "json", "format", "quiet",
     ):  # fmt: skip
-        assert f"--{option} " in done.stdout
+        assert f"--{option}" in done.stdout
 
 
 # ---- input that cannot be used ----------------------------------------------------------------
@@ -543,16 +546,16 @@ def test_a_fork_copies_once_unless_the_last_block_is_full():
 
 def test_block_sizes_by_hand(run):
     _, found = run(*QUICK, "--prefix-len", 100)
-    rows = {row["block size"]: row for row in section(found, "What does the block size")}
+    rows = {row["block_size"]: row for row in section(found, "What does the block size")}
     assert set(rows) == set(BLOCK_SIZES)
-    assert rows[16]["blocks"] == 983 and rows[16]["prefix shared, %"] == 96
-    assert rows[32]["prefix shared, %"] == 96 and rows[64]["prefix shared, %"] == 64
-    assert rows[256]["prefix shared, %"] == 0 and rows[256]["table, bytes"] == 4 * 8
-    assert rows[1]["padding, slots"] == rows[1]["copies a fork"] == 0
-    assert rows[16]["MiB a copy"] == 12.5
+    assert rows[16]["blocks"] == 983 and rows[16]["prefix_shared_percent"] == 96
+    assert rows[32]["prefix_shared_percent"] == 96 and rows[64]["prefix_shared_percent"] == 64
+    assert rows[256]["prefix_shared_percent"] == 0 and rows[256]["table_bytes"] == 4 * 8
+    assert rows[1]["padding_slots"] == rows[1]["copies_a_fork"] == 0
+    assert rows[16]["mib_a_copy"] == 12.5
     lengths = np.add(*parse_workload("30,20").sample(FORKS, 2048, 0))
     for size, row in rows.items():
-        assert row["padding, slots"] == np.mean(np.ceil(lengths / size) * size - lengths)
+        assert row["padding_slots"] == np.mean(np.ceil(lengths / size) * size - lengths)
 
 
 def test_a_gpu_may_be_written_in_capitals(run):

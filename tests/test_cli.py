@@ -25,7 +25,7 @@ import paper
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = str(ROOT / "main.py")
 # The smallest pools that hold a request of 2048 tokens leave most of a run to starting Python.
-MODEL = ("--model", "opt-125m", "--device", "cpu")
+MODEL = ("--model", "opt-125m", "--device", "cpu", "--quiet")  # a slow machine shows progress
 SMALL = (*MODEL, "--num-blocks", "140")
 ELAPSED = re.compile(rb'(, \d+\.\d s\n\Z)|("elapsed_s": [\d.]+)')
 
@@ -60,13 +60,17 @@ def start(*args, **options):
     )
 
 
-def failed_checks(scenarios):
+def failed_checks(found):
     return [
-        (scenario["number"], check["name"], check["detail"])
-        for scenario in scenarios
-        for check in scenario["checks"]
+        (check["scenario"], check["name"], check["detail"])
+        for check in found["checks"]
         if not check["ok"]
     ]
+
+
+def rows_of(found, number):
+    """The tables of one scenario."""
+    return [table["rows"] for table in found["tables"] if table["scenario"] == number]
 
 
 # ---- runs that succeed ------------------------------------------------------------------------
@@ -83,34 +87,38 @@ def whole(tmp_path_factory):
 def test_json_has_exactly_the_promised_keys(whole):
     _, text = whole
     found = json.loads(text.decode("ascii"))
-    assert list(found) == ["setting", "scenarios", "elapsed_s"]
+    assert list(found) == [
+        "schema", "script", "options", "seeds", "versions", "setting", "scenarios", "tables",
+        "checks", "exit_code", "elapsed_s",
+    ]  # fmt: skip
     assert isinstance(found["elapsed_s"], float) and 0 < found["elapsed_s"] < 100
     setting = found["setting"]
     assert (setting["model"], setting["num_blocks"], setting["block_size"]) == ("opt-125m", 140, 16)
     assert (setting["device"], setting["layers"], setting["seed"]) == ("cpu", 1, 0)
     assert [scenario["number"] for scenario in found["scenarios"]] == [1, 2, 3, 4]
     for scenario in found["scenarios"]:
-        assert list(scenario) == ["number", "name", "rows", "checks", "answer"]
+        assert list(scenario) == ["number", "name", "question", "answer"]
         assert scenario["name"] and scenario["answer"].endswith(".")
-        assert scenario["rows"] and all(isinstance(row, dict) for row in scenario["rows"])
-        assert scenario["checks"]
-        for check in scenario["checks"]:
-            assert list(check) == ["name", "ok", "detail"]
-            assert check["ok"] in (True, False) and check["name"] and check["detail"]
+    for parts in (found["tables"], found["checks"]):
+        assert {part["scenario"] for part in parts} == {1, 2, 3, 4}
+    for check in found["checks"]:
+        assert list(check) == ["scenario", "name", "ok", "detail"]
+        assert check["ok"] in (True, False) and check["name"] and check["detail"]
 
 
 def test_exit_code_and_last_line_count_the_checks(whole):
     done, text = whole
-    scenarios = json.loads(text)["scenarios"]
-    total, failed = sum(len(s["checks"]) for s in scenarios), len(failed_checks(scenarios))
+    found = json.loads(text)
+    total, failed = len(found["checks"]), len(failed_checks(found))
     last = done.stdout.splitlines()[-1]
     assert last.startswith(b"%d of %d checks held, " % (total - failed, total))
     assert done.stdout.count(b"  FAILED  ") == failed
     assert (done.returncode, done.stderr) == (1 if failed else 0, b"")
+    assert found["exit_code"] == done.returncode
 
 
 def test_all_checks_hold(whole):
-    assert failed_checks(json.loads(whole[1])["scenarios"]) == []
+    assert failed_checks(json.loads(whole[1])) == []
 
 
 def test_each_scenario_ends_with_its_answer(whole):
@@ -138,7 +146,7 @@ def test_all_checks_hold_for_other_block_sizes_and_seeds(tmp_path, block_size, n
     sizes = ("--block-size", block_size, "--num-blocks", num_blocks, "--seed", seed)
     done = run(*MODEL, *sizes, "--json", path)
     assert done.stderr == b""
-    assert failed_checks(json.loads(path.read_text())["scenarios"]) == []
+    assert failed_checks(json.loads(path.read_text())) == []
     assert done.returncode == 0
 
 
@@ -149,10 +157,10 @@ def test_scenarios_named_repeatedly_run_in_order_and_another_seed_differs(whole,
         "--seed", "1", "--json", path,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
-    found = json.loads(path.read_text())["scenarios"]
-    assert [scenario["number"] for scenario in found] == [1, 2]
-    for ours, theirs in zip(found, json.loads(whole[1])["scenarios"]):
-        assert ours["rows"] != theirs["rows"]
+    found = json.loads(path.read_text())
+    assert [scenario["number"] for scenario in found["scenarios"]] == [1, 2]
+    for number in (1, 2):
+        assert rows_of(found, number) != rows_of(json.loads(whole[1]), number)
     lines = done.stdout.decode("ascii").split("\n")
     headings = [line.split(":")[0] for line in lines if line.startswith("## ")]
     assert headings == ["## Scenario 1", "## Scenario 2"]
@@ -180,7 +188,7 @@ def test_help_has_every_option_and_an_example_that_runs(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
     text = done.stdout.decode("ascii")
     options = ("scenario", "device", "model", "layers", "num-blocks", "block-size", "seed", "json")
-    for option in (*options, "format", "help"):
+    for option in (*options, "format", "quiet", "help"):
         assert f"--{option}" in text
     assert max(map(len, text.splitlines())) <= 100
     example = shlex.split(re.search(r"^ *python main\.py (.*)$", text, re.MULTILINE)[1])

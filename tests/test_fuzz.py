@@ -302,12 +302,12 @@ OPTIONS = {
     main: {
         "--scenario": "number", "--device": "word", "--kernel": "word", "--model": "word",
         "--layers": "number", "--num-blocks": "number", "--block-size": "number",
-        "--seed": "seed", "--json": "output", "--format": "word",
+        "--seed": "seed", "--json": "output", "--format": "word", "--quiet": "flag",
     },
     reproduce: {
         "--figure": "word", "--jobs": "number", "--seeds": "number", "--beam-seconds": "number",
         "--lengths": "input", "--json": "output", "--figures": "folder", "--format": "word",
-        "--quick": "flag",
+        "--quick": "flag", "--quiet": "flag",
     },
     fit_latency: {"--check": "flag", "--model": "word"},
     make_length_tables: {"--data": "input", "--out": "folder"},

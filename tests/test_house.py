@@ -20,6 +20,8 @@ BOOKKEEPING = (
     "beam_search", "experiments", "steady_state",
     "capacity", "capacity_case", "capacity_simulation", "capacity_tables", "config_file", "decoder",
     "expert_families", "family_fields", "gpus", "memory_plan", "model_config", "model_families",
+    "json_document", "output_files", "progress", "report", "reproduce", "reproduction", "sweep",
+    "sweep_cells", "sweep_files", "sweep_table", "tables",
 )  # fmt: skip
 TENSORS = (
     "attention", "block_kernels", "decode_tuning", "host_pool", "kernels", "paged_attention",

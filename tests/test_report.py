@@ -21,6 +21,7 @@ from report import (
     render_scenario,
     write_json,
 )
+from tables import key_of
 
 not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 
@@ -28,7 +29,8 @@ not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywh
 @pytest.fixture
 def table():
     rows = [("max", 1998, 97.56), ("oracle", 12, None)]
-    return Table("Slots", ("policy", "slots", "share %"), rows, "983 blocks of 16")
+    headers = ("policy", "slots", "share %")
+    return Table("Slots", headers, rows, "983 blocks of 16", name="slots")
 
 
 @pytest.fixture
@@ -115,9 +117,50 @@ def test_row_of_the_wrong_length_is_refused():
         Table("t", ("a", "b"), [(1, 2), (3,)])
 
 
-def test_records_are_unrounded_and_name_their_table(table):
-    assert table.records()[0] == {"table": "Slots", "policy": "max", "slots": 1998,
-                                  "share %": 97.56}  # fmt: skip
+def test_records_are_unrounded_and_have_the_words_of_the_headers_as_keys(table):
+    assert table.records()[0] == {"policy": "max", "slots": 1998, "share_percent": 97.56}
+
+
+def test_a_table_as_json(table):
+    assert table.to_json() == {
+        "id": "slots", "title": "Slots", "setting": "983 blocks of 16",
+        "headers": ["policy", "slots", "share %"], "index": ["policy"], "rows": table.records(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("headers", "keys", "says"),
+    [
+        (("policy", ""), (), "no key for each of"),
+        (("paper", "Paper"), (), "no key for each of"),
+        (("a", "b"), ("a",), "no key for each of"),
+        (("a", "b"), ("a", "a"), "no key for each of"),
+    ],
+)
+def test_a_column_without_a_key_of_its_own_is_no_json(headers, keys, says):
+    table = Table("t", headers, [(1, 2)], name="t", keys=keys)
+    with pytest.raises(ValueError, match=says):
+        table.to_json()
+
+
+def test_a_table_without_a_name_is_no_json():
+    with pytest.raises(ValueError, match="needs a name"):
+        Table("t", ("a",), [(1,)]).to_json()
+
+
+def test_lines_of_a_picture_each_say_whose_they_are():
+    rows = [("max", "TT"), ("", ".."), ("oracle", "Tr"), ("", "..")]
+    table = Table("map", ("policy", "T r"), rows, picture=True, keys=("policy", "line"))
+    assert [row["policy"] for row in table.records()] == ["max", "max", "oracle", "oracle"]
+
+
+@pytest.mark.parametrize(
+    ("header", "key"),
+    [("external & others", "external_others"), ("saving %", "saving_percent"),
+     ("padding, %", "padding_percent"), ("MiB a copy", "mib_a_copy"), ("", "")],
+)  # fmt: skip
+def test_keys_of_headers(header, key):
+    assert key_of(header) == key
 
 
 # ---- a scenario -------------------------------------------------------------------------------
@@ -169,14 +212,22 @@ def test_check_turns_what_it_is_given_into_a_bool(report):
     report.check("of numpy", np.bool_(True), "")
     assert report.checks[-1] == Check("of numpy", True, "")
     assert report.checks[-1].ok is True
-    json.dumps(report.to_json())
+    json.dumps(report.checks_json())
 
 
 def test_scenario_as_json(report, table):
-    found = report.to_json()
-    assert list(found) == ["number", "name", "rows", "checks", "answer"]
-    assert found["rows"] == table.records()
-    assert found["checks"][1] == {"name": "fails", "ok": False, "detail": "2 of 3"}
+    report.note("lost", slots=4711, share=0.5)
+    assert report.to_json() == {
+        "number": 1, "name": "one_name", "question": "What is lost?", "answer": "97.6 % of it.",
+    }  # fmt: skip
+    shown, told = report.tables_json()
+    assert shown == {**table.to_json(), "scenario": 1}
+    assert (told["id"], told["index"]) == ("lost", [])
+    assert told["rows"] == [{"slots": 4711, "share": 0.5}]
+    assert report.checks_json()[1] == {
+        "scenario": 1, "name": "fails", "ok": False, "detail": "2 of 3",
+    }  # fmt: skip
+    assert "4,711" not in render_scenario(report, "plain")
 
 
 # ---- the map of the pool ----------------------------------------------------------------------

@@ -73,7 +73,8 @@ def test_a_table_with_its_words_as_keys(tmp_path):
     done = call("--figure", "table1", "--json", out)
     assert done.returncode == 0 and done.stderr == ""
     found = json.loads(out.read_text(encoding="ascii"))
-    rows = found["rows"]
+    (table,) = found["tables"]
+    rows = table["rows"]
     assert all(list(row)[: len(KEYS)] == KEYS for row in rows)
     assert {row["held"] for row in rows} == {True, EXPLAINED}
     assert all(("reason" in row) == (row["held"] == EXPLAINED) for row in rows)
@@ -81,6 +82,9 @@ def test_a_table_with_its_words_as_keys(tmp_path):
     last = done.stdout.splitlines()[-1]
     assert last.startswith(f"{len(rows)} rows: {held} held, {len(rows) - held} explained, 0 not")
     assert {row["fitted"] for row in rows} == {False}
+    assert found["checks"] == [
+        {"name": "Table 1", "ok": True, "detail": done.stdout.splitlines()[-1].rpartition(",")[0]}
+    ]
     assert "compact table" in found["setting"]["lengths"]["ShareGPT"]
     assert "Lengths: ShareGPT: compact table" in done.stdout
 
@@ -95,8 +99,8 @@ def short(monkeypatch, module, seconds, window):
 
 def test_seeds_are_averaged_and_their_spread_told(monkeypatch):
     short(monkeypatch, paper, 60, (20, 60))
-    (one,) = regenerate([Fig2()], COMPACT, 1, 1, None)
-    (several,) = regenerate([Fig2()], COMPACT, 3, 1, None)
+    (one,) = regenerate([Fig2()], COMPACT, 1, 1)
+    (several,) = regenerate([Fig2()], COMPACT, 3, 1)
     assert [row.metric for row in one.rows] == [row.metric for row in several.rows]
     assert all(row.spread is None for row in one.rows)
     moved = [row for row in several.rows if row.spread]
@@ -106,8 +110,8 @@ def test_seeds_are_averaged_and_their_spread_told(monkeypatch):
 
 def test_several_processes_find_what_one_finds(monkeypatch):
     short(monkeypatch, paper, 60, (20, 60))
-    (alone,) = regenerate([Fig2()], COMPACT, 1, 1, None)
-    (together,) = regenerate([Fig2()], COMPACT, 1, 2, None)
+    (alone,) = regenerate([Fig2()], COMPACT, 1, 1)
+    (together,) = regenerate([Fig2()], COMPACT, 1, 2)
     assert alone.rows == together.rows
 
 
@@ -141,7 +145,7 @@ def test_the_length_of_beam_search_goes_from_the_command_line_into_the_json(monk
     """Fig. 14 with outcomes at once: how long each run was asked to be."""
     asked, out = set(), tmp_path / "out.json"
 
-    def at_once(run, lengths):
+    def at_once(run, lengths, progress=None):
         asked.add((run.decoding, run.seconds))
         return Outcome(0.03 if run.rate < 15.0 else 2.0, 1, 1, 1.0)
 
@@ -316,7 +320,7 @@ def test_memory_is_measured_in_the_window_alone():
 
 
 def failures(figures):
-    found = regenerate(figures, COMPACT, 1, 1, None)
+    found = regenerate(figures, COMPACT, 1, 1)
     return [row for figure in found for row in figure.rows if row.held is False]
 
 
@@ -327,7 +331,7 @@ def test_a_sound_simulator_passes():
 
 def test_the_rows_that_theta_was_fitted_to_are_marked(monkeypatch):
     short(monkeypatch, paper, 10, (2, 10))
-    (found,) = regenerate([Fig15()], COMPACT, 1, 1, None)
+    (found,) = regenerate([Fig15()], COMPACT, 1, 1)
     assert {row.fitted for row in found.rows} == {True, False}
     assert all(row.fitted == (", beam" in row.setting) for row in found.rows)
     column = [cells[-1] for cells in found.table().rows]
@@ -381,7 +385,9 @@ def test_a_simulator_too_slow_from_the_first_rate_on_is_found(monkeypatch, tmp_p
     out = tmp_path / "rows.json"
     assert reproduce.main(["--figure", "12", "--quick", "--jobs", "1", "--json", str(out)]) == 1
     assert "no value" in capsys.readouterr().out
-    rows = json.loads(out.read_text())["rows"]
+    found = json.loads(out.read_text())
+    assert found["exit_code"] == 1 and [check["ok"] for check in found["checks"]] == [False]
+    rows = found["tables"][0]["rows"]
     without = [row for row in rows if row["ours"] is None]
     assert without and not any(row["held"] for row in without)
 
@@ -394,5 +400,5 @@ def test_one_row_that_is_not_held_is_exit_code_1(monkeypatch, capsys):
 
 @pytest.mark.skipif(not DATA.exists(), reason="the authors' lengths are not here")
 def test_the_authors_lengths_give_figure_2_within_a_point():
-    (found,) = regenerate([Fig2()], find_lengths([], str(DATA)), 1, 1, None)
+    (found,) = regenerate([Fig2()], find_lengths([], str(DATA)), 1, 1)
     assert len(found.rows) == 17 and all(row.held is True for row in found.rows)

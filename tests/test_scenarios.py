@@ -239,7 +239,7 @@ def test_fifty_tokens_in_a_reservation_of_2048():
 def test_figure_3_slot_by_slot():
     report = empty_report()
     scenario_baseline._figure_3(setting_of(130), report)
-    rows = [tuple(row.values())[1:] for row in records(report, "Fig. 3")]
+    rows = [tuple(row.values()) for row in records(report, "Fig. 3")]
     # Counted in the figure: prompt and current token, two (one) to come, and the rest.
     assert rows == [
         ("A", 2048, "ours", 8, 2, 2038),
@@ -253,13 +253,13 @@ def test_figure_3_slot_by_slot():
 def test_the_shares_of_the_contiguous_policies(quick):
     """Beside each other as in Fig. 2: what each policy wastes, and what it cannot waste."""
     report = scenario_baseline.run(setting_of(300))
-    rows = [row for row in records(report, "Steady state") if row[""] == "ours"]
+    rows = [row for row in records(report, "Steady state") if row["who"] == "ours"]
     policies = {row["policy"]: row for row in rows}
     for row in rows:
         parts = ("tokens", "reserved", "internal", "rounding", "free")
         assert sum(row[part] for part in parts) == pytest.approx(100)
         external = row["rounding"] + row["free"]
-        assert row["external & others"] == pytest.approx(external)
+        assert row["external_and_others"] == pytest.approx(external)
     assert policies[paper.ORCA_ORACLE]["internal"] == 0 < policies[paper.ORCA_POW2]["internal"]
     assert policies[paper.ORCA_MAX]["rounding"] == 0  # 2048 is a power of two
     tokens = [policies[s]["tokens"] for s in scenario_baseline.POLICIES.values()]
@@ -321,7 +321,7 @@ def test_n_samples_cost_what_a_count_by_hand_says(block_size, prompt_len, monkey
 def test_figure_8_as_drawn():
     report = empty_report()
     scenario_sampling._figure_8(setting_of(1), report)
-    rows = [tuple(row.values())[1:] for row in records(report, "Fig. 8")]
+    rows = [tuple(row.values()) for row in records(report, "Fig. 8")]
     assert rows == [
         ("prompt shared", "7(4) 1(3)", "7(4) 1(3)", 2),
         ("A1 writes: copy, then write", "7(4) 3(4)", "7(4) 1(3)", 1),

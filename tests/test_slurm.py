@@ -110,7 +110,8 @@ def test_header_says_how_to_submit():
 
 
 def test_main_runs_without_slurm(tmp_path):
-    done = bash(ROOT, "--scenario", "1", "--device", "cpu", env=environment(tmp_path / "bin"))
+    arguments = ("--scenario", "1", "--device", "cpu", "--quiet")
+    done = bash(ROOT, *arguments, env=environment(tmp_path / "bin"))
     assert (done.returncode, done.stderr) == (0, "")
     host, _, rest = done.stdout.partition("\n")
     assert host.startswith("host ") and "job none" in host

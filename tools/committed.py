@@ -2,7 +2,8 @@
 
 Serves tools/update_readme.py and its blocks. Each file is what tools/record.py wrote: the command,
 the commit, the machine, the versions, the script's own JSON under "output", its lines under
-"printed".
+"printed". That JSON is a document of docs/json.md, or older: then a table was a list of rows under
+a key of its own, the setting was not apart, and each scenario had its checks. Both are read here.
 
     result = load("main_cpu.json")
     print(origin(result, "main_cpu.json"))     # command, machine, link: the line above a table
@@ -36,6 +37,41 @@ def load(name: str) -> dict:
 def find(name: str) -> dict | None:
     """The same, or None while it has not been recorded."""
     return load(name) if (ROOT / "results" / name).exists() else None
+
+
+def rows(result: dict, name: str) -> list[dict]:
+    """The rows of the table with this id. KeyError if there is none."""
+    output = result["output"]
+    if "schema" not in output:
+        return output[name]
+    for one in output["tables"]:
+        if one["id"] == name:
+            return one["rows"]
+    raise KeyError(f"no table {name}")
+
+
+def has(result: dict, name: str) -> bool:
+    """Whether there is such a table."""
+    output = result["output"]
+    tables = [one["id"] for one in output["tables"]] if "schema" in output else output
+    return name in tables
+
+
+def setting(result: dict) -> dict:
+    """What is not rows: sizes, limits, repeats."""
+    output = result["output"]
+    return output["setting"] if "schema" in output else output
+
+
+def scenarios(result: dict) -> list[dict]:
+    """Of main.py each scenario's number, name, answer and checks."""
+    output = result["output"]
+    if "schema" not in output:
+        return output["scenarios"]
+    return [
+        {**one, "checks": [c for c in output["checks"] if c["scenario"] == one["number"]]}
+        for one in output["scenarios"]
+    ]
 
 
 def versions(result: dict) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from committed import find, load, origin, table, with_links
+from committed import find, load, origin, scenarios, table, with_links
+from committed import rows as rows_of
 
 import explanations
 from comparison import verdict
@@ -44,13 +45,13 @@ def number_of(reason: str) -> str:
 
 
 def reproduced() -> list[dict]:
-    return load("reproduce.json")["output"]["rows"]
+    return rows_of(load("reproduce.json"), "rows")
 
 
 def headline() -> str:
     """What a reader will see, in three lines."""
-    scenarios = load("main_cpu.json")["output"]["scenarios"]
-    kept = [check["ok"] for scenario in scenarios for check in scenario["checks"]]
+    memory = scenarios(load("main_cpu.json"))
+    kept = [check["ok"] for scenario in memory for check in scenario["checks"]]
     rows = reproduced()
     spans = {}
     for dataset in ("ShareGPT", "Alpaca"):
@@ -68,7 +69,7 @@ def headline() -> str:
     why = f"[explained](#differences-from-the-paper), {count[False]} neither"
     return "\n".join([
         f"* **Memory** (`main.py`, {sum(kept)} of {len(kept)} checks held): "
-        f"{scenarios[1]['answer']}",
+        f"{memory[1]['answer']}",
         f"* **Serving** (`reproduce.py`): at 0.5 s/token vLLM sustains {spans['ShareGPT'][0]} the "
         f"rate of the three Orcas {spans['ShareGPT'][1]}, {' '.join(spans['Alpaca'])}.",
         f"* **The whole evaluation**: of {len(rows)} rows, the paper's number beside ours, "
@@ -137,7 +138,7 @@ def seeds() -> str:
             (row["figure"], row["setting"], row["metric"], value(row["paper"]),
              value(row["ours"]), f"{row.get('spread', 0.0):.3g}", row["difference"],
              row["tolerance"], held(row))
-            for row in result["output"]["rows"]
+            for row in rows_of(result, "rows")
             if keep(row)
         ]  # fmt: skip
         parts += [
@@ -166,7 +167,7 @@ def differences() -> str:
 def explained(number: str) -> str:
     """The rows that one difference explains in the committed run, of D15 in that of the seeds."""
     seeds = find("reproduce_fig12_seeds.json") if number == "D15" else None
-    rows = seeds["output"]["rows"] if seeds else reproduced()
+    rows = rows_of(seeds, "rows") if seeds else reproduced()
     shown = [
         (row["figure"], row["setting"], row["metric"], value(row["paper"]), value(row["ours"]),
          row["difference"], row["tolerance"])
@@ -185,7 +186,7 @@ def beams_hour() -> str:
         (row["setting"].partition("beam ")[2], row["metric"], value(row["paper"]),
          value(short[row["setting"], row["metric"]]), value(row["ours"]), row["difference"],
          held(row))
-        for row in hour["output"]["rows"]
+        for row in rows_of(hour, "rows")
         if row["figure"] == "Fig. 14" and "beam" in row["setting"]
     ]  # fmt: skip
     headers = ("beam width, system", "metric", "paper, an hour", "ours, ten minutes",
@@ -201,7 +202,7 @@ def beam_step() -> str:
     body = [
         (row["groups"], row["sequences"], row["sample_us"], row["beam_us"],
          row["beam_less_sample_us"])
-        for row in result["output"]["groups"]
+        for row in rows_of(result, "groups")
     ]  # fmt: skip
     headers = ("requests", "sequences each", "sampling, us a request", "beam search, us a request",
                "more, us")  # fmt: skip

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
+from json_document import versions  # noqa: E402
 from report import check_writable, write_json  # noqa: E402
 
 
@@ -53,17 +53,6 @@ def device() -> str:
     except ImportError:
         pass
     return f"{os.cpu_count()} CPU cores, {platform.machine()}"
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that matter, where installed."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "triton", "flashinfer-python", "nvidia-cudnn-cu13"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from committed import load, machine, origin, table
+from committed import scenarios as scenarios_of
 
 # The one table of each scenario that its answer rests on.
 DECIDING = ("Steady state", "Steady state", "Saving by sharing", "All requests served")
@@ -65,14 +66,14 @@ def quickstart() -> str:
 
 def tail() -> str:
     """The end of a run."""
-    result = load("main_cpu.json")["output"]
-    all_checks = [(s["number"], c) for s in result["scenarios"] for c in s["checks"]]
+    found = load("main_cpu.json")
+    all_checks = [(s["number"], c) for s in scenarios_of(found) for c in s["checks"]]
     held = sum(check["ok"] for _, check in all_checks)
     shown = [
         f"{number}  {'ok' if check['ok'] else 'FAILED':6}  {check['name']:45}  {check['detail']}"
         for number, check in all_checks
     ]
-    last = f"{held} of {len(all_checks)} checks held, {result['elapsed_s']:.1f} s"
+    last = f"{held} of {len(all_checks)} checks held, {found['output']['elapsed_s']:.1f} s"
     return "\n".join(["```", shown[1], shown[9], "     ...", last, "```"])
 
 
@@ -80,10 +81,10 @@ def checks() -> str:
     """Every check, on the CPU and on the GPU."""
     cpu, gpu = load("main_cpu.json"), load("main_h100.json")
     layers = load("main_h100_all_layers.json")
-    every = [c["ok"] for s in layers["output"]["scenarios"] for c in s["checks"]]
+    every = [c["ok"] for s in scenarios_of(layers) for c in s["checks"]]
     found: dict[tuple[int, str], list[str]] = {}
     for result in (cpu, gpu):
-        for scenario in result["output"]["scenarios"]:
+        for scenario in scenarios_of(result):
             for check in scenario["checks"]:
                 text = ("" if check["ok"] else "FAILED: ") + check["detail"]
                 found.setdefault((scenario["number"], check["name"]), []).append(text)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from committed import ROOT, find, load, origin, table
+from committed import ROOT, find, has, load, origin, setting, table
+from committed import rows as rows_of
 
 from report import Table, render
 
@@ -30,13 +31,13 @@ def serving() -> str:
         (row["trace"], row["requests"], row["decode_tokens"], row["iterations"], row["seconds"],
          SERVING_AIMS.get(row["trace"]), row["ns_per_token"], row["x_call"],
          row["plain_seconds"], row["speed_up"])
-        for row in result["output"]["rows"]
+        for row in rows_of(result, "rows")
     ]  # fmt: skip
     headers = ("trace", "requests", "decode tokens", "iterations", "s", "aim, s", "ns a token",
                "x empty call", "one by one, s", "speed-up")  # fmt: skip
     every = load("reproduce.json")
     all_s = every["output"]["elapsed_s"]
-    aims = [(row["seconds"], SERVING_AIMS[row["trace"]]) for row in result["output"]["rows"]
+    aims = [(row["seconds"], SERVING_AIMS[row["trace"]]) for row in rows_of(result, "rows")
             if row["trace"] in SERVING_AIMS]  # fmt: skip
     aims.append((all_s, ALL_AIM_S))
     missed = [seconds / aim for seconds, aim in aims if seconds > aim]
@@ -53,7 +54,7 @@ def manager() -> str:
     """The speed of the bookkeeping."""
     result = load("bench_manager.json")
     rows = []
-    for row in result["output"]["rows"]:
+    for row in rows_of(result, "rows"):
         ns = row["ns_per_token"]
         aims = APPEND_AIM_NS, APPEND_ALL_AIMS_NS[row["workload"]]
         rows.append(
@@ -80,10 +81,10 @@ def gpu_attention() -> str:
     result = find(ATTENTION)
     if result is None:
         return "Not recorded yet."
-    found = result["output"]
+    found = setting(result)
     where = f"large copy {found['bandwidth_bytes_per_s'] / 1e9:,.0f} GB/s, "
     where += f"median of {found['repeats']}"
-    tables = benchmark("bench_attention").tables(found["shapes"], where)
+    tables = benchmark("bench_attention").tables(rows_of(result, "shapes"), where)
     return origin(result, ATTENTION) + "\n\n" + shown(tables, 3)
 
 
@@ -92,19 +93,19 @@ def gpu_paging() -> str:
     result = find(PAGING)
     if result is None:
         return "Not recorded yet."
-    bench, found = benchmark("bench_paging_cost"), result["output"]
+    bench, found = benchmark("bench_paging_cost"), setting(result)
     where = f"{found['model']}'s shape, large copy {found['copy_bytes_per_s'] / 1e9:,.0f} GB/s"
     tables = []
-    if "attention" in found:
-        tables.append(bench.attention_table(found["attention"], where))
-    if "blocks" in found:
-        tables.append(bench.blocks_table(found["blocks"], where))
-    if "swap" in found:
+    if has(result, "attention"):
+        tables.append(bench.attention_table(rows_of(result, "attention"), where))
+    if has(result, "blocks"):
+        tables.append(bench.blocks_table(rows_of(result, "blocks"), where))
+    if has(result, "swap"):
         pinned = bench.PinnedBandwidth(**found["pinned_bytes_per_s"])
-        tables.append(bench.swap_table(found["swap"], where))
-        tables.append(bench.transfer_table(found["swap"], pinned, where))
-    if "moves" in found:
-        tables.append(bench.moves_table(found["moves"], where))
+        tables.append(bench.swap_table(rows_of(result, "swap"), where))
+        tables.append(bench.transfer_table(rows_of(result, "swap"), pinned, where))
+    if has(result, "moves"):
+        tables.append(bench.moves_table(rows_of(result, "moves"), where))
     return origin(result, PAGING) + "\n\n" + shown(tables, 2)
 
 
@@ -113,17 +114,18 @@ def gpu() -> str:
     lines = []
     attention, paging = find(ATTENTION), find(PAGING)
     if attention is not None:
-        over = [row["triton_us"] / row["floor_us"] for row in attention["output"]["shapes"]]
-        met = sum(o <= row["aim"] for o, row in zip(over, attention["output"]["shapes"]))
+        shapes = rows_of(attention, "shapes")
+        over = [row["triton_us"] / row["floor_us"] for row in shapes]
+        met = sum(o <= row["aim"] for o, row in zip(over, shapes))
         lines.append(
             f"* Reading blocks in place takes {min(over):.2f} to {max(over):.2f} times as long as "
             f"one large copy needs for the live K and V; {met} of {len(over)} aims met. "
             + origin(attention, ATTENTION)
         )
-    if paging is not None and "attention" in paging["output"]:
+    if paging is not None and has(paging, "attention"):
         over = [
             100 * (row["paged_us"] / row["contiguous_us"] - 1)
-            for row in paging["output"]["attention"]
+            for row in rows_of(paging, "attention")
         ]
         lines.append(
             f"* Random blocks against consecutive ones, the same kernel: {min(over):+.1f} to "

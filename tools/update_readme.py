@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import figure_blocks as f
+import json_blocks as j
 import scenario_blocks as s
 import speed_blocks as v
 from committed import ROOT, machine
@@ -31,6 +32,7 @@ PARTS = {
         machine, s.quickstart, s.tail, s.answers, s.scenarios, s.checks,
         f.headline, f.ratios, f.figures, f.rows, f.seeds, f.differences, f.explained,
         f.beams_hour, f.beam_step, v.serving, v.manager, v.gpu, v.gpu_attention, v.gpu_paging,
+        j.envelope, j.keys,
     )
 }  # fmt: skip
 

@@ -1,0 +1,112 @@
+"""One table: its text in three formats, and its rows as JSON under keys that stay.
+
+Reproduces: the presentation only. A title may say how many iterations a mean is about, a header may
+be empty; what reads the JSON goes by `name` and `keys` (docs/json.md).
+
+    table = Table("Slots by part", ("policy", "tokens"), [("max", 20.4)], name="slots")
+    print(render(table, "plain"))
+    table.to_json()["rows"]                 # [{"policy": "max", "tokens": 20.4}]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+# --format: the name tabulate knows each by.
+FORMATS = {"github": "pipe", "plain": "simple", "latex": "latex_booktabs"}
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table. `setting` is the line above it: hardware, model, sizes.
+
+    For JSON: `name` is its id, `keys` those of its columns (the words of the headers unless given),
+    `index` the number of columns, the first ones, that together say which row it is.
+    """
+
+    title: str
+    headers: tuple[str, ...]
+    rows: Sequence[tuple[Cell, ...]]
+    setting: str = ""
+    decimals: int = 1
+    picture: bool = False  # needs characters of equal width, whatever the format
+    name: str = ""
+    keys: tuple[str, ...] = ()
+    index: int = 1
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.headers):
+                raise ValueError(
+                    f"{self.title}: {len(row)} cells under {len(self.headers)} headers"
+                )
+
+    def columns(self) -> tuple[str, ...]:
+        """The keys of a row in JSON. ValueError unless each column has one of its own."""
+        keys = self.keys or tuple(key_of(header) for header in self.headers)
+        if len(set(keys)) < len(self.headers) or "" in keys:
+            raise ValueError(f"{self.title}: no key for each of {self.headers}")
+        return keys
+
+    def records(self) -> list[dict[str, Cell]]:
+        """The rows for JSON, numbers unrounded; under a picture's name comes more than one line."""
+        columns, rows = self.columns(), []
+        for row in self.rows:
+            name = rows[-1][columns[0]] if self.picture and rows and row[0] == "" else row[0]
+            rows.append(dict(zip(columns, (name, *row[1:]), strict=True)))
+        return rows
+
+    def to_json(self) -> dict[str, object]:
+        """The table as docs/json.md has it. ValueError for one without a name."""
+        if not self.name:
+            raise ValueError(f"{self.title}: a table in JSON needs a name")
+        return {
+            "id": self.name,
+            "title": self.title,
+            "setting": self.setting,
+            "headers": list(self.headers),
+            "index": list(self.columns()[: self.index]),
+            "rows": self.records(),
+        }
+
+
+def key_of(header: str) -> str:
+    """A header as a key: lower case, words joined by _, and % as percent."""
+    return "_".join(re.findall(r"[a-z0-9]+", header.lower().replace("%", " percent ")))
+
+
+def cell_text(value: Cell, decimals: int) -> str:
+    """A cell as text: thousands separated, floats rounded, nothing for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.{decimals}f}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def render(table: Table, fmt: str) -> str:
+    """The table as text in one of FORMATS, its title and setting above it."""
+    if table.picture and fmt == "github":
+        return f"```\n{render(table, 'plain')}\n```"
+    body = [[cell_text(value, table.decimals) for value in row] for row in table.rows]
+    numeric = [
+        all(isinstance(row[i], int | float | None) for row in table.rows)
+        for i in range(len(table.headers))
+    ]
+    text = tabulate(
+        body,
+        headers=table.headers,
+        tablefmt=FORMATS[fmt],
+        disable_numparse=True,
+        colalign=["right" if n else "left" for n in numeric] if body else None,
+    )
+    lines = [f"{table.title}", f"({table.setting})"] if table.setting else [table.title]
+    if fmt == "latex":
+        lines = [f"% {line}" for line in lines]
+    # Markdown needs an empty line before a table.
+    return "\n".join([*lines, "", text] if fmt == "github" else [*lines, text])
