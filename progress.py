@@ -55,14 +55,14 @@ class Display:
         filled = int(BAR * self.shown)
         line = f"[{'#' * filled}{'.' * (BAR - filled)}] {seconds}{words and ', '}{words}"
         line = line[: self.columns - 1]
-        self._write(f"\r{line.ljust(self.drawn)}")
-        self.drawn = len(line)
+        before, self.drawn = self.drawn, len(line)
+        self._write(f"\r{line.ljust(before)}")
 
     def clear(self) -> None:
         """Take the bar away, so that something else can be printed; the next is drawn in time."""
-        if self.drawn:
-            self._write(f"\r{' ' * self.drawn}\r")
-            self.drawn = 0
+        before, self.drawn = self.drawn, 0
+        if before:
+            self._write(f"\r{' ' * before}\r")
 
     def _write(self, text: str) -> None:
         try:

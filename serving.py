@@ -178,7 +178,7 @@ def simulate(
     while now < until_s and (arrived < len(queue) or not scheduler.idle):
         events += 1
         if not events % EVENTS:
-            progress.at(arrived, len(queue))
+            progress.at(len(result.finish_s), len(queue))
         in_window = opens_s <= now < closes_s
         watched = in_window and bool(observers)
         steps = 0 if one_by_one or watched else scheduler.quiet_steps()

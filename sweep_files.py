@@ -100,7 +100,7 @@ def _wrong_table(table: object) -> str:
         if not isinstance(row, dict) or not set(index) <= row.keys():
             return f"{name}: a row lacks a key of the index"
         for key, value in row.items():
-            if key in index and not _is_cell(value):
+            if key in index and not (isinstance(value, dict) or _is_cell(value)):
                 return f"{name}: {key[:40]!a} says not which row it is"
             if isinstance(value, int | float) and not _is_cell(value):
                 return f"{name}: {key[:40]!a} is no finite number"

