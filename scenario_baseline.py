@@ -167,7 +167,10 @@ def pool_map(manager: BaselineCacheManager) -> str:
 
 
 def _steady_state(
-    setting: Setting, report: ScenarioReport, requests: list[Request], progress: Progress
+    setting: Setting,
+    report: ScenarioReport,
+    requests: list[Request],
+    progress: Progress = SILENT,
 ) -> None:
     """Completions and admissions for thousands of iterations: the bars of Fig. 2."""
     counted = len(POLICIES) * BASELINE_ITERATIONS

@@ -50,7 +50,10 @@ def _new_manager(setting: Setting) -> PagedKVCacheManager:
 
 
 def _fill_and_run(
-    setting: Setting, report: ScenarioReport, requests: list[Request], progress: Progress
+    setting: Setting,
+    report: ScenarioReport,
+    requests: list[Request],
+    progress: Progress = SILENT,
 ) -> PagedKVCacheManager:
     """Admission until the first refusal, then a steady state; returns the manager in it."""
     first = _new_manager(setting)

@@ -64,13 +64,13 @@ def expand(script: str, arguments: Sequence[str]) -> list[Cell]:
         except UsageError as error:
             raise UsageError(f"cell {index}: {error}") from None
         varied = [option for option, axis in zip(words, axes, strict=True) if len(axis) > 1]
-        name = "-".join(word.lstrip("-") for option in varied for word in option)
+        name = "-".join(word.lstrip("-") for option in sorted(varied) for word in option)
         name = re.sub(r"[^A-Za-z0-9._]+", "-", name)[:LONGEST_NAME].strip("-.")
         stem = "-".join(filter(None, (script.removesuffix(".py"), name)))
         cells.append(Cell(index, flat, options, f"{stem}-{_digest([script, options])}.json"))
-    files = [cell.file for cell in cells]
+    found: dict[str, int] = {}
     for cell in cells:
-        first = files.index(cell.file)
+        first = found.setdefault(_digest(cell.options), cell.index)
         if first < cell.index:
             raise UsageError(f"cells {first} and {cell.index} are the same: {cell.line}")
     return cells

@@ -130,7 +130,8 @@ def _planned(path: Path, found: Json) -> list[tuple[str, str]]:
     rows = [row for table in found["tables"] if table["id"] == "cells" for row in table["rows"]]
     for row in rows:
         name, told = row.get("file"), row.get("arguments")
-        if not (isinstance(name, str) and isinstance(told, str)) or Path(name).name != name:
+        named = isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+        if not (named and isinstance(told, str)):
             raise UsageError(f"{path}: not as docs/json.md has it: a cell has no file")
     return [(row["file"], row["arguments"]) for row in rows]
 

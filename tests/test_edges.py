@@ -115,7 +115,7 @@ def test_what_reproduce_refuses_before_any_run(arguments, says, capsys, tmp_path
 
 @pytest.mark.parametrize("error", [ValueError("a bad length"), DuplicateSequenceError("a twin")])
 def test_what_a_run_refuses_is_one_line(error, capsys, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise error
 
     monkeypatch.setattr(reproduction, "execute", refuse)
@@ -177,7 +177,7 @@ def test_an_invariant_that_does_not_hold_is_a_failed_check(monkeypatch, capsys):
 
     for message, shown in (("slots\n 3 of 4", "slots 3 of 4"), ("", "assertion failed")):
 
-        def fail(setting, message=message):
+        def fail(setting, progress, message=message):
             raise AssertionError(message)
 
         monkeypatch.setattr(scenario_baseline, "run", fail)
@@ -280,4 +280,4 @@ def test_a_kernel_that_does_not_run_is_told_why(monkeypatch):
 
 
 def test_a_report_of_nothing_that_went_wrong_has_no_checks():
-    assert ScenarioReport(1, "a", "b?").to_json()["checks"] == []
+    assert ScenarioReport(1, "a", "b?").checks_json() == []

@@ -406,7 +406,8 @@ def test_two_tables_of_one_id_are_refused():
 
 def test_options_are_those_that_decide_what_is_found(tmp_path):
     found = told({"model": "a", "seed": 1, "json": tmp_path, "figures": None, "quiet": True,
-                  "format": "plain", "jobs": 2, "trace": tmp_path, "figure": ("1", "2")})  # fmt: skip
+                  "format": "plain", "jobs": 2, "trace": tmp_path,
+                  "figure": ("1", "2")})  # fmt: skip
     assert found == {"model": "a", "seed": 1, "trace": str(tmp_path), "figure": ["1", "2"]}
 
 

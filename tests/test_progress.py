@@ -1,4 +1,4 @@
-"""progress.py: what is shown when, on a terminal and in a log, and that it costs and breaks nothing."""
+"""progress.py: what is shown when, on a terminal and in a log, and that it breaks nothing."""
 
 import io
 import os
