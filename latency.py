@@ -23,13 +23,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from baseline_manager import BaselineCacheManager
+from paper import BLOCK_SIZE, Deployment
 from scheduler import Completion, Iteration, Manager
-
-if TYPE_CHECKING:
-    from paper import Deployment
 
 BANDWIDTH_USED, FLOPS_USED = 0.8, 0.5
 
@@ -153,7 +150,7 @@ UNIT = LatencyModel(step_s=1.0)  # time counted in iterations
 
 def latency_model(
     deployment: Deployment,
-    block_size: int,
+    block_size: int = BLOCK_SIZE,
     software: Software | None = None,
     *,
     static: bool = False,

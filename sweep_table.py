@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -102,15 +103,15 @@ def merge(paths: Sequence[Path]) -> Merged:
     given = {path: read_document(path) for path in sorted(set(paths), key=str)}
     plans = {path: found for path, found in given.items() if found["script"] == "sweep.py"}
     cells = {path: found for path, found in given.items() if path not in plans}
-    known = {path.resolve() for path in cells}
+    known = {os.path.realpath(path) for path in cells}
     missing: list[Json] = []
     for path, found in plans.items():
         for name, arguments in _planned(path, found):
             cell = path.parent / name
-            if cell.resolve() in known:
+            if os.path.realpath(cell) in known:
                 continue
-            known.add(cell.resolve())
-            if cell.exists():
+            known.add(os.path.realpath(cell))
+            if os.path.lexists(cell):
                 cells[cell] = read_document(cell)
             else:
                 missing.append({"name": name, "ok": False, "detail": f"missing: {arguments}"})
@@ -229,11 +230,13 @@ def shown(merged: Merged, tables: Sequence[str]) -> Table:
             row = ", ".join(_text(cell) for cell in one["row"].values())
             rows.append((
                 f"{one['table']}: {row}" if row else one["table"], one["metric"],
-                *(_text(value) for value in one["parameters"].values()),
+                *(value if type(value) is int else _text(value)
+                  for value in one["parameters"].values()),
                 float(one["mean"]), float(one["spread"]), len(one["seeds"]),
             ))  # fmt: skip
     headers = ("figure", "column", *merged.parameters, "mean", "highest less lowest", "seeds")
-    title = f"{merged.script}, {merged.num_files} files"
+    count = len(merged.checks)
+    title = f"{merged.script}, {count} cell{'s' * (count != 1)}"
     return Table(title, headers, rows, decimals=2)
 
 
@@ -271,7 +274,7 @@ def parse_and_merge(argv: list[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.json is not None:
         check_writable(args.json)
-        if args.json.resolve() in {path.resolve() for path in args.files}:
+        if os.path.realpath(args.json) in map(os.path.realpath, args.files):
             raise UsageError(f"--json {args.json} is one of the files to merge")
     start = time.perf_counter()
     merged = merge(args.files)

@@ -45,10 +45,13 @@ import update_readme  # noqa: E402
 import command_line  # noqa: E402
 import main  # noqa: E402
 import pictures  # noqa: E402
+import report  # noqa: E402
 import reproduce  # noqa: E402
 import reproduction  # noqa: E402
+import sweep  # noqa: E402
 import workload  # noqa: E402
 from command_line import UsageError  # noqa: E402
+from json_document import document  # noqa: E402
 from length_files import ALPACA_COLUMNS, DATASETS, chat_rounds, find_lengths, read_pairs  # noqa: E402
 from report import ScenarioReport  # noqa: E402
 from workload import WorkloadError, read_columns, read_lengths  # noqa: E402
@@ -273,6 +276,7 @@ def no_work(monkeypatch, room):
     report = ScenarioReport(1, "nothing", "What?", answer="Nothing.")
     monkeypatch.setattr(main, "run_one", lambda *_: report)
     monkeypatch.setattr(main, "tune_cpu", lambda: None)
+    monkeypatch.setattr(sweep, "run_cell", lambda *_: 0)
     monkeypatch.setattr(reproduction, "reproduce", lambda *_: [])
     monkeypatch.setattr(pictures, "draw", lambda *_: [])
     monkeypatch.setattr(fit_latency, "check_software", lambda *_: [])
@@ -316,11 +320,14 @@ OPTIONS = {
     bench_serving: {"--repeats": "number", "--traces": "input", "--json": "output"},
     bench_manager: {"--repeats": "number", "--json": "output"},
     bench_beam_step: {"--repeats": "number", "--json": "output"},
+    report: {"files": "document", "--json": "output", "--format": "word", "--table": "word"},
+    sweep: {"--script": "word", "--out": "folder", "--cell": "number", "--seed": "seed",
+            "--json": "output", "--list": "flag"},
 }  # fmt: skip
 HARMLESS = {main: ["--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"],
             reproduce: ["--figure", "table1"], fit_latency: [], make_length_tables: [],
             record: [], update_readme: [], bench_serving: [], bench_manager: [],
-            bench_beam_step: []}  # fmt: skip
+            bench_beam_step: [], report: [], sweep: []}  # fmt: skip
 
 
 def bad_arguments(rng, script, room):
@@ -331,6 +338,8 @@ def bad_arguments(rng, script, room):
         result, name = rng.choice((("folder", "main.py"), ("new.json", "none.py"),
                                    (rng.choice(BAD_OUTPUTS[:-3]), "main.py")))  # fmt: skip
         return rng.choice(([result, name], [name], [], ["", rng.choice(WORDS)]))
+    if kind == "document":
+        return [*rng.choice(([], ["--json", "new.json"])), str(inputs / rng.choice(BAD_INPUTS))]
     if kind in ("number", "seed"):
         values = [word for word in WORDS if kind == "number" or word != "0"]
         value = rng.choice((*values, "9" * rng.randint(13, 9000), f"-{rng.randint(1, 10**20)}"))
@@ -387,13 +396,63 @@ def fuzz_files_of_scripts(count, seed, room):
     return codes
 
 
+def document_of(rng):
+    """What a script might have written with --json, small."""
+    rows = [{"counted": name, "requests": rng.random()} for name in ("max", "paged")]
+    table = {"id": "concurrency", "title": "t", "setting": "", "headers": [], "index": ["counted"],
+             "rows": rows}  # fmt: skip
+    return document(
+        "capacity.py", {"model": "opt-13b", "seed": rng.randrange(3)}, seeds=[rng.randrange(3)],
+        setting={}, tables=[table], checks=[{"name": "a", "ok": True, "detail": "b"}],
+        exit_code=0, elapsed_s=1.0,
+    )  # fmt: skip
+
+
+def spoil(rng, found):
+    """One value somewhere in a document replaced, or one key taken away."""
+    parent, key = None, None
+    while isinstance(found, dict | list) and found and (parent is None or rng.random() < 0.8):
+        parent = found
+        key = rng.choice(list(found)) if isinstance(found, dict) else rng.randrange(len(found))
+        found = found[key]
+    if rng.random() < 0.3:
+        del parent[key]
+    else:
+        word = rng.choice(CELLS)
+        parent[key] = rng.choice((None, 1, -1, 2.5, 10**400, True, word, [], [1], {}, {word: []}))
+
+
+def fuzz_documents(count, seed, room):
+    """Exit codes of report.py over `count` files that are spoilt documents of --json."""
+    rng, codes, path = random.Random(seed), Counter(), room[0] / "one.json"
+    (room[0] / "other.json").write_text(json.dumps(document_of(rng)))
+    for _ in range(count):
+        found = document_of(rng)
+        for _ in range(rng.randint(1, 3)):
+            spoil(rng, found)
+        data = bytearray(json.dumps(found).encode("ascii"))
+        kind = rng.randrange(6)
+        if kind == 0:
+            del data[rng.randrange(len(data)) :]
+        elif kind == 1:
+            at = rng.randrange(len(data))
+            data[at : at + rng.randint(0, 9)] = rng.randbytes(rng.randint(1, 9))
+        elif kind == 2:
+            data = bytearray(rng.choice((b"", b"[]", b"{}", b"NaN", b"[" * 10**5, b"1e999")))
+        path.write_bytes(data)
+        given = [str(path), *rng.choice(([], [str(room[0] / "other.json")]))]
+        arguments = [*given, *rng.choice(([], ["--json", str(room[1] / "folder")]))]
+        codes[check(report, arguments, room[1], may_be=(0, 1))] += 1
+    return codes
+
+
 def fuzz_results(count, seed, folder):
     """How many of `count` malformed files of results/ tools/update_readme.py refused."""
     rng = random.Random(seed)
     shutil.copy(ROOT / "README.md", folder)
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copytree(ROOT / "results", folder / "results")
-    paths = sorted((folder / "results").iterdir())
+    paths = sorted((folder / "results").glob("*.json"))
     sound = {path: path.read_bytes() for path in paths}
     refused = 0
     for _ in range(count):
@@ -443,6 +502,11 @@ def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed):
 def test_scripts_refuse_malformed_files_in_one_line(room, no_work):
     codes = fuzz_files_of_scripts(150, 0, room)
     assert {script for script, code in codes if code == 2} >= {"reproduce", "make_length_tables"}
+
+
+def test_report_refuses_malformed_documents_in_one_line(room, no_work):
+    codes = fuzz_documents(300, 5, room)
+    assert codes[2] > 200 and codes[0] + codes[1] > 0
 
 
 def test_results_that_are_malformed_leave_the_readme(tmp_path, monkeypatch):
@@ -549,7 +613,8 @@ def test_without_permission(room, no_work):
 
 # ---- as processes ------------------------------------------------------------------------------
 
-SCRIPTS = ("main.py", "reproduce.py", "tools/make_length_tables.py", "tools/record.py",
+SCRIPTS = ("main.py", "reproduce.py", "report.py", "sweep.py", "tools/make_length_tables.py",
+           "tools/record.py",
            "tools/update_readme.py", "tools/fit_latency.py", "tools/mutants.py",
            "benchmarks/bench_manager.py",
            "benchmarks/bench_serving.py")  # fmt: skip
@@ -700,6 +765,7 @@ def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, monkeypatch):
     for module in (update_readme, committed):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     results = fuzz_results(400, 1003, tmp_path)
+    files += Counter({("report", code): n for code, n in fuzz_documents(500, 1004, room).items()})
     print(f"files: {refused.total()} refused, {taken.total()} of use after all")
     for title, found in (("arguments", codes), ("scripts with files", files)):
         told = ", ".join(f"{name} {code}: {n}" for (name, code), n in sorted(found.items()))

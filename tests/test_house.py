@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -155,6 +156,20 @@ def test_example_runs():
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_the_readmes_ten_lines_print_what_stands_below_them():
+    """From outside the repository too, if Python finds its modules."""
+    section = README.split("### In your own code")[1].split("\n##")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (output,) = re.findall(r"```\n\n```\n(.*?)```", section, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    assert "from serving import simulate" in code
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd="/", capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, output, "")
 
 
 def test_readme_tables_come_from_the_committed_results():

@@ -289,3 +289,18 @@ def test_the_same_run_twice_is_the_same_run():
         requests = mixed_requests(7, interval_s=0.1)
         first, again = (outcome(requests, paged(18, 6), mode)[0] for _ in range(2))
         assert first == again
+
+
+def test_requests_are_served_as_the_groups_made_of_them():
+    requests = mixed_requests(5, interval_s=0.1)
+    whole = simulate(make_groups(requests), paged(60, 0), Limits(2560, 2048))
+    assert simulate(requests, paged(60, 0)) == simulate(iter(requests), paged(60, 0)) == whole
+    assert set(whole.finish_s) == {request.request_id for request in requests}
+    assert simulate([], paged(60, 0)) == ServingResult()
+
+
+def test_requests_and_groups_together_are_refused():
+    """Their sequences would have the same ids."""
+    requests = [Request(0, 0.0, 3, 2), Request(1, 0.0, 3, 2)]
+    with pytest.raises(TypeError, match="groups of all"):
+        simulate([requests[0], *make_groups(requests[1:])], paged(18, 0))

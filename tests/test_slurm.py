@@ -166,6 +166,28 @@ def test_venv_is_used_if_there_is_one(place):
     assert "marker activated" in bash(work, env=env).stdout
 
 
+def test_a_sweep_runs_the_other_script_with_what_follows(place):
+    work, _, env = place
+    (work / "sweep.py").write_text(STAND_IN.replace("arguments", "sweep of"), encoding="ascii")
+    done = bash(work, "--sweep", "--seed", "0,1", "a b", env=env | {"STATUS": "1"})
+    assert done.returncode == 1 and "sweep of ['--seed', '0,1', 'a b']\n" in done.stdout
+    assert "arguments ['--seed', '--sweep']\n" in bash(work, "--seed", "--sweep", env=env).stdout
+
+
+def test_a_sweep_without_slurm_runs_one_cell_or_all(tmp_path):
+    env = environment(tmp_path / "bin")
+    sweep = ("--sweep", "--script", "capacity.py", "--workload", "30,20", "--seed", "0,1",
+             "--quiet", "--out", str(tmp_path / "out"))  # fmt: skip
+    done = bash(ROOT, *sweep, "--cell", "1", env=env)
+    assert (done.returncode, done.stderr) == (0, "") and "cell 1 of 2: done, " in done.stdout
+    done = bash(ROOT, *sweep, env=env)
+    assert done.returncode == 0 and "cell 0 of 2: done, " in done.stdout
+    assert "cell 1 of 2: done before" in done.stdout
+    done = bash(ROOT, *sweep, env=env | {"SLURM_ARRAY_TASK_ID": "2"})
+    assert done.returncode == 2
+    assert done.stderr == "sweep.py: error: SLURM_ARRAY_TASK_ID 2: the sweep has 2 cells, 0 to 1\n"
+
+
 def test_missing_torch_takes_one_line(place):
     work, bin_dir, env = place
     # -S: without site-packages.
@@ -266,6 +288,44 @@ def slurm(tmp_path):
     finally:
         subprocess.run([LOCAL_SLURM, "stop", "purge"], env=env, capture_output=True)
         shutil.rmtree(place, ignore_errors=True)
+
+
+def test_a_real_array_runs_a_sweep_that_report_merges(slurm):
+    """Three tasks for two cells: the third has none, and says so."""
+    env, options, work = slurm
+    sweep = ["--sweep", "--script", "capacity.py", "--workload", "30,20", "--seed", "0,1",
+             "--quiet", "--out", "sweep-out"]  # fmt: skip
+    options = [*options, "--gres=none", "--cpus-per-task=1", "--output=array_%a.out"]
+    job = subprocess.Popen(
+        ["sbatch", "-W", "--array=0-2", *options, SCRIPT.name, *sweep], cwd=work, env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        try:
+            told, errors = job.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            if LOCAL_SLURM.is_file():
+                raise
+            pytest.skip("the queue of this cluster did not run the job in time")
+        assert re.search(r"^Submitted batch job \d+", told), errors
+        assert job.returncode == 2
+        last = [(work / f"array_{task}.out").read_text(encoding="ascii") for task in range(3)]
+        assert "cell 0 of 2: done, exit code 0" in last[0]
+        assert "cell 1 of 2: done, exit code 0" in last[1]
+        assert "error: SLURM_ARRAY_TASK_ID 2: the sweep has 2 cells, 0 to 1\n" in last[2]
+        done = subprocess.run(
+            [sys.executable, "report.py", *sorted((work / "sweep-out").glob("*.json"))], cwd=work,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "2 of 2 cells held" in done.stdout
+    finally:
+        if job.poll() is None:
+            job.kill()
+            subprocess.run(["scancel", *re.findall(r"\d+", job.communicate()[0])], env=env)
+        shutil.rmtree(work / "sweep-out", ignore_errors=True)
+        for path in work.glob("array_*.out"):
+            path.unlink()
 
 
 def test_real_jobs_print_to_their_files_and_end_as_main_does(slurm):

@@ -147,6 +147,8 @@ def test_a_plan_stands_for_its_cells_and_names_those_that_are_missing(four, fold
     assert report.main([str(part)]) == 1
     printed = capsys.readouterr().out
     assert "1 of 2 cells held\nnone.json: missing: --seed 1\n" in printed
+    (long,) = folder(**{"sweep-3": plan("x" * 300, "a.json")})
+    assert [check["ok"] for check in merge([long]).checks] == [True, False]
 
 
 def test_a_sweep_of_which_no_cell_is_done_yet(folder, capsys):
@@ -294,6 +296,15 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", None)
     with pytest.raises(UsageError, match="more than 64 MiB"):
         read_document(path)
+
+
+def test_a_loop_of_links_takes_one_line(four, monkeypatch, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    out = str(tmp_path / "out.json")
+    assert report.main([*map(str, four), str(tmp_path / "loop"), "--json", out]) == 2
+    assert report.main([*map(str, four), "--json", str(tmp_path / "loop")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 2 and not os.path.exists(out)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """What README.md and docs/ show of main.py's runs, for tools/update_readme.py.
 
 Reproduces nothing. Each function is the text between two markers: `quickstart`, `tail`, `answers`,
-`scenarios`, `checks`.
+`scenarios`, `checks`, `sweep`.
 """
 
 from __future__ import annotations
 
 import re
 
-from committed import load, machine, origin, table
+from committed import find, load, machine, origin, table
 from committed import scenarios as scenarios_of
 
 # The one table of each scenario that its answer rests on.
@@ -100,3 +100,12 @@ def checks() -> str:
             + origin(layers, "main_h100_all_layers.json"),
         ]
     )
+
+
+def sweep() -> str:
+    """A sweep's cells in one table, once they have been merged and recorded."""
+    result = find("sweep_block_size.json")
+    if result is None:
+        return ""
+    shown = "\n".join(result["printed"])
+    return origin(result, "sweep_block_size.json") + "\n\n" + shown
