@@ -58,7 +58,7 @@ def run(capfd, tmp_path, monkeypatch):
             monkeypatch.setattr("capacity_simulation.COMPLETIONS", 100)
             monkeypatch.setattr("capacity_simulation.ENOUGH_REQUESTS", 50)
         path = tmp_path / "out.json"
-        code = capacity.main([*map(str, args), "--json", str(path)])
+        code = capacity.main([*map(str, args), "--quiet", "--json", str(path)])
         printed, errors = capfd.readouterr()
         assert (code, errors) == (0, "") and printed.isascii()
         return printed, json.loads(path.read_text(encoding="ascii"))
