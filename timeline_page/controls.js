@@ -162,4 +162,4 @@ if (data.runs.length) {
   element("run").value = first;
   show(first);
   goto(Number(wanted.get("step")) || 0);
-}
+} else element("about").textContent = "Nothing was recorded.";
