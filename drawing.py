@@ -84,13 +84,14 @@ def sheet(
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure under its title, and its panels in reading order; `size` in inches.
 
-    Of a title of many lines, the setting in it, the letters are smaller.
+    A title of more than a line, the setting in it, has smaller letters.
     """
     from matplotlib.figure import Figure
 
     size = size or (max(7.2, 4.1 * columns), 1.1 + 3.2 * rows)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=11.0 if title.count("\n") > 1 else None)
+    small = {"fontsize": 11.0} if "\n" in title else {}
+    figure.suptitle(title, **small)
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 

@@ -88,7 +88,7 @@ def draw(record: RunRecord, directory: Path) -> list[Path]:
 def memory_bars(record: RunRecord) -> Figure:
     """Fig. 2: the slots of each system, ours by part and the paper's by its own."""
     title = f"Where the KV cache goes (Fig. 2)\n{record.setting}"
-    figure, (axes,) = sheet(title, 1, size=(2.2 + 1.9 * max(3, len(record.bars)), 5.8))
+    figure, (axes,) = sheet(title, 1, size=(2.0 + 1.75 * max(3, len(record.bars)), 5.4))
     ours_colours, theirs_colours = PARTS, {**PARTS, "external": GREY}
     for middle, bar in enumerate(record.bars):
         _stack(axes, middle - 0.53 * BAR, "ours", bar.ours, ours_colours)

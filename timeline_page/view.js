@@ -130,7 +130,7 @@ function goto(index) {
   line.setAttribute("x1", at);
   line.setAttribute("x2", at);
   element("status").replaceChildren(make("b", {}, text), " ",
-    `step ${step + 1} of ${replay.length}. ${told(replay.run.frames[step]).slice(0, 2).join("; ")}`);
+    `step ${step + 1} of ${replay.length}. ${brief(told(replay.run.frames[step]))}`);
   queues(state);
   log();
   arrows();
@@ -239,6 +239,14 @@ function told(frame) {
     lines.push(`new block: ${blocks.slice(0, 4).join(", ")}${more}`);
   }
   return lines;
+}
+
+// Two of the lines, what people wait for before the rest.
+function brief(lines) {
+  const rare = lines.filter((line) => /^(copy|preempted)/.test(line));
+  const ordered = [...rare, ...lines.filter((line) => !rare.includes(line))];
+  const more = ordered.length > 2 ? `; and ${ordered.length - 2} more` : "";
+  return ordered.slice(0, 2).join("; ") + more;
 }
 
 function log() {
