@@ -214,7 +214,7 @@ def run_one(
     from report import ScenarioReport
 
     try:
-        return scenario.run(setting, record)
+        return scenario.run(setting) if record is None else scenario.run(setting, record)
     except AssertionError as error:
         report = ScenarioReport(number, scenario.__name__, "What went wrong?")
         report.check("all invariants", False, " ".join(str(error).split()) or "assertion failed")
