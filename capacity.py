@@ -82,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         f"{PREFIX_LEN})")  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add("--figures", type=Path, metavar="DIR",
+        help="draw slots, requests and block sizes there (needs matplotlib: "
+        "requirements-dev.txt)")  # fmt: skip
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     return parser
 
@@ -213,6 +216,10 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json)
     start = time.perf_counter()
     case = make_case(args)
+    if args.figures is not None:
+        import pictures_capacity
+
+        pictures_capacity.check(args.figures)
     comment = "% " if args.format == "latex" else ""
     for note in case.model.decoder.notes:
         print(f"{comment}{case.model.name}: {note}\n")
@@ -227,6 +234,8 @@ def run(args: argparse.Namespace) -> int:
             "sections": [section.to_json() for section in found],
             "elapsed_s": round(time.perf_counter() - start, 3),
         })  # fmt: skip
+    if args.figures is not None:
+        pictures_capacity.draw(found, args.figures)
     return 0
 
 

@@ -7,6 +7,7 @@ copy-on-write, (4) a mixed workload under memory pressure.
     python main.py                                  # all four: OPT-13B on an A100-40GB, one layer
     python main.py --scenario 2 --layers all        # K and V of all 40 layers, on a GPU
     python main.py --seed 1 --json out.json --format github
+    python main.py --figures pictures --timeline run.html   # as pictures, and to be played back
 
 Exit code 0 if every check held, 1 if one failed, 2 for input that cannot be used.
 """
@@ -33,6 +34,7 @@ import paper
 
 if TYPE_CHECKING:
     from report import ScenarioReport
+    from run_record import RunRecord
     from scenario import Setting
 
 EXAMPLE = """\
@@ -74,6 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"slots per block (default {paper.BLOCK_SIZE})")  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures and checks here")
+    add("--figures", type=Path, metavar="DIR",
+        help="draw what was found there (needs matplotlib: requirements-dev.txt)")  # fmt: skip
+    add("--timeline", type=Path, metavar="FILE",
+        help="write a page here that plays scenarios 3 and 4 back, block by block")  # fmt: skip
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     return parser
 
@@ -135,6 +141,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_writable(args.json)
     setting = make_setting(args)
+    chosen = sorted(set(args.scenario or (1, 2, 3, 4)))
+    record = make_record(args, setting, chosen)
     import scenario_baseline
     import scenario_mixed
     import scenario_paged
@@ -150,8 +158,8 @@ def run(args: argparse.Namespace) -> int:
     print(comment + ", ".join(f"{key} {value}" for key, value in described.items()), flush=True)
     print()
     reports = []
-    for number in sorted(set(args.scenario or (1, 2, 3, 4))):
-        reports.append(run_one(scenarios[number - 1], number, setting))
+    for number in chosen:
+        reports.append(run_one(scenarios[number - 1], number, setting, record))
         print(render_scenario(reports[-1], args.format), flush=True)
     checks = [check for report in reports for check in report.checks]
     failed = sum(not check.ok for check in checks)
@@ -164,15 +172,49 @@ def run(args: argparse.Namespace) -> int:
             args.json,
             {"setting": described, "scenarios": found, "elapsed_s": round(elapsed, 3)},
         )
+    if args.figures is not None:
+        import pictures_memory
+
+        pictures_memory.draw(record, args.figures)
+    if args.timeline is not None:
+        import timeline
+
+        timeline.write(args.timeline, record)
     return 1 if failed else 0
 
 
-def run_one(scenario: ModuleType, number: int, setting: Setting) -> ScenarioReport:
+def make_record(
+    args: argparse.Namespace, setting: Setting, scenarios: list[int]
+) -> RunRecord | None:
+    """Where the scenarios leave what --figures and --timeline show; None if neither was asked for.
+
+    Raises UsageError, before anything runs, for what could not be drawn or written after it.
+    """
+    if args.figures is None and args.timeline is None:
+        return None
+    if args.figures is not None:
+        import pictures_memory
+
+        pictures_memory.check(args.figures, scenarios)
+    if args.timeline is not None:
+        import timeline
+
+        if args.json is not None and args.json.resolve() == args.timeline.resolve():
+            raise UsageError(f"--json and --timeline are the same file, {args.timeline}")
+        timeline.check(args.timeline, scenarios, setting.num_blocks)
+    from run_record import RunRecord
+
+    return RunRecord(setting.line)
+
+
+def run_one(
+    scenario: ModuleType, number: int, setting: Setting, record: RunRecord | None = None
+) -> ScenarioReport:
     """One scenario; an invariant that does not hold is a check that failed, not a crash."""
     from report import ScenarioReport
 
     try:
-        return scenario.run(setting)
+        return scenario.run(setting) if record is None else scenario.run(setting, record)
     except AssertionError as error:
         report = ScenarioReport(number, scenario.__name__, "What went wrong?")
         report.check("all invariants", False, " ".join(str(error).split()) or "assertion failed")

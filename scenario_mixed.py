@@ -18,7 +18,9 @@ import numpy as np
 import paper
 from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
 from paged_attention import PagedKVCache
+from recording import Recorder
 from report import ScenarioReport, Table
+from run_record import RunRecord
 from scenario import CPU_SHARE, Setting, UsageMean
 from scheduler import Iteration, Manager
 from serving import Observer, ServingResult, make_groups, simulate
@@ -97,8 +99,8 @@ class UsageLog(Observer):
         return mean
 
 
-def run(setting: Setting) -> ScenarioReport:
-    """All of scenario 4."""
+def run(setting: Setting, record: RunRecord | None = None) -> ScenarioReport:
+    """All of scenario 4; leaves its slots over time and every block of its paged runs."""
     report = ScenarioReport(
         4,
         "mixed workload",
@@ -108,7 +110,8 @@ def run(setting: Setting) -> ScenarioReport:
     requests = _under_pressure(setting, longest)
     cache = setting.new_cache(num_cpu_blocks=num_cpu_blocks(setting))
     outcomes = [
-        _serve(setting, run, requests, longest, cache if run.on_tensors else None) for run in RUNS
+        _serve(setting, run, requests, longest, cache if run.on_tensors else None, record)
+        for run in RUNS
     ]
     _tables(setting, report, requests, outcomes)
     _checks(report, requests, outcomes)
@@ -187,7 +190,12 @@ def _new_manager(setting: Setting, run: Run, longest: int, prefix_len: int) -> M
 
 
 def _serve(
-    setting: Setting, run: Run, requests: list[Request], longest: int, cache: PagedKVCache | None
+    setting: Setting,
+    run: Run,
+    requests: list[Request],
+    longest: int,
+    cache: PagedKVCache | None,
+    record: RunRecord | None = None,
 ) -> Outcome:
     """Serve all requests to their end, on tensors if there is a cache."""
     prefix_len = max(request.prefix_len for request in requests)
@@ -206,12 +214,30 @@ def _serve(
         prefix_ids={prefix_len: PREFIX_ID} if paged else {},
         seed=setting.seed,
     )
+    recorder = None
+    if record is not None and paged:
+        about = f"{len(requests)} requests, {setting.line}"
+        recorder = Recorder(f"Scenario 4: {run.name}", about, manager, groups, (PREFIX_ID,))
+        observers.append(recorder)
     limits = setting.limits(run.system)
     result = simulate(groups, manager, limits, preemption=run.preemption, observers=observers)
     manager.check_invariants()
+    if record is not None:
+        _leave(record, run, log, recorder)
     if cache is not None and paged:
         cache.poison_blocks(manager.free(PREFIX_ID))  # as everything else is by now
     return Outcome(run, result, log, tensors)
+
+
+def _leave(record: RunRecord, run: Run, log: UsageLog, recorder: Recorder | None) -> None:
+    """What pictures and a timeline show of a run."""
+    series = record.new_series(4, run.name)
+    series.usages = log.usages
+    if recorder is not None:
+        series.preemptions = recorder.preemptions()
+        record.runs.append(recorder)
+        if run is PAGED_SWAP:
+            record.maps[4] = recorder, recorder.fullest
 
 
 def _tables(

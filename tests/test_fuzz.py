@@ -302,7 +302,8 @@ OPTIONS = {
     main: {
         "--scenario": "number", "--device": "word", "--kernel": "word", "--model": "word",
         "--layers": "number", "--num-blocks": "number", "--block-size": "number",
-        "--seed": "seed", "--json": "output", "--format": "word",
+        "--seed": "seed", "--json": "output", "--format": "word", "--figures": "folder",
+        "--timeline": "output",
     },
     reproduce: {
         "--figure": "word", "--jobs": "number", "--seeds": "number", "--beam-seconds": "number",
