@@ -55,7 +55,7 @@ def test_the_read_kernel_reads_every_byte_once(count, programs, tile):
 def test_every_contender_is_checked_and_timed_and_one_that_fails_stops_no_other(
     monkeypatch, capsys
 ):
-    """At a tiny size, on the CPU where there is no GPU, by clocks that run all once and say 8 us."""
+    """At a tiny size, on the CPU where there is no GPU, clocks that run all once and say 8 us."""
     device = "cuda" if ON_CUDA else "cpu"
     pytest.importorskip("paged_attention_triton", exc_type=ImportError)
 

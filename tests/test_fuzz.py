@@ -555,7 +555,7 @@ SCRIPTS = ("main.py", "reproduce.py", "tools/make_length_tables.py", "tools/reco
            "benchmarks/bench_manager.py",
            "benchmarks/bench_serving.py")  # fmt: skip
 WITH_TORCH = ("benchmarks/bench_attention.py", "benchmarks/bench_beam_step.py",
-              "benchmarks/bench_paging_cost.py")  # fmt: skip
+              "benchmarks/bench_paging_cost.py", "benchmarks/profile_attention.py")  # fmt: skip
 ALL_SCRIPTS = [*SCRIPTS, *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_TORCH)]
 
 
