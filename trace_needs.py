@@ -51,7 +51,7 @@ def smallest(serves: Callable[[int], bool], guess: int, most: int, least: int = 
             if serves(high):
                 break
             low, width = high, 2 * width
-    while high - low > max(1, high // EXACT):
+    while high - low > max(1, low // EXACT):
         middle = (low + high) // 2
         if serves(middle):
             high = middle

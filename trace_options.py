@@ -60,7 +60,8 @@ def arrival_rate(text: str) -> float:
 
 def _number(text: str) -> float:
     try:
-        return float(text) if text.isascii() and len(text) <= 40 else math.nan
+        plain = text.isascii() and "_" not in text and len(text) <= 40
+        return float(text) if plain else math.nan
     except ValueError:
         return math.nan
 
