@@ -8,6 +8,7 @@ copy-on-write, (4) a mixed workload under memory pressure.
     python main.py --scenario 2 --layers all        # K and V of all 40 layers, on a GPU
     python main.py --seed 1 --json out.json --format github
     python main.py --figures pictures --timeline run.html   # as pictures, and to be played back
+    python main.py --scenario 4 --trace azure.csv.gz   # the requests of a real trace
 
 Exit code 0 if every check held, 1 if one failed, 2 for input that cannot be used.
 """
@@ -43,6 +44,7 @@ example:
   shows fragmentation and paging on the CPU and keeps all figures in out.json"""
 
 
+MAX_TRACE_ROWS = 20_000  # of --trace: far more than any pool of scenario 4 is given
 MEMORY_FLAGS = "--layers, --num-blocks or --block-size"
 
 
@@ -74,6 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="blocks in the pool (default: as in Table 1, 983 for opt-13b)")  # fmt: skip
     add("--block-size", type=positive, default=paper.BLOCK_SIZE, metavar="N",
         help=f"slots per block (default {paper.BLOCK_SIZE})")  # fmt: skip
+    add("--trace", type=Path, metavar="FILE",
+        help="scenario 4 serves the first requests of this trace (docs/capacity.md)")
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures and checks here")
     add("--figures", type=Path, metavar="DIR",
@@ -90,6 +94,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
 
     from kernels import choose_kernel
     from scenario import Setting, check_setting
+    from traces import read_trace
 
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
@@ -99,6 +104,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
     num_layers = model.num_layers if args.layers is None else args.layers
     if num_layers > model.num_layers:
         raise UsageError(f"--layers {num_layers}: {model.name} has {model.num_layers}")
+    if args.trace is not None and 4 not in (args.scenario or (4,)):
+        raise UsageError("--trace is for scenario 4: add --scenario 4")
     num_blocks = args.num_blocks
     if num_blocks is None:
         # Models that the paper does not use get as many slots as its smallest.
@@ -107,8 +114,9 @@ def make_setting(args: argparse.Namespace) -> Setting:
     try:
         heads = model.num_heads, model.num_kv_heads, model.head_size
         kernel, why = choose_kernel(args.kernel, device, *heads)
+        trace = None if args.trace is None else read_trace(args.trace, MAX_TRACE_ROWS)
         setting = Setting(
-            model, device, num_layers, num_blocks, args.block_size, args.seed, kernel, why
+            model, device, num_layers, num_blocks, args.block_size, args.seed, kernel, why, trace
         )
         check_setting(setting)
     except ValueError as error:

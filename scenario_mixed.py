@@ -6,6 +6,7 @@ recomputation, and section 6.1's baselines on the same requests in the same memo
 sequence's K and V are read back through its table.
 
     python main.py --scenario 4
+    python main.py --scenario 4 --trace AzureLLMInferenceTrace_conv.csv.gz
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from itertools import pairwise
 import numpy as np
 
 import paper
+from command_line import UsageError
 from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
 from paged_attention import PagedKVCache
 from recording import Recorder
 from report import ScenarioReport, Table
 from run_record import RunRecord
 from scenario import CPU_SHARE, Setting, UsageMean
+from scenario_trace import requests_of, told_of
 from scheduler import Iteration, Manager
 from serving import Observer, ServingResult, make_groups, simulate
 from stamped_cache import StampedCache
@@ -39,6 +42,7 @@ WINDOWS = 6  # rows of the table over time
 CHECK_EVERY = 50  # iterations between two recomputations of all invariants
 PREFIX_ID = 0
 LOADS = (0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the numbers of requests above
+MORE_LOADS = (5.0, 8.0, 13.0, 21.0)  # for a trace, whose requests may be short
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,10 @@ def _requests(setting: Setting, longest: int, load: float) -> list[Request]:
         (BEAMS, ALPACA, {"beam_width": BEAM_WIDTH}),
         (PREFIXED, WMT16, {"prefix_len": prefix_len}),
     ]
+    if setting.trace is not None:
+        options = [kind[2] for kind in kinds for _ in range(max(2, round(kind[0] * scale)))]
+        gap = ITERATIONS_BETWEEN / scale
+        return requests_of(setting.trace, options, longest, MAX_OUTPUT, gap, rng)
     drawn = []
     for count, table, options in kinds:
         room = longest - options.get("prefix_len", 0)
@@ -166,11 +174,16 @@ def _requests(setting: Setting, longest: int, load: float) -> list[Request]:
 
 def _under_pressure(setting: Setting, longest: int) -> list[Request]:
     """The smallest of a few loads at which paging has to preempt, found on bookkeeping alone."""
-    for load in LOADS:
+    for load in LOADS if setting.trace is None else LOADS + MORE_LOADS:
         requests = _requests(setting, longest, load)
         trial = _serve(setting, PAGED_SWAP, requests, longest, None)
         if trial.result.num_swaps:
-            break
+            return requests
+    if setting.trace is not None:
+        raise UsageError(
+            f"the requests of {setting.trace.name} are too short to fill {setting.num_blocks:,} "
+            "blocks, and scenario 4 is about memory pressure: lower --num-blocks"
+        )
     return requests
 
 
@@ -252,6 +265,8 @@ def _tables(
         f"samples, {kinds['beam']} with {BEAM_WIDTH} beams, {kinds['prefix']} behind a shared "
         f"prefix of {prefix_len} tokens"
     )
+    if setting.trace is not None:
+        line += "; " + told_of(setting.trace, requests, MAX_OUTPUT)
     rows = []
     for o in outcomes:
         r = o.result

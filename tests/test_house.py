@@ -21,6 +21,8 @@ BOOKKEEPING = (
     "drawing", "pictures", "pictures_bench", "pictures_capacity", "pictures_memory",
     "capacity", "capacity_case", "capacity_simulation", "capacity_tables", "config_file", "decoder",
     "expert_families", "family_fields", "gpus", "memory_plan", "model_config", "model_families",
+    "server_speed", "trace_case", "trace_formats", "trace_needs", "trace_options", "trace_serving",
+    "trace_tables", "traces",
 )  # fmt: skip
 TENSORS = (
     "attention", "block_kernels", "decode_tuning", "host_pool", "kernels", "paged_attention",
