@@ -108,6 +108,8 @@ def write_slots(pool, slots, k, v):
         return
     rows = pool.flatten(3).flatten(1, 2)  # (2, N * S, H_kv * D)
     k, v = (x.detach().flatten(1) for x in (k, v))  # (T, H_kv * D)
+    # One value for all of a row (expand) has no stride there, and stays a view when flattened.
+    k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (k, v))
     rows, k, v = _as_words(rows, k, v)
     block = _block_words(k.numel())
     with torch.cuda.device_of(pool):  # triton launches on the current device

@@ -7,6 +7,7 @@ models (by their Hugging Face config.json), GPUs and workloads. No GPU is needed
     python capacity.py --model opt-66b --gpus 4
     python capacity.py --model Llama-3-8B/config.json --gpu h100 --workload 2000,300
     python capacity.py --model config.json --gpu-memory 44.5 --dtype fp8 --max-model-len 8192
+    python capacity.py --trace AzureLLMInferenceTrace_conv.csv.gz       # what a real trace needs
 
 Exit code 0, or 2 for input that cannot be used and for a model that does not fit.
 """
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import command_line
 from command_line import OneLineParser, UsageError, exit_code, positive, seed
+from trace_options import add_trace_options, check_options, make_trace_case
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
@@ -75,15 +77,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="longest request in tokens (default: the model's own)")  # fmt: skip
     add("--block-size", type=positive, default=paper.BLOCK_SIZE, metavar="N",
         help=f"slots per block (default {paper.BLOCK_SIZE})")  # fmt: skip
-    add("--workload", default="sharegpt", metavar="NAME|P,O",
+    add("--workload", metavar="NAME|P,O",
         help="sharegpt, alpaca, or the mean prompt and output in tokens, such as 512,256 "
-        "(geometric lengths)")  # fmt: skip
+        "(geometric lengths; default sharegpt)")  # fmt: skip
     add("--prefix-len", type=positive, default=PREFIX_LEN, metavar="N",
         help=f"tokens of a shared prefix, for the table of block sizes alone (default "
         f"{PREFIX_LEN})")  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add("--figures", type=Path, metavar="DIR",
+        help="draw slots, requests and block sizes there (needs matplotlib: "
+        "requirements-dev.txt)")  # fmt: skip
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
+    add_trace_options(parser)
     add("--quiet", action="store_true", help="no progress on stderr")
     return parser
 
@@ -128,7 +134,8 @@ def make_case(args: argparse.Namespace) -> Case:
             raise UsageError(f"{name} {value}: at most {most:,}")
     if args.gpu and args.gpu_memory:
         raise UsageError("--gpu and --gpu-memory are two answers to one question: give one of them")
-    workload = parse_workload(args.workload)
+    check_options(args)
+    workload = parse_workload("sharegpt" if args.workload is None else args.workload)
     model = load_model(args.model)
     weight_type = args.dtype or "fp16"
     kv_type = args.kv_dtype or ("bf16" if weight_type == "bf16" else "fp16")
@@ -216,21 +223,34 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         check_writable(args.json)
     start = time.perf_counter()
     case = make_case(args)
+    if args.figures is not None:
+        import pictures_capacity
+
+        pictures_capacity.check(args.figures)
     comment = "% " if args.format == "latex" else ""
+    setting, answers = setting_of(case), sections(case, progress)
+    if args.trace is not None:
+        from trace_tables import answer_trace
+
+        trace = make_trace_case(args, case)
+        setting |= {"workload": trace.trace.name, "trace": trace.to_json()}
+        answers = answer_trace(trace, comment, progress)
     for note in case.model.decoder.notes:
         print(f"{comment}{case.model.name}: {note}\n")
     found = []
-    for section in sections(case, progress):
+    for section in answers:
         progress.clear()
         found.append(section)
         print(render(section.table, args.format))
         print(f"\n{comment}Answer: {section.answer}\n", flush=True)
     if args.json is not None:
         write_json(args.json, document(
-            "capacity.py", vars(args), seeds=[args.seed], setting=setting_of(case),
+            "capacity.py", vars(args), seeds=[args.seed], setting=setting,
             tables=[section.to_json() for section in found], exit_code=0,
             elapsed_s=time.perf_counter() - start,
         ))  # fmt: skip
+    if args.figures is not None:
+        pictures_capacity.draw(found, args.figures)
     return 0
 
 

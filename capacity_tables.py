@@ -24,6 +24,11 @@ from report import Cell, Table
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # as in Fig. 18
 TABLE_ENTRY_BYTES = 4  # int32
 FORKS = 200  # prompts that are forked to count copies
+# What pictures_capacity.py knows its tables by.
+CONCURRENCY_QUESTION = "How many requests run at once?"
+SLOT_QUESTION = "Where does every slot go, in the mean of a steady state?"
+BLOCK_SIZE_QUESTION = "What does the block size change?"
+SIMULATED = "simulated: "  # before the policy
 GB = 10**9
 MIB = 1 << 20
 
@@ -196,7 +201,7 @@ def concurrency(case: Case, found: Means, holdings: list[Holding]) -> Section:
         ("all at the workload's mean final length", final, requests_of_length(plan, d, final)),
         ("all at the mean length while running", held, requests_of_length(plan, d, held)),
     ]
-    rows += [(f"simulated: {h.policy}", None, h.requests) for h in holdings]
+    rows += [(SIMULATED + h.policy, None, h.requests) for h in holdings]
     by_policy = {h.policy: h.requests for h in holdings}
     full = int(rows[0][2])
     answer = (
@@ -215,9 +220,8 @@ def concurrency(case: Case, found: Means, holdings: list[Holding]) -> Section:
         answer += "; the simulation holds every layer whole, so windows let more run than it says"
         setting += "; simulated without windows, every layer whole"
     headers = ("counted", "tokens a request", "requests")
-    question = "How many requests run at once?"
     keys = ("counted", "tokens_per_request", "requests")
-    table = Table(question, headers, rows, setting, name="concurrency", keys=keys)
+    table = Table(CONCURRENCY_QUESTION, headers, rows, setting, name="concurrency", keys=keys)
     return Section(table, answer + ".")
 
 
@@ -236,9 +240,9 @@ def slot_table(case: Case, holdings: list[Holding]) -> Section:
         f"{share['oracle']:.1f} % with exact and {share['max']:.1f} % with full-length "
         "reservations."
     )
-    question = "Where does every slot go, in the mean of a steady state?"
     setting = f"{case.workload_line}; a part of a large pool is simulated, in proportion"
-    return Section(Table(question, headers, rows, setting, decimals=0, name="slots"), answer)
+    table = Table(SLOT_QUESTION, headers, rows, setting, decimals=0, name="slots")
+    return Section(table, answer)
 
 
 def block_sizes(case: Case, found: Means) -> Section:
@@ -267,9 +271,10 @@ def block_sizes(case: Case, found: Means) -> Section:
     )
     if row[5] is not None:
         answer += f"; {row[5]:.0f} % of a {case.prefix_len:,}-token prefix is in whole blocks"
-    question = "What does the block size change?"
     setting = f"{case.workload_line}; prefix of {case.prefix_len:,} tokens; sizes on each GPU"
-    table = Table(question, headers, rows, setting, decimals=2, name="block_sizes")
+    table = Table(
+        BLOCK_SIZE_QUESTION, headers, rows, setting, decimals=2, name="block_sizes"
+    )
     return Section(table, answer + ".")
 
 

@@ -42,19 +42,18 @@ def choose_tuning(
     num_items: sequences times K/V heads; max_len: slots of the widest block table; row_bytes: of
     one head of one slot, padded to a power of two; shared_bytes: that a program can have.
 
-    A few long sequences are split so that every multiprocessor has a part, and read in the largest
-    tiles. Many are not split at all while an item stays short, as every part costs a merge; what is
-    read at a time is then small, so that several programs share a multiprocessor.
+    Few items are split into parts, two for a multiprocessor; otherwise only what is longer than
+    MAX_CHUNK is, as every part costs a merge. Lengths are on the device, so of many items it is
+    not known whether they end together: where they are long, the cut is the one that does
+    well both with equal lengths and with different ones.
     """
     splits = 1
-    if num_items <= multiprocessors:
-        splits, shape = multiprocessors // max(1, num_items), (128, 8, 3)
-    elif num_items <= 2 * multiprocessors:
-        splits, shape = 4 * multiprocessors // num_items, (32, 4, 3)
-    elif max_len > 1536 and num_items > 4 * multiprocessors:
-        shape = (64, 4, 3)
+    if num_items <= 2 * multiprocessors:
+        splits, shape = 2 * multiprocessors // max(1, num_items), (64, 4, 3)
+    elif num_items <= 4 * multiprocessors:
+        shape = (32, 4, 3)
     else:
-        shape = (32, 4, 2 if num_items > 4 * multiprocessors else 3)
+        shape = (128, 8, 2) if max_len > 1536 else (32, 4, 2)
     tile, num_warps, num_stages = shape
     tile = max(16, tile * 256 // max(256, row_bytes))  # as many bytes, where rows are longer
     # K and V of all stages but one lie in shared memory, beside some that the kernel itself needs.

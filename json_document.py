@@ -9,6 +9,7 @@ and holds tables (an id, a title, rows under keys that stay), checks and the exi
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,8 @@ def told(options: Mapping[str, object]) -> Json:
 def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
     return str(value) if isinstance(value, Path) else value
 
 

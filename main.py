@@ -7,6 +7,8 @@ copy-on-write, (4) a mixed workload under memory pressure.
     python main.py                                  # all four: OPT-13B on an A100-40GB, one layer
     python main.py --scenario 2 --layers all        # K and V of all 40 layers, on a GPU
     python main.py --seed 1 --json out.json --format github
+    python main.py --figures pictures --timeline run.html   # as pictures, and to be played back
+    python main.py --scenario 4 --trace azure.csv.gz   # the requests of a real trace
 
 Exit code 0 if every check held, 1 if one failed, 2 for input that cannot be used.
 """
@@ -34,6 +36,7 @@ from progress import Progress
 
 if TYPE_CHECKING:
     from report import ScenarioReport
+    from run_record import RunRecord
     from scenario import Setting
 
 EXAMPLE = """\
@@ -42,6 +45,7 @@ example:
   shows fragmentation and paging on the CPU and keeps all figures in out.json"""
 
 
+MAX_TRACE_ROWS = 20_000  # of --trace: far more than any pool of scenario 4 is given
 MEMORY_FLAGS = "--layers, --num-blocks or --block-size"
 
 
@@ -73,8 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="blocks in the pool (default: as in Table 1, 983 for opt-13b)")  # fmt: skip
     add("--block-size", type=positive, default=paper.BLOCK_SIZE, metavar="N",
         help=f"slots per block (default {paper.BLOCK_SIZE})")  # fmt: skip
+    add("--trace", type=Path, metavar="FILE",
+        help="scenario 4 serves the first requests of this trace (docs/capacity.md)")
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures and checks here")
+    add("--figures", type=Path, metavar="DIR",
+        help="draw what was found there (needs matplotlib: requirements-dev.txt)")  # fmt: skip
+    add("--timeline", type=Path, metavar="FILE",
+        help="write a page here that plays scenarios 3 and 4 back, block by block")  # fmt: skip
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     add("--quiet", action="store_true", help="no progress on stderr")
     return parser
@@ -86,6 +96,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
 
     from kernels import choose_kernel
     from scenario import Setting, check_setting
+    from traces import read_trace
 
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
@@ -95,6 +106,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
     num_layers = model.num_layers if args.layers is None else args.layers
     if num_layers > model.num_layers:
         raise UsageError(f"--layers {num_layers}: {model.name} has {model.num_layers}")
+    if args.trace is not None and 4 not in (args.scenario or (4,)):
+        raise UsageError("--trace is for scenario 4: add --scenario 4")
     num_blocks = args.num_blocks
     if num_blocks is None:
         # Models that the paper does not use get as many slots as its smallest.
@@ -103,8 +116,9 @@ def make_setting(args: argparse.Namespace) -> Setting:
     try:
         heads = model.num_heads, model.num_kv_heads, model.head_size
         kernel, why = choose_kernel(args.kernel, device, *heads)
+        trace = None if args.trace is None else read_trace(args.trace, MAX_TRACE_ROWS)
         setting = Setting(
-            model, device, num_layers, num_blocks, args.block_size, args.seed, kernel, why
+            model, device, num_layers, num_blocks, args.block_size, args.seed, kernel, why, trace
         )
         check_setting(setting)
     except ValueError as error:
@@ -138,6 +152,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     if args.json is not None:
         check_writable(args.json)
     setting = make_setting(args)
+    chosen = sorted(set(args.scenario or (1, 2, 3, 4)))
+    record = make_record(args, setting, chosen)
     import scenario_baseline
     import scenario_mixed
     import scenario_paged
@@ -153,10 +169,9 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     print(comment + ", ".join(f"{key} {value}" for key, value in described.items()), flush=True)
     print()
     reports = []
-    numbers = sorted(set(args.scenario or (1, 2, 3, 4)))
-    for index, number in enumerate(numbers):
-        part = progress.part(index, len(numbers), f"scenario {number}")
-        reports.append(run_one(scenarios[number - 1], number, setting, part))
+    for index, number in enumerate(chosen):
+        part = progress.part(index, len(chosen), f"scenario {number}")
+        reports.append(run_one(scenarios[number - 1], number, setting, part, record))
         progress.clear()
         print(render_scenario(reports[-1], args.format), flush=True)
     checks = [check for report in reports for check in report.checks]
@@ -172,17 +187,50 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
             checks=[check for report in reports for check in report.checks_json()],
             exit_code=1 if failed else 0, elapsed_s=elapsed,
         ))  # fmt: skip
+    if args.figures is not None:
+        import pictures_memory
+
+        pictures_memory.draw(record, args.figures)
+    if args.timeline is not None:
+        import timeline
+
+        timeline.write(args.timeline, record)
     return 1 if failed else 0
 
 
+def make_record(
+    args: argparse.Namespace, setting: Setting, scenarios: list[int]
+) -> RunRecord | None:
+    """Where the scenarios leave what --figures and --timeline show; None if neither was asked for.
+
+    Raises UsageError, before anything runs, for what could not be drawn or written after it.
+    """
+    if args.figures is None and args.timeline is None:
+        return None
+    if args.figures is not None:
+        import pictures_memory
+
+        pictures_memory.check(args.figures, scenarios)
+    if args.timeline is not None:
+        import timeline
+
+        if args.json is not None and args.json.resolve() == args.timeline.resolve():
+            raise UsageError(f"--json and --timeline are the same file, {args.timeline}")
+        timeline.check(args.timeline, scenarios, setting.num_blocks)
+    from run_record import RunRecord
+
+    return RunRecord(setting.line)
+
+
 def run_one(
-    scenario: ModuleType, number: int, setting: Setting, progress: Progress
+    scenario: ModuleType, number: int, setting: Setting, progress: Progress,
+    record: RunRecord | None = None,
 ) -> ScenarioReport:
     """One scenario; an invariant that does not hold is a check that failed, not a crash."""
     from report import ScenarioReport
 
     try:
-        return scenario.run(setting, progress)
+        return scenario.run(setting, progress, *(() if record is None else (record,)))
     except AssertionError as error:
         report = ScenarioReport(number, scenario.__name__, "What went wrong?")
         report.check("all invariants", False, " ".join(str(error).split()) or "assertion failed")

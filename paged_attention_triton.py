@@ -23,6 +23,7 @@ from attention import check_shape
 from decode_tuning import MAX_SPLITS, Tuning, choose_tuning, device_limits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234e38)  # where -inf - -inf, which is NaN, must not be
 MAX_GROUP = 16  # rows of one tensor-core product
 MAX_HEAD_SIZE = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -115,8 +116,8 @@ def paged_attention_kernel(
             block_tables.stride(0),
             H_KV=num_kv_heads, G=group, D=head_size, S=block_size,
             D_PAD=head_pad, TILE=tuning.tile,
-            PARTS=1 if num_splits == 1 else MAX_SPLITS,
-            SAME=k_pool.stride() == v_pool.stride(), STAGES=tuning.num_stages,
+            SPLIT=num_splits > 1, SAME=k_pool.stride() == v_pool.stride(),
+            STAGES=tuning.num_stages,
             num_warps=tuning.num_warps,
         )  # fmt: skip
     return out, lse
@@ -155,6 +156,8 @@ def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
         heads_dense = pool.shape[2] == 1 or pool.stride(2) == pool.shape[3]
         rows_dense = pool.shape[3] == 1 or pool.stride(3) == 1
         check_shape(heads_dense and rows_dense, "the heads of a slot must be dense")
+        span = pool.shape[1] * pool.stride(1)  # within a block the kernel counts with 32 bits
+        check_shape(span < 1 << 31, f"a block spans {span} elements: need fewer than 2^31")
     check_shape(q.shape[2] == 1 or q.stride(2) == 1, "the elements of a query must be dense")
     check_shape(
         block_tables.dim() == 2
@@ -183,7 +186,7 @@ def _decode(
     scale, num_splits, chunk, max_slots, q_stride_b, q_stride_h,
     k_stride_n, k_stride_s, v_stride_n, v_stride_s, table_stride,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-    D_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SAME: tl.constexpr,
+    D_PAD: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, SAME: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One item: G query heads over the slots of one split of one sequence."""
@@ -192,28 +195,30 @@ def _decode(
     head = item % H_KV
     split = (item // H_KV) % num_splits
     seq = item // H_KV // num_splits
+    first = split * chunk
+    # What does not depend on the length is read before it: from a cold cache each costs a
+    # microsecond, and so they wait together.
+    rows = tl.arange(0, 16)  # the least that a tensor core multiplies
+    cols = tl.arange(0, D_PAD)
+    offsets = tl.arange(0, TILE)
+    table = tables_ptr + seq.to(tl.int64) * table_stride
+    q_at = q_ptr + seq.to(tl.int64) * q_stride_b + (head * G + rows)[:, None] * q_stride_h
+    q_mask = (rows < G)[:, None] & (cols < D)[None, :]
+    q = tl.load(q_at + cols[None, :], mask=q_mask, other=0.0)
+    k_at = k_ptr + head * D + cols[:, None]
+    v_at = v_ptr + head * D + cols[None, :]
+    # Block numbers are read a tile ahead, so that K and V never wait for them; masked by the
+    # table's width and not by the length.
+    slots = first + offsets
+    block = tl.load(table + slots // S, mask=slots < max_slots, other=0)
     # No more than the table holds: a longer one would wait for parts that nobody computes.
     seq_len = tl.minimum(tl.load(lens_ptr + seq).to(tl.int32), max_slots)
-    first = split * chunk
     end = tl.minimum(first + chunk, seq_len)
     if (first < end) | (split == 0):
-        rows = tl.arange(0, 16)  # the least that a tensor core multiplies
-        cols = tl.arange(0, D_PAD)
-        offsets = tl.arange(0, TILE)
-        table = tables_ptr + seq.to(tl.int64) * table_stride
-        q_at = q_ptr + seq.to(tl.int64) * q_stride_b + (head * G + rows)[:, None] * q_stride_h
-        q_mask = (rows < G)[:, None] & (cols < D)[None, :]
-        q = tl.load(q_at + cols[None, :], mask=q_mask, other=0.0)
-        k_at = k_ptr + head * D + cols[:, None]
-        v_at = v_ptr + head * D + cols[None, :]
         scale2 = scale * LOG2_E
-        top = tl.full([16], -float("inf"), tl.float32)
+        top = tl.full([16], LOWEST, tl.float32)
         total = tl.zeros([16], tl.float32)
         acc = tl.zeros([16, D_PAD], tl.float32)
-        # Block numbers are read a tile ahead, so that K and V never wait for them; masked by the
-        # table's width and not by the length, which has to be read itself.
-        slots = first + offsets
-        block = tl.load(table + slots // S, mask=slots < max_slots, other=0)
         for start in tl.range(first, end, TILE, num_stages=STAGES):
             slots = start + offsets
             live = slots < end
@@ -225,16 +230,14 @@ def _decode(
             else:
                 k_mask = live[None, :] & (cols < D)[:, None]
                 v_mask = live[:, None] & (cols < D)[None, :]
-            inside = (slots % S).to(tl.int64)
+            inside = slots % S
             at = this * k_stride_n + inside * k_stride_s
             k = tl.load(k_at + at[None, :], mask=k_mask, other=0.0)  # (D, TILE)
             scores = tl.dot(q, k, input_precision="ieee") * scale2  # (16, TILE)
             scores = tl.where(live[None, :], scores, -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
-            # Where no score is above -inf yet, -inf - -inf would give NaN.
-            base = tl.where(new_top == -float("inf"), 0.0, new_top)
-            fade = tl.exp2(top - base)
-            weight = tl.exp2(scores - base[:, None])
+            fade = tl.exp2(top - new_top)
+            weight = tl.exp2(scores - new_top[:, None])
             total = total * fade + tl.sum(weight, axis=1)
             if not SAME:
                 at = this * v_stride_n + inside * v_stride_s
@@ -244,58 +247,57 @@ def _decode(
         some = total != 0.0  # not where there is no slot at all; a NaN stays one
         total = tl.where(some, total, 1.0)
         acc = acc / total[:, None]
-        lse = tl.where(some, (top + tl.log2(total)) / LOG2_E, -float("inf"))
+        lse2 = tl.where(some, top + tl.log2(total), -float("inf"))  # to base 2
         first_row = (seq.to(tl.int64) * H_KV + head) * G
         num_parts = tl.cdiv(seq_len, chunk)
-        if PARTS > 1 and num_parts > 1:
+        if SPLIT and num_parts > 1:
             place = item.to(tl.int64) * G + rows
             tl.store(part_out_ptr + place[:, None] * D + cols[None, :], acc, mask=q_mask)
-            tl.store(part_lse_ptr + place, lse, mask=rows < G)
+            tl.store(part_lse_ptr + place, lse2, mask=rows < G)
             # The last to arrive merges: what the others have stored is there by then.
             tl.debug_barrier()
             counter = arrived_ptr + seq * H_KV + head
             if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
                 _merge(
                     part_out_ptr, part_lse_ptr, out_ptr, lse_ptr,
-                    seq * num_splits * H_KV + head, first_row, num_parts, H_KV, G, D, D_PAD, PARTS,
+                    seq * num_splits * H_KV + head, first_row, num_parts, H_KV, G, D, D_PAD,
                 )  # fmt: skip
                 tl.store(counter, 0)
         else:
             at = first_row + rows
             tl.store(out_ptr + at[:, None] * D + cols[None, :], acc, mask=q_mask)
-            tl.store(lse_ptr + at, lse, mask=rows < G)
+            tl.store(lse_ptr + at, lse2 / LOG2_E, mask=rows < G)
 
 
 @triton.jit
 def _merge(
     part_out_ptr, part_lse_ptr, out_ptr, lse_ptr, item, first_row, num_parts,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Attention over a sequence from that over each of its parts (attention.merge_attention)."""
     ROWS: tl.constexpr = triton.next_power_of_2(G)
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, D_PAD)
-    parts = tl.arange(0, PARTS)
     mask = (rows < G)[:, None] & (cols < D)[None, :]
-    # .cg: from the L2 cache, where other multiprocessors' stores are.
-    places = (item + parts * H_KV).to(tl.int64)[:, None] * G + rows[None, :]
-    there = (parts < num_parts)[:, None] & (rows < G)[None, :]
-    lses = tl.load(part_lse_ptr + places, mask=there, other=-float("inf"), cache_modifier=".cg")
-    top = tl.max(lses, axis=0)
-    top = tl.where(top == -float("inf"), 0.0, top)  # no slot of any part counts
-    total = tl.sum(tl.exp2((lses - top[None, :]) * LOG2_E), axis=0)
-    some = total != 0.0
-    total = tl.where(some, total, 1.0)
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    # No step waits for another, so that many loads are under way at once.
+    # Loads wait for no other step, so that several parts are under way at once; .cg: from the L2
+    # cache, where other multiprocessors' stores are.
     for part in tl.range(0, num_parts, loop_unroll_factor=8):
         place = (item + part * H_KV).to(tl.int64) * G + rows
         lse_at, out_at = part_lse_ptr + place, part_out_ptr + place[:, None] * D + cols[None, :]
-        lse = tl.load(lse_at, mask=rows < G, other=-float("inf"), cache_modifier=".cg")
+        lse2 = tl.load(lse_at, mask=rows < G, other=-float("inf"), cache_modifier=".cg")
         out = tl.load(out_at, mask=mask, other=0.0, cache_modifier=".cg")
-        acc += out * tl.exp2((lse - top) * LOG2_E)[:, None]
+        new_top = tl.maximum(top, lse2)
+        fade = tl.exp2(top - new_top)
+        weight = tl.exp2(lse2 - new_top)
+        total = total * fade + weight
+        acc = acc * fade[:, None] + out * weight[:, None]
+        top = new_top
+    some = total != 0.0
+    total = tl.where(some, total, 1.0)
     at = first_row + rows
     tl.store(out_ptr + at[:, None] * D + cols[None, :], acc / total[:, None], mask=mask)
-    lse = tl.where(some, top + tl.log2(total) / LOG2_E, -float("inf"))
-    tl.store(lse_ptr + at, lse, mask=rows < G)
+    lse2 = tl.where(some, top + tl.log2(total), -float("inf"))
+    tl.store(lse_ptr + at, lse2 / LOG2_E, mask=rows < G)

@@ -11,9 +11,8 @@ Curves are those of seed 0; bars and points by block size are the rows, so the m
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +20,24 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
 import paper
-from paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, VLLM
-from report import OutputError, check_writable, write_whole
+from drawing import (
+    BAR,
+    BLUE,
+    GREEN,
+    GREY,
+    PLATE,
+    RED,
+    SMALL,
+    SYSTEMS,
+    YELLOW,
+    block_size_axis,
+    check_folder,
+    legend,
+    log_axis,
+    pair,
+    save,
+    sheet,
+)
 from reproduction import Found
 
 if TYPE_CHECKING:
@@ -32,11 +47,8 @@ if TYPE_CHECKING:
     from curves import Point
 
 TOP = 1.0  # s/token, where the paper's latency axes end
-BLUE, RED, GREEN = "#0072b2", "#d55e00", "#009e73"  # these differ for the colour-blind too
-YELLOW, GREY = "#cc9a00", "#808080"
 LOOKS = {  # colour and marker
-    FASTER_TRANSFORMER: (GREY, "D"), ORCA_MAX: (RED, "^"), ORCA_POW2: (YELLOW, "v"),
-    ORCA_ORACLE: (GREEN, "s"), VLLM: (BLUE, "o"),
+    **SYSTEMS,
     "ShareGPT": (BLUE, "o"), "Alpaca": (RED, "s"), "recompute": (BLUE, "o"), "swap": (RED, "s"),
     "parallel": (BLUE, ""), "beam": (GREEN, ""),
 }  # fmt: skip
@@ -46,60 +58,26 @@ PARTS = {  # of Fig. 2's bars, from the bottom
     "internal": ("Internal fragmentation", RED),
     "external": ("External fragmentation and others", GREY),
 }
-STYLE = {
-    "font.size": 11.0, "axes.titlesize": 12.0, "figure.titlesize": 14.0, "legend.fontsize": 10.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "grid.color": "#e4e4e4", "legend.frameon": False, "lines.linewidth": 1.8,
-    "lines.markersize": 5.5, "hatch.linewidth": 0.8, "savefig.dpi": 150.0,
-}  # fmt: skip
-# Without matplotlib's version in it, the same rows give the same bytes.
-PNG = {"format": "png", "bbox_inches": "tight", "metadata": {"Software": None}}
-HOLLOW = {"linestyle": "--", "linewidth": 1.3, "markerfacecolor": "white", "markersize": 6.5}
 LATENCY = "Normalized latency (s/token)"
-BAR = 0.38  # the width of a bar; ours and the paper's are side by side, pairs are 1 apart
 Bar = tuple[str, str, float, float]  # label, name in LOOKS, the paper's, ours
 Panel = tuple[str, Mapping[str, float]]  # title, the paper's rates at its RATE_AT_LATENCY
 
 
 def check_pictures(directory: Path) -> None:
     """OutputError unless pictures can be drawn and written there; makes the directory."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        reason = "matplotlib is not installed (it is in requirements-dev.txt)"
-        raise OutputError(f"cannot draw figures: {reason}") from None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {directory}: {error.strerror or error}") from None
-    for file, _ in PICTURES.values():
-        check_writable(directory / file)
+    check_folder(directory, [file for file, _ in PICTURES.values()])
 
 
 def draw(found: list[Found], directory: Path) -> list[Path]:
     """Draw what has a picture; returns the files written. Raises OutputError."""
-    check_pictures(directory)
-    from matplotlib import style
-
-    paths = []
-    for one in found:
-        if one.rows and one.figure.name in PICTURES:
-            file, paint = PICTURES[one.figure.name]
-            data = io.BytesIO()
-            with style.context(["default", STYLE]):  # not what the user's matplotlibrc says
-                paint(one).savefig(data, **PNG)
-            write_whole(directory / file, data.getvalue())
-            paths.append(directory / file)
-    return paths
+    chosen = [(one, *PICTURES[one.figure.name]) for one in found
+              if one.rows and one.figure.name in PICTURES]  # fmt: skip
+    return save({file: partial(paint, one) for one, file, paint in chosen}, directory)
 
 
 def _sheet(found: Found, about: str, columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty figure under its title, and its panels in reading order."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(7.2, 4.1 * columns), 1.1 + 3.2 * rows), layout="constrained")
-    figure.suptitle(f"{found.figure.name}: {about}")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    return sheet(f"{found.figure.name}: {about}", columns, rows)
 
 
 def _read(found: Found, pattern: str, metric: str) -> list[tuple[tuple[str, ...], float, float]]:
@@ -128,12 +106,13 @@ def _curves(found: Found, about: str, panel: Callable[..., Panel]) -> Figure:
         right = 0.0
         for system, curve in curves.items():
             lines = curve.line(found.done), _beyond_top(curve.paper, rates[system])
-            _pair(axes, system, *lines)
+            pair(axes, LOOKS[system], *lines)
             right = max([right, *(_leaves(line) for line in lines if line)])
         axes.set(xlim=(0.0, 1.04 * right), ylim=(0.0, TOP), xlabel="Request rate (req/s)")
         axes.set_title(f"({ascii_lowercase[number]}) {title}" if title else "")
         axes.set_ylabel("" if number % columns else LATENCY)
-    _legend(figure, dict.fromkeys(name for curves in panels.values() for name in curves), columns)
+    names = dict.fromkeys(name for curves in panels.values() for name in curves)
+    legend(figure, {name: LOOKS[name] for name in names}, columns)
     return figure
 
 
@@ -154,30 +133,6 @@ def _leaves(line: Sequence[Point]) -> float:
     return line[-1][0]
 
 
-def _pair(axes: Axes, name: str, ours: Sequence[Point], theirs: Sequence[Point]) -> None:
-    """Ours solid with filled markers; the paper's dashed with hollow ones, of the same colour."""
-    colour, marker = LOOKS[name]
-    axes.grid(True)
-    axes.plot(*zip(*theirs), color=colour, marker=marker, **HOLLOW)
-    if ours:
-        axes.plot(*zip(*ours), color=colour, marker=marker)
-
-
-def _legend(figure: Figure, names: Iterable[str], columns: int) -> None:
-    """The names in their colours, then whose is whose."""
-    from matplotlib.lines import Line2D
-
-    entries = []
-    for name in names:
-        colour, marker = LOOKS[name]
-        entries.append(Line2D([], [], color=colour, marker=marker, label=name))
-    dark = {"color": "#303030", "marker": "o"}
-    entries.append(Line2D([], [], **dark, label="ours: solid, filled"))
-    entries.append(Line2D([], [], **dark, **HOLLOW, label="paper: dashed, hollow"))
-    in_row = len(entries) if columns > 2 or len(entries) <= 4 else 3
-    figure.legend(handles=entries, loc="outside lower center", ncols=in_row)
-
-
 def _blocks(found: Found, about: str, pattern: str) -> Figure:
     """Latency over block size, both axes logarithmic."""
     figure, (axes,) = _sheet(found, about, 1)
@@ -186,21 +141,17 @@ def _blocks(found: Found, about: str, pattern: str) -> Figure:
         lines.setdefault(name, []).append((int(block), *values))
     for name, points in lines.items():
         blocks, theirs, ours = zip(*sorted(points))
-        _pair(axes, name, list(zip(blocks, ours)), list(zip(blocks, theirs)))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(paper.BLOCK_SIZES, map(str, paper.BLOCK_SIZES))
-    axes.set_yscale("log", subs=())
-    axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
-    axes.yaxis.set_major_formatter("{x:g}")
+        pair(axes, LOOKS[name], list(zip(blocks, ours)), list(zip(blocks, theirs)))
+    block_size_axis(axes, paper.BLOCK_SIZES)
+    log_axis(axes)
     axes.set(xlabel="Block size (tokens)", ylabel=LATENCY)
-    _legend(figure, lines, 1)
+    legend(figure, {name: LOOKS[name] for name in lines}, 1)
     return figure
 
 
 def _fig2(found: Found) -> Figure:
     """Shares of the slots, stacked; each system's two bars side by side."""
     figure, (axes,) = _sheet(found, "where the KV cache goes, OPT-13B, ShareGPT", 1)
-    plate = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     systems: dict[str, int] = {}
     bottoms: dict[float, float] = {}
     for part, (label, colour) in PARTS.items():
@@ -212,9 +163,9 @@ def _fig2(found: Found) -> Figure:
                 bar = axes.bar(x, value, BAR, bottoms.get(x, 0.0), color=colour, edgecolor="white",
                                **look)  # fmt: skip
                 if value >= 5.0:
-                    axes.bar_label(bar, fmt="%.1f", label_type="center", fontsize=9.5, bbox=plate)
+                    axes.bar_label(bar, fmt="%.1f", label_type="center", fontsize=SMALL, bbox=PLATE)
                 if x not in bottoms:
-                    axes.text(x, 101.0, whose, ha="center", fontsize=9.5)
+                    axes.text(x, 101.0, whose, ha="center", fontsize=SMALL)
                 bottoms[x] = bottoms.get(x, 0.0) + value
     axes.set_xticks(list(systems.values()), list(systems))
     axes.set(ylim=(0.0, 107.0), yticks=range(0, 101, 20), ylabel="Share of KV cache slots (%)")
@@ -252,7 +203,7 @@ def _bars(found: Found, about: str, panels: Mapping[str, Sequence[Bar]], unit: s
                 axes.bar(x - BAR / 2, ours, 0.94 * BAR, color=colour),
                 axes.bar(x + BAR / 2, theirs, 0.94 * BAR, edgecolor=colour, **dashed),
             ):
-                axes.bar_label(bar, fmt="{:.3g}", padding=2, fontsize=9.5)
+                axes.bar_label(bar, fmt="{:.3g}", padding=2, fontsize=SMALL)
         axes.set_title(f"({ascii_lowercase[number]}) {title}")
         axes.set_xticks(range(len(bars)), [label for label, *_ in bars])
         axes.margins(y=0.12)

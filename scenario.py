@@ -16,6 +16,7 @@ import paper
 from paged_attention import PagedKVCache, check_device_memory
 from scheduler import Limits
 from steady_state import UsageMean, steady_state
+from traces import Trace
 from workload import LengthTable, Request
 
 __all__ = [
@@ -41,6 +42,7 @@ class Setting:
     seed: int
     kernel: str = kernels.GATHER  # what moves and reads the blocks
     no_triton: str = ""  # why it is not kernels.TRITON, where one might expect it
+    trace: Trace | None = None  # scenario 4's requests; None: drawn
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,6 +88,7 @@ class Setting:
             "max_len": self.max_len,
             "seed": self.seed,
             "torch": torch.__version__,
+            **({"trace": self.trace.name} if self.trace is not None else {}),
         }
 
     def pool_bytes(self) -> int:

@@ -13,6 +13,7 @@ import paper
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from progress import SILENT, Progress
 from report import ScenarioReport, Table, block_map
+from run_record import Bar, Pool, RunRecord, Spans
 from scenario import (
     BASELINE_ITERATIONS,
     WARMUP,
@@ -31,8 +32,10 @@ LEGEND = "T tokens, r reserved, i internal, o rounding, . free"
 BLOCKS_PER_CHAR = 4
 
 
-def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
-    """All of scenario 1."""
+def run(
+    setting: Setting, progress: Progress = SILENT, record: RunRecord | None = None
+) -> ScenarioReport:
+    """All of scenario 1; leaves the bars of Fig. 2, slots over time and pools slot by slot."""
     report = ScenarioReport(
         1,
         "baseline fragmentation",
@@ -54,7 +57,12 @@ def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
         Table(title, ("policy", LEGEND), rows, setting.line, picture=True, name="pool_map",
               keys=keys, index=0)
     )  # fmt: skip
-    _steady_state(setting, report, requests, progress)
+    if record is not None:
+        record.pools += [
+            Pool(1, POLICIES[policy], setting.block_size, pool_spans(manager))
+            for policy, (manager, _) in first_fill.items()
+        ]
+    _steady_state(setting, report, requests, progress, record)
     return report
 
 
@@ -144,26 +152,33 @@ def _first_fill_table(
 
 def pool_map(manager: BaselineCacheManager) -> str:
     """Who has what in a contiguous pool, reservation by reservation."""
+    letters = {"tokens": "T", "reserved": "r", "internal": "i", "rounding": "o", "free": "."}
+    spans = [(count, letters[part]) for count, part in pool_spans(manager)]
+    return block_map(manager.num_blocks, manager.block_size, spans, per_char=BLOCKS_PER_CHAR)
+
+
+def pool_spans(manager: BaselineCacheManager) -> Spans:
+    """The same as runs of slots: (how many, part of the slot identity)."""
     size = manager.block_size
     held = sorted(
         (manager.reservation(i) for i in manager.running_ids), key=lambda r: r.start_block
     )
     lengths = {manager.start_slot(i): manager.num_tokens(i) for i in manager.running_ids}
-    spans: list[tuple[int, str]] = []
+    spans: Spans = []
     slot = 0
     for r in held:
         start = r.start_block * size
         tokens = lengths[start]
         spans += [
-            (start - slot, "."),
-            (tokens, "T"),
-            (r.final_len - tokens, "r"),
-            (r.asked - r.final_len, "i"),
-            (r.num_blocks * size - r.asked, "o"),
+            (start - slot, "free"),
+            (tokens, "tokens"),
+            (r.final_len - tokens, "reserved"),
+            (r.asked - r.final_len, "internal"),
+            (r.num_blocks * size - r.asked, "rounding"),
         ]
         slot = start + r.num_blocks * size
-    spans.append((manager.num_blocks * size - slot, "."))
-    return block_map(manager.num_blocks, size, spans, per_char=BLOCKS_PER_CHAR)
+    spans.append((manager.num_blocks * size - slot, "free"))
+    return spans
 
 
 def _steady_state(
@@ -171,6 +186,7 @@ def _steady_state(
     report: ScenarioReport,
     requests: list[Request],
     progress: Progress = SILENT,
+    record: RunRecord | None = None,
 ) -> None:
     """Completions and admissions for thousands of iterations: the bars of Fig. 2."""
     counted = len(POLICIES) * BASELINE_ITERATIONS
@@ -181,8 +197,11 @@ def _steady_state(
         part = progress.part(number, len(POLICIES), f"steady state, {system}")
         manager = _new_manager(setting, policy)
         refused: set[int] = set()
+        series = None if record is None else record.new_series(1, system)
 
-        def each(scheduler: Scheduler, manager=manager, refused=refused) -> None:
+        def each(scheduler: Scheduler, manager=manager, refused=refused, series=series) -> None:
+            if series is not None:
+                series.add(manager.usage())
             head = scheduler.waiting[0].seqs[0] if scheduler.waiting else None
             if head and manager.refused_by_fragmentation(head.num_tokens, head.final_len):
                 refused.add(head.seq_id)
@@ -193,6 +212,8 @@ def _steady_state(
         shares[policy], external[policy] = mean, len(refused)
         parts = [mean.percent(part) for part in PARTS if part != "padding"]
         rows.append((system, "ours", mean.batch, *parts, mean.external_and_others, len(refused)))
+        if record is not None:
+            record.bars.append(Bar(system, mean.percents, paper.FIG2.get(system)))
         if system in paper.FIG2:  # a policy of one's own has no bar there
             bar = paper.FIG2[system]
             rows.append(

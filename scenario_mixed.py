@@ -6,6 +6,7 @@ recomputation, and section 6.1's baselines on the same requests in the same memo
 sequence's K and V are read back through its table.
 
     python main.py --scenario 4
+    python main.py --scenario 4 --trace AzureLLMInferenceTrace_conv.csv.gz
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from itertools import pairwise
 import numpy as np
 
 import paper
+from command_line import UsageError
 from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
 from paged_attention import PagedKVCache
 from progress import SILENT, Progress
+from recording import Recorder
 from report import ScenarioReport, Table
+from run_record import RunRecord
 from scenario import CPU_SHARE, Setting, UsageMean
+from scenario_trace import requests_of, told_of
 from scheduler import Iteration, Manager
 from serving import Observer, ServingResult, make_groups, simulate
 from stamped_cache import StampedCache
@@ -38,6 +43,7 @@ WINDOWS = 6  # rows of the table over time
 CHECK_EVERY = 50  # iterations between two recomputations of all invariants
 PREFIX_ID = 0
 LOADS = (0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the numbers of requests above
+MORE_LOADS = (5.0, 8.0, 13.0, 21.0)  # for a trace, whose requests may be short
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +104,10 @@ class UsageLog(Observer):
         return mean
 
 
-def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
-    """All of scenario 4."""
+def run(
+    setting: Setting, progress: Progress = SILENT, record: RunRecord | None = None
+) -> ScenarioReport:
+    """All of scenario 4; leaves its slots over time and every block of its paged runs."""
     report = ScenarioReport(
         4,
         "mixed workload",
@@ -110,7 +118,7 @@ def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
     cache = setting.new_cache(num_cpu_blocks=num_cpu_blocks(setting))
     outcomes = [
         _serve(setting, run, requests, longest, cache if run.on_tensors else None,
-               progress.part(len(RUNS) + number, 2 * len(RUNS), run.name))
+               progress.part(len(RUNS) + number, 2 * len(RUNS), run.name), record)
         for number, run in enumerate(RUNS)
     ]
     _tables(setting, report, requests, outcomes)
@@ -149,6 +157,10 @@ def _requests(setting: Setting, longest: int, load: float) -> list[Request]:
         (BEAMS, ALPACA, {"beam_width": BEAM_WIDTH}),
         (PREFIXED, WMT16, {"prefix_len": prefix_len}),
     ]
+    if setting.trace is not None:
+        options = [kind[2] for kind in kinds for _ in range(max(2, round(kind[0] * scale)))]
+        gap = ITERATIONS_BETWEEN / scale
+        return requests_of(setting.trace, options, longest, MAX_OUTPUT, gap, rng)
     drawn = []
     for count, table, options in kinds:
         room = longest - options.get("prefix_len", 0)
@@ -168,12 +180,18 @@ def _under_pressure(
     setting: Setting, longest: int, progress: Progress = SILENT
 ) -> list[Request]:
     """The smallest of a few loads at which paging has to preempt, found on bookkeeping alone."""
-    for number, load in enumerate(LOADS):
+    loads = LOADS if setting.trace is None else LOADS + MORE_LOADS
+    for number, load in enumerate(loads):
         requests = _requests(setting, longest, load)
-        part = progress.part(number, len(LOADS))
+        part = progress.part(number, len(loads))
         trial = _serve(setting, PAGED_SWAP, requests, longest, None, part)
         if trial.result.num_swaps:
-            break
+            return requests
+    if setting.trace is not None:
+        raise UsageError(
+            f"the requests of {setting.trace.name} are too short to fill {setting.num_blocks:,} "
+            "blocks, and scenario 4 is about memory pressure: lower --num-blocks"
+        )
     return requests
 
 
@@ -193,9 +211,14 @@ def _new_manager(setting: Setting, run: Run, longest: int, prefix_len: int) -> M
 
 
 def _serve(
-    setting: Setting, run: Run, requests: list[Request], longest: int, cache: PagedKVCache | None,
+    setting: Setting,
+    run: Run,
+    requests: list[Request],
+    longest: int,
+    cache: PagedKVCache | None,
     progress: Progress = SILENT,
-) -> Outcome:  # fmt: skip
+    record: RunRecord | None = None,
+) -> Outcome:
     """Serve all requests to their end, on tensors if there is a cache."""
     prefix_len = max(request.prefix_len for request in requests)
     manager = _new_manager(setting, run, longest, prefix_len)
@@ -213,13 +236,31 @@ def _serve(
         prefix_ids={prefix_len: PREFIX_ID} if paged else {},
         seed=setting.seed,
     )
+    recorder = None
+    if record is not None and paged:
+        about = f"{len(requests)} requests, {setting.line}"
+        recorder = Recorder(f"Scenario 4: {run.name}", about, manager, groups, (PREFIX_ID,))
+        observers.append(recorder)
     limits = setting.limits(run.system)
     result = simulate(groups, manager, limits, preemption=run.preemption, observers=observers,
                       progress=progress)  # fmt: skip
     manager.check_invariants()
+    if record is not None:
+        _leave(record, run, log, recorder)
     if cache is not None and paged:
         cache.poison_blocks(manager.free(PREFIX_ID))  # as everything else is by now
     return Outcome(run, result, log, tensors)
+
+
+def _leave(record: RunRecord, run: Run, log: UsageLog, recorder: Recorder | None) -> None:
+    """What pictures and a timeline show of a run."""
+    series = record.new_series(4, run.name)
+    series.usages = log.usages
+    if recorder is not None:
+        series.preemptions = recorder.preemptions()
+        record.runs.append(recorder)
+        if run is PAGED_SWAP:
+            record.maps[4] = recorder, recorder.fullest
 
 
 def _tables(
@@ -234,6 +275,8 @@ def _tables(
         f"samples, {kinds['beam']} with {BEAM_WIDTH} beams, {kinds['prefix']} behind a shared "
         f"prefix of {prefix_len} tokens"
     )
+    if setting.trace is not None:
+        line += "; " + told_of(setting.trace, requests, MAX_OUTPUT)
     rows = []
     for o in outcomes:
         r = o.result

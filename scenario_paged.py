@@ -13,6 +13,7 @@ import paper
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from progress import SILENT, Progress
 from report import ScenarioReport, Table
+from run_record import Bar, Pool, RunRecord, Spans
 from scenario import (
     BASELINE_ITERATIONS,
     ITERATIONS,
@@ -27,15 +28,18 @@ from scheduler import Scheduler
 from workload import SHAREGPT, Request
 
 
-def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
-    """All of scenario 2."""
+def run(
+    setting: Setting, progress: Progress = SILENT, record: RunRecord | None = None
+) -> ScenarioReport:
+    """All of scenario 2; leaves the bars of Fig. 2, slots over time and a pool slot by slot."""
     report = ScenarioReport(
         2,
         "paged allocation",
         "How many requests fit, and is attention over scattered blocks exact?",
     )
     requests = sample_requests(SHAREGPT, num_queued(setting), setting)
-    manager = _fill_and_run(setting, report, requests, progress.part(0, 2, "steady state"))
+    part = progress.part(0, 2, "steady state")
+    manager = _fill_and_run(setting, report, requests, part, record)
     attend(setting, report, manager, progress.part(1, 2, "attention"))
     return report
 
@@ -49,11 +53,25 @@ def _new_manager(setting: Setting) -> PagedKVCacheManager:
     )
 
 
+def pool_spans(manager: PagedKVCacheManager) -> Spans:
+    """Runs of slots in the order of the physical blocks: (how many, part of the slot identity)."""
+    size = manager.block_size
+    filled = {b: n for i in manager.running_ids for b, n in manager.block_table(i).entries()}
+    spans: Spans = []
+    for block in range(manager.num_blocks):
+        tokens = filled.get(block)
+        parts = [("free", size)] if tokens is None else [("tokens", tokens),
+                                                         ("padding", size - tokens)]  # fmt: skip
+        spans += [(count, part) for part, count in parts]
+    return spans
+
+
 def _fill_and_run(
     setting: Setting,
     report: ScenarioReport,
     requests: list[Request],
     progress: Progress = SILENT,
+    record: RunRecord | None = None,
 ) -> PagedKVCacheManager:
     """Admission until the first refusal, then a steady state; returns the manager in it."""
     first = _new_manager(setting)
@@ -66,9 +84,12 @@ def _fill_and_run(
     manager = _new_manager(setting)
     worst_padding = padded_right = 0
     counted: list[int] = []
+    series = None if record is None else record.new_series(2, paper.VLLM)
 
     def each(scheduler: Scheduler) -> None:
         nonlocal worst_padding, padded_right
+        if series is not None:
+            series.add(manager.usage())
         for group in scheduler.running:
             for seq in group.unfinished():
                 # What the sequence has, by its own count, against what its table holds.
@@ -91,6 +112,15 @@ def _fill_and_run(
         BASELINE_ITERATIONS,
         progress=progress.part(1, 2),
     )
+
+    if record is not None:
+        known = {bar.system for bar in record.bars}  # of scenario 1, if it ran
+        record.bars += [
+            Bar(system, found.percents, paper.FIG2[system])
+            for system, found in ((paper.ORCA_ORACLE, oracle), (paper.VLLM, mean))
+            if system not in known
+        ]
+        record.pools.append(Pool(2, paper.VLLM, setting.block_size, pool_spans(manager)))
 
     parts = ("tokens", "padding", "free")
     slots = [getattr(filled, part) for part in parts]

@@ -15,7 +15,9 @@ import paper
 from kv_cache_manager import PagedKVCacheManager
 from paged_attention import PagedKVCache, slot_mapping
 from progress import SILENT, Progress
+from recording import Recorder
 from report import ScenarioReport, Table
+from run_record import RunRecord, Saving
 from scenario import Setting, num_queued, sample_requests, steady_state
 from scheduler import Scheduler
 from sequence import SequenceGroup
@@ -25,19 +27,22 @@ from workload import ALPACA, SHAREGPT, LengthTable
 SAMPLES = (2, 4, 6, 10)
 OUTPUT_LEN = 100  # tokens that each sample generates
 WARMUP, ITERATIONS = 200, 400
+RECORDED = 4  # samples of the prompt that a timeline shows
 LONGER = {ALPACA.name: 1, SHAREGPT.name: 5}  # requests that live longer need longer means
 
 
-def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
-    """All of scenario 3."""
+def run(
+    setting: Setting, progress: Progress = SILENT, record: RunRecord | None = None
+) -> ScenarioReport:
+    """All of scenario 3; leaves the savings of Fig. 15 and every block of two small pools."""
     report = ScenarioReport(
         3,
         "parallel sampling with copy-on-write",
         "What do n samples of one prompt cost when they share its blocks?",
     )
-    _figure_8(setting, report)
-    _one_prompt(setting, report, progress.part(0, 2, "samples of one prompt"))
-    _figure_15(setting, report, progress.part(1, 2, "steady states"))
+    _figure_8(setting, report, record)
+    _one_prompt(setting, report, progress.part(0, 2, "samples of one prompt"), record)
+    _figure_15(setting, report, progress.part(1, 2, "steady states"), record)
     return report
 
 
@@ -51,6 +56,7 @@ class SharedPrompt:
         block_size: int,
         prompt_len: int,
         free_order: list[int] | None = None,
+        recorded: tuple[str, str] | None = None,
     ) -> None:
         self.manager = PagedKVCacheManager(num_blocks, block_size, free_order=free_order)
         m = setting.model
@@ -63,11 +69,16 @@ class SharedPrompt:
         self.tokens = {0: list(range(prompt_len))}  # sample -> the number of each of its tokens
         self.manager.allocate(0, prompt_len)
         self._write(0, 0)
+        self.recorder = Recorder(*recorded, self.manager) if recorded else None
+        if self.recorder is not None:
+            self.recorder.step(f"the prompt's {prompt_len} tokens")
 
     def fork(self, sample: int) -> None:
         """One more sample of the same prompt."""
         self.manager.fork(0, sample)
         self.tokens[sample] = self.tokens[0].copy()
+        if self.recorder is not None:
+            self.recorder.step(f"sample {sample + 1} shares the prompt", (), (0, sample))
 
     def generate(self, sample: int) -> int:
         """A token of its own for one sample; returns the number of blocks copied for it."""
@@ -76,6 +87,9 @@ class SharedPrompt:
         self.tokens[sample].append(self._next_token)
         self._next_token += 1
         self._write(sample, len(self.tokens[sample]) - 1)
+        if self.recorder is not None:
+            number = len(self.tokens[sample])
+            self.recorder.step(f"sample {sample + 1} writes its token {number}", copies)
         return len(copies)
 
     def holds(self, sample: int) -> bool:
@@ -104,13 +118,18 @@ class SharedPrompt:
             self.cache.write(layer, slots, *self._stamps.values(tokens, layer))
 
 
-def _figure_8(setting: Setting, report: ScenarioReport) -> None:
+def _figure_8(
+    setting: Setting, report: ScenarioReport, record: RunRecord | None = None
+) -> None:
     """Two samples of a 7-token prompt in blocks of 4, on the blocks that the figure draws."""
     fig = paper.FIG6
     size, prompt_len = fig["block_size"], fig["prompt"]
     drawn = [block for block, _ in fig["tables"][-1]]
     order = [*drawn, *(b for b in range(9) if b not in drawn)]
-    both = SharedPrompt(setting, 9, size, prompt_len, order)
+    named = ("Scenario 3: Fig. 8", f"two samples of {prompt_len} tokens, blocks of {size} slots")
+    both = SharedPrompt(setting, 9, size, prompt_len, order, named if record else None)
+    if record is not None:
+        record.runs.append(both.recorder)
     both.fork(1)
     manager = both.manager
     last = manager.block_table(0).blocks[-1]
@@ -146,7 +165,8 @@ def _tables(prompt: SharedPrompt) -> list[str]:
 
 
 def _one_prompt(
-    setting: Setting, report: ScenarioReport, progress: Progress = SILENT
+    setting: Setting, report: ScenarioReport, progress: Progress = SILENT,
+    record: RunRecord | None = None,
 ) -> None:
     """n samples of a ShareGPT-sized prompt, from the fork to the last token."""
     size = setting.block_size
@@ -156,13 +176,20 @@ def _one_prompt(
     for n in SAMPLES:
         blocks = -(-(prompt_len + OUTPUT_LEN) // size)
         pool = prompt_len // size + n * (blocks - prompt_len // size) + n
-        samples = SharedPrompt(setting, pool, size, prompt_len)
+        named = None
+        if record is not None and n == RECORDED:
+            about = f"{prompt_len} tokens and {OUTPUT_LEN} of each sample, blocks of {size} slots"
+            named = f"Scenario 3: {n} samples of one prompt", about
+        samples = SharedPrompt(setting, pool, size, prompt_len, None, named)
         for sample in range(1, n):
             samples.fork(sample)
         copies = 0
         for token in range(OUTPUT_LEN):
             progress.at(len(rows) * OUTPUT_LEN + token, len(SAMPLES) * OUTPUT_LEN)
             copies += sum(samples.generate(sample) for sample in range(n))
+        if named:
+            record.runs.append(samples.recorder)
+            record.maps[3] = samples.recorder, samples.recorder.last
         manager = samples.manager
         manager.check_invariants()
         usage, duplicates = manager.usage(), manager.duplicates()
@@ -207,7 +234,8 @@ def _one_prompt(
 
 
 def _figure_15(
-    setting: Setting, report: ScenarioReport, progress: Progress = SILENT
+    setting: Setting, report: ScenarioReport, progress: Progress = SILENT,
+    record: RunRecord | None = None,
 ) -> None:
     """The saving under load: a saturated queue of requests with n samples each."""
     low, high = paper.FIG15_SHAREGPT["parallel"]  # a range in the text: its ends are 2 and 6
@@ -219,6 +247,8 @@ def _figure_15(
             savings[table.name, n], unexplained[table.name, n] = saving, wrong
             told = paper.FIG15["parallel"][n] if table is ALPACA else sharegpt.get(n)
             rows.append((table.name, n, batch, saving, told))
+            if record is not None:
+                record.savings.append(Saving(table.name, n, saving, told))
     report.parts.append(
         Table(
             "Saving by sharing in percent of the blocks without it (Fig. 15)",

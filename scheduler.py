@@ -108,6 +108,7 @@ class Scheduler:
         self._next_events: list[int] = []  # the keys of _events, a heap
         self._widest = 1  # sequences of the largest group so far
         self._settled = False  # until a completion or an arrival, there is nothing to decide
+        self.short_of_blocks = False  # whether the last iteration left a group without memory
 
     @property
     def num_iterations(self) -> int:
@@ -155,6 +156,7 @@ class Scheduler:
         iteration.num_decodes = self.num_running_seqs
         iteration.context_tokens = self.context_tokens
         all_tried = True
+        self.short_of_blocks = bool(preempted or self.swapped)
         if self.waiting and not self.swapped:
             all_tried = self._admit(iteration, preempted)
         if not self.running and not self.idle and not preempted:
@@ -303,6 +305,7 @@ class Scheduler:
                 return False
             copies = manager.try_admit(group)
             if copies is None:
+                self.short_of_blocks = True
                 return True
             waiting.popleft()
             iteration.copies += copies

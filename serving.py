@@ -13,7 +13,7 @@ Bookkeeping only. An `Observer` is told what each iteration must do to the tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -146,6 +146,7 @@ def simulate(
     *,
     preemption: str = "auto",
     observers: Seq[Observer] = (),
+    on_decision: Callable[[Scheduler, Iteration], None] | None = None,
     window_s: tuple[float, float] = (0.0, math.inf),
     until_s: float = math.inf,
     plain: bool = False,
@@ -162,7 +163,9 @@ def simulate(
     preemption) all iterations are taken at once, in closed form. `plain` takes them one by one,
     as does `check`, which recomputes the manager's invariants and the slot identity in every one.
     Observers are told of every iteration that starts in `window_s`, and the window's means in the
-    result are about those. The run is cut at the first iteration that would start at `until_s`.
+    result are about those. `on_decision` is told of the iterations that were decided, not of those
+    taken at once; what it raises ends the run. The run is cut at the first iteration that would
+    start at `until_s`.
 
     Raises RequestTooLargeError before anything runs, StalledError.
     """
@@ -209,6 +212,8 @@ def simulate(
                 scheduler.enqueue(queue[arrived])
                 arrived += 1
             iteration = scheduler.schedule(now)
+            if on_decision is not None:
+                on_decision(scheduler, iteration)
             if check:
                 manager.check_invariants()
             if watched:

@@ -45,6 +45,11 @@ class UsageMean:
         return 100.0 * self._sums[part] / self.count
 
     @property
+    def percents(self) -> dict[str, float]:
+        """Every part in percent."""
+        return {part: self.percent(part) for part in MemoryUsage.PARTS}
+
+    @property
     def external_and_others(self) -> float:
         """Fig. 2's last part, in percent."""
         return self.percent("rounding") + self.percent("padding") + self.percent("free")

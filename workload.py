@@ -263,6 +263,15 @@ def whole_number(place: str, cell: str, low: int = 1) -> int:
 def read_lines(path: str | os.PathLike[str]) -> Iterator[Row]:
     """('file, line n', cells) of every line of a CSV that is not blank, the header included.
 
+    Raises WorkloadError as `read_text` does.
+    """
+    for place, text in read_text(path):
+        yield place, [cell.strip() for cell in text.split(",")]
+
+
+def read_text(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """('file, line n', the line without the blanks around it) of every line that is not blank.
+
     The file is plain or gzipped (told by its content), 16 MiB at most if it is, and read line by
     line: at most 256 MiB of it once unpacked, and 2 million lines. Raises WorkloadError for
     anything else; a pipe or a device, which may never end, is not read at all.
@@ -286,7 +295,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[Row]:
                     raise WorkloadError(f"{place}: the file, or this line, is too long")
                 text = line.decode("utf-8-sig", errors="replace").strip()  # bad bytes fail as cells
                 if text:
-                    yield place, [cell.strip() for cell in text.split(",")]
+                    yield place, text
     except WorkloadError:
         raise
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name

@@ -1,6 +1,6 @@
 """Decode attention over scattered blocks on one GPU: ours, its peers, and the memory's limit.
 
-    python benchmarks/bench_attention.py [--repeats 30] [--shape NAME] [--json FILE]
+    python benchmarks/bench_attention.py [--repeats 30] [--shape NAME] [--json FILE] [--figures DIR]
 
 Serves section 4.1 and Fig. 18a: what the kernel pays for paging, in time over the floor, which is
 the live K and V bytes over the bandwidth of one large copy in the same run. Needs a CUDA device and
@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_timing import cold_median_us, copy_bandwidth
 
 import paged_attention
+import pictures_bench
 from command_line import OneLineParser, UsageError, exit_code, positive
 from json_document import measured
 from paged_attention import gather_blocks, pad_block_tables
@@ -282,11 +283,15 @@ def run(argv: list[str] | None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--figures", type=Path, metavar="DIR",
+                        help="draw the times over the floor there (needs matplotlib)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.json:
         check_writable(args.json)
     if not torch.cuda.is_available():
         raise UsageError("needs a CUDA device")
+    if args.figures:
+        pictures_bench.check(args.figures, [pictures_bench.FLOOR])
     start = time.perf_counter()
     progress = Progress.on(sys.stderr, "bench_attention.py", quiet=args.quiet)
     bandwidth = copy_bandwidth()
@@ -310,6 +315,10 @@ def run(argv: list[str] | None) -> int:
         print(render(table, "plain"))
     print("gather_blocks, share of the copy bandwidth:")
     print("  " + ", ".join(f"{row['shape']} {row['gather_share']:.2f}" for row in rows))
+    if args.figures:
+        drawn = {row["shape"]: {name: over_floor(row, keys) for name, keys in COLUMNS.items()}
+                 for row in rows}  # fmt: skip
+        pictures_bench.draw_attention(drawn, where, args.figures)
     return code
 
 

@@ -1,6 +1,7 @@
 """What paging costs on one GPU, beside the paper's figures.
 
     python benchmarks/bench_paging_cost.py [--quick] [--part swap] [--kernel gather] [--json FILE]
+        [--figures DIR]
 
 Serves Fig. 18a (attention over random blocks against contiguous K and V), the kernel's side of
 Fig. 18b (block sizes), Fig. 19a (swapping and recomputing 256 tokens), and the fused block write
@@ -43,6 +44,7 @@ from measure_paging import (
 from opt_prefill import RandomOPT
 
 import paged_attention
+import pictures_bench
 from command_line import OneLineParser, UsageError, exit_code
 from json_document import measured
 from paper_figures import (
@@ -213,12 +215,17 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--quick", action="store_true", help="few sizes, four layers: does it run")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--figures", type=Path, metavar="DIR",
+                        help="draw Figs. 18a and 19a there (needs matplotlib)")  # fmt: skip
     args = parser.parse_args(argv)
     parts = args.part or PARTS
     if args.json:
         check_writable(args.json)
     if not torch.cuda.is_available():
         raise UsageError("needs a CUDA device")
+    if args.figures:
+        drawn = {"attention": pictures_bench.KERNEL, "swap": pictures_bench.SWAPS}
+        pictures_bench.check(args.figures, [drawn[part] for part in parts if part in drawn])
     start = time.perf_counter()
     progress = Progress.on(sys.stderr, "bench_paging_cost.py", quiet=args.quiet)
     try:
@@ -235,6 +242,8 @@ def run(argv: list[str] | None) -> int:
             "benchmarks/bench_paging_cost.py", vars(args), found, INDEX, 0,
             time.perf_counter() - start,
         ))  # fmt: skip
+    if args.figures:
+        pictures_bench.draw_paging(found, where, args.figures)
     return 0
 
 

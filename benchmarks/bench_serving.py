@@ -21,8 +21,9 @@ import platform
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,10 +37,10 @@ from progress import Progress
 from report import Table, check_writable, render, write_json
 from scheduler import Limits
 from serving import ServingResult, simulate
-from workload import WorkloadError, read_cells, whole_number
+from traces import read_trace
+from workload import WorkloadError
 
 AZURE = "AzureLLMInferenceTrace_conv.csv.gz"
-AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 HOUR = 3600.0
 RUNS = {  # name: (run, factor on the number of blocks, also in plain mode)
     "13B single, 2.0/s, 1 h": (Run(VLLM, "opt-13b", "ShareGPT", 2.0, HOUR), 1, True),
@@ -93,20 +94,12 @@ def azure_columns(path: Path) -> tuple[list, list, list]:
 
     Raises WorkloadError.
     """
-    times, prompts, outputs = [], [], []
-    for place, (moment, context, generated) in read_cells(path, AZURE_COLUMNS):
-        try:
-            times.append(datetime.fromisoformat(moment[:26]).timestamp())
-        except (ValueError, OverflowError):
-            raise WorkloadError(f"{place}: {moment[:30]!a} is not a time") from None
-        if times[-1] < times[max(0, len(times) - 2)]:
-            raise WorkloadError(f"{place}: the times are not in order")
-        tokens = [max(1, whole_number(place, cell, low=0)) for cell in (context, generated)]
-        outputs.append(min(tokens[1], MAX_BATCHED_TOKENS - 1))
-        prompts.append(min(tokens[0], MAX_BATCHED_TOKENS - outputs[-1]))
-    if not times:
-        raise WorkloadError(f"{path}: no rows after the header")
-    return [moment - times[0] for moment in times], prompts, outputs
+    trace = read_trace(path)
+    if trace.arrivals is None:
+        raise WorkloadError(f"{path}: no column of times")
+    outputs = np.minimum(trace.outputs, MAX_BATCHED_TOKENS - 1)
+    prompts = np.minimum(trace.prompts, MAX_BATCHED_TOKENS - outputs)
+    return trace.arrivals.tolist(), prompts.tolist(), outputs.tolist()
 
 
 def measure(

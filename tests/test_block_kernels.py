@@ -92,7 +92,9 @@ def test_a_write_takes_keys_and_values_as_a_projection_leaves_them():
     column = drawn((5, 2, 9), torch.float16, seed=6)[..., 1:]  # no row whole
     slots = torch.tensor([3, 0, 23, 7, 8], device=DEVICE).repeat_interleave(2)[::2]
     assert not slots.is_contiguous()
-    inputs = [together[:, 1], together[:, 2], apart, one, column]
+    flat = drawn((5, 1, 1), torch.float16, seed=9).expand(5, 2, 8)  # one value for all of a token
+    heads = drawn((5, 1, 8), torch.float16, seed=10).expand(5, 2, 8)
+    inputs = [together[:, 1], together[:, 2], apart, one, column, flat, heads]
     for k, v in pairwise(inputs):
         for cache in (fused, plain):
             cache.write(1, slots, k, v)

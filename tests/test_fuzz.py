@@ -42,6 +42,8 @@ import make_length_tables  # noqa: E402
 import record  # noqa: E402
 import update_readme  # noqa: E402
 
+import capacity  # noqa: E402
+import capacity_tables  # noqa: E402
 import command_line  # noqa: E402
 import main  # noqa: E402
 import pictures  # noqa: E402
@@ -49,11 +51,13 @@ import report  # noqa: E402
 import reproduce  # noqa: E402
 import reproduction  # noqa: E402
 import sweep  # noqa: E402
+import trace_tables  # noqa: E402
 import workload  # noqa: E402
 from command_line import UsageError  # noqa: E402
 from json_document import document  # noqa: E402
 from length_files import ALPACA_COLUMNS, DATASETS, chat_rounds, find_lengths, read_pairs  # noqa: E402
 from report import ScenarioReport  # noqa: E402
+from traces import read_trace  # noqa: E402
 from workload import WorkloadError, read_columns, read_lengths  # noqa: E402
 
 SECONDS = 10  # that one input may take before it counts as a hang
@@ -67,6 +71,10 @@ SOUND = {  # one of each kind of file
     "chat.csv": "conversation,chunk_suffix,turn,from,opt_tokens_no_bos\n"
     + "0,0,0,human,6\n0,0,1,gpt,16\n" * 9,
     "azure.csv": AZURE_HEAD + "2023-11-16 18:15:46.6805900,374,44\n" * 9,
+    "burstgpt.csv": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    + "5,ChatGPT,472,18,490,Conversation log\n9,GPT-4,417,0,417,API log\n" * 9,
+    "mooncake.jsonl": '{"timestamp": 9, "input_length": 55, "output_length": 5, "hash_ids": [1]}\n'
+    * 9,
 }
 CELLS = (
     "nan", "NaN", "inf", "-inf", "Infinity", "-1", "0", "-0", "1.5", "1e3", "1e308", "0x10",
@@ -227,6 +235,7 @@ READERS = {
     "chat_rounds": chat_rounds,
     "read_columns": lambda path: read_columns(path, ALPACA_COLUMNS),
     "azure_columns": bench_serving.azure_columns,
+    "read_trace": read_trace,
     "find_lengths": lambda path: find_lengths([path], None),
     **{f"read_pairs, {name}": lambda path, name=name: read_pairs(path, name) for name in DATASETS},
 }
@@ -277,6 +286,8 @@ def no_work(monkeypatch, room):
     monkeypatch.setattr(main, "run_one", lambda *_: report)
     monkeypatch.setattr(main, "tune_cpu", lambda: None)
     monkeypatch.setattr(sweep, "run_cell", lambda *_: 0)
+    monkeypatch.setattr(capacity_tables, "sections", lambda *_: [])
+    monkeypatch.setattr(trace_tables, "answer_trace", lambda *_: [])
     monkeypatch.setattr(reproduction, "reproduce", lambda *_: [])
     monkeypatch.setattr(pictures, "draw", lambda *_: [])
     monkeypatch.setattr(fit_latency, "check_software", lambda *_: [])
@@ -307,6 +318,15 @@ OPTIONS = {
         "--scenario": "number", "--device": "word", "--kernel": "word", "--model": "word",
         "--layers": "number", "--num-blocks": "number", "--block-size": "number",
         "--seed": "seed", "--json": "output", "--format": "word", "--quiet": "flag",
+        "--figures": "folder", "--timeline": "output", "--trace": "input",
+    },
+    capacity: {
+        "--model": "input", "--gpu": "word", "--gpu-memory": "word", "--gpus": "number",
+        "--dtype": "word", "--kv-dtype": "word", "--plan": "word", "--allowance": "word",
+        "--gpu-memory-utilization": "word", "--max-model-len": "number", "--block-size": "number",
+        "--workload": "word", "--prefix-len": "number", "--seed": "seed", "--json": "output",
+        "--format": "word", "--trace": "input", "--preemption-rate": "word", "--rate": "word",
+        "--trace-rows": "number", "--speed-of": "word", "--figures": "folder", "--quiet": "flag",
     },
     reproduce: {
         "--figure": "word", "--jobs": "number", "--seeds": "number", "--beam-seconds": "number",
@@ -325,9 +345,10 @@ OPTIONS = {
             "--json": "output", "--list": "flag"},
 }  # fmt: skip
 HARMLESS = {main: ["--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"],
-            reproduce: ["--figure", "table1"], fit_latency: [], make_length_tables: [],
-            record: [], update_readme: [], bench_serving: [], bench_manager: [],
-            bench_beam_step: [], report: [], sweep: []}  # fmt: skip
+            capacity: [], reproduce: ["--figure", "table1"], fit_latency: [],
+            make_length_tables: [], record: [], update_readme: [], bench_serving: [],
+            bench_manager: [], bench_beam_step: [], report: [],
+            sweep: []}  # fmt: skip
 
 
 def bad_arguments(rng, script, room):
@@ -376,7 +397,8 @@ def fuzz_files_of_scripts(count, seed, room):
     data.mkdir()
     for _ in range(count):
         name, content = mutated(rng)
-        script = rng.choice((reproduce, reproduce, bench_serving, make_length_tables, fit_latency))
+        script = rng.choice((reproduce, reproduce, bench_serving, make_length_tables, fit_latency,
+                             capacity, capacity, main))  # fmt: skip
         if script is bench_serving and name.startswith("azure"):
             name = bench_serving.AZURE
         elif script is make_length_tables:
@@ -385,6 +407,8 @@ def fuzz_files_of_scripts(count, seed, room):
         arguments = {
             reproduce: ["--figure", "table1", "--lengths", str(data / name)],
             bench_serving: ["--traces", str(data)], fit_latency: [],
+            capacity: ["--trace", str(data / name)],
+            main: [*HARMLESS[main], "--trace", str(data / name)],
             make_length_tables: ["--data", str(data), "--out", str(room[1] / "folder")],
         }[script]  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
@@ -501,7 +525,9 @@ def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed):
 
 def test_scripts_refuse_malformed_files_in_one_line(room, no_work):
     codes = fuzz_files_of_scripts(150, 0, room)
-    assert {script for script, code in codes if code == 2} >= {"reproduce", "make_length_tables"}
+    assert {script for script, code in codes if code == 2} >= {
+        "capacity", "main", "reproduce", "make_length_tables",
+    }  # fmt: skip
 
 
 def test_report_refuses_malformed_documents_in_one_line(room, no_work):
@@ -598,7 +624,7 @@ def test_without_permission(room, no_work):
         for reader in READERS.values():
             for path in inputs.glob("*.csv"):
                 assert not check_reader(reader, str(path))
-        for script in (main, reproduce, bench_serving, bench_manager):
+        for script in (main, capacity, reproduce, bench_serving, bench_manager):
             for name in ("old.json", "new.json", "folder/new.json"):
                 arguments = [*HARMLESS[script], "--json", str(outputs / name)]
                 if name != "folder/new.json" or os.geteuid():
@@ -613,13 +639,13 @@ def test_without_permission(room, no_work):
 
 # ---- as processes ------------------------------------------------------------------------------
 
-SCRIPTS = ("main.py", "reproduce.py", "report.py", "sweep.py", "tools/make_length_tables.py",
-           "tools/record.py",
-           "tools/update_readme.py", "tools/fit_latency.py", "tools/mutants.py",
+SCRIPTS = ("main.py", "capacity.py", "reproduce.py", "report.py", "sweep.py",
+           "tools/make_length_tables.py",
+           "tools/record.py", "tools/update_readme.py", "tools/fit_latency.py", "tools/mutants.py",
            "benchmarks/bench_manager.py",
            "benchmarks/bench_serving.py")  # fmt: skip
 WITH_TORCH = ("benchmarks/bench_attention.py", "benchmarks/bench_beam_step.py",
-              "benchmarks/bench_paging_cost.py")  # fmt: skip
+              "benchmarks/bench_paging_cost.py", "benchmarks/profile_attention.py")  # fmt: skip
 ALL_SCRIPTS = [*SCRIPTS, *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_TORCH)]
 
 

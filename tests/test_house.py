@@ -18,11 +18,14 @@ BOOKKEEPING = (
     "baseline_manager", "kv_cache_manager", "workload", "length_tables", "chat_lengths",
     "length_files", "scheduler", "serving",
     "paper", "paper_figures", "paper_text", "paper_curves", "latency", "static_batching",
-    "beam_search", "experiments", "steady_state",
+    "beam_search", "experiments", "steady_state", "recording", "run_record", "timeline",
+    "drawing", "pictures", "pictures_bench", "pictures_capacity", "pictures_memory",
     "capacity", "capacity_case", "capacity_simulation", "capacity_tables", "config_file", "decoder",
     "expert_families", "family_fields", "gpus", "memory_plan", "model_config", "model_families",
     "json_document", "output_files", "progress", "report", "reproduce", "reproduction", "sweep",
     "sweep_cells", "sweep_files", "sweep_table", "tables",
+    "server_speed", "trace_case", "trace_formats", "trace_needs", "trace_options", "trace_serving",
+    "trace_tables", "traces",
 )  # fmt: skip
 TENSORS = (
     "attention", "block_kernels", "decode_tuning", "host_pool", "kernels", "paged_attention",

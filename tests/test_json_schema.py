@@ -85,6 +85,9 @@ def quick(monkeypatch):
     return monkeypatch
 
 
+CAPACITY_TABLES = SCHEMA_FILE["$defs"]["capacity.py"]["$defs"]
+
+
 def test_the_schema_is_one():
     jsonschema.Draft202012Validator.check_schema(SCHEMA_FILE)
     assert SCHEMA_FILE["properties"]["schema"]["const"] == SCHEMA
@@ -119,7 +122,7 @@ def test_main(quick, tmp_path, capsys):
     assert (found["script"], found["seeds"], found["exit_code"]) == ("main.py", [3], code)
     assert found["options"] == {
         "scenario": None, "device": "cpu", "kernel": "auto", "model": "opt-125m", "layers": 1,
-        "num_blocks": 140, "block_size": 16, "seed": 3,
+        "num_blocks": 140, "block_size": 16, "seed": 3, "trace": None,
     }  # fmt: skip
     defined = SCHEMA_FILE["$defs"]["main.py"]["$defs"]
     assert [table["id"] for table in found["tables"]] == sorted(
@@ -172,8 +175,24 @@ def test_capacity(quick, tmp_path, case):
     found = checked(path)
     ids = {table["id"] for table in found["tables"]}
     assert ("bytes_by_length" in ids) == (case == "windows")
-    assert ids | {"bytes_by_length"} == set(SCHEMA_FILE["$defs"]["capacity.py"]["$defs"])
+    assert ids | {"bytes_by_length"} == {one for one in CAPACITY_TABLES if "trace" not in one}
     assert all(table["answer"].endswith(".") for table in found["tables"])
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_capacity_of_a_trace(tmp_path, hashed):
+    trace, path = tmp_path / "trace", tmp_path / "out.json"
+    if hashed:
+        line = '{"timestamp": %d, "input_length": 600, "output_length": 9, "hash_ids": [1, %d]}\n'
+        trace.write_text("".join(line % (1000 * i, i) for i in range(12)))
+    else:
+        trace.write_text("time,input_len,output_len\n" + "".join(f"{i},50,9\n" for i in range(12)))
+    assert capacity.main(["--trace", str(trace), "--json", str(path), "--quiet"]) == 0
+    ids = {table["id"] for table in checked(path)["tables"]}
+    assert {one for one in CAPACITY_TABLES if "trace" in one} - ids == (
+        set() if hashed else {"trace_prefixes"}
+    )
+    assert {"memory", "blocks_and_slots"} < ids
 
 
 @pytest.mark.parametrize("seeds", ["1", "3"])

@@ -276,6 +276,9 @@ def refused():
     strided = torch.zeros(3, 2, 16, 64, dtype=half).transpose(1, 2)
     yield case(k_pool=strided, v_pool=strided), "dense"
     yield case(q=torch.zeros(2, 64, 4, dtype=half).transpose(1, 2)), "dense"
+    far = torch.empty(16 << 27, dtype=half, device="meta")
+    far = far.as_strided((1, 16, 2, 64), (0, 1 << 27, 64, 1))
+    yield case(k_pool=far, v_pool=far), "a block spans 2147483648 elements"
     yield case(block_tables=torch.zeros(2, 2)), "block_tables must be"
     yield case(seq_lens=torch.zeros(3, dtype=torch.int32)), "B differs"
     yield case(seq_lens=torch.zeros(2)), "integers"
@@ -388,6 +391,7 @@ class TestOnTheDevice:
         kernel(*arguments, tuning=Tuning(16, 128, 4, 2))
         graph = torch.cuda.CUDAGraph()
         with pytest.raises(ShapeError, match="cannot grow"), torch.cuda.graph(graph):
+            arguments[0].clone()  # torch warns of a graph with nothing in it
             module.paged_attention_kernel(
                 *arguments, workspace=workspace, tuning=Tuning(16, 128, 4, 2)
             )

@@ -140,8 +140,11 @@ def recorded(output):
 ATTENTION = recorded({
     "bandwidth_bytes_per_s": 1e12, "repeats": 3,
     "shapes": [
-        {"shape": "small", "aim": 1.25, "floor_us": 10.0, "triton_us": 12.0, "read_us": 11.0},
-        {"shape": "large", "aim": 1.05, "floor_us": 100.0, "triton_us": 110.0, "read_us": 101.0},
+        {"shape": "small", "aim": 1.25, "floor_us": 10.0, "triton_us": 12.0, "read_us": 11.0,
+         "triton_dirty_us": 15.0, "gather_us": 40.0, "gather_share": 0.9, "cudnn_us": 16.0},
+        {"shape": "1..9", "aim": 1.05, "floor_us": 100.0, "triton_us": 110.0, "read_us": 101.0,
+         "triton_dirty_us": 104.0, "gather_us": 350.0, "gather_share": 0.95,
+         "flashinfer_us": 100.0, "flashinfer_tc_us": 200.0},
     ],
 })  # fmt: skip
 PAGED = {
@@ -157,9 +160,9 @@ TIMES = {
 PAGING = recorded({
     "model": "opt-13b", "copy_bytes_per_s": 1e12,
     "pinned_bytes_per_s": {"to_device": 5e10, "to_host": 5e10},
-    "attention": [{"batch": 8, "context": 64, **PAGED}], "blocks": [{"block_size": 16, **PAGED}],
+    "attention": [{"batch": 8, "context": 2048, **PAGED}], "blocks": [{"block_size": 16, **PAGED}],
     "swap": [{"block_size": 16, "blocks": 16, "num_bytes": 1 << 20, **TIMES}],
-    "moves": [{"what": "copy", "layers": 1, "blocks": 1, "fused_us": 2.0, "limit_us": 1.0,
+    "moves": [{"what": "copy", "layers": 1, "blocks": 1000, "fused_us": 2.0, "limit_us": 1.0,
                "plain_us": 4.0, "call_us": 3.0}],
 })  # fmt: skip
 
@@ -167,12 +170,23 @@ PAGING = recorded({
 def test_recorded_kernels_are_shown(monkeypatch):
     monkeypatch.setattr(speed_blocks, "find", {
         speed_blocks.ATTENTION: ATTENTION, speed_blocks.PAGING: PAGING}.get)  # fmt: skip
-    assert cells(speed_blocks.gpu_attention())["small"][:4] == ["10.000", "1.250", "-", "-"]
+    assert cells(speed_blocks.gpu_attention())["small"][:4] == ["10.000", "1.250", "1.500", "-"]
     paging = speed_blocks.gpu_paging()
     for title in ("Fig. 18a", "Fig. 18b", "Fig. 19a", "Swapping", "Section 5"):
         assert f"\n{title}" in paging
     lines = speed_blocks.gpu()
-    assert "1.10 to 1.20 times" in lines and "1 of 2 aims met" in lines and "+10.0 to" in lines
+    assert "1.10 to 1.20 times" in lines and "+10.0 to +10.0 %" in lines
+    assert "kernel -25.0 to -25.0 %" in lines
+    clean, dirty = speed_blocks.gpu_aims().splitlines()
+    assert clean.startswith("* clean: 1 of 2 aims met, the others missed by +4.8 to +4.8 %")
+    assert "decode +10.0 to +10.0 %, faster on 0 of 1" in clean and "faster on 1 of 1" in clean
+    assert dirty == "* dirty: 1 of 2 aims met, the others missed by +20.0 to +20.0 %."
+    others = cells(speed_blocks.gpu_others())
+    assert [*others.values()] == [
+        ["10.00", "10.00", "<= 1"], ["0.90", "0.95", ">= 0.92"], ["4.00", "4.00", "<= 3.2"],
+        ["3.50", "3.50", "<= 3.5"], ["0.50", "0.50", ">= 0.85"], ["0.01", "0.01", ">= 0.80"],
+    ]  # fmt: skip
+    assert speed_blocks.gpu_profile() == "Not recorded yet."
 
 
 def test_links_are_rewritten_for_docs(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """What README.md and docs/ show of the benchmarks, for tools/update_readme.py.
 
 Reproduces nothing. Each function is the text between two markers: `serving`, `manager` (Python on
-one core), `gpu`, `gpu_attention`, `gpu_paging` (kernels, left out until they are recorded).
+one core), `gpu`, `gpu_attention`, `gpu_aims`, `gpu_others`, `gpu_profile`,
+`gpu_paging` (kernels, left out until they are recorded).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 
 from committed import ROOT, find, has, load, origin, setting, table
@@ -22,6 +24,7 @@ ALL_AIM_S = 90.0  # everything, on 2 cores
 APPEND_AIM_NS = 130.0
 APPEND_ALL_AIMS_NS = {"W1": 10.0, "W2": 3.0, "W3": 10.0}
 ATTENTION, PAGING = "bench_attention.json", "bench_paging_cost.json"
+PROFILE = "profile_attention.json"
 
 
 def serving() -> str:
@@ -88,6 +91,96 @@ def gpu_attention() -> str:
     return origin(result, ATTENTION) + "\n\n" + shown(tables, 3)
 
 
+def gpu_others() -> str:
+    """What else was aimed at, ours beside it, once both have been recorded."""
+    attention, paging = find(ATTENTION), find(PAGING)
+    if attention is None or paging is None:
+        return "Not recorded yet."
+    shapes = rows_of(attention, "shapes")
+    keys = "gather", "gather_cudnn", "gather_flash"
+    path = {row["shape"]: min(row[f"{key}_us"] for key in keys if f"{key}_us" in row)
+            / row["floor_us"] for row in shapes}  # fmt: skip
+    moves = {row["what"]: row["limit_us"] / row["fused_us"] for row in rows_of(paging, "moves")
+             if (row["blocks"], row["layers"]) == (1000, 1)}  # fmt: skip
+    (swap,) = (row for row in rows_of(paging, "swap") if row["block_size"] == 16)
+    pinned = setting(paging)["pinned_bytes_per_s"]
+    shares = [1e3 * swap["num_bytes"] / swap[f"{way}_median_ms"] / pinned[limit]
+              for way, limit in (("swap_in", "to_device"), ("swap_out", "to_host"))]  # fmt: skip
+    twin = [100.0 * (row["paged_us"] / row["contiguous_us"] - 1.0)
+            for row in rows_of(paging, "attention") if row["context"] >= 1024]  # fmt: skip
+    body = [
+        ("paged over its own contiguous twin, context 1024 up, %", min(twin), max(twin), "<= 1"),
+        ("gather of K and V, share of copy bandwidth",
+         *ends(row["gather_share"] for row in shapes), ">= 0.92"),
+        ("gather path over floor, equal lengths",
+         *ends(over for name, over in path.items() if ".." not in name), "<= 3.2"),
+        ("gather path over floor, different lengths",
+         *ends(over for name, over in path.items() if ".." in name), "<= 3.5"),
+        ("block copy and write, 1,000 blocks, share of copy bandwidth",
+         *ends(moves.values()), ">= 0.85"),
+        ("swap of 256 tokens in 16 blocks, share of the pinned copy", *ends(shares), ">= 0.80"),
+    ]  # fmt: skip
+    return table(("what", "least", "most", "aim"), body, decimals=2)
+
+
+def ends(numbers: Iterable[float]) -> tuple[float, float]:
+    numbers = list(numbers)
+    return min(numbers), max(numbers)
+
+
+def gpu_profile() -> str:
+    """What bounds the attention kernel, by the GPU's counters, once they have been recorded."""
+    result = find(PROFILE)
+    if result is None:
+        return "Not recorded yet."
+    tables = [benchmark("profile_attention").table(rows_of(result, "rows"), result["device"])]
+    return origin(result, PROFILE) + "\n\n" + shown(tables, 2)
+
+
+def against(rows: list[dict], keys: tuple[str, ...], suffix: str) -> list[float]:
+    """Percent by which ours takes longer than the best of `keys`, for each shape that has one."""
+    found = []
+    for row in rows:
+        times = [row[key + suffix] for key in keys if key + suffix in row]
+        if times:
+            found.append(100.0 * (row["triton" + suffix] / min(times) - 1.0))
+    return found
+
+
+PEERS = {
+    "FlashInfer's paged decode": ("flashinfer", "flashinfer_tc"),
+    "torch's best contiguous kernel": ("cudnn", "flash"),
+}
+
+
+def span(numbers: list[float]) -> str:
+    return f"{min(numbers):+.1f} to {max(numbers):+.1f} %"
+
+
+def over_aims(rows: list[dict], suffix: str) -> list[float]:
+    """Percent by which each shape misses its aim, of those that do."""
+    over = [100.0 * (row["triton" + suffix] / row["floor_us"] / row["aim"] - 1.0) for row in rows]
+    return [one for one in over if one > 0.0]
+
+
+def gpu_aims() -> str:
+    """Ours against aims and peers, by both ways to flush the cache."""
+    result = find(ATTENTION)
+    if result is None:
+        return "Not recorded yet."
+    rows, lines = rows_of(result, "shapes"), []
+    for title, suffix in (("clean", "_us"), ("dirty", "_dirty_us")):
+        missed = over_aims(rows, suffix)
+        text = f"* {title}: {len(rows) - len(missed)} of {len(rows)} aims met"
+        text += f", the others missed by {span(missed)}" if missed else ""
+        for peer, keys in PEERS.items():
+            if more := against(rows, keys, suffix):
+                text += f"; against {peer} {span(more)}, faster on {sum(m < 0 for m in more)} of "
+                text += str(len(more))
+        lines.append(text + ".")
+    return "\n".join(lines)
+
+
 def gpu_paging() -> str:
     """Figs. 18a, 18b and 19a and the fused kernels, once they have been recorded."""
     result = find(PAGING)
@@ -114,12 +207,13 @@ def gpu() -> str:
     lines = []
     attention, paging = find(ATTENTION), find(PAGING)
     if attention is not None:
-        shapes = rows_of(attention, "shapes")
-        over = [row["triton_us"] / row["floor_us"] for row in shapes]
-        met = sum(o <= row["aim"] for o, row in zip(over, shapes))
+        rows = rows_of(attention, "shapes")
+        over = [row["triton_us"] / row["floor_us"] for row in rows]
+        peers = (f"{peer} {span(more)}" for peer, keys in PEERS.items()
+                 if (more := against(rows, keys, "_us")))  # fmt: skip
         lines.append(
-            f"* Reading blocks in place takes {min(over):.2f} to {max(over):.2f} times as long as "
-            f"one large copy needs for the live K and V; {met} of {len(over)} aims met. "
+            f"* Blocks read in place take {min(over):.2f} to {max(over):.2f} times as long as one "
+            f"large copy of as many bytes, in eight shapes; against {', '.join(peers)}. "
             + origin(attention, ATTENTION)
         )
     if paging is not None and has(paging, "attention"):
