@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-MAX_SPLITS = 64
+MAX_SPLITS = 64  # parts of a sequence: its last program reads them all
 MIN_CHUNK, MAX_CHUNK = 256, 4096  # slots of an item, where a sequence is split
 SHARED_SPARE = 12 << 10  # bytes of shared memory beside the tiles
 
@@ -37,15 +37,16 @@ class Tuning:
 def choose_tuning(
     num_items: int, max_len: int, row_bytes: int, multiprocessors: int, shared_bytes: int
 ) -> Tuning:
-    """A cut that suits an H100 at the shapes of benchmarks/bench_attention.py, which times it.
+    """A cut that suits an H100: chosen by trying others on shapes like bench_attention.py's.
 
     num_items: sequences times K/V heads; max_len: slots of the widest block table; row_bytes: of
     one head of one slot, padded to a power of two; shared_bytes: that a program can have.
 
-    Few items are split into parts, two for a multiprocessor; otherwise only what is longer than
-    MAX_CHUNK is, as every part costs a merge. Lengths are on the device, so of many items it is
-    not known whether they end together: where they are long, the cut is the one that does
-    well both with equal lengths and with different ones.
+    Up to two items for a multiprocessor are split into parts, two of which it then has. More are
+    whole up to MAX_CHUNK, as every part costs a merge: up to four with three tiles under way each,
+    beyond that with two, and tiles that are small where the table is short. Lengths are on the
+    device, so it is not known whether many long items end together; large tiles, fewer at a time,
+    lost least where they do not.
     """
     splits = 1
     if num_items <= 2 * multiprocessors:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from attention import check_shape
-from decode_tuning import MAX_SPLITS, Tuning, choose_tuning, device_limits
+from decode_tuning import Tuning, choose_tuning, device_limits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234e38)  # where -inf - -inf, which is NaN, must not be
@@ -82,7 +82,8 @@ def paged_attention_kernel(
     workspace: to keep from call to call; tuning: another cut than choose_tuning's.
     Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
     0 and -inf. Slots at or beyond a sequence's length are never read, nor what its table does
-    not hold. Raises ShapeError. Block numbers are not checked: see paged_attention.py.
+    not hold; the work is cut by the table's width, so trim it to the longest sequence.
+    Raises ShapeError. Block numbers are not checked: see paged_attention.py.
     """
     _check_inputs(q, k_pool, v_pool, block_tables, seq_lens)
     batch, num_heads, head_size = q.shape
@@ -98,9 +99,6 @@ def paged_attention_kernel(
         row_bytes = head_pad * q.element_size()
         tuning = choose_tuning(batch * num_kv_heads, max_len, row_bytes, *device_limits(q.device))
     num_splits = max(1, -(-max_len // tuning.chunk))
-    check_shape(
-        num_splits <= MAX_SPLITS, f"{tuning} cuts {max_len} slots into more than {MAX_SPLITS} parts"
-    )
     workspace = workspace or Workspace(q.device)
     check_shape(workspace.device == q.device, f"the workspace is on {workspace.device}")
     num_items = batch * num_splits * num_kv_heads

@@ -220,10 +220,14 @@ def test_views_and_wider_integers_are_read_as_they_are():
     apart = torch.full((*k.shape[:1], 2 * k.shape[1], *k.shape[2:]), math.nan).to(k)
     apart[:, : k.shape[1]] = v
     loose_v = apart[:, : k.shape[1]]  # its blocks lie farther apart than those of K
+    heads = torch.full((*k.shape[:2], 2 * k.shape[2], k.shape[3]), math.nan).to(k)
+    heads[:, :, : k.shape[2]] = v
+    sparse_v = heads[:, :, : k.shape[2]]  # and its slots
     for arguments in (
         (wide_q, k, v, tables, lens),
         (q, both[1], both[2], tables, lens),
         (q, k, loose_v, tables, lens),
+        (q, k, sparse_v, tables, lens),
         (q, k, v, tables.long(), lens.long()),
         (q, k, v, torch.cat([tables, tables], dim=1)[:, : tables.shape[1]], lens),
     ):
@@ -232,6 +236,26 @@ def test_views_and_wider_integers_are_read_as_they_are():
     other = [x.as_strided(x.shape, (x.stride(0), x.stride(1), 7, 1)) for x in (k, v)]
     want = kernel(q[:, :2], k, v, tables, lens)
     assert all(map(torch.equal, kernel(q[:, :2], *other, tables, lens), want))
+
+
+@pytest.mark.parametrize("chunk", [128, 32])
+def test_scores_far_below_zero_are_weighed_like_others(chunk):
+    """All of them near -240: exp(-240) is no float32, the differences are."""
+    case = Case((4, 2), 64, 16, [97, 5], torch.float32)
+    case.q.fill_(1.0)
+    for pool in (case.k, case.dense_k):
+        pool.copy_(torch.where(pool.isnan(), pool, pool / 8 - 30.0))
+    result = kernel(*case.arguments(), tuning=Tuning(32, chunk, 4, 2))
+    assert (result[1] < -200).all()
+    case.check(result)
+
+
+def test_a_block_may_span_just_less_than_32_bits():
+    memory = torch.empty(16 << 27, dtype=torch.float16, device="meta")
+    pool = memory.as_strided((1, 16, 2, 64), (0, (1 << 27) - 4, 64, 1))
+    q = torch.empty(2, 4, 64, dtype=torch.float16, device="meta")
+    tables = torch.empty(2, 1, dtype=torch.int32, device="meta")
+    module._check_inputs(q, pool, pool, tables, tables[:, 0].contiguous())
 
 
 def test_the_scale_is_passed_on():
@@ -282,9 +306,6 @@ def refused():
     yield case(block_tables=torch.zeros(2, 2)), "block_tables must be"
     yield case(seq_lens=torch.zeros(3, dtype=torch.int32)), "B differs"
     yield case(seq_lens=torch.zeros(2)), "integers"
-    yield case(tuning=Tuning(16, 16, 4, 1), block_tables=torch.zeros(2, 65, dtype=torch.int32)), (
-        "more than 64 parts"
-    )
 
 
 @pytest.mark.parametrize(("arguments", "message"), list(refused()))
@@ -312,7 +333,7 @@ def test_the_tuning_covers_every_length(num_items, max_len, row_bytes, multiproc
     assert tiles + (12 << 10) <= shared or tuning.tile == 16
     if parts > 1:  # not more parts than can run, unless an item would be too long otherwise
         assert parts <= -(-max_len // MIN_CHUNK)
-        assert parts * num_items <= 4 * multiprocessors or max_len > MAX_CHUNK
+        assert parts * num_items <= 2 * multiprocessors or max_len > MAX_CHUNK
 
 
 @pytest.mark.cuda

@@ -1,5 +1,6 @@
 """benchmarks/profile_attention.py without a GPU: what it makes of ncu's words."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bench_attention
 import profile_attention as profile
 
 NAMES = [*profile.METRICS.values()]
@@ -21,7 +23,8 @@ def said(rows, names=tuple(NAMES)):
     return "\n".join(lines)
 
 
-ROWS = [["2,000", "8000.5", "88.2", "30", "25", "1.5", "88"]] * 2 + [["1e3", *["1"] * 6]]
+ROWS = [["2,000", "8000.5", "88.2", "30", "25", "1.5", "88"],
+        ["1,500", "8000", "90", "30", "26", "1.5", "88"], ["1e3", *["1"] * 6]]  # fmt: skip
 
 
 def test_a_launch_is_a_row_and_its_order_says_which():
@@ -59,7 +62,32 @@ def test_it_prints_what_ncu_said(monkeypatch, tmp_path, capsys):
     (tmp_path / "said").write_text(said(ROWS))
     assert run_with(monkeypatch, tmp_path, f"cat {tmp_path}/said") == 0
     out = capsys.readouterr().out
-    assert "consecutive" in out and "88.2" in out and (tmp_path / "out.json").exists()
+    assert "consecutive" in out and "88.2" in out
+    (table,) = json.loads((tmp_path / "out.json").read_text())["tables"]
+    live = profile.SHAPES["OPT-13B 32 x 1024"].live_bytes
+    assert [(row["case"], row["us"], row["read_over_live"]) for row in table["rows"]] == [
+        ("random", 2.0, 8000.5 / live), ("consecutive", 1.5, 8000 / live), ("read", 1.0, 1 / live),
+    ]  # fmt: skip
+
+
+def test_random_blocks_are_launched_first_then_consecutive_ones_then_a_read(monkeypatch):
+    modules = [pytest.importorskip(name, exc_type=ImportError)
+               for name in ("paged_attention_triton", "read_only")]  # fmt: skip
+    launches = []
+    monkeypatch.setattr(modules[0], "paged_attention_kernel",
+                        lambda q, k, v, tables, lens: launches.append(tables.clone()))  # fmt: skip
+    monkeypatch.setattr(modules[1], "read_bytes",
+                        lambda source, *_: launches.append(source.nbytes))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    shape = profile.SHAPES["OPT-13B 32 x 1024"].__class__(4, 2, (100, 17, 48), 1.0)
+    monkeypatch.setitem(profile.SHAPES, "tiny", shape)
+    monkeypatch.setattr(profile, "Data", lambda shape: bench_attention.Data(shape, "cpu"))
+    profile.launch("tiny")
+    random, ordered, count = launches
+    assert ordered.tolist() == [[0, 1, 2, 3, 4, 5, 6], [7, 8, *[0] * 5], [9, 10, 11, *[0] * 4]]
+    live = [*random[0].tolist(), *random[1, :2].tolist(), *random[2, :3].tolist()]
+    assert len(set(live)) == 12 and live != sorted(live)
+    assert count == shape.live_bytes
 
 
 def test_an_ncu_that_fails_is_one_line(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """tools/update_readme.py: how rows are counted, what is not recorded yet, where links lead."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -167,6 +168,10 @@ PAGING = recorded({
 })  # fmt: skip
 
 
+def profile_keys():
+    return [*speed_blocks.benchmark("profile_attention").METRICS, "read_over_live"]
+
+
 def test_recorded_kernels_are_shown(monkeypatch):
     monkeypatch.setattr(speed_blocks, "find", {
         speed_blocks.ATTENTION: ATTENTION, speed_blocks.PAGING: PAGING}.get)  # fmt: skip
@@ -176,17 +181,29 @@ def test_recorded_kernels_are_shown(monkeypatch):
         assert f"\n{title}" in paging
     lines = speed_blocks.gpu()
     assert "1.10 to 1.20 times" in lines and "+10.0 to +10.0 %" in lines
-    assert "kernel -25.0 to -25.0 %" in lines
-    clean, dirty = speed_blocks.gpu_aims().splitlines()
-    assert clean.startswith("* clean: 1 of 2 aims met, the others missed by +4.8 to +4.8 %")
-    assert "decode +10.0 to +10.0 %, faster on 0 of 1" in clean and "faster on 1 of 1" in clean
-    assert dirty == "* dirty: 1 of 2 aims met, the others missed by +20.0 to +20.0 %."
+    assert "kernel -25.0 to -25.0 %" in lines and "(1.04 to 1.50 with" in lines
+    assert speed_blocks.gpu_aims().splitlines() == [
+        "* aims (dirty): 1 of 2 met, the others missed by +20.0 to +20.0 %.",
+        "* against FlashInfer's paged decode (clean): +10.0 to +10.0 %; faster on 0 of 1, level on "
+        "0.",
+        "* against torch's best contiguous kernel (clean): -25.0 to -25.0 %; faster on 1 of 1, "
+        "level on 0.",
+    ]
     others = cells(speed_blocks.gpu_others())
     assert [*others.values()] == [
-        ["10.00", "10.00", "<= 1"], ["0.90", "0.95", ">= 0.92"], ["4.00", "4.00", "<= 3.2"],
-        ["3.50", "3.50", "<= 3.5"], ["0.50", "0.50", ">= 0.85"], ["0.01", "0.01", ">= 0.80"],
+        ["10.00", "10.00", "<= 1", "1 of 1"], ["0.90", "0.95", ">= 0.92", "1 of 2"],
+        ["4.00", "4.00", "<= 3.2", "1 of 1"], ["3.50", "3.50", "<= 3.5", "0 of 1"],
+        ["0.50", "0.50", ">= 0.85", "1 of 1"], ["0.01", "0.01", ">= 0.8", "2 of 2"],
     ]  # fmt: skip
+    assert speed_blocks.gpu_gaps() == "Not recorded yet."
     assert speed_blocks.gpu_profile() == "Not recorded yet."
+    counted = dict.fromkeys(profile_keys(), 1.0)
+    launches = [{"shape": "small", "case": case, **counted, "memory_busy_percent": busy}
+                for case, busy in (("random", 80.0), ("consecutive", 84.5), ("read", 90.0))]
+    monkeypatch.setattr(speed_blocks, "find", {
+        speed_blocks.PROFILE: recorded({"rows": launches})}.get)  # fmt: skip
+    assert cells(speed_blocks.gpu_gaps()) == {"small": ["90.0", "-5.5", "-4.5"]}
+    assert "| small | random" in re.sub(" +", " ", speed_blocks.gpu_profile())
 
 
 def test_links_are_rewritten_for_docs(tmp_path, monkeypatch):

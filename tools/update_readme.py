@@ -32,7 +32,7 @@ PARTS = {
         machine, s.quickstart, s.tail, s.answers, s.scenarios, s.checks,
         f.headline, f.ratios, f.figures, f.rows, f.seeds, f.differences, f.explained,
         f.beams_hour, f.beam_step, v.serving, v.manager, v.gpu,
-        v.gpu_attention, v.gpu_aims, v.gpu_others, v.gpu_profile, v.gpu_paging,
+        v.gpu_attention, v.gpu_aims, v.gpu_gaps, v.gpu_others, v.gpu_profile, v.gpu_paging,
         j.envelope, j.keys, s.sweep,
     )
 }  # fmt: skip
