@@ -226,6 +226,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     if args.figures is not None:
         import pictures_capacity
 
+        if args.trace is not None:
+            raise UsageError("--figures draws what is asked without --trace")
         pictures_capacity.check(args.figures)
     comment = "% " if args.format == "latex" else ""
     setting, answers = setting_of(case), sections(case, progress)

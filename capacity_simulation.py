@@ -152,10 +152,13 @@ def hold(
             break
         except QueueTooShortError:
             count *= 2
-    scale = num_blocks / pool
-    slots = {
-        part: mean.percent(part) / 100 * num_blocks * block_size for part in MemoryUsage.PARTS
-    }
+    # Of the policy max a pool is as many whole reservations as fit, and what is left over is free.
+    scaled = num_blocks if policy != "max" else num_blocks // whole * whole
+    pool_of_whole = pool if policy != "max" else pool // whole * whole
+    scale = scaled / pool_of_whole
+    slots = {part: mean.percent(part) / 100 * pool * block_size * scale
+             for part in MemoryUsage.PARTS if part != "free"}  # fmt: skip
+    slots["free"] = num_blocks * block_size - sum(slots.values())
     return Holding(policy, mean.batch * scale, slots, pool)
 
 

@@ -41,6 +41,9 @@ CHOSEN: dict[str, tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...]], ...
         ("blocks_and_slots", ("= slots, one token each",), ("number",)),
         ("concurrency", None, ("requests",)),
         ("slots", ("paged",), ("tokens_percent",)),
+        ("trace_concurrency", None, ("number",)),
+        ("trace_pools", None, ("blocks", "gib")),
+        ("trace_gpus", None, ("gpus",)),
     ),
     "reproduce.py": (("rows", None, ("ours",)),),
 }

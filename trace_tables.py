@@ -265,8 +265,8 @@ def pools(asked: TraceCase, needs: list[Need]) -> Section:
          need.pool.served.kept_waiting)
         for need in needs
     ]  # fmt: skip
-    headers = ("policy", "held up, %", "blocks", "GiB of K/V", "x this server's", "most at a time",
-               "preempted", "kept waiting")  # fmt: skip
+    headers = ("policy", "held up, at most %", "blocks", "GiB of K/V", "x this server's",
+               "most at a time", "preempted", "kept waiting")  # fmt: skip
     times = {need.policy: need.pool.num_blocks for need in needs if need.rate == 0.0}
     answer = (
         f"with none held up paging takes {times['paged']:,} blocks; exact reservations take "
@@ -275,7 +275,7 @@ def pools(asked: TraceCase, needs: list[Need]) -> Section:
         f"{times['max'] / times['paged']:.2f} times"
     )
     question = "What is the smallest K/V memory with which one server serves it?"
-    keys = ("policy", "held_up_percent", "blocks", "gib", "times_server", "most_at_a_time",
+    keys = ("policy", "allowed_percent", "blocks", "gib", "times_server", "most_at_a_time",
             "preempted", "kept_waiting")  # fmt: skip
     table = Table(question, headers, rows, asked.line, decimals=2, name="trace_pools", keys=keys,
                   index=2)  # fmt: skip
@@ -304,7 +304,8 @@ def gpus(asked: TraceCase, needs: list[Need]) -> Section:
             f"{plan.num_blocks:,} blocks of a server"
         )
     setting = f"{asked.line}; {plan.num_blocks:,} blocks a server"
-    keys = "policy", "held_up_percent", "servers", "gpus"
-    table = Table("How many GPUs serve it?", ("policy", "held up, %", "servers", "GPUs"), rows,
-                  setting, name="trace_gpus", keys=keys, index=2)  # fmt: skip
+    keys = "policy", "allowed_percent", "servers", "gpus"
+    headers = "policy", "held up, at most %", "servers", "GPUs"
+    table = Table("How many GPUs serve it?", headers, rows, setting,
+                  name="trace_gpus", keys=keys, index=2)  # fmt: skip
     return Section(table, answer + ".")

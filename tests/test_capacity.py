@@ -448,6 +448,8 @@ def test_max_holds_as_many_requests_as_there_are_chunks():
     assert hold(workload, "max", 100, 16, 513, 0).requests == 1  # of 64
     empty = hold(workload, "max", 100, 16, 2048, 0)  # of 128: none
     assert empty.requests == 0 and empty.slots["free"] == 1600
+    large = hold(workload, "max", 71 * 32 + 28, 16, 512, 0)  # of which 64 chunks are simulated
+    assert large.requests == 71 and large.slots["free"] == pytest.approx(28 * 16)
 
 
 @pytest.mark.parametrize("policy", ["pow2", "oracle", "paged"])

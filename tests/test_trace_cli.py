@@ -117,7 +117,7 @@ def test_the_figures_are_those_of_the_parts(run, write):
     one = {row["what"]: row["number"] for row in rows_of(found, "How many requests run")}
     assert (one["most requests at a time"], one["mean over time"]) == (free.peak, free.mean)
     rows = rows_of(found, "What is the small")
-    needs = {(row["policy"], row["held_up_percent"]): row for row in rows}
+    needs = {(row["policy"], row["allowed_percent"]): row for row in rows}
     assert set(needs) == {(policy, share) for policy in ALL_POLICIES for share in (0.0, 10.0)}
     for (policy, share), row in needs.items():
         few = 0 if share == 0.0 else 6
@@ -133,7 +133,7 @@ def test_the_figures_are_those_of_the_parts(run, write):
         assert (row["preempted"], row["kept_waiting"]) == (served.preemptions, served.kept_waiting)
         assert row["most_at_a_time"] == served.peak
     for row in rows_of(found, "How many GPUs"):
-        few = 0 if row["held_up_percent"] == 0.0 else 6
+        few = 0 if row["allowed_percent"] == 0.0 else 6
         for servers in (row["servers"], row["servers"] - 1):
             parts = [tuple(c[i::servers] for c in columns) for i in range(servers)]
             runs = [serve(part, server, row["policy"], 983) for part in parts]
