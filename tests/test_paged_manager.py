@@ -30,7 +30,7 @@ from kv_cache_manager import (
     SharedBlockError,
     UnknownSequenceError,
 )
-from sequence import BlockTable, Clock, Sequence, SequenceGroup, SequenceStatus
+from sequence import BeamHistory, BlockTable, Clock, Sequence, SequenceGroup, SequenceStatus
 
 
 def manager_of(num_blocks=32, size=4, cpu=0, watermark=0.0, order=()):
@@ -966,6 +966,31 @@ def test_groups_that_cannot_be(seqs, message):
     """Admission forks one prompt: a group of two prompts, or a double id, would stop half-way."""
     with pytest.raises(ValueError, match=message):
         SequenceGroup(0, [Sequence(*arguments) for arguments in seqs])
+
+
+@pytest.mark.parametrize("outputs", [(5, 6), (5, 6, 5), (7, 6, 5)])
+def test_beams_of_unlike_length_cannot_be(outputs):
+    """All continue one another, so all end at once; samples may end when they like."""
+    seqs = [Sequence(i, 4, output) for i, output in enumerate(outputs)]
+    with pytest.raises(ValueError, match="differ in their output length"):
+        SequenceGroup(0, seqs, beam_parents=[[0] * len(seqs)] * 7)
+    assert SequenceGroup(0, seqs).seqs == seqs
+
+
+def test_a_group_is_there_from_the_start_unless_told():
+    groups = [SequenceGroup(1, [Sequence(1, 4, 5)]), SequenceGroup(0, [Sequence(0, 4, 5)], 0.5)]
+    assert [one.arrival_s for one in groups] == [0.0, 0.5]
+    assert sorted(groups, key=lambda one: one.order) == groups, "by arrival, then by number"
+
+
+def test_the_next_step_in_which_a_beam_changes_parents():
+    """A step in which all beams continue themselves is none, and after the last there is none."""
+    history = BeamHistory([[0, 1], [1, 1], [0, 1], [0, 1], [1, 0], [0, 1]])
+    assert [history.next_move(step) for step in range(8)] == [1, 1, 4, 4, 4, None, None, None]
+    assert BeamHistory().next_move(0) is None
+    assert BeamHistory([[0, 1]] * 3).next_move(0) is None
+    every = BeamHistory([[1, 0]] * 300)
+    assert [every.next_move(step) for step in (0, 150, 299, 300)] == [0, 150, 299, None]
 
 
 def test_a_group_is_finished_when_its_last_sequence_is():
