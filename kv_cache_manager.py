@@ -122,15 +122,16 @@ class PagedKVCacheManager(PagedTables):
         That needs all its blocks at full length, one more per sequence and the watermark.
         """
         seqs, size = group.seqs, self.block_size
-        if len(seqs) == 1 and group.prefix_id is None and not self._prefixes:
-            need = -(-(seqs[0].final_len - 1) // size) + 1 + self.watermark_blocks
-            if need <= self.num_blocks:
-                return
-        context = seqs[0].context_len
-        shared = 0 if group.prefix_id is None else seqs[0].prefix_len // size
-        own = sum(-(-(seq.final_len - 1) // size) - context // size for seq in seqs)
-        need = context // size - shared + own + len(seqs) + self.watermark_blocks
-        there = self.num_blocks - sum(len(t.blocks) for t in self._prefixes.values())
+        first = seqs[0]
+        shared = first.context_len // size  # whole blocks of the prompt: once for all
+        need = shared + len(seqs) + self.watermark_blocks
+        for seq in seqs:
+            need += -(-(seq.final_len - 1) // size) - shared
+        if group.prefix_id is not None:
+            need -= first.prefix_len // size
+        there = self.num_blocks
+        for table in self._prefixes.values():
+            there -= len(table.blocks)
         if need > there:
             raise RequestTooLargeError(
                 f"request {group.group_id} may need {need} blocks, the watermark included; "

@@ -85,9 +85,8 @@ class BlockTable:
 
     def fork(self) -> BlockTable:
         """A second table on the same blocks; both must copy before writing a shared last block."""
-        child = BlockTable(self.blocks.copy(), self.block_size, 0, self.clock)
+        child = BlockTable(self.blocks.copy(), self.block_size, self.num_tokens, self.clock)
         child.num_prefix_blocks = self.num_prefix_blocks
-        child.room = self.unfilled
         child.hold()
         return child
 

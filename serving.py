@@ -132,9 +132,7 @@ class ServingResult:
     def finish(self, group: SequenceGroup, now_s: float) -> None:
         """A group is done, at this second."""
         self.finish_s[group.group_id] = now_s
-        output_len = group.seqs[0].output_len
-        if len(group.seqs) > 1:
-            output_len = max(seq.output_len for seq in group.seqs)
+        output_len = max(seq.output_len for seq in group.seqs)
         self.sum_normalized_s += (now_s - group.arrival_s) / output_len
 
 
@@ -177,8 +175,8 @@ def simulate(
     opens_s, closes_s = window_s
     one_by_one = plain or check
     result = ServingResult()
-    now, arrived, events = 0.0, 0, 0
-    while now < until_s and (arrived < len(queue) or not scheduler.idle):
+    now, arrived, events = arrivals[0], 0, 0
+    while now < until_s:
         events += 1
         if not events % EVENTS:
             progress.at(len(result.finish_s), len(queue))
@@ -202,12 +200,6 @@ def simulate(
             )
             completion = scheduler.advance(steps)
         else:
-            if scheduler.idle:
-                now = max(now, arrivals[arrived])
-                in_window = opens_s <= now < closes_s
-                watched = in_window and bool(observers)
-            if now >= until_s:
-                break
             while arrivals[arrived] <= now:
                 scheduler.enqueue(queue[arrived])
                 arrived += 1
@@ -230,6 +222,8 @@ def simulate(
             result.finish(group, now)
         if completion.moves:
             now += latency.completion(completion, manager)
+        if scheduler.idle:
+            now = max(now, arrivals[arrived])  # infinity after the last
     return result
 
 

@@ -215,6 +215,43 @@ def test_observers_see_the_window_and_nothing_else():
     assert result.mean_window_batch == 3.0 and result.num_iterations == 32
 
 
+class Counted(LatencyModel):
+    """Notes the iterations that are looked at one by one."""
+
+    def __init__(self):
+        super().__init__(1.0)
+        object.__setattr__(self, "seen", [])
+
+    def iteration(self, it):
+        self.seen.append(it.start_s)
+        return LatencyModel.iteration(self, it)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window_s": (10.0, 20.0)}, {"window_s": (9.5, 20.5), "until_s": 25.0}]
+)
+def test_time_is_skipped_unless_told_otherwise_and_no_edge_costs_a_look(options):
+    """The edges of a window only end a jump: the next one starts there."""
+    group = SequenceGroup(0, [Sequence(0, 5, 30)])
+    result = simulate([group], PagedKVCacheManager(60, 4), Limits(60, 4), latency := Counted(),
+                      **options)  # fmt: skip
+    assert latency.seen == [0.0], "the prompt, after which nothing is decided"
+    assert result.num_iterations == min(30, options.get("until_s", 30))
+    if "window_s" in options:
+        assert result.window_iterations == 10 + (options["window_s"][0] == 9.5)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("start_s", [0.0, 10.0, 20.0])
+def test_the_window_is_half_open_also_where_an_idle_gap_ends(plain, start_s):
+    """An iteration that starts when the window opens is in it, one when it closes is not."""
+    groups = [SequenceGroup(0, [Sequence(0, 5, 2)], start_s)]
+    result = simulate(
+        groups, PagedKVCacheManager(60, 4), Limits(60, 4), window_s=(10.0, 20.0), plain=plain
+    )
+    assert result.window_iterations == (2 if start_s == 10.0 else 0)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_run_can_be_cut(plain):
     groups = [SequenceGroup(i, [Sequence(i, 5, 30)], 20.0 * i) for i in range(3)]
@@ -222,6 +259,20 @@ def test_a_run_can_be_cut(plain):
         groups, PagedKVCacheManager(60, 4), Limits(60, 4), until_s=45.0, plain=plain
     )
     assert result.finish_s == {0: 30.0} and result.num_iterations == 45
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(
+    ("until_s", "iterations"), [(0.0, 0), (0.5, 1), (29.0, 29), (29.5, 30), (99.0, 30), (99.5, 30),
+                                (100.0, 30), (100.5, 31), (101.0, 31), (102.0, 32)]
+)  # fmt: skip
+def test_a_run_is_cut_at_the_first_iteration_that_would_start_then(plain, until_s, iterations):
+    """Also where that is in an idle gap, or at its very end."""
+    groups = [SequenceGroup(0, [Sequence(0, 5, 30)]), SequenceGroup(1, [Sequence(1, 5, 5)], 100.0)]
+    result = simulate(
+        groups, PagedKVCacheManager(60, 4), Limits(60, 4), until_s=until_s, plain=plain
+    )
+    assert result.num_iterations == iterations
 
 
 def test_an_idle_gap_is_skipped():

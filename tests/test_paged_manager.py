@@ -30,7 +30,7 @@ from kv_cache_manager import (
     SharedBlockError,
     UnknownSequenceError,
 )
-from sequence import BlockTable, Clock, Sequence, SequenceGroup, SequenceStatus
+from sequence import BeamHistory, BlockTable, Clock, Sequence, SequenceGroup, SequenceStatus
 
 
 def manager_of(num_blocks=32, size=4, cpu=0, watermark=0.0, order=()):
@@ -304,6 +304,51 @@ def test_blocks_for_group_are_the_blocks_taken(seed):
     assert {i: manager.num_tokens(i) for i in manager.running_ids} == {
         seq.seq_id: seq.num_tokens for seq in arrived.unfinished()
     }
+    manager.check_invariants()
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_try_admit_admits_whatever_can_be_admitted_and_else_changes_nothing(seed):
+    """The short way of single sequences comes to the same as the long way of every group."""
+    rng = random.Random(seed)
+    manager = random_manager(seed)
+    manager.watermark_blocks = rng.choice((0, 2))
+    prefixes = [(i, manager.num_tokens(i)) for i in manager._prefixes]
+    prefix_id, prefix_len = rng.choice([(None, rng.randint(0, 3)), *prefixes])
+    ids = range(500, 500 + rng.choice((1, 1, 3)))
+    generated = [rng.choice((0, rng.randint(1, 5))) for _ in ids]
+    arrived = group_of(ids, rng.randint(1, 6), generated, prefix_len, prefix_id)
+    need = manager.blocks_for_group(arrived)
+    for free in range(min(manager.num_free_blocks, need + manager.watermark_blocks + 1) + 1):
+        short, long = (clone(manager) for _ in range(2))
+        fill(short, free)
+        fill(long, free)
+        before = observable(short)
+        copies = short.try_admit(arrived)
+        assert (copies is not None) == long.can_admit(arrived)
+        if copies is None:
+            assert observable(short) == before
+            continue
+        assert copies == long.admit(arrived)
+        assert observable(short) == observable(long)
+        assert free - short.num_free_blocks == need
+        short.check_invariants()
+        again = group_of(ids, 1)
+        if short.can_admit(again):
+            refused(short, DuplicateSequenceError, lambda m=short, g=again: m.try_admit(g))
+
+
+def test_a_group_wider_than_a_batch_is_admitted_and_swapped_whole():
+    """300 samples: nothing but the limits of the scheduler says how many share a block."""
+    manager = manager_of(1000, 4, cpu=1000)
+    samples = group_of(range(300), 6, [1] * 300)
+    assert manager.blocks_for_group(samples) == 1 + 300
+    assert len(manager.try_admit(samples)) == 299, "the last writes in place"
+    assert manager.num_free_blocks == 1000 - 301
+    everybody = manager.running_ids
+    assert len(manager.swap_out(everybody)) == 301
+    assert len(manager.swap_in(everybody)) == 301
+    assert manager.ref_count(blocks_of(manager, 7)[0][0]) == 300
     manager.check_invariants()
 
 
@@ -627,6 +672,34 @@ def test_reorder_may_name_some_sequences_only():
         refused(manager, UnknownSequenceError, lambda wrong=wrong: manager.reorder(wrong))
 
 
+@pytest.mark.parametrize("longer", [None, 0, 1])
+def test_reorder_touches_only_the_blocks_in_which_two_beams_differ(longer):
+    """A beam that moves costs what it has apart from its parent, however long their context is."""
+    manager = manager_of(64, 4)
+    manager.allocate(0, 40)  # 10 blocks that both keep
+    manager.fork(0, 1)
+    manager.append_all(4)  # and one of its own each
+    if longer is not None:  # two more for the child or the parent
+        manager.append(longer, 8)
+    child, parent = ([*blocks] for blocks in blocks_of(manager, 0, 1))
+    assert child[:10] == parent[:10] and child[10] != parent[10]
+    touched = []
+
+    class Pool(BlockAllocator):
+        def share(self, blocks, times=1):
+            blocks = list(blocks)
+            touched.extend(blocks)
+            super().share(blocks, times)
+
+    pool = Pool(64)
+    pool.free_blocks, pool.extra_refs = manager._gpu.free_blocks, manager._gpu.extra_refs
+    manager._gpu = pool
+    assert manager.reorder({0: 1}) == child[10:]
+    assert touched == parent[10:], "shared: what the child did not hold before"
+    assert blocks_of(manager, 0, 1) == [parent, parent]
+    manager.check_invariants()
+
+
 def test_reorder_takes_the_prefix_along():
     manager = manager_of(40, 4, cpu=8)
     manager.allocate_prefix(100, 8)
@@ -782,6 +855,7 @@ def test_swapping_in_needs_a_block_more_for_each_and_the_watermark(watermark):
         ((8, 4), {"num_cpu_blocks": 9}),
         ((8, 4), {"watermark": -0.1}),
         ((8, 4), {"watermark": 1.0}),
+        ((8, 4), {"watermark": 1.5}),
         ((8, 4), {"watermark": float("nan")}),
         ((8, 4), {"free_order": [0, 1]}),
         ((8, 4), {"free_order": [0, 0, 2, 3, 4, 5, 6, 7]}),
@@ -790,6 +864,17 @@ def test_swapping_in_needs_a_block_more_for_each_and_the_watermark(watermark):
 def test_a_manager_that_cannot_be(arguments, options):
     with pytest.raises(ValueError):
         PagedKVCacheManager(*arguments, **options)
+
+
+def test_what_a_manager_is_unless_told():
+    """No swap space, the artifact's watermark, blocks from 0 upwards; options go by name."""
+    manager = PagedKVCacheManager(200, 4)
+    assert (manager.num_cpu_blocks, manager.num_free_cpu_blocks) == (0, 0)
+    assert manager.watermark_blocks == 2
+    manager.allocate(0, 9)
+    assert blocks_of(manager, 0) == [[0, 1, 2]]
+    with pytest.raises(TypeError, match="positional"):
+        PagedKVCacheManager(8, 4, 2)
 
 
 @pytest.mark.parametrize("in_step", [False, True])
@@ -881,6 +966,31 @@ def test_groups_that_cannot_be(seqs, message):
     """Admission forks one prompt: a group of two prompts, or a double id, would stop half-way."""
     with pytest.raises(ValueError, match=message):
         SequenceGroup(0, [Sequence(*arguments) for arguments in seqs])
+
+
+@pytest.mark.parametrize("outputs", [(5, 6), (5, 6, 5), (7, 6, 5)])
+def test_beams_of_unlike_length_cannot_be(outputs):
+    """All continue one another, so all end at once; samples may end when they like."""
+    seqs = [Sequence(i, 4, output) for i, output in enumerate(outputs)]
+    with pytest.raises(ValueError, match="differ in their output length"):
+        SequenceGroup(0, seqs, beam_parents=[[0] * len(seqs)] * 7)
+    assert SequenceGroup(0, seqs).seqs == seqs
+
+
+def test_a_group_is_there_from_the_start_unless_told():
+    groups = [SequenceGroup(1, [Sequence(1, 4, 5)]), SequenceGroup(0, [Sequence(0, 4, 5)], 0.5)]
+    assert [one.arrival_s for one in groups] == [0.0, 0.5]
+    assert sorted(groups, key=lambda one: one.order) == groups, "by arrival, then by number"
+
+
+def test_the_next_step_in_which_a_beam_changes_parents():
+    """A step in which all beams continue themselves is none, and after the last there is none."""
+    history = BeamHistory([[0, 1], [1, 1], [0, 1], [0, 1], [1, 0], [0, 1]])
+    assert [history.next_move(step) for step in range(8)] == [1, 1, 4, 4, 4, None, None, None]
+    assert BeamHistory().next_move(0) is None
+    assert BeamHistory([[0, 1]] * 3).next_move(0) is None
+    every = BeamHistory([[1, 0]] * 300)
+    assert [every.next_move(step) for step in (0, 150, 299, 300)] == [0, 150, 299, None]
 
 
 def test_a_group_is_finished_when_its_last_sequence_is():

@@ -9,7 +9,7 @@ from beam_search import beam_parents
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, RequestTooLargeError
 from latency import LatencyModel
 from scheduler import Iteration, Limits
-from sequence import SequenceStatus
+from sequence import Sequence, SequenceGroup, SequenceStatus
 from serving import Observer, ServingResult, make_groups, simulate
 from workload import Request
 
@@ -94,6 +94,20 @@ def test_a_beam_search_is_drawn_from_its_request_alone():
     assert type(alone.beam_parents[0][0]) is int, "no numpy integers in the tables of a manager"
 
 
+def test_the_seed_is_0_unless_told():
+    beam = [Request(5, 0.0, 4, 30, beam_width=4)]
+    assert make_groups(beam)[0].beam_parents == make_groups(beam, seed=0)[0].beam_parents
+    assert make_groups(beam)[0].beam_parents != make_groups(beam, seed=1)[0].beam_parents
+
+
+def test_options_are_given_by_name():
+    """Two of them could be confused, and new ones come in between."""
+    with pytest.raises(TypeError, match="positional"):
+        make_groups([], 40)
+    with pytest.raises(TypeError, match="positional"):
+        simulate([], paged(), LIMITS, LatencyModel(1.0), "swap")
+
+
 # --- the clock and the totals --------------------------------------------------------------------
 
 
@@ -133,6 +147,57 @@ def test_finish_times_add_up_what_each_iteration_takes():
     assert result.num_iterations == 4 and result.sum_groups == 1 + 2 + 2 + 1
     assert result.mean_batch == 6 / 4
     assert result.num_copies == 1  # two samples of a prompt of 7 in blocks of 4
+
+
+@pytest.mark.parametrize("window_s", [(0.0, 10.0), (1.0, 2.0)])
+def test_the_means_of_a_run_of_one_iteration_or_none_in_the_window(window_s):
+    result = simulate(make_groups([Request(0, 0.0, 3, 1)]), paged(), LIMITS, window_s=window_s)
+    inside = window_s[0] == 0.0
+    assert (result.num_iterations, result.window_iterations) == (1, inside)
+    assert (result.mean_batch, result.mean_window_batch) == (1.0, float(inside))
+    assert result.normalized_latency == 1.0
+    assert ServingResult().normalized_latency == ServingResult().mean_window_batch == 0.0
+
+
+def test_means_are_no_whole_numbers():
+    requests = [Request(0, 0.0, 2, 2), Request(1, 1.0, 2, 4)]
+    result = simulate(make_groups(requests), paged(), LIMITS, window_s=(1.0, 4.0))
+    assert result.finish_s == {0: 2.0, 1: 5.0}
+    assert result.mean_batch == 6 / 5 and result.mean_window_batch == 4 / 3
+    result = simulate(make_groups(requests), paged(), LIMITS, LatencyModel(0.375))
+    assert result.finish_s == {0: 0.75, 1: 1.0 + 4 * 0.375}
+    assert result.normalized_latency == (0.75 / 2 + 1.5 / 4) / 2
+
+
+@pytest.mark.parametrize("outputs", [[3, 8, 5], [8, 3], [3, 8], [5]])
+def test_normalized_latency_is_per_token_of_the_longest_output(outputs):
+    seqs = [Sequence(i, 2, output) for i, output in enumerate(outputs)]
+    result = simulate([SequenceGroup(0, seqs, 0.5)], paged(), LIMITS, LatencyModel(0.25))
+    assert result.finish_s == {0: 0.5 + 0.25 * max(outputs)}
+    assert result.normalized_latency == result.sum_normalized_s == 0.25
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_beams_that_change_parents_copy_whole_reservations_where_nothing_is_shared(plain):
+    """As in the artifact's Orca, which that takes time after the step; paged beams share."""
+
+    def finish_s(manager):
+        seqs = [Sequence(i, 3, 5) for i in range(2)]
+        # The second beam continues the first after its second step, then each itself.
+        group = SequenceGroup(0, seqs, beam_parents=[[0, 1], [0, 0], [0, 1], [0, 1], [0, 1]])
+        latency = LatencyModel(1.0, copy_s=0.125, block_size=2)
+        return simulate([group], manager, LIMITS, latency, plain=plain).finish_s[0]
+
+    contiguous = BaselineCacheManager(16, 2, policy="oracle", max_len=16)
+    assert finish_s(contiguous) == 5 + 0.125 * 2 * 4, "8 tokens, so 4 blocks of 2, once"
+    # One copy-on-write behind the prompt of 3; where the beam moves, all blocks are full.
+    assert finish_s(PagedKVCacheManager(16, 2)) == 5 + 0.125 * 2
+
+
+def test_a_result_has_no_other_counters():
+    """A misspelt one is an error, not a count that nobody reads."""
+    with pytest.raises(AttributeError):
+        ServingResult().num_swap = 1
 
 
 def test_each_iteration_takes_a_second_unless_told():
