@@ -8,12 +8,13 @@ figures_blocks.py. A figure is asked again and again which runs it needs, given 
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import active_children
+from threading import current_thread, main_thread
 from typing import Protocol
 
 import explanations as why
@@ -30,7 +31,7 @@ from progress import SILENT, Progress
 from report import Table
 
 DRAW_EXCESS = 4.0  # tolerances that another draw may cost: single seeds differ by as much
-LOOK_S = 1.0  # between two looks at the clock while processes work
+LOOK_S = 0.5  # between two looks at the clock and for Ctrl-C while processes work
 
 
 class Figure(Protocol):
@@ -173,7 +174,8 @@ def _outcomes(
         return
     files = tuple(sorted(lengths.files.items()))
     others = set(active_children())
-    with ProcessPoolExecutor(jobs, initializer=_ignore_interrupts) as pool:
+    pools = ProcessPoolExecutor(jobs, initializer=_ignore_interrupts)
+    with _interrupts_noted() as raise_if_noted, pools as pool:
         pending: dict[Future, Run] = {}
         num_done = 0
         try:
@@ -189,6 +191,7 @@ def _outcomes(
                 while not finished:
                     progress.at(num_done, known, f"{num_done} of {known} runs so far")
                     finished, _ = wait(pending, LOOK_S, FIRST_COMPLETED)
+                    raise_if_noted()
                 for future in finished:
                     yield pending.pop(future), future.result()
                     num_done += 1
@@ -197,6 +200,30 @@ def _outcomes(
             for worker in set(active_children()) - others:
                 worker.terminate()  # what it has begun would take seconds, for nobody
             raise
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[Callable[[], None]]:
+    """Within, Ctrl-C is raised where the function that is given is called, and nowhere else.
+
+    Raised inside `submit` or `wait` it could leave a lock of theirs taken, for which the pool's
+    own thread would then wait for ever.
+    """
+    noted: list[int] = []
+
+    def raise_if_noted() -> None:
+        if noted:
+            raise KeyboardInterrupt
+
+    if current_thread() is not main_thread():  # which alone is told of signals
+        yield raise_if_noted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield raise_if_noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    raise_if_noted()
 
 
 def _cost(run: Run) -> float:
