@@ -48,6 +48,7 @@ AZURE = {"timestamp", "contexttokens", "generatedtokens"}
 BURSTGPT = {"timestamp", "model", "requesttokens", "responsetokens"}
 MOONCAKE = {"timestamp", "inputlength", "outputlength"}
 HASH_BLOCK = 512  # tokens of one of Mooncake's prefix blocks
+LATEST_S = 1e11  # seconds since 1970; milliseconds of today are more
 NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
 FAILED = "failed: 0 response tokens"
 
@@ -202,6 +203,8 @@ def moment_of(form: Format, row: Mapping[str, object]) -> tuple[float, bool]:
         spelt = isinstance(value, str) and value.isascii() and "_" not in value
         if spelt or type(value) in (int, float):
             seconds = float(value) * form.unit_s
+            if LATEST_S < seconds < math.inf:
+                raise RowError("a time after the year 5000: milliseconds, under another name?")
             if abs(seconds) < math.inf:
                 return seconds, False
     except (ValueError, OverflowError):

@@ -153,6 +153,7 @@ WRONG_ROWS = [
     (",5,5", "the time is not one"),
     ("1_0,5,5", "the time is not one"),
     ("2023-13-01 00:00:00,5,5", "the time is not one"),
+    ("1700000000000,5,5", "a time after the year 5000: milliseconds, under another name?"),
     ("2023-11-16 18:15:46,5,5", "the time is of another kind than in the rows above"),
     ("1,x,5", "the prompt is not a number of tokens"),
     ("1,5.5,5", "the prompt is not a number of tokens"),
