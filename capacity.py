@@ -223,18 +223,18 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         check_writable(args.json)
     start = time.perf_counter()
     case = make_case(args)
+    trace = None if args.trace is None else make_trace_case(args, case)
     if args.figures is not None:
         import pictures_capacity
 
-        if args.trace is not None:
-            raise UsageError("--figures draws what is asked without --trace")
-        pictures_capacity.check(args.figures)
+        pictures_capacity.check(args.figures, trace is not None)
     comment = "% " if args.format == "latex" else ""
-    setting, answers = setting_of(case), sections(case, progress)
-    if args.trace is not None:
+    setting = setting_of(case)
+    if trace is None:
+        answers = sections(case, progress)
+    else:
         from trace_tables import answer_trace
 
-        trace = make_trace_case(args, case)
         setting |= {"workload": trace.trace.name, "trace": trace.to_json()}
         answers = answer_trace(trace, comment, progress)
     for note in case.model.decoder.notes:

@@ -1,4 +1,4 @@
-"""An answer of capacity.py as pictures: slots and requests by policy, and the block-size sweep.
+"""An answer of capacity.py as pictures: slots and requests by policy, block sizes, a trace.
 
 Reproduces: Fig. 2's bars and section 7.2's trade-off for any model, GPU and workload. Nothing is
 computed here: capacity.py hands over the sections that it printed.
@@ -33,18 +33,19 @@ from drawing import (
     save,
     sheet,
 )
+from trace_tables import ALLOWED, GPU_QUESTION, POOL_QUESTION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SLOTS, SIZES = "capacity_slots.png", "capacity_block_sizes.png"
+SLOTS, SIZES, TRACE = "capacity_slots.png", "capacity_block_sizes.png", "capacity_trace.png"
 WIDE = 0.62  # the width of a bar that has none beside it
 Rows = list[dict]
 
 
-def check(directory: Path) -> None:
+def check(directory: Path, trace: bool = False) -> None:
     """OutputError unless the pictures can be drawn and written there."""
-    check_folder(directory, (SLOTS, SIZES))
+    check_folder(directory, (TRACE,) if trace else (SLOTS, SIZES))
 
 
 def figures(sections: Sequence[Section]) -> dict[str, Callable[[], Figure]]:
@@ -55,6 +56,8 @@ def figures(sections: Sequence[Section]) -> dict[str, Callable[[], Figure]]:
         chosen[SLOTS] = partial(by_policy, found[SLOT_QUESTION], found[CONCURRENCY_QUESTION])
     if BLOCK_SIZE_QUESTION in found:
         chosen[SIZES] = partial(by_block_size, found[BLOCK_SIZE_QUESTION])
+    if POOL_QUESTION in found and GPU_QUESTION in found:
+        chosen[TRACE] = partial(by_need, found[POOL_QUESTION], found[GPU_QUESTION])
     return chosen
 
 
@@ -99,6 +102,33 @@ def by_policy(slots: Section, concurrency: Section) -> Figure:
     right.set(ylabel="Requests", title="(b) requests at a time")
     right.margins(y=0.1)
     parts_legend(figure, (part for part in PARTS if any(row[part] for row in rows)))
+    return figure
+
+
+def by_need(pools: Section, gpus: Section) -> Figure:
+    """The memory and the GPUs that a trace needs under each policy, a bar for each bound."""
+    title = _title(pools, "What the trace needs")
+    figure, (left, right) = sheet(title, 2, size=(10.4, 5.0))
+    for axes, section, header in ((left, pools, "GiB of K/V"), (right, gpus, "GPUs")):
+        rows = _rows(section)
+        bounds = list(dict.fromkeys(row[ALLOWED] for row in rows))
+        policies = list(dict.fromkeys(row["policy"] for row in rows))
+        width = 0.8 / len(bounds)
+        for number, (bound, colour) in enumerate(zip(bounds, (BLUE, YELLOW))):
+            values = {row["policy"]: row[header] for row in rows if row[ALLOWED] == bound}
+            at = [x + (number - (len(bounds) - 1) / 2) * width for x in range(len(policies))]
+            heights = [values[policy] or 0 for policy in policies]  # None: no number will do
+            told = ["none will do" if values[policy] is None else f"{values[policy]:,.4g}"
+                    for policy in policies]  # fmt: skip
+            label = f"at most {bound:g} % held up" if bound else "none held up"
+            bars = axes.bar(at, heights, width, color=colour, edgecolor="white", label=label)
+            axes.bar_label(bars, told, padding=2, fontsize=SMALL)
+        axes.set_xticks(range(len(policies)), policies)
+        axes.margins(y=0.1)
+    left.set(ylabel="GiB of K and V", title="(a) smallest memory of one server")
+    right.set(ylabel="GPUs", title="(b) GPUs as they are")
+    right.yaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -28,6 +28,9 @@ from trace_needs import Need, servers_needed, smallest_pool
 from trace_serving import Served, serve, unbounded
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
+POOL_QUESTION = "What is the smallest K/V memory with which one server serves it?"
+GPU_QUESTION = "How many GPUs serve it?"
+ALLOWED = "held up, at most %"
 NAMES = {"paged": "paging", "oracle": "exact reservations", "pow2": "powers of two",
          "max": "full-length ones"}  # fmt: skip
 
@@ -265,7 +268,7 @@ def pools(asked: TraceCase, needs: list[Need]) -> Section:
          need.pool.served.kept_waiting)
         for need in needs
     ]  # fmt: skip
-    headers = ("policy", "held up, at most %", "blocks", "GiB of K/V", "x this server's",
+    headers = ("policy", ALLOWED, "blocks", "GiB of K/V", "x this server's",
                "most at a time", "preempted", "kept waiting")  # fmt: skip
     times = {need.policy: need.pool.num_blocks for need in needs if need.rate == 0.0}
     answer = (
@@ -274,11 +277,10 @@ def pools(asked: TraceCase, needs: list[Need]) -> Section:
         f"{times['pow2'] / times['paged']:.2f} and full-length ones "
         f"{times['max'] / times['paged']:.2f} times"
     )
-    question = "What is the smallest K/V memory with which one server serves it?"
     keys = ("policy", "allowed_percent", "blocks", "gib", "times_server", "most_at_a_time",
             "preempted", "kept_waiting")  # fmt: skip
-    table = Table(question, headers, rows, asked.line, decimals=2, name="trace_pools", keys=keys,
-                  index=2)  # fmt: skip
+    table = Table(POOL_QUESTION, headers, rows, asked.line, decimals=2, name="trace_pools",
+                  keys=keys, index=2)  # fmt: skip
     return Section(table, answer + ".")
 
 
@@ -305,7 +307,7 @@ def gpus(asked: TraceCase, needs: list[Need]) -> Section:
         )
     setting = f"{asked.line}; {plan.num_blocks:,} blocks a server"
     keys = "policy", "allowed_percent", "servers", "gpus"
-    headers = "policy", "held up, at most %", "servers", "GPUs"
-    table = Table("How many GPUs serve it?", headers, rows, setting,
+    headers = "policy", ALLOWED, "servers", "GPUs"
+    table = Table(GPU_QUESTION, headers, rows, setting,
                   name="trace_gpus", keys=keys, index=2)  # fmt: skip
     return Section(table, answer + ".")

@@ -27,11 +27,13 @@ import scenario_baseline
 import scenario_mixed
 import scenario_paged
 import scenario_sampling
+import trace_tables
 from memory_usage import MemoryUsage
 from paper_figures import BLOCK_SIZES, FASTER_TRANSFORMER, FIG18A, FIG19A, VLLM
 from report import OutputError
 from run_record import SERIES_LENGTH, RunRecord
 from scenario import Setting
+from trace_options import make_trace_case
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -314,6 +316,27 @@ def test_capacity_writes_two_pictures(tmp_path, monkeypatch, sections, capfd):
     assert sorted(os.listdir(tmp_path / "new")) == ["capacity_block_sizes.png",
                                                     "capacity_slots.png"]  # fmt: skip
     assert pictures_capacity.figures(sections[:1]) == {}
+
+
+@needs_matplotlib
+def test_a_traces_needs_are_drawn(tmp_path, capfd):
+    trace = tmp_path / "trace.csv"
+    rows = "".join(f"{i / 20},{90 + i % 7},{40 + i % 11}\n" for i in range(80))
+    trace.write_text("time,input_len,output_len\n" + rows)
+    folder = tmp_path / "new"
+    arguments = ["--trace", str(trace), "--preemption-rate", "0.1"]
+    assert capacity.main([*arguments, "--figures", str(folder), "--quiet"]) == 0
+    assert os.listdir(folder) == ["capacity_trace.png"]
+    args = capacity.build_parser().parse_args(arguments)
+    case = make_trace_case(args, capacity.make_case(args))
+    found = trace_tables.survey(case).sections
+    (draw,) = pictures_capacity.figures(found).values()
+    tables = [next(s for s in found if s.question == question).table
+              for question in (trace_tables.POOL_QUESTION, trace_tables.GPU_QUESTION)]  # fmt: skip
+    for axes, table, column in zip(draw().axes, tables, (3, 3), strict=True):
+        heights = [bar.get_height() for bars in axes.containers for bar in bars]
+        assert heights == [row[column] for row in table.rows]
+        assert [text.get_text() for text in axes.get_xticklabels()] == [*trace_tables.ALL_POLICIES]
 
 
 # ---- the benchmarks ---------------------------------------------------------------------------
