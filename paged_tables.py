@@ -225,7 +225,10 @@ class PagedTables:
         return need + self._copies_for(Counter(held)) if held else need
 
     def steps_without_copies(self, at_most: int, reserve: int) -> int:
-        """The most steps, `at_most` or fewer, that copy nothing and leave `reserve` blocks free."""
+        """The most steps, `at_most` or fewer, that copy nothing and leave `reserve` blocks free.
+
+        None while a running sequence has slots withheld, even if the next write needs no copy.
+        """
         free, size, now = self.num_free_blocks - reserve, self.block_size, self._clock.now
         if free < 0:
             return 0
@@ -236,10 +239,10 @@ class PagedTables:
             rooms.append(table.room)
         # A table takes a block in every S steps: whole rounds first, then step by step.
         tables = len(self._tables)
-        rounds = at_most // size if not tables else min(at_most // size, free // tables)
-        free -= rounds * tables
-        if free >= tables:
+        rounds = free // tables if tables else at_most
+        if rounds * size >= at_most:
             return at_most
+        free -= rounds * tables
         for ahead in range(at_most - rounds * size):
             free -= len(self._due[(now + ahead) % size]) + rooms.count(ahead)
             if free < 0:

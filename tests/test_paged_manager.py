@@ -593,6 +593,23 @@ def test_blocks_for_append_are_the_blocks_taken(seed):
     assert manager.blocks_for_append(manager.running_ids) == manager.blocks_for_step()
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_steps_without_copies_are_as_many_as_there_are_blocks_for(seed, stepped):
+    """None where a table's slots are withheld, whose next write may copy."""
+    manager = random_manager(seed, num_blocks=48)
+    if stepped and manager.blocks_for_step() <= manager.num_free_blocks:
+        manager.append_all()  # nothing is withheld any more
+    withheld = any(table.held for table in manager._loose.values())
+    size, free = manager.block_size, manager.num_free_blocks
+    needs = [0, *(manager.blocks_for_step(n) for n in range(1, 4 * size + 3))]
+    for at_most in (0, 1, 2, size, size + 1, 3 * size, len(needs) - 1):
+        for reserve in range(free + 2):
+            enough = [n for n in range(at_most + 1) if needs[n] <= free - reserve]
+            expect = enough[-1] if enough and not withheld else 0
+            assert manager.steps_without_copies(at_most, reserve) == expect
+
+
 @pytest.mark.parametrize("in_step", [False, True])
 def test_a_sequence_that_leaves_the_step_goes_on_as_before(in_step):
     manager = manager_of(32, 4)

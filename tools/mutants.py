@@ -1,6 +1,6 @@
 """Changes one thing at a time in the manager and the simulator, and asks whether a test notices.
 
-    python tools/mutants.py                             # all three modules: hours on one core
+    python tools/mutants.py                             # all four modules: hours on one core
     python tools/mutants.py --module serving.py         # one; each in a process of its own, say
     python tools/mutants.py --sample 30 --fresh         # a few at random, to see how long they take
 
@@ -35,11 +35,12 @@ from command_line import OneLineParser, UsageError, exit_code, positive  # noqa:
 GOAL = 0.95  # share of a module's mutants that tests must kill
 CPU_S = 120  # of the tests of one mutant: four times what they take; a mutant may never end
 MEMORY_KIB = 4 << 20
-# Least time to a failure first; the same for all three, but for the module's own.
+# Least time to a failure first; the same for all but the simulator, which has its own.
 UNIT = ("test_paged_manager", "test_serving", "test_failures", "test_scheduler",
         "test_event_driven", "test_state_machine")  # fmt: skip
 MODULES = {
     "kv_cache_manager.py": UNIT,
+    "paged_tables.py": UNIT,
     "sequence.py": UNIT,
     "serving.py": ("test_serving", "test_event_driven", "test_scheduler"),
 }
