@@ -97,8 +97,6 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     if args.figures is not None:
         from pictures import check_pictures
 
-        if {f.name for f in figures} == {"Table 1"}:
-            raise UsageError("--figures: table1 has no picture")
         check_pictures(args.figures)
     try:
         lengths = find_lengths(args.lengths, os.environ.get("LENGTHS_DIR"))

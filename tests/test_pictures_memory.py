@@ -22,7 +22,6 @@ import paper
 import pictures_bench
 import pictures_capacity
 import pictures_memory
-import reproduce
 import scenario_baseline
 import scenario_mixed
 import scenario_paged
@@ -127,7 +126,6 @@ def test_bad_input_makes_no_folder(tmp_path, capfd, no_run):
         (main, [*MAIN[:-1], "3", "--figures", str(tmp_path / "new")]),
         (capacity, ["--model", "none.json", "--figures", str(tmp_path / "new")]),
         (capacity, ["--trace", "none.csv", "--figures", str(tmp_path / "new")]),
-        (reproduce, ["--figure", "table1", "--figures", str(tmp_path / "new")]),
     ):
         assert script.main(arguments) == 2
         assert capfd.readouterr().err.count("\n") == 1 and os.listdir(tmp_path) == []
