@@ -240,8 +240,6 @@ class PagedTables:
         # A table takes a block in every S steps: whole rounds first, then step by step.
         tables = len(self._tables)
         rounds = free // tables if tables else at_most
-        if rounds * size >= at_most:
-            return at_most
         free -= rounds * tables
         for ahead in range(at_most - rounds * size):
             free -= len(self._due[(now + ahead) % size]) + rooms.count(ahead)
