@@ -15,10 +15,10 @@ import numpy as np
 
 import paper
 from baseline_manager import POLICIES, BaselineCacheManager
+from iteration import Limits
 from kv_cache_manager import PagedKVCacheManager
 from memory_usage import MemoryUsage
 from progress import SILENT, Progress
-from scheduler import Limits
 from steady_state import QueueTooShortError, steady_state
 from workload import ALPACA, SHAREGPT, LengthTable, Request
 

@@ -43,10 +43,10 @@ def choose_tuning(
     one head of one slot, padded to a power of two; shared_bytes: that a program can have.
 
     Up to two items for a multiprocessor are split into parts, two of which it then has. More are
-    whole up to MAX_CHUNK, as every part costs a merge: up to four with three tiles under way each,
-    beyond that with two, and tiles that are small where the table is short. Lengths are on the
-    device, so it is not known whether many long items end together; large tiles, fewer at a time,
-    lost least where they do not.
+    whole up to MAX_CHUNK, as every part costs a merge: up to four in three stages, beyond that
+    in two, with small tiles where the table is short. Lengths are on the device, so it is not known
+    whether many long items end together; large tiles, fewer at a time, lost least where they
+    do not.
     """
     splits = 1
     if num_items <= 2 * multiprocessors:

@@ -18,6 +18,7 @@ from functools import cache
 
 from baseline_manager import BaselineCacheManager
 from beam_search import beam_histories
+from iteration import Iteration, Limits
 from kv_cache_manager import PagedKVCacheManager
 from latency import LatencyModel, latency_model
 from length_files import Lengths
@@ -40,7 +41,6 @@ from paper import (
     kv_blocks,
 )
 from progress import SILENT, Progress
-from scheduler import Iteration, Limits
 from sequence import BeamHistory, Sequence, SequenceGroup
 from serving import Observer, simulate
 from static_batching import simulate_static

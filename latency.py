@@ -25,8 +25,8 @@ import math
 from dataclasses import dataclass, field
 
 from baseline_manager import BaselineCacheManager
+from iteration import Completion, Iteration, Manager
 from paper import BLOCK_SIZE, Deployment
-from scheduler import Completion, Iteration, Manager
 
 BANDWIDTH_USED, FLOPS_USED = 0.8, 0.5
 

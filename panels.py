@@ -10,6 +10,7 @@ at any rate. figures_rates.py makes rows of them, pictures.py draws them.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -29,12 +30,12 @@ KNEE = 1.5  # times the first point's latency: a drawn point above it is on the 
 OLDER_MAX_SEQUENCES = 256
 
 
-class CurveFigure:
+class CurveFigure(ABC):
     """A figure that is nothing but curves."""
 
+    @abstractmethod
     def curves(self, seed: int) -> Panels:
         """Its panels."""
-        raise NotImplementedError
 
     def needed(self, done: Done, seed: int) -> list[Run]:
         """The next runs of every curve."""

@@ -34,8 +34,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from iteration import Completion, Iteration
 from kv_cache_manager import BlockPairs, PagedKVCacheManager
-from scheduler import Completion, Iteration
 from sequence import SequenceGroup, SequenceStatus
 from serving import Observer
 

@@ -13,8 +13,8 @@ import torch
 
 import kernels
 import paper
+from iteration import Limits
 from paged_attention import PagedKVCache, check_device_memory
-from scheduler import Limits
 from steady_state import UsageMean, steady_state
 from traces import Trace
 from workload import LengthTable, Request

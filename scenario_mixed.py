@@ -18,6 +18,7 @@ import numpy as np
 
 import paper
 from command_line import UsageError
+from iteration import Iteration, Manager
 from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
 from paged_attention import PagedKVCache
 from progress import SILENT, Progress
@@ -26,7 +27,6 @@ from report import ScenarioReport, Table
 from run_record import RunRecord
 from scenario import CPU_SHARE, Setting, UsageMean
 from scenario_trace import requests_of, told_of
-from scheduler import Iteration, Manager
 from serving import Observer, ServingResult, make_groups, simulate
 from stamped_cache import StampedCache
 from workload import ALPACA, SHAREGPT, WMT16, LengthTable, Request

@@ -18,73 +18,23 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from operator import attrgetter
 
+from iteration import Completion, Iteration, Limits, Manager
 from kv_cache_manager import (
-    BaselineCacheManager,
-    BlockPairs,
     CacheError,
     PagedKVCacheManager,
     RequestTooLargeError,
 )
 from sequence import FINISHED, Clock, Sequence, SequenceGroup, SequenceStatus
 
-Manager = PagedKVCacheManager | BaselineCacheManager
 PREEMPTION_MODES = ("auto", "swap", "recompute")
 ORDER = attrgetter("order")
 
 
 class StalledError(CacheError):
     """Requests are left, but an iteration can do nothing for any of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What an iteration may hold: prompt and decode tokens, and sequences."""
-
-    max_batched_tokens: int
-    max_num_seqs: int
-
-    def __post_init__(self) -> None:
-        if self.max_batched_tokens < 1 or self.max_num_seqs < 1:
-            raise ValueError(f"limits must be positive, got {self}")
-
-
-@dataclass(slots=True)
-class Iteration:
-    """What one iteration does, in the order in which tensors must follow:
-    swap out, forget freed blocks, swap in, copy, then write K and V of prefills and decodes."""
-
-    index: int
-    start_s: float
-    swapped_out: BlockPairs = ()
-    freed: list[int] = field(default_factory=list)
-    swapped_in: BlockPairs = ()
-    copies: BlockPairs = ()
-    prefills: list[SequenceGroup] = field(default_factory=list)
-    decodes: list[SequenceGroup] = field(default_factory=list)
-    num_swaps: int = 0
-    num_recomputations: int = 0
-    num_decodes: int = 0  # sequences of `decodes`: each computes one token
-    context_tokens: int = 0  # K/V that they read, each for itself, also where it is shared
-    prompt_tokens: int = 0  # that `prefills` compute
-
-    @property
-    def num_groups(self) -> int:
-        """Batched requests (Fig. 13)."""
-        return len(self.prefills) + len(self.decodes)
-
-
-@dataclass(slots=True)
-class Completion:
-    """What follows an iteration: sequences that are complete, and beams that changed parents."""
-
-    finished: list[SequenceGroup] = field(default_factory=list)
-    reorders: list[dict[int, int]] = field(default_factory=list)  # child id -> parent id
-    moves: list[list] = field(default_factory=list)  # what the manager returned for each
-    freed: list[int] = field(default_factory=list)
 
 
 class Scheduler:

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from beam_search import beam_parents
+from iteration import Completion, Iteration, Limits, Manager
 from latency import UNIT, LatencyModel
 from paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
 from progress import SILENT, Progress
-from scheduler import ORDER, Completion, Iteration, Limits, Manager, Scheduler
+from scheduler import ORDER, Scheduler
 from sequence import Sequence, SequenceGroup
 from workload import Request
 

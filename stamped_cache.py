@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from iteration import Completion, Iteration
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import PagedKVCache, slot_mapping
 from scenario import Setting
-from scheduler import Completion, Iteration
 from sequence import Sequence, SequenceGroup
 from serving import Observer
 

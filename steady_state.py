@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
+from iteration import Limits, Manager
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from progress import SILENT, Progress
-from scheduler import Limits, Manager, Scheduler
+from scheduler import Scheduler
 from sequence import SequenceStatus
 from serving import make_groups
 from workload import Request

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import paper
 from capacity_case import Case
 from capacity_simulation import NO_LIMIT
+from iteration import Limits
 from memory_plan import BATCHED_TOKENS
-from scheduler import Limits
 from server_speed import Speed
 from trace_serving import Columns, Server
 from traces import Trace

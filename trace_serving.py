@@ -26,9 +26,10 @@ import numpy as np
 
 import paper
 from baseline_manager import BaselineCacheManager
+from iteration import Iteration, Limits, Manager
 from kv_cache_manager import PagedKVCacheManager, RequestTooLargeError
 from latency import LatencyModel
-from scheduler import Iteration, Limits, Manager, Scheduler
+from scheduler import Scheduler
 from sequence import Sequence, SequenceGroup
 from serving import simulate
 

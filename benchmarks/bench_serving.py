@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from allocator import CacheError
 from command_line import OneLineParser, UsageError, exit_code, positive
 from experiments import Run, groups_for, latency_of, manager_for
+from iteration import Limits
 from json_document import measured
 from length_files import find_lengths
 from paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
 from progress import Progress
 from report import Table, check_writable, render, write_json
-from scheduler import Limits
 from serving import ServingResult, simulate
 from traces import read_trace
 from workload import WorkloadError

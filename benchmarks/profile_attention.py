@@ -30,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_attention import SHAPES, Data, S
+from attention_contenders import SHAPES, Data, S
 
 from command_line import OneLineParser, UsageError, exit_code
 from json_document import measured

@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_attention as bench
+from attention_contenders import CAT_SHAPE
 
 ON_CUDA = torch.cuda.is_available()
 ROW = {
@@ -34,7 +35,7 @@ def test_the_shapes_are_those_of_the_models():
         assert shape.heads % shape.kv_heads == 0 and shape.aim > 1.0, name
         assert shape.ragged == (".." in name)
         assert shape.live_bytes == sum(shape.lens) * shape.kv_heads * 128 * 2 * 2
-    thirteen = bench.SHAPES[bench.CAT_SHAPE]  # one of the 40 layers of 819,200 bytes a token
+    thirteen = bench.SHAPES[CAT_SHAPE]  # one of the 40 layers of 819,200 bytes a token
     assert thirteen.live_bytes == 32 * 1024 * 819_200 // 40
 
 
@@ -68,7 +69,7 @@ def test_every_contender_is_checked_and_timed_and_one_that_fails_stops_no_other(
     monkeypatch.setattr(bench, "read_us", lambda *_: 4.0)
     for lens in ((33, 33), (33, 5)):
         shape = bench.Shape(4, 2, lens, 1.05)
-        row = bench.measure(bench.CAT_SHAPE, shape, 1e12, 3, device=device)
+        row = bench.measure(CAT_SHAPE, shape, 1e12, 3, device=device)
         assert (row["triton_us"], row["triton_dirty_us"], row["read_us"]) == (8.0, 16.0, 4.0)
         assert (row["plain_us"], row["cat_us"], row["gather_share"] > 0) == (8.0, 8.0, True)
         # A CPU has no cuDNN, nor a kernel for packed sequences.
@@ -76,6 +77,6 @@ def test_every_contender_is_checked_and_timed_and_one_that_fails_stops_no_other(
         assert ON_CUDA or "gather_error" in row or not shape.ragged
     sound = bench.Data.cat
     monkeypatch.setattr(bench.Data, "cat", lambda self: sound(self) + 0.1)
-    row = bench.measure(bench.CAT_SHAPE, shape, 1e12, 3, device=device)
+    row = bench.measure(CAT_SHAPE, shape, 1e12, 3, device=device)
     assert row["cat_error"].startswith("WrongResult: off by") and "cat_us" not in row
     assert "cat: WrongResult" in capsys.readouterr().err

@@ -24,12 +24,12 @@ from capacity_simulation import (
 )
 from capacity_tables import BLOCK_SIZES, FORKS, copies_per_fork
 from gpus import GPUS
+from iteration import Limits
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from memory_plan import PlanError, Sizes, paper_plan, requests_of_length, serving_plan
 from memory_usage import MemoryUsage
 from model_config import load_model, model_of, read_config
 from paper import GIB
-from scheduler import Limits
 from steady_state import QueueTooShortError, steady_state
 from workload import Request
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from baseline_manager import BaselineCacheManager
 from beam_search import beam_histories
+from iteration import Limits
 from kv_cache_manager import PagedKVCacheManager, RequestTooLargeError
 from latency import LatencyModel
-from scheduler import Limits, Scheduler
+from scheduler import Scheduler
 from sequence import BeamHistory, Sequence, SequenceGroup
 from serving import Observer, ServingResult, simulate
 

@@ -16,7 +16,7 @@ MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 BOOKKEEPING = (
     "sequence", "allocator", "copy_ledger", "memory_usage", "invariants", "paged_tables",
     "baseline_manager", "kv_cache_manager", "workload", "length_tables", "chat_lengths",
-    "length_files", "scheduler", "serving",
+    "iteration", "length_files", "scheduler", "serving",
     "paper", "paper_figures", "paper_text", "paper_curves", "latency", "static_batching",
     "beam_search", "experiments", "steady_state", "recording", "run_record", "timeline",
     "drawing", "pictures", "pictures_bench", "pictures_capacity", "pictures_memory",

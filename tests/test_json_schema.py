@@ -24,6 +24,7 @@ import committed  # noqa: E402
 import gpu_timing  # noqa: E402
 import measure_paging  # noqa: E402
 import speed_blocks  # noqa: E402
+from attention_contenders import CAT_SHAPE  # noqa: E402
 from published_models import PUBLISHED  # noqa: E402
 
 import capacity  # noqa: E402
@@ -240,7 +241,7 @@ def test_benchmarks_of_the_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_attention, "cold_median_us", eight_us)
     monkeypatch.setattr(bench_attention, "read_us", lambda *_: 4.0)
     shape = bench_attention.Shape(4, 2, (33, 33), 1.05)
-    monkeypatch.setattr(bench_attention, "SHAPES", {bench_attention.CAT_SHAPE: shape})
+    monkeypatch.setattr(bench_attention, "SHAPES", {CAT_SHAPE: shape})
     monkeypatch.setattr(bench_attention.measure, "__defaults__", ("cpu",))
     assert bench_attention.main(["--json", str(path)]) == 0
     (row,) = checked(path)["tables"][0]["rows"]

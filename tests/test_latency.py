@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import pytest
 
+from iteration import Completion, Iteration, Limits
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from latency import FITTED, UNIT, LatencyModel, Software, latency_model
 from paper import DEPLOYMENTS, GPU, GPUS, MODELS, Deployment
-from scheduler import Completion, Iteration, Limits
 from sequence import Sequence, SequenceGroup
 from serving import simulate
 

@@ -151,8 +151,10 @@ def test_a_closed_stream_is_no_terminal(clock):
     stream = io.StringIO()
     stream.close()
     progress = Progress.on(stream, "a.py", clock=clock)
+    assert progress.display.columns is None  # a log
     clock.now += 100.0
     progress.at(1, 2)
+    assert progress.display.due == float("inf")  # nothing is written to it again
 
 
 def test_a_simulation_tells_how_many_requests_are_done_and_finds_the_same(clock):

@@ -18,12 +18,12 @@ import scenario_mixed
 import scenario_paged
 import scenario_paged_tensors
 import scenario_sampling
+from iteration import Limits
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import PagedKVCache
 from paged_tables import PagedTables
 from report import ScenarioReport, Table, render_scenario
 from scenario import Setting, check_setting, sample_requests, steady_state
-from scheduler import Limits
 from sequence import BlockTable
 from serving import make_groups
 from stamped_cache import StampedCache

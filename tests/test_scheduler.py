@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 from manager_tools import fill, observable
 
+from iteration import Limits
 from kv_cache_manager import (
     BaselineCacheManager,
     OutOfBlocksError,
@@ -18,7 +19,7 @@ from kv_cache_manager import (
     PagedKVCacheManager,
     RequestTooLargeError,
 )
-from scheduler import Limits, Scheduler, StalledError
+from scheduler import Scheduler, StalledError
 from sequence import Sequence, SequenceGroup, SequenceStatus
 
 SIZE = 4

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from beam_search import beam_parents
+from iteration import Iteration, Limits
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, RequestTooLargeError
 from latency import LatencyModel
-from scheduler import Iteration, Limits
 from sequence import Sequence, SequenceGroup, SequenceStatus
 from serving import Observer, ServingResult, make_groups, simulate
 from workload import Request

@@ -13,10 +13,11 @@ import torch
 
 import paper
 from allocator import BlockAllocator
+from iteration import Limits
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import BlockMapError, PagedKVCache
 from scenario import Setting
-from scheduler import Limits, Scheduler
+from scheduler import Scheduler
 from sequence import BeamHistory, BlockTable, Sequence, SequenceGroup
 from serving import make_groups, simulate
 from stamped_cache import PIECE, StampedCache, Stamps

@@ -22,12 +22,12 @@ import paper
 import scenario_mixed
 import scenario_sampling
 import timeline
+from iteration import Limits
 from kv_cache_manager import PagedKVCacheManager
 from recording import Recorder
 from report import OutputError, ScenarioReport
 from run_record import RunRecord
 from scenario import Setting
-from scheduler import Limits
 from serving import Observer, make_groups, simulate
 from workload import Request
 

@@ -7,8 +7,8 @@ import pytest
 
 import trace_serving
 from baseline_manager import POLICIES
+from iteration import Limits
 from latency import UNIT, LatencyModel
-from scheduler import Limits
 from sequence import Sequence, SequenceGroup
 from serving import Observer, simulate
 from trace_needs import EXACT, servers_needed, smallest, smallest_pool

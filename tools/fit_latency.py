@@ -40,10 +40,10 @@ from allocator import CacheError  # noqa: E402
 from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
 from experiments import Run, groups_for, manager_for  # noqa: E402
 from fitted_points import fitted_points  # noqa: E402
+from iteration import Limits  # noqa: E402
 from latency import Software, Swap, latency_model  # noqa: E402
 from length_files import Lengths, find_lengths  # noqa: E402
 from report import Table, render  # noqa: E402
-from scheduler import Limits  # noqa: E402
 from serving import simulate  # noqa: E402
 from static_batching import simulate_static  # noqa: E402
 from workload import WorkloadError  # noqa: E402
