@@ -124,13 +124,8 @@ def requests_of(rng, count):
     ]
 
 
-def live(seed, kernel, count=24, mode=None, num_layers=2, broken=None):
-    """One pool and the lives of its sequences; returns (Attending, ServingResult)."""
-    rng = random.Random(seed)
-    size, mode = rng.choice(BLOCK_SIZES), mode or rng.choice(("auto", "swap", "recompute"))
-    num_blocks = -(-110 // size) + rng.randint(2, 12)
-    cpu = rng.choice((num_blocks, num_blocks // 4))
-    order = rng.sample(range(num_blocks), num_blocks)
+def poisoned_pool(num_blocks, size, cpu, order, seed):
+    """(Setting, manager with the shared prefix, cache full of NaN) of two layers."""
     setting = Setting(TINY, DEVICE, 2, num_blocks, size, seed)
     manager = PagedKVCacheManager(num_blocks, size, num_cpu_blocks=cpu, free_order=order)
     manager.allocate_prefix(PREFIX_ID, PREFIX_LEN)
@@ -138,6 +133,17 @@ def live(seed, kernel, count=24, mode=None, num_layers=2, broken=None):
         num_blocks, size, TINY.num_kv_heads, TINY.head_size, num_layers=2, num_cpu_blocks=cpu,
         dtype=torch.float32, device=DEVICE, poison=True, fused=False,
     )  # fmt: skip
+    return setting, manager, cache
+
+
+def live(seed, kernel, count=24, mode=None, num_layers=2, broken=None):
+    """One pool and the lives of its sequences; returns (Attending, ServingResult)."""
+    rng = random.Random(seed)
+    size, mode = rng.choice(BLOCK_SIZES), mode or rng.choice(("auto", "swap", "recompute"))
+    num_blocks = -(-110 // size) + rng.randint(2, 12)
+    cpu = rng.choice((num_blocks, num_blocks // 4))
+    order = rng.sample(range(num_blocks), num_blocks)
+    setting, manager, cache = poisoned_pool(num_blocks, size, cpu, order, seed)
     attending = Attending(setting, manager, cache, kernel, Bank(seed % 7), num_layers)
     attending.store_prefix(PREFIX_LEN, PREFIX_ID)
     if broken is not None:

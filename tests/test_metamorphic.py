@@ -16,13 +16,11 @@ from itertools import islice
 
 import pytest
 import torch
-from test_isolation import DEVICE, TINY, Attending, Bank
+from test_isolation import DEVICE, TINY, Attending, Bank, poisoned_pool
 from test_stamped_cache import LIMITS, PREFIX_ID, PREFIX_LEN, requests_of
 
 from kernels import GATHER, TRITON
-from kv_cache_manager import PagedKVCacheManager
-from paged_attention import PagedKVCache, pad_block_tables
-from scenario import Setting
+from paged_attention import pad_block_tables
 from serving import make_groups, simulate
 
 pytestmark = pytest.mark.usefixtures("few_bytes")
@@ -88,13 +86,7 @@ class Recording(Attending):
 
 
 def serve(seed, num_blocks, size, mode="auto", cpu=0, order=None, kernel=GATHER, count=16):
-    setting = Setting(TINY, DEVICE, 2, num_blocks, size, seed)
-    manager = PagedKVCacheManager(num_blocks, size, num_cpu_blocks=cpu, free_order=order)
-    manager.allocate_prefix(PREFIX_ID, PREFIX_LEN)
-    pool = PagedKVCache(
-        num_blocks, size, TINY.num_kv_heads, TINY.head_size, num_layers=2, num_cpu_blocks=cpu,
-        dtype=torch.float32, device=DEVICE, poison=True, fused=False,
-    )  # fmt: skip
+    setting, manager, pool = poisoned_pool(num_blocks, size, cpu, order, seed)
     recording = Recording(setting, manager, pool, kernel, Bank(seed), 2)
     recording.store_prefix(PREFIX_LEN, PREFIX_ID)
     requests = requests_of(seed, count)
