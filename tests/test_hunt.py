@@ -1,0 +1,119 @@
+"""tools/hunt.py: what it takes from pytest's report and from coverage's, and what it calls held."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import hunt  # noqa: E402
+
+TESTS = """
+import pytest
+@pytest.mark.slow
+def test_found(record_property):
+    record_property("states", 1234)
+    record_property("cpu_s", 1.5)
+    record_property("seeds", "0 to 3")
+@pytest.mark.slow
+def test_nothing():
+    assert {how}
+def test_quick():
+    raise AssertionError("not slow: never run")
+"""
+
+
+def hunting(tmp_path, monkeypatch, how):
+    """The document of a hunt over tests that we write here."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_own.py").write_text(TESTS.format(how=how), encoding="ascii")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n", encoding="ascii")
+    monkeypatch.setattr(hunt, "ROOT", tmp_path)
+    monkeypatch.setitem(hunt.HUNTS, "fuzz", hunt.Hunt(("test_own",), environment={"A": "1"}))
+    code = hunt.main(["fuzz", "--json", str(tmp_path / "out.json")])
+    return code, json.loads((tmp_path / "out.json").read_text(encoding="ascii"))
+
+
+def test_figures_come_back_as_the_tests_gave_them(tmp_path, monkeypatch, capfd):
+    code, found = hunting(tmp_path, monkeypatch, "True")
+    (table,) = found["tables"]
+    assert code == found["exit_code"] == 0
+    assert found["setting"] == {"A": "1"} and found["options"] == {"hunt": "fuzz"}
+    assert [(row["test"], row["outcome"], row["figures"]) for row in table["rows"]] == [
+        ("test_own.py::test_found", "passed", {"states": 1234, "cpu_s": 1.5, "seeds": "0 to 3"}),
+        ("test_own.py::test_nothing", "passed", {}),
+    ]
+    printed = capfd.readouterr().out
+    assert "passed  test_own.py::test_found: states 1,234, cpu_s 1.5, seeds 0 to 3\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("how", "outcome"), [("False", "failure"), ("pytest.skip('no GPU')", "skipped")]
+)
+def test_what_fails_or_is_skipped_is_not_held(tmp_path, monkeypatch, capfd, how, outcome):
+    code, found = hunting(tmp_path, monkeypatch, how)
+    assert code == found["exit_code"] == 1
+    assert [row["outcome"] for row in found["tables"][0]["rows"]] == ["passed", outcome]
+
+
+def test_a_hunt_that_leaves_no_report_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(hunt, "ROOT", tmp_path)
+    monkeypatch.setattr(hunt.Hunt, "command", lambda *_: [sys.executable, "-c", "exit(3)"])
+    assert hunt.main(["fuzz"]) == 2
+    assert capfd.readouterr().err == (
+        "hunt.py: error: pytest ended with 3 and left no report\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def slow_tests():
+    """All slow tests of the files that are hunted in, as pytest names them."""
+    files = sorted({f"tests/{name}.py" for one in hunt.HUNTS.values() for name in one.files})
+    command = [sys.executable, "-m", "pytest", "-m", "slow", "-p", "no:xdist", "--collect-only"]
+    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+@pytest.mark.parametrize("name", hunt.HUNTS)
+def test_each_hunt_has_slow_tests_that_record_figures(slow_tests, name):
+    """A test that is renamed would leave its hunt without prey."""
+    one = hunt.HUNTS[name]
+    files = [f"tests/{file}.py" for file in one.files]
+    chosen = [test for test in slow_tests if test.split("::")[0] in files and one.chosen in test]
+    assert chosen
+    for test in chosen:
+        file, _, function = test.partition("::")
+        text = (ROOT / file).read_text(encoding="ascii")
+        arguments = text.split(f"def {function.partition('[')[0]}(")[1].partition("):")[0]
+        assert "record_property" in arguments, test
+
+
+def test_coverage_is_told_by_module_and_in_all():
+    def summary(branches, taken):
+        return {"num_branches": branches, "covered_branches": taken}
+
+    found = {
+        "files": {
+            "b.py": {"summary": summary(4, 2), "missing_branches": [[3, 5], [9, -7]]},
+            "a.py": {"summary": summary(6, 6), "missing_branches": []},
+        },
+        "totals": summary(10, 8),
+    }
+    rows = hunt.coverage_rows(found, 7.5)
+    assert [(row["test"], row["seconds"], row["figures"]) for row in rows] == [
+        ("b.py", 0.0, {"branches": 4, "taken": 2, "not taken": "3 to 5, 9 to the end"}),
+        ("all", 7.5, {"branches": 10, "taken": 8}),
+    ]
+
+
+def test_coverage_that_was_not_measured_is_refused(tmp_path, monkeypatch, capfd):
+    (tmp_path / "Makefile").write_text("coverage:\n\t@exit 4\n", encoding="ascii")
+    (tmp_path / ".coverage.json").write_text("{}", encoding="ascii")  # of an earlier run
+    monkeypatch.setattr(hunt, "ROOT", tmp_path)
+    assert hunt.main(["coverage"]) == 2
+    assert "make coverage ended with 2 and left no figures" in capfd.readouterr().err
