@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import hunt  # noqa: E402
+import record  # noqa: E402
 
 TESTS = """
 import pytest
@@ -117,3 +118,16 @@ def test_coverage_that_was_not_measured_is_refused(tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(hunt, "ROOT", tmp_path)
     assert hunt.main(["coverage"]) == 2
     assert "make coverage ended with 2 and left no figures" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("told", ["0123abc", None])
+def test_the_commit_is_what_the_variable_says_or_git(monkeypatch, told):
+    """A machine that was handed a copy may have a history that is older than its files."""
+    if told:
+        monkeypatch.setenv("COMMIT", told)
+        assert record.commit() == told
+    else:
+        monkeypatch.delenv("COMMIT", raising=False)
+        answers = {"rev-parse": "f" * 40, "status": " M main.py"}
+        monkeypatch.setattr(record, "_git", lambda *args: answers[args[0]])
+        assert record.commit() == "f" * 40 + "+"
