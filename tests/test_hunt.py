@@ -1,4 +1,6 @@
-"""tools/hunt.py: what it takes from pytest's report and from coverage's, and what it calls held."""
+"""tools/hunt.py: what it takes from the reports of pytest and coverage and calls held, and what
+tools/hunt_blocks.py shows of it in the documents.
+"""
 
 import json
 import subprocess
@@ -11,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import hunt  # noqa: E402
+import hunt_blocks  # noqa: E402
 import record  # noqa: E402
 
 TESTS = """
@@ -131,3 +134,71 @@ def test_the_commit_is_what_the_variable_says_or_git(monkeypatch, told):
         answers = {"rev-parse": "f" * 40, "status": " M main.py"}
         monkeypatch.setattr(record, "_git", lambda *args: answers[args[0]])
         assert record.commit() == "f" * 40 + "+"
+
+
+# ---- what the documents show of them ------------------------------------------------------------
+
+
+def recorded_row(test, **figures):
+    return {"test": test, "outcome": "passed", "seconds": 12.6, "figures": figures}
+
+
+def result_of(name, *found):
+    output = {"schema": "x/1", "elapsed_s": 61.2, "tables": [{"id": "tests", "rows": [*found]}]}
+    command = f"python tools/hunt.py {name}"
+    return {"command": command, "device": "2 cores", "versions": {}, "output": output}
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """What is in results/, by file."""
+    found = {}
+    monkeypatch.setattr(hunt_blocks, "find", found.get)
+    return found
+
+
+def test_what_is_not_recorded_leaves_no_line(results):
+    assert hunt_blocks.reliability() == ""
+    assert hunt_blocks.coverage() == "Not recorded yet."
+    assert len(hunt_blocks.hunts().splitlines()) == 2  # headers
+
+
+def test_a_line_has_the_sums_of_a_hunts_tests(results):
+    results["hunt_exhaustive.json"] = result_of(
+        "exhaustive",
+        recorded_row("test_e.py::test_a[5 + 3 blocks, 4 sequences-7-8]", states=1000,
+                     transitions=4, cpu_s=9.7),
+        recorded_row("test_e.py::test_b", states=234, transitions=6),
+    )  # fmt: skip
+    assert hunt_blocks.reliability() == (
+        "* 1,234 states of the paged manager, all that small worlds can reach, and 10 calls in them"
+        " (`python tools/hunt.py exhaustive`, 61 s on 2 cores)"
+    )
+    first, second = hunt_blocks.hunts().splitlines()[2:]
+    assert [cell.strip() for cell in first.strip("|").split("|")] == [
+        "`python tools/hunt.py exhaustive`", "5 + 3 blocks, 4 sequences",
+        "1,000 states, 4 transitions", "10", "13",
+        "2 cores, [`results/hunt_exhaustive.json`](results/hunt_exhaustive.json)",
+    ]  # fmt: skip
+    assert second.strip("|").split("|")[1].strip() == "b"
+
+
+@pytest.mark.parametrize("name", hunt.HUNTS)
+def test_every_hunt_has_a_line_for_the_readme(name):
+    assert name in hunt_blocks.LINES
+
+
+def test_coverage_and_mutants_are_shares(results):
+    results["hunt_coverage.json"] = result_of(
+        "coverage", recorded_row("a.py", branches=4, taken=3, **{"not taken": "3 to 5"}),
+        recorded_row("all", branches=200, taken=199),
+    )  # fmt: skip
+    modules = [{"module": "a.py", "mutants": 40, "killed": 39}, {"mutants": 5, "killed": 5}]
+    tables = [{"id": "mutants", "rows": modules}]
+    results["mutants.json"] = {"output": {"schema": "x/1", "tables": tables}}
+    changes, branches = hunt_blocks.reliability().splitlines()
+    assert changes.startswith("* 44 of 45 changes to 2 modules noticed")
+    assert branches.startswith("* 99.5% of the branches")
+    text = hunt_blocks.coverage()
+    assert text.startswith("199 of 200 branches, 99.5% (`python tools/hunt.py coverage`, 2 cores")
+    assert text.splitlines()[-1].strip("|").split("|")[1].strip() == "3 to 5"

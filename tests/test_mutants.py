@@ -1,4 +1,4 @@
-"""tools/mutants.py: which mutants it leaves, counts and shows, on a session made by hand."""
+"""Regime item 10: which mutants tools/mutants.py leaves, counts and shows, on a session by hand."""
 
 import sqlite3
 import sys
