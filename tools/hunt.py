@@ -51,6 +51,7 @@ MILLION = {"RULE_STEPS": "1000000"}
 HUNTS = {
     "exhaustive": Hunt(("test_exhaustive",), "large_world"),
     "exhaustive-baseline": Hunt(("test_exhaustive_baseline",), "large"),
+    "exhaustive-serving": Hunt(("test_exhaustive_serving",), "large"),
     "state-machine": Hunt(("test_state_machine",), "paged", MILLION),
     "state-machine-baseline": Hunt(("test_state_machine",), "baseline", MILLION),
     "isolation-gather": Hunt(("test_isolation",), "gather"),

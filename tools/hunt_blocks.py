@@ -82,6 +82,8 @@ LINES = {
     "{transitions:,} calls in them",
     "exhaustive-baseline": "{states:,} states of the contiguous manager and of its buddy "
     "allocator, and {transitions:,} calls in them",
+    "exhaustive-serving": "{workloads:,} workloads, all of a small world, served beside a naive "
+    "scheduler, {iterations:,} iterations",
     "state-machine": "{rules:,} random calls of the paged manager against a shadow that knows "
     "contents and no blocks",
     "state-machine-baseline": "{rules:,} of the contiguous one",
