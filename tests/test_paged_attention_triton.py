@@ -6,6 +6,7 @@ left out, as the interpreter multiplies the bits of bfloat16 as if they were int
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,14 @@ from test_paged_attention import scattered
 
 import paged_attention
 from attention import ShapeError, length_mask, merge_attention
-from decode_tuning import MAX_CHUNK, MAX_SPLITS, MIN_CHUNK, Tuning, choose_tuning
+from decode_tuning import (
+    MAX_CHUNK,
+    MAX_SPLITS,
+    MIN_CHUNK,
+    Tuning,
+    choose_tuning,
+    device_limits,
+)
 from paged_attention import pad_block_tables
 
 module = pytest.importorskip(
@@ -338,6 +346,14 @@ def test_the_tuning_covers_every_length(num_items, max_len, row_bytes, multiproc
     if parts > 1:  # not more parts than can run, unless an item would be too long otherwise
         assert parts <= -(-max_len // MIN_CHUNK)
         assert parts * num_items <= 2 * multiprocessors or max_len > MAX_CHUNK
+
+
+def test_of_a_gpus_shared_memory_the_drivers_kib_is_not_ours(monkeypatch):
+    """An H100's numbers, as its properties have them."""
+    told = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=228 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    uncached = device_limits.__wrapped__  # or these would be known of this machine's GPU
+    assert uncached(torch.device("cuda", 0)) == (132, 227 << 10)
 
 
 @pytest.mark.cuda

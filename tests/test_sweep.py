@@ -207,6 +207,15 @@ def test_a_cell_that_cannot_run_says_why_in_its_file_and_stops_no_other(tmp_path
     assert again.returncode == 2 and again.stdout.count("done before") == 1
 
 
+def test_a_cell_that_cannot_run_says_why_in_its_file_where_there_is_no_stderr(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert sweep.main([*CAPACITY, "--out", str(tmp_path), "--block-size", "5000"]) == 2
+    (found,) = documents(tmp_path)[1].values()
+    assert found["error"] == "capacity.py: error: --block-size 5000: at most 4,096"
+
+
 def test_a_cell_whose_checks_fail_is_done_with_code_1(tmp_path, monkeypatch, capfd):
     script = tmp_path / "main.py"
     script.write_text(
