@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 
 import pytest
@@ -391,6 +392,18 @@ def test_files_that_are_no_configuration(tmp_path, content, said):
         load_model(str(path))
     assert str(info.value).startswith(f"{path}: ") and said in str(info.value)
     assert "\n" not in str(info.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    """Opening a pipe that nobody writes to would never return."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "hole").touch()
+    os.truncate(tmp_path / "hole", 2**40)
+    for name, said in (("pipe", "not a regular file"), ("hole", "larger than 4 MiB")):
+        with pytest.raises(ConfigError, match=said):
+            load_model(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_config("/dev/zero")
 
 
 def test_every_truncation_of_a_configuration_is_refused(tmp_path):
