@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import command_line
-from command_line import OneLineParser, UsageError, exit_code, positive
+from command_line import OneLineParser, UsageError, exit_code, folder, positive
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lengths", action="append", default=[], metavar="FILE",
         help="a full length file (repeatable); default LENGTHS_DIR, then tables")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all rows here")
-    add("--figures", type=Path, metavar="DIR",
+    add("--figures", type=folder, metavar="DIR",
         help="draw the figures there (needs matplotlib: requirements-dev.txt)")  # fmt: skip
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     add("--quiet", action="store_true", help="no progress on stderr")
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     from length_files import DATASETS, find_lengths
     from report import check_writable, render, write_json
     from reproduction import choose, reproduce, rows_json
+    from tables import counted
     from workload import WorkloadError
 
     command_line.raise_on_interrupt()
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         print(comment + f"\n{comment}".join(["Explained (README, Differences):", *reasons]))
     elapsed = time.perf_counter() - start
     print(
-        f"\n{comment}{len(rows)} rows: {held} held{of_these}, {explained} explained, "
+        f"\n{comment}{counted(len(rows), 'row')}: {held} held{of_these}, {explained} explained, "
         f"{failed} not held, {elapsed:.1f} s"
     )
     if args.json is not None:

@@ -24,7 +24,7 @@ from json_document import Json, document
 from output_files import check_writable, write_json
 from sweep_cells import SCRIPTS
 from sweep_files import read_document
-from tables import FORMATS, Cell, Table, render
+from tables import FORMATS, Cell, Table, counted, render
 
 MAX_FILES = 20_000
 SEED = "seed"
@@ -185,7 +185,7 @@ def _check(run: Named) -> Json:
         return {"name": name, "ok": False, "detail": f"did not run: {found['error']}"}
     if failed or found["exit_code"]:
         return {"name": name, "ok": False, "detail": f"failed: {'; '.join(failed) or 'a check'}"}
-    return {"name": name, "ok": True, "detail": f"{len(found['checks'])} checks held"}
+    return {"name": name, "ok": True, "detail": f"{counted(len(found['checks']), 'check')} held"}
 
 
 def _figures(runs: list[Named], parameters: tuple[str, ...]) -> list[Json]:
@@ -239,7 +239,7 @@ def shown(merged: Merged, tables: Sequence[str]) -> Table:
             ))  # fmt: skip
     headers = ("figure", "column", *merged.parameters, "mean", "highest less lowest", "seeds")
     count = len(merged.checks)
-    title = f"{merged.script}, {count} cell{'s' * (count != 1)}"
+    title = f"{merged.script}, {counted(count, 'cell')}"
     return Table(title, headers, rows, decimals=2)
 
 

@@ -138,8 +138,10 @@ def test_a_cell_that_is_not_there_takes_one_line(task, arguments, says, monkeypa
 def test_a_list_runs_nothing(tmp_path, capsys):
     assert sweep.main([*TWO, "--out", str(tmp_path / "new"), "--list"]) == 0
     printed = capsys.readouterr().out
-    assert "--array=0-1 " in printed and printed.count("python capacity.py") == 2
-    assert os.listdir(tmp_path) == []
+    assert "\n2 cells: sbatch --array=0-1 " in printed
+    assert printed.count("python capacity.py") == 2 and os.listdir(tmp_path) == []
+    assert sweep.main(["--list"]) == 0
+    assert "\n1 cell: sbatch --array=0-0 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["file", "file/x", "pipe", "loop", "x" * 300, "a\0b"])
