@@ -97,7 +97,9 @@ def done_code(path: Path, script: str, cell: Cell) -> int | None:
         found = read_document(path)
     except UsageError:  # not there, or cut off by something that is not ours: it is written anew
         return None
-    if "error" in found or (found["script"], found["options"]) != (script, cell.options):
+    if "error" in found or found["exit_code"] == 2:  # so that it says why, again
+        return None
+    if (found["script"], found["options"]) != (script, cell.options):
         return None
     return found["exit_code"]
 

@@ -11,6 +11,7 @@ import pytest
 
 import sweep
 from command_line import UsageError
+from json_document import document
 from sweep_cells import MAX_CELLS, expand, plan_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +208,16 @@ def test_a_cell_that_cannot_run_says_why_in_its_file_and_stops_no_other(tmp_path
     assert by_size[5000]["error"] in done.stderr and by_size[5000]["tables"] == []
     again = process(*CAPACITY, "--out", tmp_path, "--block-size", "5000,16")
     assert again.returncode == 2 and again.stdout.count("done before") == 1
+
+
+def test_a_cell_that_could_not_run_and_says_not_why_runs_again(tmp_path, monkeypatch, capfd):
+    """Or the sweep would end with 2 and not a word."""
+    arguments = ["--script", "capacity.py", "--seed", "3", "--out", str(tmp_path)]
+    (cell,) = expand("capacity.py", ["--seed", "3"])
+    found = document("capacity.py", cell.options, setting={}, tables=[], exit_code=2, elapsed_s=0.0)
+    (tmp_path / cell.file).write_text(json.dumps(found))
+    monkeypatch.setattr(sweep, "run_cell", lambda *_: 0)
+    assert sweep.main(arguments) == 0 and "done before" not in capfd.readouterr().out
 
 
 def test_a_cell_whose_checks_fail_is_done_with_code_1(tmp_path, monkeypatch, capfd):
