@@ -1,7 +1,7 @@
 """Malformed input: one clear line on stderr and exit code 2, and no file made or changed.
 
 Every reader of files and every option of every script, with inputs that a seed decides (the engines
-are in fuzz_tools.py): some 2,000 in `make test`, more than 10,000 behind the marker `slow`,
+are in fuzz_tools.py): some 2,000 in `make test`, more than 15,000 behind the marker `slow`,
 
     python -m pytest -m slow -rP tests/test_fuzz.py -k ten_thousand
 
@@ -134,26 +134,30 @@ def no_work(monkeypatch, room):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_readers_refuse_malformed_files_in_one_line(tmp_path, seed):
+def test_readers_refuse_malformed_files_in_one_line(tmp_path, seed, record_property):
     refused, taken = fuzz_readers(240, seed, tmp_path)
+    record_property("inputs", refused.total())
     assert set(refused) == set(READERS) and refused.total() > 3 * taken.total()
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed):
+def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed, record_property):
     codes = fuzz_options(3 * len(EVERY), seed, room)
+    record_property("inputs", with_code_2(codes))
     refused = {(script, option) for script, option, code in codes if code == 2}
     assert refused == {(script.__name__, option) for script, option in EVERY}
 
 
-def test_sweeps_refuse_malformed_lists_in_one_line(room, no_work):
+def test_sweeps_refuse_malformed_lists_in_one_line(room, no_work, record_property):
     codes = fuzz_lists(4 * len(SWEPT), 0, room)
+    record_property("inputs", with_code_2(codes))
     refused = {(script, option) for script, option, code in codes if code == 2}
     assert refused >= {(script.__name__, option) for script, option in SWEPT if option not in PATHS}
 
 
-def test_variables_that_are_malformed_take_one_line(room, no_work):
+def test_variables_that_are_malformed_take_one_line(room, no_work, record_property):
     codes = fuzz_variables(90, 0, room)
+    record_property("inputs", with_code_2(codes))
     assert min(codes["LENGTHS_DIR", 2], codes[sweep.TASK, 2]) > 15
 
 
@@ -186,38 +190,45 @@ def test_no_option_is_left_out(capsys):
         assert all(option in usage for option in ours), script.__name__
 
 
-def test_scripts_refuse_malformed_files_in_one_line(room, no_work):
+def test_scripts_refuse_malformed_files_in_one_line(room, no_work, record_property):
     codes = fuzz_files_of_scripts(150, 0, room)
+    record_property("inputs", with_code_2(codes))
     assert {script for script, code in codes if code == 2} >= {
         "capacity", "main", "reproduce", "make_length_tables",
     }  # fmt: skip
 
 
-def test_report_refuses_malformed_documents_in_one_line(room, no_work):
+def test_report_refuses_malformed_documents_in_one_line(room, no_work, record_property):
     codes = fuzz_documents(300, 5, room)
+    record_property("inputs", codes[2])
     assert codes[2] > 200 and codes[0] + codes[1] > 0
 
 
-def test_a_sweep_refuses_malformed_cells_in_one_line(room, no_work):
+def test_a_sweep_refuses_malformed_cells_in_one_line(room, no_work, record_property):
     codes = fuzz_cells(120, 0, room)
+    record_property("inputs", with_code_2(codes))
     assert codes["report", 2] > 20 and codes["sweep", 0] + codes["sweep", 1] > 40
 
 
-def test_configurations_that_are_malformed_take_one_line(room, no_work):
+def test_configurations_that_are_malformed_take_one_line(room, no_work, record_property):
     codes = fuzz_configs(300, 0, room)
+    record_property("inputs", codes[2])
     assert codes[2] > 250 and codes[0] > 0
 
 
-def test_json_readers_refuse_what_is_another_file(tmp_path):
+def test_json_readers_refuse_what_is_another_file(tmp_path, record_property):
     """A trace in place of a configuration or a document, say; sound ones are in fuzz_configs."""
     refused, _ = fuzz_readers(200, 0, tmp_path, JSON_READERS)
+    record_property("inputs", refused.total())
     assert refused.total() > 190  # one line of a trace is a JSON object
 
 
-def test_results_that_are_malformed_leave_the_readme(tmp_path, monkeypatch):
+def test_results_that_are_malformed_leave_the_readme(tmp_path, monkeypatch, record_property):
     for module in (update_readme, committed):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    assert fuzz_results(60, 0, tmp_path) > 30
+    refused = fuzz_results(60, 0, tmp_path)
+    record_property("inputs", refused)
+    assert refused > 30
 
 
 # ---- what a mutation does not find -------------------------------------------------------------
@@ -603,6 +614,8 @@ def test_a_planted_half_written_file_is_noticed(room, no_work, monkeypatch, left
 @pytest.mark.slow
 def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, monkeypatch, record_property):
     refused, taken = fuzz_readers(6000, 1000, tmp_path)
+    others, _ = fuzz_readers(1000, 1009, tmp_path, JSON_READERS)
+    refused += others
     codes = fuzz_options(40 * len(EVERY), 1001, room)
     lists = fuzz_lists(20 * len(SWEPT), 1002, room)
     files = fuzz_files_of_scripts(2500, 1003, room)
