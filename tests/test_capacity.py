@@ -300,7 +300,7 @@ def test_value_that_cannot_be_used_is_named_in_one_line(option, values, capfd):
     [
         ("--model opt-14b", "no model 'opt-14b': neither a file nor one of opt-125m"),
         ("--model .", "a folder without a config.json"),
-        ("--model /dev/null", "not JSON"),
+        ("--model /dev/null", "not a regular file"),
         ("--model README.md", "not JSON"),
         ("--gpu t4", "opt-13b does not fit: 0.9 of the 14.56 GiB of a GPU are 13.10 GiB, of which"),
         ("--model opt-175b --gpus 8", "does not fit: 0.9 of the 39.39 GiB of each of 8 GPUs"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import OneLineParser, UsageError, exit_code, raise_on_interrupt
+from command_line import OneLineParser, UsageError, exit_code, folder, raise_on_interrupt
 from report import OutputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,3 +177,13 @@ def test_a_value_that_argparse_drops_is_refused(capsys):
     parser.add_argument("--number", type=int)
     assert exit_code("a.py", lambda: parser.parse_args(["--number=--"]).number) == 2
     assert capsys.readouterr().err == "a.py: error: argument --number: expected one argument\n"
+
+
+def test_an_empty_name_is_no_folder(capsys):
+    """`--figures "$PICTURES"` with a variable that is not set would fill the current one."""
+    parser = OneLineParser(prog="a.py")
+    parser.add_argument("--figures", type=folder)
+    assert exit_code("a.py", lambda: parser.parse_args(["--figures", ""]).figures) == 2
+    told = "a.py: error: argument --figures: '' names no folder ('.' is the current one)\n"
+    assert capsys.readouterr().err == told
+    assert parser.parse_args(["--figures", "."]).figures == Path(".")

@@ -35,7 +35,8 @@ def hunting(tmp_path, monkeypatch, how):
     """The document of a hunt over tests that we write here."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_own.py").write_text(TESTS.format(how=how), encoding="ascii")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n", encoding="ascii")
+    settings = "[pytest]\nmarkers = slow\njunit_family = xunit1\n"
+    (tmp_path / "pytest.ini").write_text(settings, encoding="ascii")
     monkeypatch.setattr(hunt, "ROOT", tmp_path)
     monkeypatch.setitem(hunt.HUNTS, "fuzz", hunt.Hunt(("test_own",), environment={"A": "1"}))
     code = hunt.main(["fuzz", "--json", str(tmp_path / "out.json")])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from dataclasses import replace
 
@@ -437,6 +438,18 @@ def test_a_configuration_that_cannot_be_read_is_named(name, said, tmp_path):
     with pytest.raises(ConfigError) as info:
         read_config(path)
     assert str(info.value) == f"{path}: cannot be read: {said}"
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    """Opening a pipe that nobody writes to would never return."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "hole").touch()
+    os.truncate(tmp_path / "hole", 2**40)
+    for name, said in (("pipe", "not a regular file"), ("hole", "larger than 4 MiB")):
+        with pytest.raises(ConfigError, match=said):
+            load_model(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_config("/dev/zero")
 
 
 def test_every_truncation_of_a_configuration_is_refused(tmp_path):

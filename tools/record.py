@@ -71,6 +71,7 @@ def parse_and_record(argv: list[str] | None) -> int:
     check_writable(args.result)
     if not (ROOT / args.script).is_file():
         raise UsageError(f"there is no script {args.script}")
+    started_at = commit()  # a long run may see others come
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "out.json"
         command = [sys.executable, args.script, *arguments, "--json", str(found)]
@@ -89,7 +90,7 @@ def parse_and_record(argv: list[str] | None) -> int:
         args.result,
         {
             "command": " ".join(["python", args.script, *arguments]),
-            "commit": commit(),
+            "commit": started_at,
             "device": device(),
             "versions": versions(),
             "output": output,
