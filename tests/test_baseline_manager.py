@@ -355,6 +355,26 @@ def test_reorder_copies_whole_reservations():
     assert observable(manager)["taken chunks"] == before["taken chunks"]
 
 
+def test_beams_longer_than_the_numbers_that_python_shares():
+    """Small integers are one object each; lengths above 256 are equal without being the same."""
+    manager = BaselineCacheManager(32, 16, policy="oracle", max_len=512)
+    for seq_id in range(2):
+        manager.allocate(seq_id, 300, 400)
+    slot = [manager.start_slot(seq_id) for seq_id in range(2)]
+    assert manager.reorder({0: 1}) == [(slot[1], slot[0], 300)]
+    big = 1000
+    manager.free(0)
+    manager.allocate(big, 300, 400)
+    assert manager.reorder({big: int("1000")}) == []  # it continues itself
+
+
+def test_what_a_reservation_tells_before_any_step():
+    manager = BaselineCacheManager(32, 4, policy="oracle", max_len=32)
+    manager.allocate(0, 3, 9)
+    held = manager.reservation(0)
+    assert (held.num_blocks, held.asked, held.final_len, held.start_len) == (4, 9, 9, 3)
+
+
 # ---- groups -----------------------------------------------------------------------------------
 
 

@@ -87,7 +87,7 @@ def work(tmp_path, monkeypatch):
 
 
 def why(*changes):
-    return {MODULE: {"f": {change: "nobody can tell" for change in changes}}}
+    return {MODULE: {"f": dict.fromkeys(changes, "nobody can tell")}}
 
 
 # ---- a session ----------------------------------------------------------------------------------
