@@ -304,6 +304,18 @@ def test_the_buddys_invariants_catch(message, corrupt):
         buddy.check_invariants()
 
 
+@pytest.mark.parametrize("order", range(5))
+def test_the_buddys_invariants_catch_unmerged_buddies_of_every_size(order):
+    buddy = BuddyAllocator(64, 32)
+    size = 1 << order
+    buddy.free_chunks[5] = {32: None}
+    rest = [(above, 1 << above) for above in range(order + 1, 5)]  # [order of chunk, start]
+    for above, start in [(order, 0), (order, size), *rest]:
+        buddy.free_chunks[above][start] = None
+    with pytest.raises(AssertionError, match="free buddies at 0 not merged"):
+        buddy.check_invariants()
+
+
 def test_every_assert_of_the_buddys_invariants_is_seen_to_fail():
     assert sorted(assert_messages(BuddyAllocator.check_invariants)) == sorted(BUDDY_CORRUPTIONS)
 

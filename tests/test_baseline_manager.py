@@ -77,6 +77,8 @@ def test_a_requests_own_maximum_bounds_every_policy():
         ((-1, 20), ValueError),
         ((True, 20), ValueError),
         ((1.0, 20), ValueError),
+        ((5.0, 20.0), ValueError),
+        ((True, True), ValueError),
         ((10, 9), ValueError),
         ((1, True), ValueError),
         ((10, 20, 0), ValueError),
@@ -357,7 +359,7 @@ def test_reorder_copies_whole_reservations():
 
 def test_beams_longer_than_the_numbers_that_python_shares():
     """Small integers are one object each; lengths above 256 are equal without being the same."""
-    manager = BaselineCacheManager(32, 16, policy="oracle", max_len=512)
+    manager = BaselineCacheManager(64, 16, policy="oracle", max_len=512)
     for seq_id in range(2):
         manager.allocate(seq_id, 300, 400)
     slot = [manager.start_slot(seq_id) for seq_id in range(2)]
@@ -373,6 +375,9 @@ def test_what_a_reservation_tells_before_any_step():
     manager.allocate(0, 3, 9)
     held = manager.reservation(0)
     assert (held.num_blocks, held.asked, held.final_len, held.start_len) == (4, 9, 9, 3)
+    manager.free(0)
+    manager.allocate(1, 3, 9)
+    assert manager.reservation(1) != held  # the same slots, but another sequence's
 
 
 # ---- groups -----------------------------------------------------------------------------------
@@ -500,9 +505,9 @@ def corrupt_full_at(m):
     m._full_at.remove(min(m._full_at))
 
 
-def add_to(name):
+def add_to(name, count=1):
     def corrupt(m):
-        setattr(m, name, getattr(m, name) + 1)
+        setattr(m, name, getattr(m, name) + count)
 
     return corrupt
 
@@ -515,10 +520,12 @@ BASELINE_CORRUPTIONS = {
     ),
     "chunk smaller than asked for": (corrupt_small_chunk,),
     "chunk not the next power of two": (corrupt_large_chunk,),
-    "sum of tokens": (add_to("_tokens"), add_to("_now")),
-    "sum of final lengths": (add_to("_final"),),
-    "sum of slots asked for": (add_to("_asked"),),
-    "sum of blocks given": (add_to("_given"),),
+    "sum of tokens": (
+        add_to("_tokens"), add_to("_tokens", -1), add_to("_now"), add_to("_now", -1)
+    ),
+    "sum of final lengths": (add_to("_final"), add_to("_final", -1)),
+    "sum of slots asked for": (add_to("_asked"), add_to("_asked", -1)),
+    "sum of blocks given": (add_to("_given"), add_to("_given", -1)),
     "the step at which the first reservation is full": (corrupt_full_at,),
     "free and reserved blocks partition the pool": (add_to("num_blocks"),),
 }
@@ -565,3 +572,26 @@ def test_what_is_noted_of_the_past_does_not_pile_up():
     manager.check_invariants()
     manager.append_all(7)
     refused(manager, ReservationError, manager.append_all)
+
+
+def test_the_past_of_many_sequences_is_cleared_but_not_at_every_append():
+    manager = BaselineCacheManager(512, 1, policy="oracle", max_len=8)
+    for seq_id in range(50):
+        manager.allocate(seq_id, 1, 8)
+    sizes = []
+    for _ in range(7):
+        for seq_id in range(50):
+            manager.append(seq_id)
+            sizes.append(len(manager._full_at))
+    assert 3 * 50 < max(sizes) <= 64 + 4 * 50
+    manager.check_invariants()
+
+
+def test_the_invariants_hold_of_reservations_that_last_long():
+    """Small integers are one object each; steps above 256 are equal without being the same."""
+    manager = BaselineCacheManager(64, 16, policy="oracle", max_len=1024)
+    manager.allocate(0, 10, 900)
+    manager.check_invariants()
+    manager.append_all(500)
+    manager.append(0, 50)
+    manager.check_invariants()

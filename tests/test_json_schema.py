@@ -282,7 +282,7 @@ def test_benchmarks_of_the_kernels(monkeypatch, tmp_path):
 INDEX = {
     "bench_manager.json": {"rows": 1}, "bench_serving.json": {"rows": 1},
     "bench_beam_step.json": {"groups": 2, "copies": 1}, "bench_attention.json": {"shapes": 1},
-    "bench_paging_cost.json": bench_paging_cost.INDEX,
+    "bench_paging_cost.json": bench_paging_cost.INDEX, "mutants.json": {},
 }  # fmt: skip
 
 

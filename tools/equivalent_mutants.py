@@ -4,4 +4,53 @@
 the module itself is "".
 """
 
-REASONS: dict[str, dict[str, dict[str, str]]] = {}
+ITS_WAY = "the long way for all: the same result, later"
+ONE_OBJECT = "integers below 257 are one object each in Python, and a chunk's order is far below"
+EARLIER = "when what is void is cleared changes no answer"
+
+REASONS: dict[str, dict[str, dict[str, str]]] = {
+    "allocator.py": {
+        "drop": {"if not extra and extra.keys().isdisjoint(blocks):": ITS_WAY},
+        "take": {
+            "if count <= 0:": "no count is below 0, as is asserted",
+            "while source != order:  # keep the lower half, return the upper one":
+                "it begins at the order or above, and goes down by one",
+            "while source is not order:  # keep the lower half, return the upper one": ONE_OBJECT,
+        },
+        "replace": {"if others <= 1:": "a block that is counted has at least one more reference"},
+        "give_back": {"while order != self.max_order:": "no order is above the largest"},
+        "check_invariants": {
+            'assert start % (1 << order) <= 0, f"chunk at {start} is not aligned to its size"':
+                "no remainder is below 0",
+        },
+        "move_blocks": {"if count != 1:": "a block that is held is held at least once"},
+    },
+    "static_batching.py": {
+        "simulate_static": {
+            "now, first, count = -1.0, 0, len(arrivals)": "no request arrives before time 0",
+            "while first != count:": "a batch ends at the last request at most",
+            "while end != count and end - first < batch_size and arrivals[end] <= now:":
+                "the end moves by one, and is at most at the last request when the loop begins",
+            "while end < count and end - first != batch_size and arrivals[end] <= now:":
+                "a batch grows by one from one, and its largest size is at least one",
+        },
+    },
+    "baseline_manager.py": {
+        "slots_to_ask": {'if self.policy <= "max":': 'of the three names "max" is the least'},
+        "try_admit": {"seq = group.seqs[ -1]": "of one sequence"},
+        "_note_full": {
+            "if len(heap) > 63 + 4 * len(self._held):"
+            "  # mostly void, and no step has cleared them": EARLIER,
+            "if len(heap) > 64 + 3 * len(self._held):"
+            "  # mostly void, and no step has cleared them": EARLIER,
+        },
+        "check_invariants": {
+            'assert len(chunks) >= len(self._held), "two sequences hold the same chunk"':
+                "a dictionary of the reservations has at most as many entries",
+        },
+        "_first_full": {
+            "if self._held.get(seq_id) is held and step <= held.final_len - held.start_len:":
+                "what was noted before an append is later than what is true since",
+        },
+    },
+}  # fmt: skip

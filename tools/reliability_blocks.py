@@ -24,7 +24,7 @@ def mutants() -> str:
         for row in found
     ]  # fmt: skip
     ran, killed = (sum(row[key] for row in found) for key in ("mutants", "killed"))
-    body.append(("all", ran, killed, f"{killed / ran:.1%}", None))
+    body.append(("all", ran, killed, f"{killed / max(1, ran):.1%}", None))
     headers = "module", "mutants", "killed", "share", "its tests, CPU s"
     return f"{origin(result, MUTANTS)}\n\n{table(headers, body)}"
 
@@ -37,11 +37,8 @@ def survivors() -> str:
     body = []
     for row in rows_of(result, "survivors"):
         where = f"`{row['module']}`" + (f", `{row['function']}`" if row["function"] else "")
-        change = code(row["change"])
+        line = row["change"].partition("  #")[0]
+        change = f"`{line}`".replace("|", "\\|")  # a bar would end the cell
         body.append((where, change, row["count"], row["reason"] or "NO REASON"))
-    return table(("where", "the line as the mutant has it", "mutants", "why nothing can tell"), body)
-
-
-def code(line: str) -> str:
-    """A line of Python in a table of Markdown: a bar would end the cell."""
-    return "`" + line.partition("  #")[0].replace("|", "\\|") + "`"
+    headers = "where", "the line as the mutant has it", "mutants", "why nothing can tell"
+    return table(headers, body)
