@@ -588,8 +588,8 @@ def test_the_past_of_many_sequences_is_cleared_but_not_at_every_append():
 
 
 def test_the_invariants_hold_of_reservations_that_last_long():
-    """Small integers are one object each; steps above 256 are equal without being the same."""
-    manager = BaselineCacheManager(64, 16, policy="oracle", max_len=1024)
+    """Small integers are one object each; counts above 256 are equal without being the same."""
+    manager = BaselineCacheManager(1024, 1, policy="oracle", max_len=1024)
     manager.allocate(0, 10, 900)
     manager.check_invariants()
     manager.append_all(500)

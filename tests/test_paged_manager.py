@@ -1194,12 +1194,11 @@ def shared_in_step(m):
     m._in_step_unfilled += table.unfilled
 
 
-def unfilled_sum(m):
-    m._in_step_unfilled += 1
+def add_to(name, count):
+    def corrupt(m):
+        setattr(m, name, getattr(m, name) + count)
 
-
-def logical_sum(m):
-    m._logical_blocks -= 1
+    return corrupt
 
 
 def padding_kept_on_the_gpu(m):
@@ -1268,13 +1267,16 @@ CORRUPTIONS = {
     "a bucket feeds another table": (bucket_copy,),
     "a table in step has slots of its own": (room_in_step, held_in_step),
     "a shared block could be written without a copy": (writable_shared, shared_in_step),
-    "unfilled in step": (unfilled_sum,),
-    "logical blocks": (logical_sum,),
+    "unfilled in step": (add_to("_in_step_unfilled", 1), add_to("_in_step_unfilled", -1)),
+    "logical blocks": (add_to("_logical_blocks", 1), add_to("_logical_blocks", -1)),
     "tokens, counting a shared slot once": (
-        padding_kept_on_the_gpu, wrong_usage(tokens=1, free=-1)
+        padding_kept_on_the_gpu, wrong_usage(tokens=1, free=-1), wrong_usage(tokens=-1, free=1)
     ),
-    "padding": (wrong_usage(physical_blocks=1), wrong_usage(padding=1, free=-1)),
-    "logical tokens": (wrong_usage(logical_tokens=1),),
+    "padding": (
+        wrong_usage(physical_blocks=1), wrong_usage(physical_blocks=-1),
+        wrong_usage(padding=1, free=-1), wrong_usage(padding=-1, free=1),
+    ),
+    "logical tokens": (wrong_usage(logical_tokens=1), wrong_usage(logical_tokens=-1)),
     "the ledger knows block {}, which is free": (free_block_in_ledger, free_cpu_block_in_ledger),
     "more slots copied to {} than it holds": (copied_too_much,),
     "copied from nowhere": (copied_from_nowhere,),

@@ -6,19 +6,26 @@ the module itself is "".
 
 ITS_WAY = "the long way for all: the same result, later"
 ONE_OBJECT = "integers below 257 are one object each in Python, and a chunk's order is far below"
+COUNTED = "a block that is counted has at least one more reference"
 EARLIER = "when what is void is cleared changes no answer"
 
 REASONS: dict[str, dict[str, dict[str, str]]] = {
     "allocator.py": {
-        "drop": {"if not extra and extra.keys().isdisjoint(blocks):": ITS_WAY},
+        "drop": {
+            "if not extra and extra.keys().isdisjoint(blocks):": ITS_WAY,
+            "elif others <= 1:": COUNTED,
+        },
         "take": {
             "if count <= 0:": "no count is below 0, as is asserted",
             "while source != order:  # keep the lower half, return the upper one":
                 "it begins at the order or above, and goes down by one",
             "while source is not order:  # keep the lower half, return the upper one": ONE_OBJECT,
         },
-        "replace": {"if others <= 1:": "a block that is counted has at least one more reference"},
-        "give_back": {"while order != self.max_order:": "no order is above the largest"},
+        "replace": {"if others <= 1:": COUNTED},
+        "give_back": {
+            "while order != self.max_order:": "no order is above the largest",
+            "while order is not self.max_order:": ONE_OBJECT,
+        },
         "check_invariants": {
             'assert start % (1 << order) <= 0, f"chunk at {start} is not aligned to its size"':
                 "no remainder is below 0",
@@ -36,7 +43,12 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "baseline_manager.py": {
-        "slots_to_ask": {'if self.policy <= "max":': 'of the three names "max" is the least'},
+        "slots_to_ask": {
+            "usual = type(num_tokens) is type(final_len) == int and max_len is None":
+                "a type is equal only to itself",
+            "if not usual or not 1 < num_tokens <= final_len:": ITS_WAY,
+            'if self.policy <= "max":': 'of the three names "max" is the least',
+        },
         "try_admit": {"seq = group.seqs[ -1]": "of one sequence"},
         "_note_full": {
             "if len(heap) > 63 + 4 * len(self._held):"
