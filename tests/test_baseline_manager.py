@@ -595,3 +595,14 @@ def test_the_invariants_hold_of_reservations_that_last_long():
     manager.append_all(500)
     manager.append(0, 50)
     manager.check_invariants()
+    assert manager.can_append([0])
+    manager.append_all(340)
+    assert not manager.can_append([0])
+    refused(manager, ReservationError, manager.append_all)
+
+
+def test_the_invariants_hold_of_many_reservations():
+    manager = BaselineCacheManager(512, 1, policy="oracle", max_len=8)
+    for seq_id in range(300):
+        manager.allocate(seq_id, 1, 1)
+    manager.check_invariants()

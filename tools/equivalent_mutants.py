@@ -7,6 +7,8 @@ the module itself is "".
 ITS_WAY = "the long way for all: the same result, later"
 ONE_OBJECT = "integers below 257 are one object each in Python, and a chunk's order is far below"
 COUNTED = "a block that is counted has at least one more reference"
+COUNT = "a count of tokens is at least one, as is checked"
+BOUND = "a bound that is too high only makes it count exactly"
 EARLIER = "when what is void is cleared changes no answer"
 
 REASONS: dict[str, dict[str, dict[str, str]]] = {
@@ -46,10 +48,16 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "slots_to_ask": {
             "usual = type(num_tokens) is type(final_len) == int and max_len is None":
                 "a type is equal only to itself",
+            "usual = type(num_tokens) == type(final_len) is int and max_len is None":
+                "a type is equal only to itself",
             "if not usual or not 1 < num_tokens <= final_len:": ITS_WAY,
             'if self.policy <= "max":': 'of the three names "max" is the least',
         },
         "try_admit": {"seq = group.seqs[ -1]": "of one sequence"},
+        "can_append": {
+            "return all(self.num_tokens(i) != self.reservation(i).final_len for i in seq_ids)":
+                "no sequence is longer than its final length",
+        },
         "_note_full": {
             "if len(heap) > 63 + 4 * len(self._held):"
             "  # mostly void, and no step has cleared them": EARLIER,
@@ -59,10 +67,29 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "check_invariants": {
             'assert len(chunks) >= len(self._held), "two sequences hold the same chunk"':
                 "a dictionary of the reservations has at most as many entries",
+            'assert r.num_blocks <= 1 << (least - 1).bit_length(), '
+            '"chunk not the next power of two"':
+                "it is a power of two and holds what was asked for, as is asserted before",
         },
         "_first_full": {
             "if self._held.get(seq_id) is held and step <= held.final_len - held.start_len:":
                 "what was noted before an append is later than what is true since",
+        },
+    },
+    "paged_tables.py": {
+        "append_all": {
+            "if num_tokens != 1:  # a table's blocks, and a copy for each that is loose": COUNT,
+            "need = len(self._tables) * -(-num_tokens * size) + len(self._loose)": BOUND,
+            "need = len(self._tables) * -(~num_tokens // size) + len(self._loose)": BOUND,
+        },
+        "blocks_for_step": {
+            "if num_tokens < ONE and not self._loose:": f"no step is shorter than one; {ITS_WAY}",
+        },
+        "_extend": {
+            "copy = table.held != 0 and self._gpu.ref_count(table.blocks[-1]) > 1":
+                "no table withholds fewer slots than none",
+            "copy = table.held > 0 and self._gpu.ref_count(table.blocks[-1]) != 1":
+                "a block that is held is held at least once",
         },
     },
 }  # fmt: skip
