@@ -375,6 +375,8 @@ def test_what_a_reservation_tells_before_any_step():
     manager.allocate(0, 3, 9)
     held = manager.reservation(0)
     assert (held.num_blocks, held.asked, held.final_len, held.start_len) == (4, 9, 9, 3)
+    with pytest.raises(AttributeError):
+        held.final = 10  # a slip of the pen
     manager.free(0)
     manager.allocate(1, 3, 9)
     assert manager.reservation(1) != held  # the same slots, but another sequence's
@@ -527,7 +529,9 @@ BASELINE_CORRUPTIONS = {
     "sum of slots asked for": (add_to("_asked"), add_to("_asked", -1)),
     "sum of blocks given": (add_to("_given"), add_to("_given", -1)),
     "the step at which the first reservation is full": (corrupt_full_at,),
-    "free and reserved blocks partition the pool": (add_to("num_blocks"),),
+    "free and reserved blocks partition the pool": (
+        add_to("num_blocks"), add_to("num_blocks", -1)
+    ),
 }
 
 

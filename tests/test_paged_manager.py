@@ -593,6 +593,18 @@ def test_blocks_for_append_are_the_blocks_taken(seed):
     assert manager.blocks_for_append(manager.running_ids) == manager.blocks_for_step()
 
 
+def test_blocks_for_append_where_blocks_are_large():
+    """Small integers are one object each; slots above 256 are equal without being the same."""
+    manager = manager_of(8, 512)
+    manager.allocate(0, 1)
+    manager.append_all(300)
+    manager.allocate(1, 511)
+    manager.append_all()  # the last slot of the first block
+    assert manager.blocks_for_append([0, 1]) == manager.blocks_for_step() == 1
+    manager.append_all()
+    assert manager.blocks_for_append([0, 1]) == manager.blocks_for_step() == 0
+
+
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("seed", range(40))
 def test_steps_without_copies_are_as_many_as_there_are_blocks_for(seed, stepped):

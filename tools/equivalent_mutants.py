@@ -51,9 +51,15 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "usual = type(num_tokens) == type(final_len) is int and max_len is None":
                 "a type is equal only to itself",
             "if not usual or not 1 < num_tokens <= final_len:": ITS_WAY,
+            "if not usual or not 0 < num_tokens == final_len:": ITS_WAY,
+            "if not usual or not 0 < num_tokens < final_len:": ITS_WAY,
+            'if self.policy >= "pow2":': 'of the two names left only "pow2" is not below it',
             'if self.policy <= "max":': 'of the three names "max" is the least',
         },
-        "try_admit": {"seq = group.seqs[ -1]": "of one sequence"},
+        "try_admit": {
+            "if len(group.seqs) == 0:  # most requests: no detour": ITS_WAY,
+            "seq = group.seqs[ -1]": "of one sequence",
+        },
         "can_append": {
             "return all(self.num_tokens(i) != self.reservation(i).final_len for i in seq_ids)":
                 "no sequence is longer than its final length",
@@ -79,13 +85,19 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
     "paged_tables.py": {
         "append_all": {
             "if num_tokens != 1:  # a table's blocks, and a copy for each that is loose": COUNT,
+            "if num_tokens > 0:  # a table's blocks, and a copy for each that is loose": BOUND,
+            "need = len(self._tables) * -(-num_tokens - size) + len(self._loose)": BOUND,
             "need = len(self._tables) * -(-num_tokens * size) + len(self._loose)": BOUND,
             "need = len(self._tables) * -(~num_tokens // size) + len(self._loose)": BOUND,
         },
         "blocks_for_step": {
             "if num_tokens < ONE and not self._loose:": f"no step is shorter than one; {ITS_WAY}",
+            "if num_tokens <= ONE and not self._loose:": "no step is shorter than one",
+            "if missing > -1:": "where nothing is missing it adds nothing",
         },
         "_extend": {
+            "new = max( -1, -(-(num_tokens - unfilled) // self.block_size))":
+                "fewer slots are unfilled than a block has: it is never below 0",
             "copy = table.held != 0 and self._gpu.ref_count(table.blocks[-1]) > 1":
                 "no table withholds fewer slots than none",
             "copy = table.held > 0 and self._gpu.ref_count(table.blocks[-1]) != 1":
