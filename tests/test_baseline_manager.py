@@ -490,6 +490,10 @@ def corrupt_empty(m):
     m._held[0].start_len = -m._now
 
 
+def corrupt_negative(m):
+    m._held[0].start_len = -m._now - 1
+
+
 def corrupt_beyond_asked(m):
     m._held[0].final_len = m._held[0].asked + 1
 
@@ -518,7 +522,7 @@ BASELINE_CORRUPTIONS = {
     "two sequences hold the same chunk": (corrupt_same_chunk,),
     "chunk lost": (corrupt_lost_chunk,),
     "length, final length, slots asked for": (
-        corrupt_too_long, corrupt_empty, corrupt_beyond_asked
+        corrupt_too_long, corrupt_empty, corrupt_negative, corrupt_beyond_asked
     ),
     "chunk smaller than asked for": (corrupt_small_chunk,),
     "chunk not the next power of two": (corrupt_large_chunk,),
@@ -588,6 +592,11 @@ def test_the_past_of_many_sequences_is_cleared_but_not_at_every_append():
             manager.append(seq_id)
             sizes.append(len(manager._full_at))
     assert 3 * 50 < max(sizes) <= 64 + 4 * 50
+    for seq_id in range(45):
+        manager.free(seq_id)
+    for seq_id in range(50, 55):
+        manager.allocate(seq_id, 1, 8)
+        assert len(manager._full_at) <= 64 + 4 * 10  # the many that have gone count no more
     manager.check_invariants()
 
 

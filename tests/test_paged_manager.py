@@ -622,6 +622,15 @@ def test_steps_without_copies_are_as_many_as_there_are_blocks_for(seed, stepped)
             assert manager.steps_without_copies(at_most, reserve) == expect
 
 
+def test_a_refusal_says_how_many_blocks_are_needed_the_copy_included():
+    manager = manager_of(4, 4)
+    manager.allocate(0, 6)
+    manager.fork(0, 1)
+    fill(manager, 1)
+    message = "sequence 1 needs 2 blocks, 1 are free"
+    refused(manager, OutOfBlocksError, lambda: manager.append(1, 3), match=message)
+
+
 @pytest.mark.parametrize("in_step", [False, True])
 def test_a_sequence_that_leaves_the_step_goes_on_as_before(in_step):
     manager = manager_of(32, 4)

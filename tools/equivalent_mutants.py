@@ -45,6 +45,11 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "baseline_manager.py": {
+        "__init__": {
+            "self._empty = BuddyAllocator(num_blocks, 2 << self._buddy.max_order)"
+            "  # never taken from":
+                "an empty pool in larger pieces has as many chunks of every size that is asked for",
+        },
         "slots_to_ask": {
             "usual = type(num_tokens) is type(final_len) == int and max_len is None":
                 "a type is equal only to itself",
@@ -85,6 +90,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
     "paged_tables.py": {
         "append_all": {
             "if num_tokens != 1:  # a table's blocks, and a copy for each that is loose": COUNT,
+            "if need != self.num_free_blocks:": BOUND,
             "if num_tokens > 0:  # a table's blocks, and a copy for each that is loose": BOUND,
             "need = len(self._tables) * -(-num_tokens - size) + len(self._loose)": BOUND,
             "need = len(self._tables) * -(-num_tokens * size) + len(self._loose)": BOUND,
