@@ -111,6 +111,11 @@ def test_a_manager_that_cannot_be(arguments, options):
         BaselineCacheManager(*arguments, **options)
 
 
+def test_options_are_given_by_name():
+    with pytest.raises(TypeError):
+        BaselineCacheManager(8, 16, "max")
+
+
 # ---- the paper's numbers ----------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ ONE_OBJECT = "integers below 257 are one object each in Python, and a chunk's or
 COUNTED = "a block that is counted has at least one more reference"
 COUNT = "a count of tokens is at least one, as is checked"
 BOUND = "a bound that is too high only makes it count exactly"
+NOTHING_MISSING = "fewer slots are unfilled than a block has, so what is rounded up is 0 at least"
+NO_TURN = "who is due after the last step has no turn in it"
 EARLIER = "when what is void is cleared changes no answer"
 
 REASONS: dict[str, dict[str, dict[str, str]]] = {
@@ -57,12 +59,15 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 "a type is equal only to itself",
             "if not usual or not 1 < num_tokens <= final_len:": ITS_WAY,
             "if not usual or not 0 < num_tokens == final_len:": ITS_WAY,
+            "if not usual or not 0 < num_tokens is final_len:": ITS_WAY,
             "if not usual or not 0 < num_tokens < final_len:": ITS_WAY,
             'if self.policy >= "pow2":': 'of the two names left only "pow2" is not below it',
             'if self.policy <= "max":': 'of the three names "max" is the least',
         },
         "try_admit": {
             "if len(group.seqs) == 0:  # most requests: no detour": ITS_WAY,
+            "if len(group.seqs) < 1:  # most requests: no detour": ITS_WAY,
+            "if len(group.seqs) <= 1:  # most requests: no detour": "no group is empty",
             "seq = group.seqs[ -1]": "of one sequence",
         },
         "can_append": {
@@ -85,13 +90,19 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "_first_full": {
             "if self._held.get(seq_id) is held and step <= held.final_len - held.start_len:":
                 "what was noted before an append is later than what is true since",
+            "if self._held.get(seq_id) is held and step >= held.final_len - held.start_len:":
+                "of what was noted of a reservation the true step is the first",
         },
     },
     "paged_tables.py": {
         "append_all": {
             "if num_tokens != 1:  # a table's blocks, and a copy for each that is loose": COUNT,
             "if need != self.num_free_blocks:": BOUND,
+            "if need >= self.num_free_blocks:": BOUND,
             "if num_tokens > 0:  # a table's blocks, and a copy for each that is loose": BOUND,
+            "if num_tokens >= 1:  # a table's blocks, and a copy for each that is loose": BOUND,
+            "for ahead in range(num_tokens if num_tokens == size else size):": NO_TURN,
+            "for ahead in range(num_tokens if num_tokens <= size else size):": NO_TURN,
             "need = len(self._tables) * -(-num_tokens - size) + len(self._loose)": BOUND,
             "need = len(self._tables) * -(-num_tokens * size) + len(self._loose)": BOUND,
             "need = len(self._tables) * -(~num_tokens // size) + len(self._loose)": BOUND,
@@ -99,11 +110,14 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "blocks_for_step": {
             "if num_tokens < ONE and not self._loose:": f"no step is shorter than one; {ITS_WAY}",
             "if num_tokens <= ONE and not self._loose:": "no step is shorter than one",
-            "if missing > -1:": "where nothing is missing it adds nothing",
+            "if num_tokens == ONE and not self._loose:": "what equals one is one, here",
+            "if missing > -1:": NOTHING_MISSING,
+            "if missing >= 0:": NOTHING_MISSING,
+            "if missing != 0:": NOTHING_MISSING,
         },
+        "blocks_for_append": {"need += table.room <= 0": "no table has less room than none"},
         "_extend": {
-            "new = max( -1, -(-(num_tokens - unfilled) // self.block_size))":
-                "fewer slots are unfilled than a block has: it is never below 0",
+            "new = max( -1, -(-(num_tokens - unfilled) // self.block_size))": NOTHING_MISSING,
             "copy = table.held != 0 and self._gpu.ref_count(table.blocks[-1]) > 1":
                 "no table withholds fewer slots than none",
             "copy = table.held > 0 and self._gpu.ref_count(table.blocks[-1]) != 1":
