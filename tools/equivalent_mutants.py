@@ -90,6 +90,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "_first_full": {
             "if self._held.get(seq_id) is held and step <= held.final_len - held.start_len:":
                 "what was noted before an append is later than what is true since",
+            "if self._held.get(seq_id) == held and step == held.final_len - held.start_len:":
+                "a reservation is equal only to itself",
             "if self._held.get(seq_id) is held and step >= held.final_len - held.start_len:":
                 "of what was noted of a reservation the true step is the first",
         },
@@ -99,9 +101,11 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "if num_tokens != 1:  # a table's blocks, and a copy for each that is loose": COUNT,
             "if need != self.num_free_blocks:": BOUND,
             "if need >= self.num_free_blocks:": BOUND,
+            "if need is not self.num_free_blocks:": BOUND,
             "if num_tokens > 0:  # a table's blocks, and a copy for each that is loose": BOUND,
             "if num_tokens >= 1:  # a table's blocks, and a copy for each that is loose": BOUND,
             "for ahead in range(num_tokens if num_tokens == size else size):": NO_TURN,
+            "for ahead in range(num_tokens if num_tokens is size else size):": NO_TURN,
             "for ahead in range(num_tokens if num_tokens <= size else size):": NO_TURN,
             "need = len(self._tables) * -(-num_tokens - size) + len(self._loose)": BOUND,
             "need = len(self._tables) * -(-num_tokens * size) + len(self._loose)": BOUND,
@@ -122,6 +126,12 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 "no table withholds fewer slots than none",
             "copy = table.held > 0 and self._gpu.ref_count(table.blocks[-1]) != 1":
                 "a block that is held is held at least once",
+        },
+    },
+    "scheduler.py": {
+        "complete": {
+            "if self._next_events and self._next_events[0] == now:":
+                "no step goes beyond the next event",
         },
     },
 }  # fmt: skip
