@@ -65,7 +65,8 @@ coverage: $(TEST_STAMP)
 	@$(RUN_PYTHON) -c 'import json; totals = json.load(open(".coverage.json"))["totals"]; \
 	    print("branches: %(covered_branches)d of %(num_branches)d, %(percent_branches_covered).1f %%" % totals)'
 
-# Goes on where it was ended; ARGS=--fresh begins again, ARGS="--module serving.py" is a part.
+# Goes on where it was ended; ARGS=--fresh begins again, ARGS=--again runs the survivors once more,
+# ARGS="--module serving.py" is a part.
 mutants: $(TEST_STAMP)
 	@$(RUN_PYTHON) tools/mutants.py $(ARGS)
 

@@ -237,6 +237,14 @@ def test_fits_predicts_take_exactly(seed):
         assert chunks(trial) == chunks(BuddyAllocator(buddy.num_blocks, 1 << buddy.max_order))
 
 
+def test_nothing_always_fits():
+    buddy = BuddyAllocator(8, 4)
+    buddy.take(4)
+    buddy.take(4)
+    assert all(buddy.fits(want, count) for want in (1, 4, 100) for count in (0, -1))
+    assert not any(buddy.fits(want, 1) for want in (1, 4, 100))
+
+
 def lose_a_chunk(buddy):
     del buddy.chunk_order[4]
 
@@ -257,6 +265,10 @@ def forget_the_end(buddy):
     buddy.num_blocks += 1
 
 
+def end_too_early(buddy):
+    buddy.num_blocks -= 1
+
+
 def miscount_free(buddy):
     buddy.num_free += 1
 
@@ -270,7 +282,7 @@ def leave_buddies_apart(buddy):
 BUDDY_CORRUPTIONS = {
     "chunks overlap or leave a gap at block {}": (lose_a_chunk, give_a_chunk_twice),
     "chunk at {} is not aligned to its size": (shift_a_chunk,),
-    "chunks cover {} of {} blocks": (forget_the_end,),
+    "chunks cover {} of {} blocks": (forget_the_end, end_too_early),
     "num_free is wrong": (miscount_free,),
     "free buddies at {} not merged": (leave_buddies_apart,),
 }
@@ -289,6 +301,18 @@ def test_the_buddys_invariants_catch(message, corrupt):
     buddy.check_invariants()
     corrupt(buddy)
     with pytest.raises(AssertionError, match=pattern(message)):
+        buddy.check_invariants()
+
+
+@pytest.mark.parametrize("order", range(5))
+def test_the_buddys_invariants_catch_unmerged_buddies_of_every_size(order):
+    buddy = BuddyAllocator(64, 32)
+    size = 1 << order
+    buddy.free_chunks[5] = {32: None}
+    rest = [(above, 1 << above) for above in range(order + 1, 5)]  # [order of chunk, start]
+    for above, start in [(order, 0), (order, size), *rest]:
+        buddy.free_chunks[above][start] = None
+    with pytest.raises(AssertionError, match="free buddies at 0 not merged"):
         buddy.check_invariants()
 
 

@@ -77,6 +77,8 @@ def test_a_requests_own_maximum_bounds_every_policy():
         ((-1, 20), ValueError),
         ((True, 20), ValueError),
         ((1.0, 20), ValueError),
+        ((5.0, 20.0), ValueError),
+        ((True, True), ValueError),
         ((10, 9), ValueError),
         ((1, True), ValueError),
         ((10, 20, 0), ValueError),
@@ -107,6 +109,11 @@ def test_lengths_that_no_reservation_can_have(policy, arguments, error):
 def test_a_manager_that_cannot_be(arguments, options):
     with pytest.raises(ValueError):
         BaselineCacheManager(*arguments, **options)
+
+
+def test_options_are_given_by_name():
+    with pytest.raises(TypeError):
+        BaselineCacheManager(8, 16, "max")
 
 
 # ---- the paper's numbers ----------------------------------------------------------------------
@@ -355,6 +362,31 @@ def test_reorder_copies_whole_reservations():
     assert observable(manager)["taken chunks"] == before["taken chunks"]
 
 
+def test_beams_longer_than_the_numbers_that_python_shares():
+    """Small integers are one object each; lengths above 256 are equal without being the same."""
+    manager = BaselineCacheManager(64, 16, policy="oracle", max_len=512)
+    for seq_id in range(2):
+        manager.allocate(seq_id, 300, 400)
+    slot = [manager.start_slot(seq_id) for seq_id in range(2)]
+    assert manager.reorder({0: 1}) == [(slot[1], slot[0], 300)]
+    big = 1000
+    manager.free(0)
+    manager.allocate(big, 300, 400)
+    assert manager.reorder({big: int("1000")}) == []  # it continues itself
+
+
+def test_what_a_reservation_tells_before_any_step():
+    manager = BaselineCacheManager(32, 4, policy="oracle", max_len=32)
+    manager.allocate(0, 3, 9)
+    held = manager.reservation(0)
+    assert (held.num_blocks, held.asked, held.final_len, held.start_len) == (4, 9, 9, 3)
+    with pytest.raises(AttributeError):
+        held.final = 10  # a slip of the pen
+    manager.free(0)
+    manager.allocate(1, 3, 9)
+    assert manager.reservation(1) != held  # the same slots, but another sequence's
+
+
 # ---- groups -----------------------------------------------------------------------------------
 
 
@@ -463,6 +495,10 @@ def corrupt_empty(m):
     m._held[0].start_len = -m._now
 
 
+def corrupt_negative(m):
+    m._held[0].start_len = -m._now - 1
+
+
 def corrupt_beyond_asked(m):
     m._held[0].final_len = m._held[0].asked + 1
 
@@ -480,9 +516,9 @@ def corrupt_full_at(m):
     m._full_at.remove(min(m._full_at))
 
 
-def add_to(name):
+def add_to(name, count=1):
     def corrupt(m):
-        setattr(m, name, getattr(m, name) + 1)
+        setattr(m, name, getattr(m, name) + count)
 
     return corrupt
 
@@ -491,16 +527,20 @@ BASELINE_CORRUPTIONS = {
     "two sequences hold the same chunk": (corrupt_same_chunk,),
     "chunk lost": (corrupt_lost_chunk,),
     "length, final length, slots asked for": (
-        corrupt_too_long, corrupt_empty, corrupt_beyond_asked
+        corrupt_too_long, corrupt_empty, corrupt_negative, corrupt_beyond_asked
     ),
     "chunk smaller than asked for": (corrupt_small_chunk,),
     "chunk not the next power of two": (corrupt_large_chunk,),
-    "sum of tokens": (add_to("_tokens"), add_to("_now")),
-    "sum of final lengths": (add_to("_final"),),
-    "sum of slots asked for": (add_to("_asked"),),
-    "sum of blocks given": (add_to("_given"),),
+    "sum of tokens": (
+        add_to("_tokens"), add_to("_tokens", -1), add_to("_now"), add_to("_now", -1)
+    ),
+    "sum of final lengths": (add_to("_final"), add_to("_final", -1)),
+    "sum of slots asked for": (add_to("_asked"), add_to("_asked", -1)),
+    "sum of blocks given": (add_to("_given"), add_to("_given", -1)),
     "the step at which the first reservation is full": (corrupt_full_at,),
-    "free and reserved blocks partition the pool": (add_to("num_blocks"),),
+    "free and reserved blocks partition the pool": (
+        add_to("num_blocks"), add_to("num_blocks", -1)
+    ),
 }
 
 
@@ -545,3 +585,42 @@ def test_what_is_noted_of_the_past_does_not_pile_up():
     manager.check_invariants()
     manager.append_all(7)
     refused(manager, ReservationError, manager.append_all)
+
+
+def test_the_past_of_many_sequences_is_cleared_but_not_at_every_append():
+    manager = BaselineCacheManager(512, 1, policy="oracle", max_len=8)
+    for seq_id in range(50):
+        manager.allocate(seq_id, 1, 8)
+    sizes = []
+    for _ in range(7):
+        for seq_id in range(50):
+            manager.append(seq_id)
+            sizes.append(len(manager._full_at))
+    assert 3 * 50 < max(sizes) <= 64 + 4 * 50
+    for seq_id in range(45):
+        manager.free(seq_id)
+    for seq_id in range(50, 55):
+        manager.allocate(seq_id, 1, 8)
+        assert len(manager._full_at) <= 64 + 4 * 10  # the many that have gone count no more
+    manager.check_invariants()
+
+
+def test_the_invariants_hold_of_reservations_that_last_long():
+    """Small integers are one object each; counts above 256 are equal without being the same."""
+    manager = BaselineCacheManager(1024, 1, policy="oracle", max_len=1024)
+    manager.allocate(0, 10, 900)
+    manager.check_invariants()
+    manager.append_all(500)
+    manager.append(0, 50)
+    manager.check_invariants()
+    assert manager.can_append([0])
+    manager.append_all(340)
+    assert not manager.can_append([0])
+    refused(manager, ReservationError, manager.append_all)
+
+
+def test_the_invariants_hold_of_many_reservations():
+    manager = BaselineCacheManager(512, 1, policy="oracle", max_len=8)
+    for seq_id in range(300):
+        manager.allocate(seq_id, 1, 1)
+    manager.check_invariants()

@@ -107,6 +107,19 @@ def room():
         yield inputs, outputs
 
 
+class NothingChanged(mutants.Session):
+    """A session of one mutant, killed long ago."""
+
+    def __init__(self, folder, module):
+        self.module, self.facts = module, {"test_seconds": {}, "sample": True}
+
+    changed, lines_gone = False, lambda self: 0
+    run = sample = lambda *_, **__: None
+
+    def found(self):
+        return mutants.Found(1, 1, 0, [])
+
+
 @pytest.fixture
 def no_work(monkeypatch, room):
     """The scripts without what they are for; what they read, check and write is all there."""
@@ -125,9 +138,8 @@ def no_work(monkeypatch, room):
     row = {"workload": "a", "tokens": 1, "ns_per_token": ns, "blocks": [1]}
     monkeypatch.setattr(bench_manager, "measure", lambda *_: row)
     monkeypatch.setattr(bench_beam_step.torch.cuda, "is_available", lambda: False)
-    for name, result in (("prepare", None), ("keep_sample", None), ("cosmic_ray", None),
-                         ("survivors", (1, 1, []))):  # fmt: skip
-        monkeypatch.setattr(mutants, name, lambda *_, result=result, **__: result)
+    monkeypatch.setattr(mutants, "begin", lambda *_: None)
+    monkeypatch.setattr(mutants, "Session", NothingChanged)
     monkeypatch.setattr(hunt, "run_tests", lambda *_: ([], 0))
     monkeypatch.setattr(hunt, "run_coverage", lambda: ([], 0))
     monkeypatch.setattr(make_length_tables, "table_lines", lambda *_: [])
@@ -306,7 +318,7 @@ def test_no_reader_is_left_out():
     assert places == {
         "input_files", "config_file", "sweep_files", "workload",  # READERS and JSON_READERS
         "committed", "update_readme", "json_blocks",  # fuzz_results: our own files
-        "record", "hunt",  # what a script of ours, or pytest, has just written: left below
+        "record", "hunt", "mutant_sessions",  # what a script of ours has written: left below
         "timeline", "command_line", "paged_attention", "bench_beam_step",  # no input
     }  # fmt: skip
     # LENGTHS_DIR and the task are in fuzz_variables; any text will do for a commit.

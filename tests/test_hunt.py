@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def hunting(tmp_path, monkeypatch, how):
     settings = "[pytest]\nmarkers = slow\njunit_family = xunit1\n"
     (tmp_path / "pytest.ini").write_text(settings, encoding="ascii")
     monkeypatch.setattr(hunt, "ROOT", tmp_path)
-    monkeypatch.setitem(hunt.HUNTS, "fuzz", hunt.Hunt(("test_own",), environment={"A": "1"}))
+    monkeypatch.setitem(hunt.HUNTS, "fuzz", hunt.Hunt(("test_own",), "", {"RULE_STEPS": "9"}))
     code = hunt.main(["fuzz", "--json", str(tmp_path / "out.json")])
     return code, json.loads((tmp_path / "out.json").read_text(encoding="ascii"))
 
@@ -46,8 +47,10 @@ def hunting(tmp_path, monkeypatch, how):
 def test_figures_come_back_as_the_tests_gave_them(tmp_path, monkeypatch, capfd):
     code, found = hunting(tmp_path, monkeypatch, "True")
     (table,) = found["tables"]
+    schema = json.loads((ROOT / "docs" / "schema.json").read_text(encoding="ascii"))
+    assert list(jsonschema.Draft202012Validator(schema).iter_errors(found)) == []
     assert code == found["exit_code"] == 0
-    assert found["setting"] == {"A": "1"} and found["options"] == {"hunt": "fuzz"}
+    assert found["setting"] == {"RULE_STEPS": "9"} and found["options"] == {"hunt": "fuzz"}
     assert [(row["test"], row["outcome"], row["figures"]) for row in table["rows"]] == [
         ("test_own.py::test_found", "passed", {"states": 1234, "cpu_s": 1.5, "seeds": "0 to 3"}),
         ("test_own.py::test_nothing", "passed", {}),

@@ -593,6 +593,18 @@ def test_blocks_for_append_are_the_blocks_taken(seed):
     assert manager.blocks_for_append(manager.running_ids) == manager.blocks_for_step()
 
 
+def test_blocks_for_append_where_blocks_are_large():
+    """Small integers are one object each; slots above 256 are equal without being the same."""
+    manager = manager_of(8, 512)
+    manager.allocate(0, 1)
+    manager.append_all(300)
+    manager.allocate(1, 511)
+    manager.append_all()  # the last slot of the first block
+    assert manager.blocks_for_append([0, 1]) == manager.blocks_for_step() == 1
+    manager.append_all()
+    assert manager.blocks_for_append([0, 1]) == manager.blocks_for_step() == 0
+
+
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("seed", range(40))
 def test_steps_without_copies_are_as_many_as_there_are_blocks_for(seed, stepped):
@@ -608,6 +620,15 @@ def test_steps_without_copies_are_as_many_as_there_are_blocks_for(seed, stepped)
             enough = [n for n in range(at_most + 1) if needs[n] <= free - reserve]
             expect = enough[-1] if enough and not withheld else 0
             assert manager.steps_without_copies(at_most, reserve) == expect
+
+
+def test_a_refusal_says_how_many_blocks_are_needed_the_copy_included():
+    manager = manager_of(4, 4)
+    manager.allocate(0, 6)
+    manager.fork(0, 1)
+    fill(manager, 1)
+    message = "sequence 1 needs 2 blocks, 1 are free"
+    refused(manager, OutOfBlocksError, lambda: manager.append(1, 3), match=message)
 
 
 @pytest.mark.parametrize("in_step", [False, True])
@@ -1194,12 +1215,11 @@ def shared_in_step(m):
     m._in_step_unfilled += table.unfilled
 
 
-def unfilled_sum(m):
-    m._in_step_unfilled += 1
+def add_to(name, count):
+    def corrupt(m):
+        setattr(m, name, getattr(m, name) + count)
 
-
-def logical_sum(m):
-    m._logical_blocks -= 1
+    return corrupt
 
 
 def padding_kept_on_the_gpu(m):
@@ -1268,13 +1288,16 @@ CORRUPTIONS = {
     "a bucket feeds another table": (bucket_copy,),
     "a table in step has slots of its own": (room_in_step, held_in_step),
     "a shared block could be written without a copy": (writable_shared, shared_in_step),
-    "unfilled in step": (unfilled_sum,),
-    "logical blocks": (logical_sum,),
+    "unfilled in step": (add_to("_in_step_unfilled", 1), add_to("_in_step_unfilled", -1)),
+    "logical blocks": (add_to("_logical_blocks", 1), add_to("_logical_blocks", -1)),
     "tokens, counting a shared slot once": (
-        padding_kept_on_the_gpu, wrong_usage(tokens=1, free=-1)
+        padding_kept_on_the_gpu, wrong_usage(tokens=1, free=-1), wrong_usage(tokens=-1, free=1)
     ),
-    "padding": (wrong_usage(physical_blocks=1), wrong_usage(padding=1, free=-1)),
-    "logical tokens": (wrong_usage(logical_tokens=1),),
+    "padding": (
+        wrong_usage(physical_blocks=1), wrong_usage(physical_blocks=-1),
+        wrong_usage(padding=1, free=-1), wrong_usage(padding=-1, free=1),
+    ),
+    "logical tokens": (wrong_usage(logical_tokens=1), wrong_usage(logical_tokens=-1)),
     "the ledger knows block {}, which is free": (free_block_in_ledger, free_cpu_block_in_ledger),
     "more slots copied to {} than it holds": (copied_too_much,),
     "copied from nowhere": (copied_from_nowhere,),

@@ -191,3 +191,17 @@ def test_bad_limits_are_refused(bad):
         serve(trace, bad, 100, UNIT)
     with pytest.raises(ValueError, match="maximum total length"):
         serve(trace, 2, bad, UNIT)
+
+
+def test_more_requests_than_python_shares_numbers():
+    """Small integers are one object each; a count above 256 is equal without being the same."""
+    rng = random.Random(4)
+    trace = [(0.0, rng.randint(1, 12), rng.randint(1, 4)) for _ in range(900)]
+    trace += [(1e6, 3, 2)] * 301
+    model = exact_model(rng)
+    for batch_size in (300, 2000):
+        finished, batches = one_token_at_a_time(trace, batch_size, 2040, model)
+        result = serve(trace, batch_size, 2040, model)
+        assert list(result.finish_s.items()) == finished
+        assert result.sum_groups == sum(batches)
+        assert max(batches) == min(batch_size, 900)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import committed  # noqa: E402
 import figure_blocks  # noqa: E402
+import reliability_blocks  # noqa: E402
 import speed_blocks  # noqa: E402
 import update_readme  # noqa: E402
 
@@ -204,6 +205,30 @@ def test_recorded_kernels_are_shown(monkeypatch):
         speed_blocks.PROFILE: recorded({"rows": launches})}.get)  # fmt: skip
     assert cells(speed_blocks.gpu_gaps()) == {"small": ["90.0", "-5.5", "-4.5"]}
     assert "| small | random" in re.sub(" +", " ", speed_blocks.gpu_profile())
+
+
+def test_mutants_are_counted_and_survivors_stand_in_a_table(monkeypatch):
+    monkeypatch.setattr(reliability_blocks, "find", lambda name: None)
+    assert reliability_blocks.mutants() == reliability_blocks.survivors() == "Not recorded yet."
+    modules = [
+        {"module": name, "mutants": ran, "killed": killed, "share": killed / ran,
+         "test_seconds": 2.5, "lines_gone": 0}
+        for name, ran, killed in (("a.py", 10, 9), ("b.py", 30, 30))
+    ]  # fmt: skip
+    alive = [
+        {"module": "a.py", "function": "f", "change": "a |= b  # why", "count": 2, "reason": "so"},
+        {"module": "b.py", "function": "", "change": "x = 1", "count": 1, "reason": None},
+    ]
+    found = recorded({"mutants": modules, "survivors": alive})
+    monkeypatch.setattr(reliability_blocks, "find", lambda name: found)
+    counted = cells(reliability_blocks.mutants())
+    assert counted["`a.py`"] == ["10", "9", "90.0%", "2.5"]
+    assert counted["all"] == ["40", "39", "97.5%", "-"]
+    lines = [re.sub(" +", " ", line) for line in reliability_blocks.survivors().splitlines()[2:]]
+    assert lines == [
+        "| `a.py`, `f` | `a \\|= b` | 2 | so |",
+        "| `b.py` | `x = 1` | 1 | NO REASON |",
+    ]
 
 
 def test_links_are_rewritten_for_docs(tmp_path, monkeypatch):

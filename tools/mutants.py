@@ -1,7 +1,9 @@
-"""Changes one thing at a time in the manager and the simulator, and asks whether a test notices.
+"""Changes one thing at a time in the managers and the simulator: does a test notice?
 
-    python tools/mutants.py                             # all four modules: hours on one core
+    python tools/mutants.py                             # all modules: an hour or two on one core
     python tools/mutants.py --module serving.py         # one; each in a process of its own, say
+    python tools/mutants.py --again                     # survivors against the tests of now
+    python tools/mutants.py --report --json FILE        # run nothing: what was found so far
     python tools/mutants.py --sample 30 --fresh         # a few at random, to see how long they take
 
 Serves item 10 of the tests: mutation testing with cosmic-ray (requirements-dev.txt). Mutants are
@@ -11,127 +13,130 @@ run against tests that need neither torch nor a minute, the module's own first, 
 failure. Left out are operators that nobody would write in place of another: shifts, powers, and
 whatever stands in for the `|` of an annotation.
 
-It prints the mutants that survive, and exits with 1 if fewer than 95 % of a module's are killed.
+It prints the mutants that survive, each with the reason why nothing can tell it from the code
+(equivalent_mutants.py). It exits with 1 if fewer than 95 % of a module's are killed, if one that
+survives has no reason, or if a reason is of no mutant that survives.
 """
 
-import json
-import os
-import random
-import re
-import shutil
-import sqlite3
-import subprocess
 import sys
 import time
-from contextlib import closing
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from equivalent_mutants import REASONS  # noqa: E402
+from mutant_sessions import MODULES, Found, Session  # noqa: E402
 
 from command_line import OneLineParser, UsageError, exit_code, positive  # noqa: E402
+from json_document import Json, document, rows_table  # noqa: E402
+from output_files import check_writable, write_json  # noqa: E402
 
 GOAL = 0.95  # share of a module's mutants that tests must kill
-CPU_S = 120  # of the tests of one mutant: four times what they take; a mutant may never end
-MEMORY_KIB = 4 << 20
-# Least time to a failure first; the same for all but the simulator, which has its own.
-UNIT = ("test_paged_manager", "test_serving", "test_failures", "test_scheduler",
-        "test_event_driven", "test_state_machine")  # fmt: skip
-MODULES = {
-    "kv_cache_manager.py": UNIT,
-    "paged_tables.py": UNIT,
-    "sequence.py": UNIT,
-    "serving.py": ("test_serving", "test_event_driven", "test_scheduler"),
-}
-LEFT_OUT = [
-    r"core/ReplaceBinaryOperator_BitOr_.*",
-    r"core/ReplaceBinaryOperator_\w+_(RShift|LShift|Pow|BitOr|BitAnd|BitXor)",
-]
-CONFIG = """\
-[cosmic-ray]
-module-path = {module}
-timeout = 3600.0
-excluded-modules = []
-test-command = {command}
-
-[cosmic-ray.distributor]
-name = "local"
-
-[cosmic-ray.filters.operators-filter]
-exclude-operators = {left_out}
-"""
+Change = tuple[str, str]  # function, the line as the mutant has it
 
 
-def prepare(folder: Path, module: str) -> None:
-    """A copy of what the tests need, and a session with all mutants of the module."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
-        shutil.copy(path, folder)
-    shutil.copytree(ROOT / "tests", folder / "tests")
-    files = " ".join(f"tests/{name}.py" for name in MODULES[module])
-    # No conftest.py: it loads torch. The limit is of CPU time, which other work leaves as it is.
-    tests = f"{sys.executable} -m pytest --noconftest -x -p no:xdist -m 'not slow' {files}"
-    limits = f"ulimit -t {CPU_S}; ulimit -v {MEMORY_KIB}"
-    texts = {"module": module, "command": f'bash -c "{limits}; exec {tests}"'}
-    quoted = {name: json.dumps(text) for name, text in texts.items()}
-    text = CONFIG.format(**quoted, left_out=json.dumps(LEFT_OUT))
-    (folder / "mutants.toml").write_text(text, encoding="ascii")
-    cosmic_ray(folder, "init", "mutants.toml", "new.sqlite")
-    filter_operators = "cosmic_ray.tools.filters.operators_filter"
-    python(folder, "-m", filter_operators, "new.sqlite", "mutants.toml")
-    cosmic_ray(folder, "--verbosity", "ERROR", "baseline", "mutants.toml")  # sound tests pass
-    (folder / "new.sqlite").rename(folder / "session.sqlite")
+def reasons_of(module: str) -> dict[Change, str]:
+    """Why each of its equivalent mutants is one."""
+    return {
+        (where, change): reason
+        for where, changes in REASONS.get(module, {}).items()
+        for change, reason in changes.items()
+    }
 
 
-def python(folder: Path, *arguments: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment)
-    if done.returncode:
-        raise UsageError(f"{' '.join(arguments)} ended with {done.returncode}, in {folder}")
+def shown(where: str, change: str) -> str:
+    return f"{where}: {change}" if where else change
 
 
-def cosmic_ray(folder: Path, *arguments: str) -> None:
-    python(folder, "-m", "cosmic_ray.cli", *arguments)
+class Result:
+    """What one module's session has to say."""
+
+    def __init__(self, session: Session, found: Found) -> None:
+        self.module = session.module
+        self.found = found
+        self.share = found.killed / max(1, found.run)
+        self.seconds = sum(session.facts["test_seconds"].values())
+        self.lines_gone = session.lines_gone()
+        self.alive = Counter((one.where, one.change) for one in found.alive)
+        self.reasons = reasons_of(self.module)
+        self.unexplained = [change for change in self.alive if change not in self.reasons]
+        whole = not session.facts["sample"] and not found.left
+        self.stale = [c for c in self.reasons if c not in self.alive] if whole else []
+
+    def rows(self) -> list[Json]:
+        return [
+            {"module": self.module, "function": where, "change": change, "count": count,
+             "reason": self.reasons.get((where, change))}
+            for (where, change), count in self.alive.items()
+        ]  # fmt: skip
+
+    def row(self) -> Json:
+        return {
+            "module": self.module, "mutants": self.found.run, "killed": self.found.killed,
+            "share": self.share, "test_seconds": round(self.seconds, 2),
+            "lines_gone": self.lines_gone,
+        }  # fmt: skip
+
+    def checks(self) -> list[Json]:
+        left = f", {self.found.left} not run" if self.found.left else ""
+        named = (
+            (f"{self.module}: {GOAL:.0%} killed", self.share >= GOAL and not left,
+             f"{self.found.killed} of {self.found.run}{left}"),
+            (f"{self.module}: every survivor has its reason", not self.unexplained,
+             "; ".join(shown(*change) for change in self.unexplained)),
+            (f"{self.module}: every reason has its survivor", not self.stale,
+             "; ".join(shown(*change) for change in self.stale)),
+        )  # fmt: skip
+        return [{"name": name, "ok": ok, "detail": detail} for name, ok, detail in named]
+
+    def lines(self) -> list[str]:
+        """As printed: the survivors, reasons that are stale, and how many were killed."""
+        lines = []
+        for one in self.found.alive:
+            reason = self.reasons.get((one.where, one.change), "NO REASON")
+            what = shown(one.where, one.change)
+            lines.append(f"{self.module}:{one.row}: {one.operator}: {what}  [{reason}]")
+        lines += [f"{self.module}: stale, no survivor: {shown(*change)}" for change in self.stale]
+        more = f", {self.lines_gone} lines of the first tests gone" if self.lines_gone else ""
+        left = f", {self.found.left} not run" if self.found.left else ""
+        lines.append(f"{self.module}: {self.found.killed} of {self.found.run} mutants killed, "
+                     f"{self.share:.1%}{left}; tests take {self.seconds:.0f} s{more}")  # fmt: skip
+        return lines
 
 
-def keep_sample(session: Path, count: int, seed: int) -> None:
-    """Leave only `count` of the mutants that have not been run, at random."""
-    with closing(sqlite3.connect(session)) as data, data:
-        query = (
-            "select job_id from work_items where job_id not in (select job_id from work_results)"
-        )
-        jobs = [job for (job,) in data.execute(query)]
-        place = "select module_path, operator_name, occurrence, job_id from mutation_specs"
-        order = {job: where for *where, job in data.execute(place)}  # job ids are random
-        jobs.sort(key=order.__getitem__)
-        kept = set(random.Random(seed).sample(jobs, min(count, len(jobs))))
-        for table in ("mutation_specs", "work_items"):
-            data.executemany(
-                f"delete from {table} where job_id = ?", [(job,) for job in jobs if job not in kept]
-            )
+def begin(session: Session, fresh: bool, again: bool) -> None:
+    """Make what `session.run` shall run. Raises UsageError."""
+    if fresh or not session.started:
+        if again:
+            raise UsageError(f"--again: {session.module} has not been run")
+        session.prepare()
+    elif again:
+        if session.found().left:
+            raise UsageError(f"--again: {session.module} has not been run to its end")
+        session.again()
+    else:
+        session.resume()
 
 
-def survivors(session: Path) -> tuple[int, int, list[str]]:
-    """(mutants that were run, of these killed, the others: where, which operator, the line)."""
-    with closing(sqlite3.connect(session)) as data:
-        found = data.execute(
-            "select module_path, start_pos_row, operator_name, test_outcome, diff from work_results"
-            " join mutation_specs using (job_id) where worker_outcome = 'NORMAL'"
-            " order by module_path, start_pos_row, operator_name, occurrence"
-        ).fetchall()
-    killed = sum(outcome != "SURVIVED" for *_, outcome, _ in found)
-    alive = []
-    for module, row, operator, outcome, diff in found:
-        if outcome == "SURVIVED":
-            changed = re.findall(r"^\+(?!\+\+)\s*(.*)$", diff, re.MULTILINE)
-            alive.append(f"{module}:{row}: {operator.removeprefix('core/')}: {' '.join(changed)}")
-    return len(found), killed, alive
+def finished(session: Session) -> bool:
+    """Whether --report can tell of it; says why not."""
+    why = ""
+    if not session.started:
+        why = "not run"
+    elif session.changed:
+        why = "has changed since it was run"
+    elif session.found().left:
+        why = "not run to its end"
+    if why:
+        print(f"{session.module}: {why}")
+    return not why
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, 1 if too many survive, or 2 with one line on stderr."""
+    """0; 1 if too many survive or reasons and survivors differ; 2 with one line on stderr."""
     return exit_code("mutants.py", partial(parse_and_run, argv))
 
 
@@ -140,26 +145,44 @@ def parse_and_run(argv: list[str] | None) -> int:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--module", action="append", choices=MODULES, help="only it; repeatable")
     parser.add_argument("--sample", type=positive, metavar="N", help="only N at random, of each")
-    parser.add_argument("--fresh", action="store_true", help="begin again")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--fresh", action="store_true", help="begin again")
+    how.add_argument("--again", action="store_true", help="survivors, with the tests of now")
+    how.add_argument("--report", action="store_true", help="run nothing, tell what was found")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found")
     options = parser.parse_args(argv)
-    enough = True
+    if options.json is not None:
+        check_writable(options.json)
+    start = time.perf_counter()
+    results, missing = [], False
     for module in options.module or MODULES:
-        folder = ROOT / ".mutants" / module.removesuffix(".py")
-        session = folder / "session.sqlite"
-        if options.fresh or not session.exists():
-            prepare(folder, module)
-        if options.sample is not None:
-            keep_sample(session, options.sample, seed=0)
-        start, before = time.perf_counter(), survivors(session)[0]
-        cosmic_ray(folder, "exec", "mutants.toml", "session.sqlite")
-        minutes = (time.perf_counter() - start) / 60.0
-        run, killed, alive = survivors(session)
-        print("\n".join(alive))
-        speed = (run - before) / max(minutes, 1e-9)
-        print(f"{module}: {killed} of {run} mutants killed, {killed / max(1, run):.1%}; "
-              f"{speed:.1f} a minute", flush=True)  # fmt: skip
-        enough &= killed >= GOAL * run
-    return 0 if enough else 1
+        session = Session(ROOT / ".mutants" / module.removesuffix(".py"), module)
+        if not options.report:
+            begin(session, options.fresh, options.again)
+            if options.sample is not None:
+                session.sample(options.sample, seed=0)
+            before, clock = session.found().run, time.perf_counter()
+            session.run()
+            minutes = (time.perf_counter() - clock) / 60.0
+            speed = (session.found().run - before) / max(minutes, 1e-9)
+            print(f"{module}: {speed:.1f} mutants a minute")
+        elif not finished(session):
+            missing = True
+            continue
+        results.append(Result(session, session.found()))
+        print("\n".join(results[-1].lines()), flush=True)
+    checks = [check for result in results for check in result.checks()]
+    code = int(missing or not all(check["ok"] for check in checks))
+    if options.json is not None:
+        rows = [row for result in results for row in result.rows()]
+        tables = [rows_table("mutants", "mutants", [result.row() for result in results])]
+        if rows:
+            tables.append(rows_table("survivors", "survivors", rows, 3))
+        elapsed_s = time.perf_counter() - start
+        write_json(options.json, document(
+            "tools/mutants.py", vars(options), setting={"goal": GOAL}, tables=tables,
+            checks=checks, exit_code=code, elapsed_s=elapsed_s))  # fmt: skip
+    return code
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import figure_blocks as f
 import hunt_blocks as h
 import json_blocks as j
+import reliability_blocks as r
 import scenario_blocks as s
 import speed_blocks as v
 from committed import ROOT, machine
@@ -34,7 +35,7 @@ PARTS = {
         f.headline, f.ratios, f.figures, f.rows, f.seeds, f.differences, f.explained,
         f.beams_hour, f.beam_step, v.serving, v.manager, v.gpu,
         v.gpu_attention, v.gpu_aims, v.gpu_gaps, v.gpu_others, v.gpu_profile, v.gpu_paging,
-        j.envelope, j.keys, s.sweep, h.hunts, h.coverage, h.reliability,
+        j.envelope, j.keys, s.sweep, h.hunts, h.coverage, h.reliability, r.mutants, r.survivors,
     )
 }  # fmt: skip
 
