@@ -1,4 +1,4 @@
-"""Regime item 10: what tools/mutants.py leaves, counts, shows and refuses, on hand-made sessions."""
+"""Regime item 10: what tools/mutants.py leaves, counts, shows, refuses, on sessions made by hand."""
 
 import json
 import re
