@@ -81,8 +81,7 @@ class Scheduler:
     def check(self, group: SequenceGroup) -> None:
         """RequestTooLargeError unless the group could run to its end if it were alone."""
         seqs, limits = group.seqs, self.limits
-        longest = seqs[0].output_len if len(seqs) == 1 else max(seq.output_len for seq in seqs)
-        computed = group.own_prompt_len + longest
+        computed = group.own_prompt_len + max([seq.output_len for seq in seqs])
         if computed > limits.max_batched_tokens or len(seqs) > limits.max_num_seqs:
             raise RequestTooLargeError(
                 f"request {group.group_id}: {computed} tokens in {len(seqs)} sequences "
@@ -101,7 +100,7 @@ class Scheduler:
         iteration = Iteration(self._clock.now, now_s)
         preempted = self._grow(iteration)
         if self.swapped and not iteration.num_swaps:
-            self._swap_in(iteration, preempted)
+            self._swap_in(iteration)
         iteration.decodes = self.running.copy()
         iteration.num_decodes = self.num_running_seqs
         iteration.context_tokens = self.context_tokens
@@ -215,9 +214,9 @@ class Scheduler:
         for seq in seqs:
             self._stop(seq, status)
 
-    def _swap_in(self, iteration: Iteration, preempted: list[SequenceGroup]) -> None:
+    def _swap_in(self, iteration: Iteration) -> None:
         """Bring swapped groups back, first come first served."""
-        while self.swapped and self.swapped[0] not in preempted:
+        while self.swapped:
             group = self.swapped[0]
             seqs = group.unfinished()
             ids = [seq.seq_id for seq in seqs]
@@ -241,16 +240,13 @@ class Scheduler:
         limits, waiting, manager = self.limits, self.waiting, self.manager
         while waiting and waiting[0] not in preempted:
             group = waiting[0]
-            seqs = group.seqs if len(group.seqs) == 1 else group.unfinished()
+            seqs = group.unfinished()
             if len(self.running) + len(seqs) > limits.max_num_seqs:
                 return True
             # The prompt is computed once; after a recomputation the longest sequence counts.
             prompt_len = group.own_prompt_len
-            if len(seqs) == 1:
-                tokens = computed = prompt_len + seqs[0].num_generated
-            else:
-                generated = [seq.num_generated for seq in seqs]
-                tokens, computed = prompt_len + max(generated), prompt_len + sum(generated)
+            generated = [seq.num_generated for seq in seqs]
+            tokens = prompt_len + max(generated)
             if batched + tokens > limits.max_batched_tokens:
                 return False
             copies = manager.try_admit(group)
@@ -260,7 +256,7 @@ class Scheduler:
             waiting.popleft()
             iteration.copies += copies
             iteration.prefills.append(group)
-            iteration.prompt_tokens += computed
+            iteration.prompt_tokens += prompt_len + sum(generated)
             batched += tokens
             self._run(group, seqs)
         return True
@@ -276,15 +272,14 @@ class Scheduler:
 
     def _await_event(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
         """Note when the first of these, its running sequences, ends or changes parents."""
-        first = seqs[0]
-        steps = first.output_len - first.num_generated
-        if len(seqs) > 1:
-            if group.beam_parents is None:
-                steps = min(seq.output_len - seq.num_generated for seq in seqs)
-            else:
-                move = group.beam_parents.next_move(first.num_generated)
-                if move is not None:
-                    steps = min(steps, move + 1 - first.num_generated)
+        if group.beam_parents is None:
+            steps = min([seq.output_len - seq.num_generated for seq in seqs])
+        else:  # beams are equally long
+            generated = seqs[0].num_generated
+            steps = seqs[0].output_len - generated
+            move = group.beam_parents.next_move(generated)
+            if move is not None:
+                steps = min(steps, move + 1 - generated)
         group.event_step = step = self._clock.now + steps
         there = self._events.get(step)
         if there is None:
@@ -301,8 +296,7 @@ class Scheduler:
     def _take_events(self, done: Completion) -> None:
         """Sequences whose last token came with this step, and beams that move, in order."""
         groups = self._events.pop(heappop(self._next_events))
-        if len(groups) > 1:
-            groups.sort(key=ORDER)
+        groups.sort(key=ORDER)
         for group in groups:
             seqs = group.seqs
             if group.beam_parents is not None and seqs[0].num_generated < seqs[0].output_len:

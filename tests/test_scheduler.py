@@ -99,6 +99,8 @@ def check_state(scheduler):
     for seq in running:
         # Everything but the token that this iteration generates is stored.
         assert manager.num_tokens(seq.seq_id) == seq.num_tokens
+    assert scheduler.num_running_seqs == len(running)
+    assert scheduler.context_tokens == sum(seq.num_tokens for seq in running)
     if isinstance(manager, PagedKVCacheManager):
         swapped = [seq.seq_id for one in scheduler.swapped for seq in one.unfinished()]
         assert sorted(manager._swapped) == sorted(swapped)
@@ -755,6 +757,14 @@ def run_beside_naive(seed, workload=random_workload):
             reference[name] = sorted(reference[name])
         reference.pop("prompt tokens")
         assert mine == reference, f"seed {seed}, iteration {iterations}"
+        # What is decoded reads what it holds; what comes back as a prompt is computed anew.
+        decoding = [seq for one in iteration.decodes for seq in one.unfinished()]
+        assert iteration.num_decodes == len(decoding)
+        assert iteration.context_tokens == sum(seq.num_tokens for seq in decoding)
+        assert iteration.prompt_tokens == sum(
+            one.own_prompt_len + sum(seq.num_generated for seq in one.unfinished())
+            for one in iteration.prefills
+        )
         assert iteration.num_swaps == len(mine["out"])
         assert iteration.num_recomputations == len(mine["recomputed"])
         assert not (mine["admitted"] and scheduler.swapped)
