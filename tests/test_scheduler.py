@@ -488,6 +488,72 @@ def test_contiguous_too_large(policy):
     assert scheduler.idle
 
 
+def test_before_anything_is_scheduled():
+    scheduler = scheduler_of([], 6)
+    assert scheduler.idle and not scheduler.short_of_blocks
+    assert scheduler.num_iterations == scheduler.context_tokens == scheduler.quiet_steps() == 0
+
+
+def test_an_arrival_ends_the_quiet_unless_it_is_behind_one_that_waits():
+    scheduler = scheduler_of([group(0, 4, [20])], 30)
+    step(scheduler)
+    step(scheduler)
+    assert scheduler.quiet_steps() > 0
+    scheduler.add(group(1, 12, [2], 1.0))
+    assert scheduler.quiet_steps() == 0  # it may be admitted at once
+    fill(scheduler.manager, leave=2)
+    step(scheduler)
+    quiet = scheduler.quiet_steps()
+    assert scheduler.short_of_blocks and quiet > 0
+    scheduler.add(group(2, 4, [2], 2.0))
+    assert scheduler.quiet_steps() == quiet
+
+
+def test_it_stays_quiet_when_a_sequence_ends_for_which_nobody_waits():
+    scheduler = scheduler_of([group(0, 4, [2]), group(1, 4, [9], 1.0)], 30)
+    step(scheduler)
+    assert numbers(step(scheduler)[1].finished) == [0]
+    assert scheduler.quiet_steps() == 7
+
+
+def test_it_is_quiet_as_long_as_a_block_is_left_for_the_widest_group():
+    """Two blocks are taken on the way, and the last turn asks for one that it does not take."""
+    for free, quiet in ((3, 7), (2, 4)):
+        scheduler = scheduler_of([group(0, 4, [8])], 30)
+        step(scheduler)
+        fill(scheduler.manager, leave=free)
+        assert scheduler.quiet_steps() == quiet
+
+
+def test_it_is_quiet_at_the_sequence_cap_but_not_at_the_token_limit():
+    """Under the cap nothing changes until a sequence ends; prompt tokens count in one iteration."""
+    for limits, waits in ((Limits(2560, 1), True), (Limits(30, 9), False)):
+        groups = [group(0, 16, [8]), group(1, 16, [8], 1.0)]
+        scheduler = scheduler_of(groups, 60, limits=limits)
+        step(scheduler)
+        assert numbers(scheduler.waiting) == [1]
+        assert (scheduler.quiet_steps() > 0) == waits
+
+
+def test_a_beam_search_of_one_beam_and_one_longer_than_the_numbers_that_python_shares():
+    for outputs in ([6], [300, 300]):
+        parents = [[*range(len(outputs))]] * outputs[0]
+        scheduler = scheduler_of([group(0, 4, outputs, parents=parents)], 200)
+        assert finish(scheduler) == [0]
+        assert scheduler.num_iterations == outputs[0]
+
+
+def test_more_groups_than_python_shares_numbers():
+    """Singles and a pair, so that turns are counted one by one, and the last ones give way."""
+    groups = [group(0, 4, [3, 3]), *(group(n, 4, [3], float(n)) for n in range(1, 301))]
+    scheduler = scheduler_of(groups, 301 + 292, limits=Limits(2560, 400))
+    iteration, _ = step(scheduler)
+    assert len(iteration.prefills) == 301
+    iteration, _ = step(scheduler)
+    assert 256 < len(iteration.decodes) < 301 and numbers(iteration.decodes)[0] == 0
+    assert sorted(finish(scheduler)) == list(range(301))
+
+
 def test_stalled_is_raised_rather_than_turning_for_ever():
     """It takes someone who takes blocks behind the scheduler's back."""
     scheduler = scheduler_of([group(0, 8, [4])], 6)
