@@ -92,7 +92,7 @@ def test_beam_parents_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("width", "num_steps", "theta"),
     [(0, 5, 0.25), (2.0, 5, 0.25), (2, -1, 0.25), (2, 5, 0.0), (2, 5, -1.0), (2, 5, math.nan),
-     (2, 5, 1e9)],
+     (2, 5, 1e9), (2, 5, 100.5)],
 )  # fmt: skip
 def test_beam_parents_refuse_bad_arguments(width, num_steps, theta):
     with pytest.raises(ValueError, match=r"width|num_steps|theta"):

@@ -252,6 +252,15 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "if plain and len(plain) != len(work):": "those that are requests are among them",
         },
     },
+    "beam_search.py": {
+        "beam_histories": {
+            "key=lambda index: ~steps[index])  # fmt: skip": "one less than -steps: the same order",
+        },
+        "_first_scores": {
+            "return np.tile(np.where(np.arange(width) == 0, 1.0, -np.inf), (count, 1))":
+                "only beam 0 has candidates, and all have its score in them: no order changes",
+        },
+    },
     "invariants.py": {
         "check_paged": {
             'assert len(ids) <= len(set(ids)), "a sequence is in two places"': SET,
