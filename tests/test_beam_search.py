@@ -262,6 +262,13 @@ def test_histories_depend_on_the_seed_and_differ_from_each_other():
     assert histories != beam_histories(4, [60] * 40, 1, theta=2.0)
 
 
+def test_512_searches_are_drawn_together_and_those_after_them_apart():
+    """Else the same seed would give other searches than those that are committed."""
+    histories = beam_histories(2, [5] * 513, seed=1)
+    assert histories[:512] == beam_histories(2, [5] * 512, seed=1)
+    assert histories[:511] != beam_histories(2, [5] * 511, seed=1)
+
+
 def test_no_search_is_drawn_twice_however_many_there_are():
     """Also not once in every batch of those that are drawn together."""
     count = 2 * MAX_HISTORIES_AT_ONCE

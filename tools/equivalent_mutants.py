@@ -80,6 +80,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 "no sequence is longer than its final length",
         },
         "_note_full": {
+            "if len(heap) >= 64 + 4 * len(self._held):"
+            "  # mostly void, and no step has cleared them": EARLIER,
             "if len(heap) > 63 + 4 * len(self._held):"
             "  # mostly void, and no step has cleared them": EARLIER,
             "if len(heap) > 64 + 3 * len(self._held):"
