@@ -494,6 +494,23 @@ def test_before_anything_is_scheduled():
     assert scheduler.num_iterations == scheduler.context_tokens == scheduler.quiet_steps() == 0
 
 
+def test_what_an_iteration_is_told():
+    scheduler = scheduler_of([group(0, 4, [2])], 6)
+    assert scheduler.schedule().start_s == 0.0
+    scheduler.complete()
+    iteration = scheduler.schedule(7.5)
+    assert (iteration.index, iteration.start_s) == (1, 7.5)
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_who_gives_way_is_short_of_blocks(mode):
+    scheduler = scheduler_of(three_singles(), 4, mode=mode, cpu=4)
+    step(scheduler)
+    assert not scheduler.short_of_blocks
+    run_until(scheduler, lambda i: i.num_swaps or i.num_recomputations)
+    assert scheduler.short_of_blocks
+
+
 def test_an_arrival_ends_the_quiet_unless_it_is_behind_one_that_waits():
     scheduler = scheduler_of([group(0, 4, [20])], 30)
     step(scheduler)

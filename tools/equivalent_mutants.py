@@ -136,6 +136,11 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "scheduler.py": {
+        "": {
+            'SWAPPED_FROM = {"auto": 2, "swap": 0}'
+            "  # sequences of a group; narrower ones are recomputed":
+                "who runs has a sequence that is not finished",
+        },
         "__init__": {
             "self._widest = 0  # sequences of the largest group so far":
                 "it is read when groups run, and none is empty",
@@ -156,32 +161,20 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "while turn != len(running):": "the turn is at most behind the last",
             "if self.num_running_seqs == widest % len(running):": ITS_WAY,
             "if self.num_running_seqs > widest * len(running):": ITS_WAY,
+            "if self.num_running_seqs is widest * len(running):": ITS_WAY,
             "if self.num_running_seqs >= widest * len(running):":
                 "no group is wider than the widest",
         },
-        "_preempt": {
-            'swap = self.preemption >= "swap" or (self.preemption == "auto" and len(seqs) > 1)':
-                'of the three names only "swap" is not below it',
-            'swap = self.preemption == "swap" or (self.preemption <= "auto" and len(seqs) > 1)':
-                'of the three names "auto" is the least',
-            'swap = self.preemption == "swap" or (self.preemption == "auto" and len(seqs) != 1)':
-                "who runs has a sequence that is not finished",
-        },
         "_await_event": {
-            "steps = seqs[ -1].output_len - generated": "beams are equally long",
+            "first = seqs[ -1]  # beams are equally long": "beams are equally long",
         },
         "_take_events": {
-            "if seq.num_generated != seq.output_len:": "nothing is generated beyond the output",
-            "if group.beam_parents is not None and seqs[ -1].num_generated < seqs[0].output_len:":
+            "first = seqs[ -1]  # beams are equally long: none ends before the others":
                 "beams are equally long",
-            "if group.beam_parents is not None and seqs[0].num_generated != seqs[0].output_len:":
+            "if group.beam_parents is not None and generated != first.output_len:":
                 "nothing is generated beyond the output",
             "if seq.status != FINISHED:": ITSELF,
-        },
-        "_reorder": {
-            "parents = group.beam_parents[seqs[ 1].num_generated - 1]":
-                "beams are equally long, and one alone never moves",
-            "parents = group.beam_parents[seqs[ -1].num_generated - 1]": "beams are equally long",
+            "if seq.num_generated != seq.output_len:": "nothing is generated beyond the output",
         },
         "_place": {
             "if not queue or queue[-1].order == group.order:": ITS_WAY,

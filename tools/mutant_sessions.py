@@ -311,7 +311,7 @@ def found(session: Path) -> Found:
 def changed_line(diff: str) -> str:
     """What a mutant puts there, or what it takes away."""
     for sign in ("+", "-"):
-        lines = re.findall(rf"^\{sign}(?!\{sign}\{sign})\s*(.*)$", diff, re.MULTILINE)
+        lines = re.findall(rf"^\{sign}(?!\{sign}\{sign})[ \t]*(.*)$", diff, re.MULTILINE)
         if lines:
             line = " ".join(lines).strip()
             return line if sign == "+" else f"without {line}"
