@@ -599,7 +599,8 @@ def test_blocks_for_append_where_blocks_are_large():
     manager.allocate(0, 1)
     manager.append_all(300)
     manager.allocate(1, 511)
-    manager.append_all()  # the last slot of the first block
+    manager.allocate(2, 1)
+    manager.append_all()  # for 1 the last slot of its first block
     manager.check_invariants()
     assert manager.blocks_for_append([0, 1]) == manager.blocks_for_step() == 1
     manager.append_all()
