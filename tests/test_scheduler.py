@@ -560,6 +560,14 @@ def test_a_beam_search_of_one_beam_and_one_longer_than_the_numbers_that_python_s
         assert scheduler.num_iterations == outputs[0]
 
 
+def test_only_beams_that_move_are_reordered_however_many_there_are():
+    parents = [[1, *range(1, 300)], [*range(300)]]
+    beams = group(0, 4, [2] * 300, parents=parents)
+    scheduler = scheduler_of([beams], 700, limits=Limits(2560, 400))
+    assert step(scheduler)[1].reorders == [{0: 1}]
+    assert finish(scheduler) == [0]
+
+
 def test_more_groups_than_python_shares_numbers():
     """Singles and a pair, so that turns are counted one by one, and the last ones give way."""
     groups = [group(0, 4, [3, 3]), *(group(n, 4, [3], float(n)) for n in range(1, 301))]
