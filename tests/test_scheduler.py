@@ -191,6 +191,18 @@ def test_nothing_returns_in_the_iteration_in_which_something_was_swapped_out():
     assert swaps >= 2
 
 
+def test_not_even_if_there_would_be_room_for_it():
+    """At the turn of group 0 a block for each of its four must be free, of which it takes none."""
+    groups = [group(0, 6, [9] * 4), group(1, 5, [9], 1.0)]
+    scheduler = scheduler_of(groups, 40, mode="swap", cpu=40)
+    step(scheduler)
+    step(scheduler)
+    fill(scheduler.manager, leave=3)
+    iteration, _ = step(scheduler)
+    assert (iteration.num_swaps, iteration.swapped_in) == (1, ())
+    assert scheduler.manager.can_swap_in([100])
+
+
 @pytest.mark.parametrize("cpu", [0, 1])
 def test_a_full_cpu_pool_falls_back_to_recomputation(cpu):
     groups = [group(0, 4, [8]), group(1, 5, [8, 8], 1.0)]

@@ -148,6 +148,9 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "  # until a completion or an arrival, there is nothing to decide":
                 "before the first arrival nothing runs, which is asked for as well",
         },
+        "enqueue": {
+            "if len(group.seqs) >= self._widest:": "where both are equal it sets what is set",
+        },
         "complete": {
             "if self._next_events and self._next_events[0] == now:":
                 "no step goes beyond the next event",
@@ -249,6 +252,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
     },
     "beam_search.py": {
         "beam_histories": {
+            "while running and steps[order[running - 1]] == step:":
+                "who ends is left out in the step in which it ends: none ended before",
             "key=lambda index: ~steps[index])  # fmt: skip": "one less than -steps: the same order",
         },
         "_first_scores": {
