@@ -102,22 +102,22 @@ def _survivors(
     log_probs = np.log(-np.expm1(rest)) + np.cumsum(rest, axis=-1) - rest
     candidates = scores[:, :, None] - np.sort(-log_probs, axis=-1)[:, :, :width]
     flat = candidates.reshape(count, width * width)
-    best = np.argsort(-flat, axis=-1, kind="stable")[:, :width]
+    best = np.argsort(-flat, axis=1, kind="stable")[:, :width]
     beams = best // width  # (K, width), best candidate first
-    won = np.take_along_axis(flat, best, axis=-1)
+    won = np.take_along_axis(flat, best, axis=1)
     same = beams[:, :, None] == beams[:, None, :]
-    extra = np.tril(same, -1).any(axis=-1)  # a beam's second candidate and those after it
+    extra = np.tril(same, -1).any(axis=2)  # a beam's second candidate and those after it
     # Each survivor keeps its place; the extra ones take the places of the dead, in order.
     alive = np.zeros((count, width), dtype=bool)
-    np.put_along_axis(alive, beams, True, axis=-1)
+    np.put_along_axis(alive, beams, True, axis=1)
     places = beams.copy()
-    ranks = np.argsort(~extra, axis=-1, kind="stable")  # the extra ones first
-    dead = np.argsort(alive, axis=-1, kind="stable")  # the dead first
-    taken = np.arange(width) < extra.sum(axis=-1)[:, None]
+    ranks = np.argsort(~extra, axis=1, kind="stable")  # the extra ones first
+    dead = np.argsort(alive, axis=1, kind="stable")  # the dead first
+    taken = np.arange(width) < extra.sum(axis=1)[:, None]
     rows = np.nonzero(taken)[0]
     places[rows, ranks[taken]] = dead[taken]
     parents = np.empty_like(beams)
     new_scores = np.empty_like(scores)
-    np.put_along_axis(parents, places, beams, axis=-1)
-    np.put_along_axis(new_scores, places, won, axis=-1)
+    np.put_along_axis(parents, places, beams, axis=1)
+    np.put_along_axis(new_scores, places, won, axis=1)
     return parents, new_scores

@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING
 
 import command_line
 from command_line import OneLineParser, UsageError, exit_code, folder, positive, seed
-from trace_options import add_trace_options, check_options, make_trace_case
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
+    command_line.require_packages("capacity.py", "numpy", "tabulate")
 
 import paper
 from gpus import GPUS
 from paper import GIB
 from progress import Progress
+from trace_options import add_trace_options, check_options, make_trace_case
 
 if TYPE_CHECKING:
     from capacity_case import Case

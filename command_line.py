@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -31,6 +32,12 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        """argparse passes over an OSError: --help into a full disk would end well, unbuffered."""
+        stream = sys.stdout if file is None else file
+        if message and stream is not None:
+            stream.write(message)
 
     def parse_known_args(self, args=None, namespace=None):  # parse_args comes here too
         given = sys.argv[1:] if args is None else args
@@ -58,8 +65,8 @@ def seed(text: str) -> int:
 
 def folder(text: str) -> Path:
     """A folder's name. An empty one, of a variable that is not set say, is not the current one."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' names no folder ('.' is the current one)")
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} names no folder ('.' is the current one)")
     return Path(text)
 
 
@@ -83,6 +90,20 @@ def exit_code(script: str, run: Callable[[], int]) -> int:
         return _refuse(script, f"cannot write the output: {error.strerror or error}")
     except KeyboardInterrupt:
         return 130
+
+
+def print_then(keep: Callable[[], None], show: Callable[[], None]) -> None:
+    """Print what was found, then keep it; also where whoever read has gone, but not on a full disk.
+
+    For what is printed when all of it is found: a reader that has seen enough loses nothing.
+    """
+    try:
+        show()
+        _flush()
+    except BrokenPipeError:
+        keep()
+        raise
+    keep()
 
 
 def _flush() -> None:
@@ -111,6 +132,15 @@ def drop_output() -> None:
 
 def _drop(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def require_packages(script: str, *names: str) -> None:
+    """One line and exit code 2 for packages that are not there, before a module asks for them."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        told = f"{' and '.join(missing)} {verb} not installed: pip install -r requirements.txt"
+        sys.exit(_refuse(script, f"{told} (README, Quick start)"))
 
 
 def end_on_interrupt() -> None:

@@ -31,6 +31,8 @@ def read_bounded(path: str | os.PathLike[str], most: int) -> bytes | None:
         if os.fstat(file.fileno()).st_size > most:
             return None
         data = file.read(most + 1)  # what the system makes up, as in /proc, says no size
+    if data is None:  # such a file may have nothing yet, as the kernel's log
+        raise OSError(errno.EAGAIN, "it would have to be waited for")
     return data if len(data) <= most else None
 
 

@@ -84,7 +84,7 @@ def _check_pool(pool: BlockAllocator, held: Counter[int], name: str) -> None:
 def _check_table(table: BlockTable, size: int, fills: Fills, pool: str) -> None:
     assert table.room >= 0 and table.held >= 0, "negative room"
     assert 0 <= table.unfilled < size, "the last block is empty or over-full"
-    assert len(table.blocks) == -(-table.num_tokens // size) > 0, "table length"
+    assert table.blocks, "a table without a block"
     assert 0 <= table.num_prefix_blocks <= len(table.blocks), "prefix longer than the table"
     before = None
     for index, (block, filled) in enumerate(table.entries()):

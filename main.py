@@ -30,6 +30,7 @@ from command_line import OneLineParser, UsageError, exit_code, folder, positive,
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
+    command_line.require_packages("main.py", "torch", "numpy", "tabulate")
 
 import paper
 from progress import Progress

@@ -13,7 +13,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import command_line
 from command_line import exit_code
+
+if __name__ == "__main__":
+    command_line.end_on_interrupt()
+    command_line.require_packages("report.py", "tabulate")
+
 from output_files import OutputError, check_writable, current_umask, write_json, write_whole
 from tables import FORMATS, Cell, Table, cell_text, render
 
@@ -142,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 if every cell is there and held, 1 if not, or 2 with one line on stderr."""
     from sweep_table import parse_and_merge
 
+    command_line.raise_on_interrupt()
     return exit_code("report.py", lambda: parse_and_merge(argv))
 
 

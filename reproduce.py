@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import command_line
-from command_line import OneLineParser, UsageError, exit_code, folder, positive
+from command_line import OneLineParser, UsageError, exit_code, folder, positive, print_then
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
+    command_line.require_packages("reproduce.py", "numpy", "tabulate")
 
 import paper
 from progress import Progress
@@ -110,28 +111,30 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     found = reproduce(figures, lengths, args.seeds, args.jobs, progress)
     elapsed = time.perf_counter() - start
     progress.clear()
-    try:
-        failed = show(found, sources, args.format, elapsed)
-    finally:  # whoever read the output may have gone, but all that is asked for is there
+    checks = [figure.check_json() for figure in found]
+    code = 0 if all(check["ok"] for check in checks) else 1
+
+    def keep() -> None:
+        """All that is asked for beside the output. Raises OutputError."""
         if args.json is not None:
-            checks = [figure.check_json() for figure in found]
             write_json(args.json, document(
                 "reproduce.py", vars(args), seeds=range(args.seeds),
                 setting={"seeds": args.seeds, "quick": args.quick,
                          "beam_seconds": args.beam_seconds, "lengths": sources},
                 notes=[note for figure in found for note in figure.notes],
-                tables=[rows_json(found)], checks=checks,
-                exit_code=0 if all(check["ok"] for check in checks) else 1, elapsed_s=elapsed,
+                tables=[rows_json(found)], checks=checks, exit_code=code, elapsed_s=elapsed,
             ))  # fmt: skip
         if args.figures is not None:
             from pictures import draw
 
             draw(found, args.figures)
-    return 1 if failed else 0
+
+    print_then(keep, lambda: show(found, sources, args.format, elapsed))
+    return code
 
 
-def show(found: list[Found], sources: dict[str, str], fmt: str, elapsed: float) -> int:
-    """Print all figures; returns how many rows are neither held nor explained."""
+def show(found: list[Found], sources: dict[str, str], fmt: str, elapsed: float) -> None:
+    """Print all figures, and how many rows are held, explained or neither."""
     from comparison import EXPLAINED
     from tables import counted, render
 
@@ -154,7 +157,6 @@ def show(found: list[Found], sources: dict[str, str], fmt: str, elapsed: float) 
         f"\n{comment}{counted(len(rows), 'row')}: {held} held{of_these}, {explained} explained, "
         f"{failed} not held, {elapsed:.1f} s"
     )
-    return failed
 
 
 def parse_and_run(argv: list[str] | None) -> int:

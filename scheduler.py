@@ -16,6 +16,7 @@ and `advance(n)` takes them at once. Bookkeeping only. serving.py runs it over a
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import deque
 from heapq import heappop, heappush
@@ -30,6 +31,7 @@ from kv_cache_manager import (
 from sequence import FINISHED, Clock, Sequence, SequenceGroup, SequenceStatus
 
 PREEMPTION_MODES = ("auto", "swap", "recompute")
+SWAPPED_FROM = {"auto": 2, "swap": 1}  # sequences of a group; narrower ones are recomputed
 ORDER = attrgetter("order")
 
 
@@ -46,7 +48,7 @@ class Scheduler:
             raise ValueError(f"preemption is one of {PREEMPTION_MODES}, got {preemption!r}")
         self.manager = manager
         self.limits = limits
-        self.preemption = preemption
+        self.swapped_from = SWAPPED_FROM.get(preemption, math.inf)
         self.waiting: deque[SequenceGroup] = deque()
         self.running: list[SequenceGroup] = []
         self.swapped: list[SequenceGroup] = []
@@ -199,8 +201,7 @@ class Scheduler:
         ids = group.unfinished_ids()
         group.num_preemptions += 1
         self._events[group.event_step].remove(group)
-        swap = self.preemption == "swap" or (self.preemption == "auto" and len(seqs) > 1)
-        if swap and self.manager.can_swap_out(ids):
+        if len(seqs) >= self.swapped_from and self.manager.can_swap_out(ids):
             iteration.swapped_out += self.manager.swap_out(ids)
             iteration.num_swaps += 1
             _place(self.swapped, group)
@@ -274,9 +275,10 @@ class Scheduler:
         """Note when the first of these, its running sequences, ends or changes parents."""
         if group.beam_parents is None:
             steps = min([seq.output_len - seq.num_generated for seq in seqs])
-        else:  # beams are equally long
-            generated = seqs[0].num_generated
-            steps = seqs[0].output_len - generated
+        else:
+            first = seqs[0]  # beams are equally long
+            generated = first.num_generated
+            steps = first.output_len - generated
             move = group.beam_parents.next_move(generated)
             if move is not None:
                 steps = min(steps, move + 1 - generated)
@@ -299,8 +301,10 @@ class Scheduler:
         groups.sort(key=ORDER)
         for group in groups:
             seqs = group.seqs
-            if group.beam_parents is not None and seqs[0].num_generated < seqs[0].output_len:
-                self._reorder(group, done)  # beams are equally long: none ends before the others
+            first = seqs[0]  # beams are equally long: none ends before the others
+            generated = first.num_generated
+            if group.beam_parents is not None and generated < first.output_len:
+                self._reorder(seqs, group.beam_parents[generated - 1], done)
                 self._await_event(group, seqs)
                 continue
             left = []
@@ -319,9 +323,7 @@ class Scheduler:
         if groups and not self.admits_arrivals:
             self._settled = False
 
-    def _reorder(self, group: SequenceGroup, done: Completion) -> None:
-        seqs = group.seqs
-        parents = group.beam_parents[seqs[0].num_generated - 1]
+    def _reorder(self, seqs: list[Sequence], parents: list[int], done: Completion) -> None:
         moved = {
             seqs[child].seq_id: seqs[parent].seq_id
             for child, parent in enumerate(parents)

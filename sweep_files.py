@@ -28,6 +28,8 @@ def read_document(path: Path) -> Json:
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{path}: not JSON: {reason}") from None
+    if isinstance(found, dict) and {"command", "commit", "output"} <= found.keys():
+        raise UsageError(f"{path}: a recording: what --json wrote is under its output")
     if not isinstance(found, dict) or "schema" not in found:
         raise UsageError(f"{path}: not what --json writes: it has no schema")
     if found["schema"] != SCHEMA:

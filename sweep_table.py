@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from command_line import OneLineParser, UsageError
+from command_line import OneLineParser, UsageError, print_then
 from json_document import Json, document
 from output_files import check_writable, write_json
 from sweep_cells import SCRIPTS
@@ -288,21 +288,24 @@ def parse_and_merge(argv: list[str] | None) -> int:
             told = ", ".join(sorted(known)) or "none"
             raise UsageError(f"--table {name[:40]!a}: the files have {told}")
     bad = [check for check in merged.checks if not check["ok"]]
-    try:
+
+    def show() -> None:
         write = partial(_print, "% " if args.format == "latex" else "")
         print(render(shown(merged, args.table), args.format))
         write(f"\n{len(merged.checks) - len(bad)} of {len(merged.checks)} cells held")
         for check in bad:
             write(f"{_text(check['name'])}: {_text(check['detail'])}")
-    finally:  # whoever read the output may have gone, but all that is asked for is there
+
+    def keep() -> None:
         if args.json is not None:
-            _write(args, merged, time.perf_counter() - start)
+            _write(args, merged, int(bool(bad)), time.perf_counter() - start)
+
+    print_then(keep, show)
     return int(bool(bad))
 
 
-def _write(args: argparse.Namespace, merged: Merged, elapsed_s: float) -> None:
+def _write(args: argparse.Namespace, merged: Merged, code: int, elapsed_s: float) -> None:
     """The document of --json. Raises OutputError."""
-    code = 0 if all(check["ok"] for check in merged.checks) else 1
     setting = {"script": merged.script, "num_files": merged.num_files,
                "parameters": list(merged.parameters)}  # fmt: skip
     table = {

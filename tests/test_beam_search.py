@@ -92,7 +92,7 @@ def test_beam_parents_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("width", "num_steps", "theta"),
     [(0, 5, 0.25), (2.0, 5, 0.25), (2, -1, 0.25), (2, 5, 0.0), (2, 5, -1.0), (2, 5, math.nan),
-     (2, 5, 1e9)],
+     (2, 5, 1e9), (2, 5, 100.5)],
 )  # fmt: skip
 def test_beam_parents_refuse_bad_arguments(width, num_steps, theta):
     with pytest.raises(ValueError, match=r"width|num_steps|theta"):
@@ -260,6 +260,13 @@ def test_histories_depend_on_the_seed_and_differ_from_each_other():
     both = histories + beam_histories(4, [60] * 40, seed=2)
     assert len({str(history) for history in both}) == 80, "two of them are the same search"
     assert histories != beam_histories(4, [60] * 40, 1, theta=2.0)
+
+
+def test_512_searches_are_drawn_together_and_those_after_them_apart():
+    """Else the same seed would give other searches than those that are committed."""
+    histories = beam_histories(2, [5] * 513, seed=1)
+    assert histories[:512] == beam_histories(2, [5] * 512, seed=1)
+    assert histories[:511] != beam_histories(2, [5] * 511, seed=1)
 
 
 def test_no_search_is_drawn_twice_however_many_there_are():

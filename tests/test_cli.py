@@ -1,5 +1,7 @@
 """`python main.py` as a user meets it: what it prints, writes and returns, and what it refuses.
 
+Regime item 9, in part: the same seed gives the same bytes.
+
 Arguments that argparse refuses and whole runs are processes of their own. What is refused only
 once torch is loaded calls `main.main` here, to load it once.
 """

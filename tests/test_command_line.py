@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from command_line import OneLineParser, UsageError, exit_code, folder, raise_on_interrupt
+from command_line import (
+    OneLineParser,
+    UsageError,
+    exit_code,
+    folder,
+    print_then,
+    raise_on_interrupt,
+)
 from report import OutputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +178,50 @@ def test_what_was_printed_before_a_refusal_fails_in_one_line(error):
         )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "a.py: error: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_into_a_full_disk_fails_however_it_is_buffered(unbuffered):
+    """argparse by itself passes over it, and where nothing is buffered nobody else is told."""
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "report.py", "--help"], cwd=ROOT, env=env, stdout=full,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "report.py: error: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize("script", ["main.py", "capacity.py", "reproduce.py", "report.py"])
+def test_a_package_that_is_not_there_takes_one_line(script):
+    """Whoever did not install the requirements: -S leaves out all but the standard library."""
+    env = {name: v for name, v in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+    done = subprocess.run(
+        [sys.executable, "-S", script, "--help"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(
+        rf"{script}: error: (torch and )?(numpy and )?tabulate (is|are) not installed: pip install "
+        r"-r requirements\.txt \(README, Quick start\)\n",
+        done.stderr,
+    )
+
+
+def test_what_was_found_is_kept_where_its_reader_has_gone_but_not_on_a_full_disk(capsys):
+    for error, kept in ((BrokenPipeError(), 1), (OSError(28, "full"), 0), (None, 1)):
+        calls = []
+
+        def show(error=error):
+            if error is not None:
+                raise error
+
+        if error is None:
+            print_then(lambda calls=calls: calls.append(1), show)
+        else:
+            with pytest.raises(type(error)):
+                print_then(lambda calls=calls: calls.append(1), show)
+        assert len(calls) == kept
 
 
 def test_a_value_that_argparse_drops_is_refused(capsys):

@@ -1,6 +1,6 @@
 """Regime item 4 for the baseline: every state of small pools of reservations and buddy chunks.
 
-First the buddy allocator alone, over pools of every size up to 11 blocks; then the real
+First the buddy allocator alone, over pools of every size up to 10 blocks; then the real
 `BaselineCacheManager` under each policy, with everything that can be called in each state. Two
 states are one if they differ only in the ids of sequences and in the time. Addresses do count, and
 so does the order of the free lists: both decide what is found free later.
@@ -111,13 +111,21 @@ def search_buddy(num_blocks, max_chunk, record=lambda *_: None):
     return search(what, start, copy_buddy, frozen_buddy, frozen_buddy, buddy_moves, record)
 
 
-@pytest.mark.parametrize("max_chunk", [1, 2, 4, 8])
-def test_every_state_of_a_small_buddy_allocator(max_chunk):
-    most = {1: 6, 2: 7, 4: 8, 8: 8}[max_chunk]
-    for num_blocks in range(1, most + 1):
-        found = search_buddy(num_blocks, max_chunk)
-        assert found.done["give back"] and found.done["take 1"]
-    assert found.seen["no chunk although as many blocks are free"] or max_chunk == 1
+@pytest.mark.parametrize(
+    ("max_chunk", "most", "states", "transitions"),
+    [(1, 6, 2_371, 4_730), (2, 7, 1_139, 4_888), (4, 10, 30_111, 179_788), (8, 8, 2_956, 14_694)],
+)
+def test_every_state_of_a_small_buddy_allocator(
+    max_chunk, most, states, transitions, record_property
+):
+    found = [search_buddy(num_blocks, max_chunk) for num_blocks in range(1, most + 1)]
+    for one in found:
+        assert one.done["give back"] and one.done["take 1"]
+    assert found[-1].seen["no chunk although as many blocks are free"] or max_chunk == 1
+    total = sum(one.states for one in found), sum(one.transitions for one in found)
+    record_property("states", total[0])
+    record_property("transitions", total[1])
+    assert total == (states, transitions)
 
 
 # ---- the manager --------------------------------------------------------------------------------
@@ -399,6 +407,7 @@ def test_every_state_of_a_large_world(world, states, transitions, record_propert
 @pytest.mark.parametrize(
     ("num_blocks", "max_chunk", "states", "transitions"),
     [(12, 4, 229_652, 1_680_753), (10, 8, 19_001, 119_986)],
+    ids=["12 blocks in chunks of up to 4", "10 blocks in chunks of up to 8"],
 )
 def test_every_state_of_a_large_buddy_allocator(
     num_blocks, max_chunk, states, transitions, record_property

@@ -17,17 +17,24 @@ import hunt  # noqa: E402
 import hunt_blocks  # noqa: E402
 import record  # noqa: E402
 
+from command_line import UsageError  # noqa: E402
+
 TESTS = """
+import os
 import pytest
 @pytest.mark.slow
 def test_found(record_property):
     record_property("states", 1234)
+    record_property("steps", os.environ["RULE_STEPS"])
     record_property("cpu_s", 1.5)
     record_property("seeds", "0 to 3")
 @pytest.mark.slow
 def test_nothing():
     assert {how}
-def test_quick():
+@pytest.mark.slow
+def test_other():
+    raise AssertionError("not chosen: never run")
+def test_quick_nothing():
     raise AssertionError("not slow: never run")
 """
 
@@ -39,7 +46,10 @@ def hunting(tmp_path, monkeypatch, how):
     settings = "[pytest]\nmarkers = slow\njunit_family = xunit1\n"
     (tmp_path / "pytest.ini").write_text(settings, encoding="ascii")
     monkeypatch.setattr(hunt, "ROOT", tmp_path)
-    monkeypatch.setitem(hunt.HUNTS, "fuzz", hunt.Hunt(("test_own",), "", {"RULE_STEPS": "9"}))
+    monkeypatch.setenv("RULE_STEPS", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing")
+    own = {"RULE_STEPS": "9"}
+    monkeypatch.setitem(hunt.CHOICES, "fuzz", hunt.Hunt(("test_own",), "found or nothing", own))
     code = hunt.main(["fuzz", "--json", str(tmp_path / "out.json")])
     return code, json.loads((tmp_path / "out.json").read_text(encoding="ascii"))
 
@@ -52,11 +62,12 @@ def test_figures_come_back_as_the_tests_gave_them(tmp_path, monkeypatch, capfd):
     assert code == found["exit_code"] == 0
     assert found["setting"] == {"RULE_STEPS": "9"} and found["options"] == {"hunt": "fuzz"}
     assert [(row["test"], row["outcome"], row["figures"]) for row in table["rows"]] == [
-        ("test_own.py::test_found", "passed", {"states": 1234, "cpu_s": 1.5, "seeds": "0 to 3"}),
+        ("test_own.py::test_found", "passed",
+         {"states": 1234, "steps": 9, "cpu_s": 1.5, "seeds": "0 to 3"}),
         ("test_own.py::test_nothing", "passed", {}),
     ]
     printed = capfd.readouterr().out
-    assert "passed  test_own.py::test_found: states 1,234, cpu_s 1.5, seeds 0 to 3\n" in printed
+    assert "passed  test_own.py::test_found: states 1,234, steps 9, cpu_s 1.5, seeds" in printed
 
 
 @pytest.mark.parametrize(
@@ -125,6 +136,37 @@ def test_coverage_that_was_not_measured_is_refused(tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(hunt, "ROOT", tmp_path)
     assert hunt.main(["coverage"]) == 2
     assert "make coverage ended with 2 and left no figures" in capfd.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hunt.main(["coverage"]) == 2
+    assert capfd.readouterr().err.endswith("make cannot be run: No such file or directory\n")
+
+
+@pytest.mark.parametrize(("taken", "code"), [(98, 0), (97, 1)])
+def test_too_few_branches_are_not_held(monkeypatch, capsys, taken, code):
+    found = {"files": {}, "totals": {"num_branches": 100, "covered_branches": taken}}
+    monkeypatch.setattr(hunt, "run_coverage", lambda: (hunt.coverage_rows(found, 1.0), 0))
+    assert hunt.main(["coverage"]) == code
+
+
+def test_a_report_that_is_cut_is_refused(monkeypatch, capfd):
+    leaves = "import sys; open(sys.argv[1], 'w').write('<testsuites><testsuite')"
+    monkeypatch.setattr(
+        hunt.Hunt, "command", lambda _, report: [sys.executable, "-c", leaves, str(report)]
+    )
+    assert hunt.main(["fuzz"]) == 2
+    assert capfd.readouterr().err == "hunt.py: error: pytest ended with 0 and left no report\n"
+
+
+def test_small_keeps_what_is_counted_and_what_failed(monkeypatch, tmp_path, capsys):
+    counted, silent = recorded_row("a", states=1), recorded_row("b")
+    for failed in (False, True):
+        bad = {**silent, "test": "c", "outcome": "failure"}
+        rows = [counted, silent, *([bad] if failed else [])]
+        monkeypatch.setattr(hunt, "run_tests", lambda _, rows=rows: (rows, 0))
+        assert hunt.main(["small", "--json", str(tmp_path / "out.json")]) == int(failed)
+        found = json.loads((tmp_path / "out.json").read_text(encoding="ascii"))
+        kept = [row["test"] for row in found["tables"][0]["rows"]]
+        assert kept == ["a", "c"] if failed else kept == ["a"]
 
 
 @pytest.mark.parametrize("told", ["0123abc", None])
@@ -148,7 +190,8 @@ def recorded_row(test, **figures):
 
 
 def result_of(name, *found):
-    output = {"schema": "x/1", "elapsed_s": 61.2, "tables": [{"id": "tests", "rows": [*found]}]}
+    tables = [{"id": "tests", "rows": [*found]}]
+    output = {"schema": "x/1", "elapsed_s": 61.2, "exit_code": 0, "tables": tables}
     command = f"python tools/hunt.py {name}"
     return {"command": command, "device": "2 cores", "versions": {}, "output": output}
 
@@ -187,6 +230,29 @@ def test_a_line_has_the_sums_of_a_hunts_tests(results):
     assert second.strip("|").split("|")[1].strip() == "b"
 
 
+def test_a_hunt_that_failed_or_counted_something_else_is_no_result(results):
+    results["hunt_exhaustive.json"] = one = result_of("exhaustive", recorded_row("a", states=1))
+    with pytest.raises(KeyError, match="transitions"):  # update_readme.py refuses it in one line
+        hunt_blocks.reliability()
+    one["output"]["exit_code"] = 1
+    for part in (hunt_blocks.reliability, hunt_blocks.hunts):
+        with pytest.raises(UsageError, match="a hunt that failed"):
+            part()
+
+
+def test_what_make_test_goes_through_is_told_by_file(results):
+    figures = {"states": 3, "transitions": 4, "workloads": 5, "contiguous workloads": 6,
+               "rules": 7, "sequences": 8, "inputs": 9}  # fmt: skip
+    found = [recorded_row(f"{name}::test_a", **figures) for name in hunt_blocks.SMALL] * 2
+    assert hunt_blocks.small() == "Not recorded yet."
+    results["hunt_small.json"] = result_of("small", *found)
+    assert hunt_blocks.small().startswith(
+        "6 states of the paged manager, 8 calls in them; 6 states of the contiguous one and of its "
+        "buddy allocator, and 8 calls; 10 workloads, 12 contiguous; 14 random calls; 16 sequences; "
+        "18 malformed inputs: `python tools/hunt.py small`, 61 s on 2 cores"
+    )
+
+
 @pytest.mark.parametrize("name", hunt.HUNTS)
 def test_every_hunt_has_a_line_for_the_readme(name):
     assert name in hunt_blocks.LINES
@@ -198,10 +264,13 @@ def test_coverage_and_mutants_are_shares(results):
         recorded_row("all", branches=200, taken=199),
     )  # fmt: skip
     modules = [{"module": "a.py", "mutants": 40, "killed": 39}, {"mutants": 5, "killed": 5}]
-    tables = [{"id": "mutants", "rows": modules}]
+    survivors = [{"reason": "none can tell"}]
+    tables = [{"id": "mutants", "rows": modules}, {"id": "survivors", "rows": survivors}]
     results["mutants.json"] = {"output": {"schema": "x/1", "tables": tables}}
     changes, branches = hunt_blocks.reliability().splitlines()
-    assert changes.startswith("* 44 of 45 changes to 2 modules noticed")
+    assert changes.startswith("* 44 of 45 changes to 2 modules noticed by tests, each of the")
+    survivors[0]["reason"] = None
+    assert "NOT ALL others explained" in hunt_blocks.reliability()
     assert branches.startswith("* 99.5% of the branches")
     text = hunt_blocks.coverage()
     assert text.startswith("199 of 200 branches, 99.5% (`python tools/hunt.py coverage`, 2 cores")

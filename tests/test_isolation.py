@@ -10,8 +10,8 @@ Kernel gather must give the same bits. Kernel triton may differ by rounding, 1e-
 between -1 and 1 and 16 elements make a score, so the weights of two tokens differ by e**8 at most,
 mostly by less than e; a foreign token among a hundred would be seen a hundred times over.
 
-The slow runs take ISOLATION_LIFETIMES (environment; 10,000) sequences, triton all of them on CUDA:
-    python -m pytest -m slow -rP tests/test_isolation.py
+The slow runs take ISOLATION_LIFETIMES (environment) sequences, or 10,000; triton on a CPU 500:
+    python tools/hunt.py isolation-gather
 """
 
 import os
@@ -176,8 +176,8 @@ def live_on(lifetimes, kernel, record=lambda *_: None, **options):
     assert outputs > 2 * lived and swaps and recomputations and copies
 
 
-def test_the_gather_kernel_keeps_sequences_apart():
-    live_on(500, GATHER)
+def test_the_gather_kernel_keeps_sequences_apart(record_property):
+    live_on(500, GATHER, record_property)
 
 
 @pytest.mark.slow
@@ -185,15 +185,16 @@ def test_the_gather_kernel_keeps_10_000_sequences_apart(record_property):
     live_on(LIFETIMES, GATHER, record_property)
 
 
-def test_the_triton_kernel_keeps_sequences_apart():
+def test_the_triton_kernel_keeps_sequences_apart(record_property):
     pytest.importorskip("triton")
-    live_on(500 if ON_CUDA else 60, TRITON, count=12, num_layers=1)
+    live_on(500 if ON_CUDA else 60, TRITON, record_property, count=12, num_layers=1)
 
 
 @pytest.mark.slow
 def test_the_triton_kernel_keeps_many_sequences_apart(record_property):
     pytest.importorskip("triton")
-    lifetimes = LIFETIMES if ON_CUDA else LIFETIMES // 20
+    asked = ON_CUDA or "ISOLATION_LIFETIMES" in os.environ
+    lifetimes = LIFETIMES if asked else LIFETIMES // 20  # the interpreter is slow
     live_on(lifetimes, TRITON, record_property, num_layers=2 if ON_CUDA else 1)
 
 

@@ -1,5 +1,6 @@
 """model_config.py and what it stands on: published counts, and what is refused by name."""
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 from published_models import PUBLISHED
 
+import input_files
 import paper
 from config_file import MAX_BYTES, Config, ConfigError, quantisation, read_config
 from decoder import Decoder, Experts
@@ -438,6 +440,31 @@ def test_a_configuration_that_cannot_be_read_is_named(name, said, tmp_path):
     with pytest.raises(ConfigError) as info:
         read_config(path)
     assert str(info.value) == f"{path}: cannot be read: {said}"
+
+
+class MadeUp(io.BytesIO):
+    """A file that the system makes up as it is read: its size says nothing."""
+
+    def fileno(self):
+        return os.open(os.devnull, os.O_RDONLY)
+
+
+@pytest.mark.parametrize(("length", "found"), [(4, b"xxxx"), (5, None), (10**6, None)])
+def test_a_file_without_a_size_is_not_read_to_its_end(monkeypatch, length, found):
+    there = MadeUp(b"x" * length)
+    monkeypatch.setattr(input_files, "open_regular", lambda _: there)
+    monkeypatch.setattr(there, "close", lambda: None)
+    assert input_files.read_bounded("a", 4) == found
+    assert there.tell() <= 5
+
+
+def test_a_file_that_would_have_to_be_waited_for_is_refused(monkeypatch):
+    """As the kernel's log, which is a regular file and may have nothing yet."""
+    there = MadeUp(b"")
+    monkeypatch.setattr(there, "read", lambda _: None)
+    monkeypatch.setattr(input_files, "open_regular", lambda _: there)
+    with pytest.raises(ConfigError, match="a: cannot be read: it would have to be waited for"):
+        read_config("a")
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):

@@ -138,6 +138,14 @@ def test_only_survivors_are_run_again_and_with_the_tests_of_now(work):
     assert work.session().lines_gone() == 0
 
 
+@pytest.mark.parametrize(("which", "runs"), [("all", 2), ("unexplained", 0)])
+def test_survivors_with_a_reason_may_be_left_alone(work, monkeypatch, which, runs):
+    monkeypatch.setattr(mutants, "REASONS", why("x = 2"))
+    work.begin(["KILLED"] * 98 + ["SURVIVED"] * 2)
+    mutants.main(["--again", which])
+    assert work.runs == [runs]
+
+
 @pytest.mark.parametrize("option", ["--again", None])
 def test_mutants_of_a_module_that_has_changed_are_not_run(work, capsys, option):
     work.begin(["KILLED", "SURVIVED"])

@@ -599,10 +599,20 @@ def test_blocks_for_append_where_blocks_are_large():
     manager.allocate(0, 1)
     manager.append_all(300)
     manager.allocate(1, 511)
-    manager.append_all()  # the last slot of the first block
+    manager.allocate(2, 1)
+    manager.append_all()  # for 1 the last slot of its first block
+    manager.check_invariants()
     assert manager.blocks_for_append([0, 1]) == manager.blocks_for_step() == 1
     manager.append_all()
     assert manager.blocks_for_append([0, 1]) == manager.blocks_for_step() == 0
+
+
+def test_a_table_of_many_blocks():
+    manager = manager_of(400, 1)
+    manager.allocate(0, 300)
+    manager.append_all(50)
+    manager.check_invariants()
+    assert manager.block_table(0).entries() == [(block, 1) for block in range(350)]
 
 
 @pytest.mark.parametrize("stepped", [False, True])
@@ -1089,6 +1099,10 @@ def gpu_used_free(m):
     m._gpu.free_blocks.append(m._tables[0].blocks[0])
 
 
+def gpu_stranger(m):
+    m._gpu.free_blocks.append(m.num_blocks)
+
+
 def kept_prefix_free(m):
     m.free(6)
     m.free(100)
@@ -1156,6 +1170,10 @@ def holders_differ_in_fill(m):
     m._tables[3].held += 1
 
 
+def holders_differ_in_fill_the_other_way(m):
+    m._tables[3].held -= 1
+
+
 def holders_differ_in_place(m):
     m._tables[3].blocks.reverse()
     m._tables[3].held = 0
@@ -1191,6 +1209,10 @@ def bucket_forgotten(m):
     del m._due[m._tables[0].phase][0]
 
 
+def bucket_stranger(m):
+    m._due[1][5] = m._tables[5].blocks
+
+
 def bucket_copy(m):
     m._due[m._tables[0].phase][0] = m._tables[0].blocks.copy()
 
@@ -1201,6 +1223,10 @@ def room_in_step(m):
 
 def held_in_step(m):
     m._tables[0].held = 1
+
+
+def room_and_held_in_step(m):
+    m._tables[0].room = m._tables[0].held = 1
 
 
 def writable_shared(m):
@@ -1259,6 +1285,11 @@ def free_cpu_block_in_ledger(m):
     m._cpu_copies.nodes[m._cpu.free_blocks[0]] = CopyLedger.Node(None, 0)
 
 
+def free_cpu_block_in_ledger_that_the_gpu_holds(m):
+    block = next(b for b in m._cpu.free_blocks if b in m._tables[0].blocks)
+    m._cpu_copies.nodes[block] = CopyLedger.Node(None, 0)
+
+
 def copied_too_much(m):
     m._gpu_copies.nodes[m._tables[6].blocks[1]].copied = 5
 
@@ -1271,22 +1302,26 @@ CORRUPTIONS = {
     "a sequence is in two places": (two_places, prefix_and_sequence),
     "a {} block is twice on the free list": (gpu_twice_free, cpu_twice_free),
     "a {} block is free and in a table": (gpu_used_free, cpu_used_free, kept_prefix_free),
-    "a {} block is lost": (gpu_lost, cpu_lost),
+    "a {} block is lost": (gpu_lost, cpu_lost, gpu_stranger),
     "{} reference counts differ from the tables": (
         gpu_reference_too_many, gpu_reference_missing, cpu_reference_too_many
     ),
     "swap space above the GPU's blocks": (cpu_larger,),
     "negative room": (negative_room, negative_held),
     "the last block is empty or over-full": (over_full, last_block_empty),
-    "table length": (empty_table,),
+    "a table without a block": (empty_table,),
     "prefix longer than the table": (long_prefix, negative_prefix),
-    "holders of block {} disagree about it": (holders_differ_in_fill, holders_differ_in_place),
+    "holders of block {} disagree about it": (
+        holders_differ_in_fill, holders_differ_in_fill_the_other_way, holders_differ_in_place
+    ),
     "a swapped table runs with the clock": (swapped_in_step,),
     "a shared prefix may grow": (prefix_with_room, prefix_in_step),
     "the set of loose tables": (loose_forgotten, loose_stranger),
-    "a table waits in the wrong bucket": (wrong_bucket, bucket_forgotten),
+    "a table waits in the wrong bucket": (wrong_bucket, bucket_forgotten, bucket_stranger),
     "a bucket feeds another table": (bucket_copy,),
-    "a table in step has slots of its own": (room_in_step, held_in_step),
+    "a table in step has slots of its own": (
+        room_in_step, held_in_step, room_and_held_in_step
+    ),
     "a shared block could be written without a copy": (writable_shared, shared_in_step),
     "unfilled in step": (add_to("_in_step_unfilled", 1), add_to("_in_step_unfilled", -1)),
     "logical blocks": (add_to("_logical_blocks", 1), add_to("_logical_blocks", -1)),
@@ -1298,7 +1333,9 @@ CORRUPTIONS = {
         wrong_usage(padding=1, free=-1), wrong_usage(padding=-1, free=1),
     ),
     "logical tokens": (wrong_usage(logical_tokens=1), wrong_usage(logical_tokens=-1)),
-    "the ledger knows block {}, which is free": (free_block_in_ledger, free_cpu_block_in_ledger),
+    "the ledger knows block {}, which is free": (
+        free_block_in_ledger, free_cpu_block_in_ledger, free_cpu_block_in_ledger_that_the_gpu_holds
+    ),
     "more slots copied to {} than it holds": (copied_too_much,),
     "copied from nowhere": (copied_from_nowhere,),
     "more duplicates than tokens": (
@@ -1316,6 +1353,14 @@ def test_the_invariants_catch(message, corrupt):
     manager.check_invariants()
     corrupt(manager)
     with pytest.raises(AssertionError, match=pattern(message)):
+        manager.check_invariants()
+
+
+def test_one_token_is_no_duplicate():
+    manager = manager_of(4, 4)
+    manager.allocate(0, 1)
+    wrong_duplicates(lambda m: 1)(manager)
+    with pytest.raises(AssertionError, match="more duplicates than tokens"):
         manager.check_invariants()
 
 

@@ -1,4 +1,4 @@
-"""The published numbers against each other, and the models against their known sizes."""
+"""Regime item 7: the published numbers against each other, the models against known sizes."""
 
 import dataclasses
 import math

@@ -191,6 +191,18 @@ def test_nothing_returns_in_the_iteration_in_which_something_was_swapped_out():
     assert swaps >= 2
 
 
+def test_not_even_if_there_would_be_room_for_it():
+    """At the turn of group 0 a block for each of its four must be free, of which it takes none."""
+    groups = [group(0, 6, [9] * 4), group(1, 5, [9], 1.0)]
+    scheduler = scheduler_of(groups, 40, mode="swap", cpu=40)
+    step(scheduler)
+    step(scheduler)
+    fill(scheduler.manager, leave=3)
+    iteration, _ = step(scheduler)
+    assert (iteration.num_swaps, iteration.swapped_in) == (1, ())
+    assert scheduler.manager.can_swap_in([100])
+
+
 @pytest.mark.parametrize("cpu", [0, 1])
 def test_a_full_cpu_pool_falls_back_to_recomputation(cpu):
     groups = [group(0, 4, [8]), group(1, 5, [8, 8], 1.0)]
@@ -486,6 +498,97 @@ def test_contiguous_too_large(policy):
         with pytest.raises(RequestTooLargeError, match="request 7"):
             scheduler.add(group(7, 4, refused))
     assert scheduler.idle
+
+
+def test_before_anything_is_scheduled():
+    scheduler = scheduler_of([], 6)
+    assert scheduler.idle and not scheduler.short_of_blocks
+    assert scheduler.num_iterations == scheduler.context_tokens == scheduler.quiet_steps() == 0
+
+
+def test_what_an_iteration_is_told():
+    scheduler = scheduler_of([group(0, 4, [2])], 6)
+    assert scheduler.schedule().start_s == 0.0
+    scheduler.complete()
+    iteration = scheduler.schedule(7.5)
+    assert (iteration.index, iteration.start_s) == (1, 7.5)
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_who_gives_way_is_short_of_blocks(mode):
+    scheduler = scheduler_of(three_singles(), 4, mode=mode, cpu=4)
+    step(scheduler)
+    assert not scheduler.short_of_blocks
+    run_until(scheduler, lambda i: i.num_swaps or i.num_recomputations)
+    assert scheduler.short_of_blocks
+
+
+def test_an_arrival_ends_the_quiet_unless_it_is_behind_one_that_waits():
+    scheduler = scheduler_of([group(0, 4, [20])], 30)
+    step(scheduler)
+    step(scheduler)
+    assert scheduler.quiet_steps() > 0
+    scheduler.add(group(1, 12, [2], 1.0))
+    assert scheduler.quiet_steps() == 0  # it may be admitted at once
+    fill(scheduler.manager, leave=2)
+    step(scheduler)
+    quiet = scheduler.quiet_steps()
+    assert scheduler.short_of_blocks and quiet > 0
+    scheduler.add(group(2, 4, [2], 2.0))
+    assert scheduler.quiet_steps() == quiet
+
+
+def test_it_stays_quiet_when_a_sequence_ends_for_which_nobody_waits():
+    scheduler = scheduler_of([group(0, 4, [2]), group(1, 4, [9], 1.0)], 30)
+    step(scheduler)
+    assert numbers(step(scheduler)[1].finished) == [0]
+    assert scheduler.quiet_steps() == 7
+
+
+def test_it_is_quiet_as_long_as_a_block_is_left_for_the_widest_group():
+    """Two blocks are taken on the way, and the last turn asks for one that it does not take."""
+    for free, quiet in ((3, 7), (2, 4)):
+        scheduler = scheduler_of([group(0, 4, [8])], 30)
+        step(scheduler)
+        fill(scheduler.manager, leave=free)
+        assert scheduler.quiet_steps() == quiet
+
+
+def test_it_is_quiet_at_the_sequence_cap_but_not_at_the_token_limit():
+    """Under the cap nothing changes until a sequence ends; prompt tokens count in one iteration."""
+    for limits, waits in ((Limits(2560, 1), True), (Limits(30, 9), False)):
+        groups = [group(0, 16, [8]), group(1, 16, [8], 1.0)]
+        scheduler = scheduler_of(groups, 60, limits=limits)
+        step(scheduler)
+        assert numbers(scheduler.waiting) == [1]
+        assert (scheduler.quiet_steps() > 0) == waits
+
+
+def test_a_beam_search_of_one_beam_and_one_longer_than_the_numbers_that_python_shares():
+    for outputs in ([6], [300, 300]):
+        parents = [[*range(len(outputs))]] * outputs[0]
+        scheduler = scheduler_of([group(0, 4, outputs, parents=parents)], 200)
+        assert finish(scheduler) == [0]
+        assert scheduler.num_iterations == outputs[0]
+
+
+def test_only_beams_that_move_are_reordered_however_many_there_are():
+    parents = [[1, *range(1, 300)], [*range(300)]]
+    beams = group(0, 4, [2] * 300, parents=parents)
+    scheduler = scheduler_of([beams], 700, limits=Limits(2560, 400))
+    assert step(scheduler)[1].reorders == [{0: 1}]
+    assert finish(scheduler) == [0]
+
+
+def test_more_groups_than_python_shares_numbers():
+    """Singles and a pair, so that turns are counted one by one, and the last ones give way."""
+    groups = [group(0, 4, [3, 3]), *(group(n, 4, [3], float(n)) for n in range(1, 301))]
+    scheduler = scheduler_of(groups, 301 + 292, limits=Limits(2560, 400))
+    iteration, _ = step(scheduler)
+    assert len(iteration.prefills) == 301
+    iteration, _ = step(scheduler)
+    assert 256 < len(iteration.decodes) < 301 and numbers(iteration.decodes)[0] == 0
+    assert sorted(finish(scheduler)) == list(range(301))
 
 
 def test_stalled_is_raised_rather_than_turning_for_ever():

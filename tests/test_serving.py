@@ -9,6 +9,7 @@ from beam_search import beam_parents
 from iteration import Iteration, Limits
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, RequestTooLargeError
 from latency import LatencyModel
+from progress import Progress
 from sequence import Sequence, SequenceGroup, SequenceStatus
 from serving import Observer, ServingResult, make_groups, simulate
 from workload import Request
@@ -106,6 +107,27 @@ def test_options_are_given_by_name():
         make_groups([], 40)
     with pytest.raises(TypeError, match="positional"):
         simulate([], paged(), LIMITS, LatencyModel(1.0), "swap")
+
+
+def test_more_requests_than_python_shares_numbers():
+    """Small integers are one object each; counts above 256 are equal without being the same."""
+    requests = [Request(number, 0.0, 1, 1) for number in range(300)]
+    assert len(simulate(requests, paged(400)).finish_s) == 300
+
+
+def test_progress_is_told_every_so_often():
+    told = []
+
+    class Told(Progress):
+        def at(self, done, total, words=""):
+            told.append((done, total))
+
+    requests = [Request(number, 10.0 * number, 1, 10) for number in range(40)]
+    result = simulate(requests, paged(), plain=True, progress=Told())
+    assert result.num_iterations == 400
+    assert len(told) == 6  # of 400 iterations, every 64th
+    assert told == sorted(told) and {total for _, total in told} == {40}
+    assert 0 < told[0][0] < 10 and told[-1][0] > 30
 
 
 # --- the clock and the totals --------------------------------------------------------------------

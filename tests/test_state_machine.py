@@ -10,7 +10,7 @@ of different block contents, and an operation needs as many blocks as that set g
 
 The long runs (marker `slow`) go on until RULE_STEPS (environment; 150,000) rules have run, with
 the seeds 0, 1, 2, ... of Hypothesis, and print what they did:
-    RULE_STEPS=1000000 python -m pytest -m slow -rP tests/test_state_machine.py -k paged
+    python tools/hunt.py state-machine                  # a million
 """
 
 import math
@@ -801,9 +801,10 @@ def assert_exercised(machine, least):
     assert not rare, f"hardly exercised: {rare}"
 
 
-def run_machine(machine, how, least):
+def run_machine(machine, how, least, record):
     machine.events.clear()
     run_state_machine_as_test(machine, settings=how)
+    record("rules", machine.events["rules"])
     assert_exercised(machine, least)
 
 
@@ -826,12 +827,13 @@ def run_for_long(machine, least, record):
     assert_exercised(machine, least)
 
 
-def test_paged_manager_against_contents():
-    run_machine(PagedMachine, SHORT, PAGED_EVENTS)
+def test_paged_manager_against_contents(record_property):
+    run_machine(PagedMachine, SHORT, PAGED_EVENTS, record_property)
 
 
-def test_baseline_manager_against_contents():
-    run_machine(BaselineMachine, settings(SHORT, max_examples=130), BASELINE_EVENTS)
+def test_baseline_manager_against_contents(record_property):
+    how = settings(SHORT, max_examples=130)
+    run_machine(BaselineMachine, how, BASELINE_EVENTS, record_property)
 
 
 @pytest.mark.slow

@@ -311,6 +311,13 @@ def test_more_files_than_can_be_merged_are_not_read(monkeypatch):
         merge([Path("a.json")] * 20_001)
 
 
+def test_a_recording_is_told_from_what_it_holds(tmp_path):
+    path = tmp_path / "kept.json"
+    path.write_text('{"command": "python main.py", "commit": "f", "output": {}}')
+    with pytest.raises(UsageError, match="a recording: what --json wrote is under its output"):
+        read_document(path)
+
+
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     path = tmp_path / "large.json"
     with path.open("wb") as file:

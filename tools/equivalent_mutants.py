@@ -11,6 +11,11 @@ COUNT = "a count of tokens is at least one, as is checked"
 BOUND = "a bound that is too high only makes it count exactly"
 NOTHING_MISSING = "fewer slots are unfilled than a block has, so what is rounded up is 0 at least"
 NO_TURN = "who is due after the last step has no turn in it"
+ITSELF = "members of an enumeration are equal only to themselves"
+ONE_PROMPT = "a group whose prompts differ cannot be made"
+SET = "a set is never larger than what it is made of, nor empty here"
+NO_ROOM = "fewer slots than none are refused before"
+LOOKS = "how often a run tells how far it is changes nothing that it finds"
 EARLIER = "when what is void is cleared changes no answer"
 
 REASONS: dict[str, dict[str, dict[str, str]]] = {
@@ -75,6 +80,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 "no sequence is longer than its final length",
         },
         "_note_full": {
+            "if len(heap) >= 64 + 4 * len(self._held):"
+            "  # mostly void, and no step has cleared them": EARLIER,
             "if len(heap) > 63 + 4 * len(self._held):"
             "  # mostly void, and no step has cleared them": EARLIER,
             "if len(heap) > 64 + 3 * len(self._held):"
@@ -129,9 +136,164 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "scheduler.py": {
+        "": {
+            'SWAPPED_FROM = {"auto": 2, "swap": 0}'
+            "  # sequences of a group; narrower ones are recomputed":
+                "who runs has a sequence that is not finished",
+        },
+        "__init__": {
+            "self._widest = 0  # sequences of the largest group so far":
+                "it is read when groups run, and none is empty",
+            "self._settled = True"
+            "  # until a completion or an arrival, there is nothing to decide":
+                "before the first arrival nothing runs, which is asked for as well",
+        },
+        "enqueue": {
+            "if len(group.seqs) >= self._widest:": "where both are equal it sets what is set",
+        },
         "complete": {
             "if self._next_events and self._next_events[0] == now:":
                 "no step goes beyond the next event",
+        },
+        "_grow": {
+            "if manager.num_free_blocks - need <= self._widest:": ITS_WAY,
+            "if manager.num_free_blocks - need != self._widest:": ITS_WAY,
+            "if manager.num_free_blocks - need is not self._widest:": ITS_WAY,
+        },
+        "_make_room": {
+            "while turn != len(running):": "the turn is at most behind the last",
+            "if self.num_running_seqs == widest % len(running):": ITS_WAY,
+            "if self.num_running_seqs > widest * len(running):": ITS_WAY,
+            "if self.num_running_seqs is widest * len(running):": ITS_WAY,
+            "if self.num_running_seqs >= widest * len(running):":
+                "no group is wider than the widest",
+        },
+        "_await_event": {
+            "first = seqs[ -1]  # beams are equally long": "beams are equally long",
+        },
+        "_take_events": {
+            "first = seqs[ -1]  # beams are equally long: none ends before the others":
+                "beams are equally long",
+            "if group.beam_parents is not None and generated != first.output_len:":
+                "nothing is generated beyond the output",
+            "if seq.status != FINISHED:": ITSELF,
+            "if seq.num_generated != seq.output_len:": "nothing is generated beyond the output",
+        },
+        "_place": {
+            "if not queue or queue[-1].order == group.order:": ITS_WAY,
+            "if not queue or queue[-1].order is group.order:": ITS_WAY,
+            "if not queue or queue[-1].order <= group.order:":
+                "where both are equal it comes last either way",
+        },
+    },
+    "kv_cache_manager.py": {
+        "blocks_for_group": {
+            "if len(grown) >= len(seqs) and context % size:":
+                "those that have grown are among them",
+        },
+        "require_fits": {"first = seqs[ -1]": ONE_PROMPT},
+        "try_admit": {
+            "if len(seqs) == 0 and group.prefix_id is None:  # most requests: no detour": ITS_WAY,
+            "if len(seqs) < 1 and group.prefix_id is None:  # most requests: no detour": ITS_WAY,
+            "if len(seqs) <= 1 and group.prefix_id is None:  # most requests: no detour":
+                "no group is empty",
+            "seq = seqs[ -1]": "of one sequence",
+        },
+        "reorder": {
+            "if child != parent:": "a table is equal only to itself",
+            "same = len(new) if len(new) <= len(old) else len(old)":
+                "both are the same length then",
+            "while same and old[same - 1] is not new[same - 1]:":
+                "tables that share a block hold the same object for its number; another would only "
+                "be given up and taken again",
+        },
+        "_swappable": {
+            "if extra.get(block, 0) + 1 > count:":
+                "a block has no fewer references than tables that hold it",
+        },
+    },
+    "sequence.py": {
+        "next_move": {
+            "itself = list(range(len(self[ -1]))) if self else []": "all steps are equally wide",
+            "return self._moves[index] if index != len(self._moves) else None":
+                "bisection ends at the length at most",
+        },
+        "__init__": {
+            "if len({seq.seq_id for seq in seqs}) != len(seqs):": SET,
+            "if len({(seq.prefix_len, seq.prompt_len) for seq in seqs}) != 1:": SET,
+            "if beam_parents is not None and len({seq.output_len for seq in seqs}) != 1:": SET,
+        },
+        "own_prompt_len": {"first = self.seqs[ -1]": ONE_PROMPT},
+        "unfinished": {"return [seq for seq in self.seqs if seq.status != FINISHED]": ITSELF},
+        "unfinished_ids": {
+            "return [seq.seq_id for seq in self.seqs if seq.status != FINISHED]": ITSELF,
+        },
+        "finished": {"return all(seq.status == FINISHED for seq in self.seqs)": ITSELF},
+    },
+    "serving.py": {
+        "": {
+            "EVENTS = 65  # between two looks at the clock for the progress: a power of two": LOOKS,
+            "EVENTS = 63  # between two looks at the clock for the progress: a power of two": LOOKS,
+        },
+        "make_groups": {
+            'if request.decoding <= "beam":': 'of the three names "beam" is the least',
+        },
+        "simulate": {
+            "window_s: tuple[float, float] = ( -1.0, math.inf),": "no time is below 0",
+            "now, arrived, events = arrivals[0], 0, 1": LOOKS,
+            "now, arrived, events = arrivals[0], 0, -1": LOOKS,
+            "if now < edge <= until:": "where both are equal it sets what is set",
+            "if until != math.inf:": "it is at most infinity",
+            "if until is not math.inf:": "infinity is always the object math.inf",
+        },
+        "_groups": {
+            "if plain and len(plain) != len(work):": "those that are requests are among them",
+        },
+    },
+    "beam_search.py": {
+        "beam_histories": {
+            "while running and steps[order[running - 1]] == step:":
+                "who ends is left out in the step in which it ends: none ended before",
+            "key=lambda index: ~steps[index])  # fmt: skip": "one less than -steps: the same order",
+        },
+        "_first_scores": {
+            "return np.tile(np.where(np.arange(width) == 0, 1.0, -np.inf), (count, 1))":
+                "only beam 0 has candidates, and all have its score in them: no order changes",
+        },
+    },
+    "invariants.py": {
+        "check_paged": {
+            'assert len(ids) <= len(set(ids)), "a sequence is in two places"': SET,
+            'assert table.room <= 0 and table.phase is None, "a shared prefix may grow"': NO_ROOM,
+            'assert table.room is table.held == 0, "a table in step has slots of its own"':
+                "0 is one object in Python",
+            'assert table.room <= table.held == 0, "a table in step has slots of its own"': NO_ROOM,
+            'assert table.room == table.held <= 0, "a table in step has slots of its own"': NO_ROOM,
+            "exclusive = m._gpu.ref_count(table.blocks[-1]) <= 1":
+                "a block that is held is held at least once",
+            'assert exclusive or writable <= 0, '
+            '"a shared block could be written without a copy"': NO_ROOM,
+            'filled = {block: fill for (pool, block), (_, fill, _) in fills.items() '
+            'if pool >= "gpu"}':
+                'of the two names only "gpu" is not below it',
+            '_check_ledger(m._cpu_copies, {b: f for (pool, b), (_, f, _) in fills.items() '
+            'if pool <= "cpu"})': 'of the two names "cpu" is the least',
+            'assert 0 <= m.duplicates() <= max(0, usage.tokens - 2), "more duplicates than tokens"':
+                "a copy is made to be written to: with it comes a token that is no duplicate",
+        },
+        "_check_pool": {
+            'assert len(free) <= len(set(free)), f"a {name} block is twice on the free list"': SET,
+            "extra = {block: count - 1 for block, count in held.items() if count != 1}":
+                "a block that is held is held at least once",
+        },
+        "_check_table": {
+            'assert -1 <= table.unfilled < size, "the last block is empty or over-full"': NO_ROOM,
+        },
+        "_check_ledger": {
+            'assert node.copied < filled[block], f"more slots copied to {block} than it holds"':
+                "a copy is made to be written to: it holds more than was copied",
+            'assert node.parent is not None or node.copied <= 0, "copied from nowhere"':
+                "fewer slots than none are never copied",
         },
     },
 }  # fmt: skip

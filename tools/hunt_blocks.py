@@ -1,17 +1,20 @@
 """What README.md and docs/reliability.md show of the long searches, for tools/update_readme.py.
 
-Reproduces nothing. `hunts` is a table of all that tools/hunt.py has left in results/, `coverage`
-what `make test` takes of the root modules, `reliability` a few lines of both and of the mutants.
-A search that has not been recorded leaves its line out.
+Reproduces nothing. `hunts` is a table of all that tools/hunt.py has left in results/, `small` a
+sentence of what `make test` goes through, `coverage` what it takes of the root modules,
+`reliability` a few lines of all of this and of the mutants. A search that has not been recorded
+leaves its line out; one that failed is refused.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from committed import find, link, rows, table
 from hunt import COVERAGE, HUNTS
+
+from command_line import UsageError
 
 MUTANTS = "mutants.json"
 
@@ -24,6 +27,8 @@ def recorded(*hunts: str) -> Iterator[tuple[str, dict]]:
     """(file, result) of those that have been recorded."""
     for hunt in hunts:
         if (result := find(file_of(hunt))) is not None:
+            if result["output"]["exit_code"] != 0:
+                raise UsageError(f"results/{file_of(hunt)} is of a hunt that failed")
             yield file_of(hunt), result
 
 
@@ -44,7 +49,7 @@ def hunts() -> str:
 def of_test(name: str) -> str:
     """The world in a parametrized test's brackets, or else the test's own name in words."""
     function, _, parameters = name.partition("::")[2].partition("[")
-    if "blocks" in parameters:  # figures that are expected stand behind the world
+    if " blocks" in parameters:  # figures that are expected stand behind the world
         return parameters.rstrip("]").partition("-")[0]
     return " ".join(filter(None, [function.removeprefix("test_").replace("_", " "),
                                   parameters.rstrip("]").replace("-", ", ")]))  # fmt: skip
@@ -60,10 +65,14 @@ def told(figures: dict) -> str:
 
 def coverage() -> str:
     """Branches of the root modules that the tests take, and those that they do not."""
-    result = find(file_of(COVERAGE))
-    if result is None:
-        return "Not recorded yet."
-    *modules, (whole) = rows(result, "tests")
+    for _, result in recorded(COVERAGE):
+        return taken(result)
+    return "Not recorded yet."
+
+
+def taken(result: dict) -> str:
+    """The share, and a line for each module that has more."""
+    *modules, whole = rows(result, "tests")
     figures = whole["figures"]
     share = figures["taken"] / figures["branches"]
     text = (
@@ -94,12 +103,36 @@ LINES = {
 }  # fmt: skip
 
 
-def totals(result: dict) -> Counter:
-    """Sums of the figures of all tests of a hunt, by name."""
-    found: Counter = Counter()
-    for row in rows(result, "tests"):
-        found.update({key: n for key, n in row["figures"].items() if isinstance(n, int)})
-    return found
+def totals(found: Iterable[dict]) -> dict[str, int]:
+    """Sums of the figures of these tests, by name; a name that none has is no key."""
+    sums: Counter = Counter()
+    for row in found:
+        sums.update({key: n for key, n in row["figures"].items() if isinstance(n, int)})
+    return dict(sums)
+
+
+# File of tests: what `make test` goes through in it.
+SMALL = {
+    "test_exhaustive.py": "{states:,} states of the paged manager, {transitions:,} calls in them",
+    "test_exhaustive_baseline.py": "{states:,} states of the contiguous one and of its buddy "
+    "allocator, and {transitions:,} calls",
+    "test_exhaustive_serving.py": "{workloads:,} workloads, {contiguous workloads:,} contiguous",
+    "test_state_machine.py": "{rules:,} random calls",
+    "test_isolation.py": "{sequences:,} sequences",
+    "test_fuzz.py": "{inputs:,} malformed inputs",
+}
+
+
+def small() -> str:
+    """What the same tests go through in `make test`."""
+    for file, result in recorded("small"):
+        by_file: dict[str, list[dict]] = {}
+        for row in rows(result, "tests"):
+            by_file.setdefault(row["test"].partition("::")[0], []).append(row)
+        parts = [line.format(**totals(by_file[name])) for name, line in SMALL.items()]
+        where = f"{result['output']['elapsed_s']:,.0f} s on {result['device']}, {link(file)}"
+        return f"{'; '.join(parts)}: `{result['command']}`, {where}."
+    return "Not recorded yet."
 
 
 def reliability() -> str:
@@ -108,13 +141,16 @@ def reliability() -> str:
     for hunt, line in LINES.items():
         for _, result in recorded(hunt):
             where = f"`{result['command']}`, {result['output']['elapsed_s']:,.0f} s on"
-            lines.append(f"{line.format_map(totals(result))} ({where} {result['device']})")
+            found = line.format(**totals(rows(result, "tests")))
+            lines.append(f"{found} ({where} {result['device']})")
     mutants = find(MUTANTS)
     if mutants is not None:
         modules = rows(mutants, "mutants")
         made, killed = (sum(row[key] for row in modules) for key in ("mutants", "killed"))
+        reasons = [row["reason"] for row in rows(mutants, "survivors")]
+        rest = "each of the others explained" if all(reasons) else "NOT ALL others explained"
         lines.append(f"{killed:,} of {made:,} changes to {len(modules)} modules noticed by tests, "
-                     "each of the others explained (`make mutants`)")  # fmt: skip
+                     f"{rest} (`make mutants`)")  # fmt: skip
     for _, result in recorded(COVERAGE):
         figures = rows(result, "tests")[-1]["figures"]
         lines.append(f"{figures['taken'] / figures['branches']:.1%} of the branches of the root "

@@ -25,6 +25,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Container
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,13 +155,14 @@ class Session:
             raise UsageError(f"{self.module} is not what its mutants were made of: --fresh")
         shutil.copy(ROOT / self.module, self.folder)  # a run that was killed leaves its mutant
 
-    def again(self) -> None:
-        """Have the survivors run once more, against the tests as they are now."""
+    def again(self, but: Container[tuple[str, str]] = ()) -> None:
+        """Have the survivors run once more, against the tests as they are now, those aside whose
+        (function, changed line) is in `but`."""
         if self.changed:
             raise UsageError(f"{self.module} is not what its mutants were made of: --fresh")
         self.copy()
         self.time_tests()
-        forget_survivors(self.path)
+        forget_survivors(self.path, but)
 
     def copy(self) -> None:
         """The root modules and tests of now."""
@@ -257,9 +259,16 @@ def lines_gone(old: Path, new: Path) -> int:
     return sum(line.startswith("- ") for line in difflib.ndiff(before, after))
 
 
-def forget_survivors(session: Path) -> None:
+def forget_survivors(session: Path, but: Container[tuple[str, str]]) -> None:
+    """Their results, so that they are to be run again."""
     with closing(sqlite3.connect(session)) as data, data:
-        data.execute("delete from work_results where test_outcome = 'SURVIVED'")
+        alive = data.execute(
+            "select job_id, definition_name, diff from work_results join mutation_specs"
+            " using (job_id) where test_outcome = 'SURVIVED'"
+        ).fetchall()
+        for job, where, diff in alive:
+            if (where or "", changed_line(diff)) not in but:
+                data.execute("delete from work_results where job_id = ?", (job,))
 
 
 def keep_sample(session: Path, count: int, seed: int) -> None:
@@ -302,7 +311,8 @@ def found(session: Path) -> Found:
 def changed_line(diff: str) -> str:
     """What a mutant puts there, or what it takes away."""
     for sign in ("+", "-"):
-        lines = re.findall(rf"^\{sign}(?!\{sign}\{sign})\s*(.*)$", diff, re.MULTILINE)
+        lines = re.findall(rf"^\{sign}(?!\{sign}\{sign})[ \t]*(.*)$", diff, re.MULTILINE)
         if lines:
-            return " ".join(lines) if sign == "+" else f"without {' '.join(lines)}"
+            line = " ".join(lines).strip()
+            return line if sign == "+" else f"without {line}"
     raise ValueError("a mutant that changes nothing")

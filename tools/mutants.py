@@ -3,6 +3,7 @@
     python tools/mutants.py                             # all modules: an hour or two on one core
     python tools/mutants.py --module serving.py         # one; each in a process of its own, say
     python tools/mutants.py --again                     # survivors against the tests of now
+    python tools/mutants.py --again unexplained         # of these only those without a reason
     python tools/mutants.py --report --json FILE        # run nothing: what was found so far
     python tools/mutants.py --sample 30 --fresh         # a few at random, to see how long they take
 
@@ -107,7 +108,7 @@ class Result:
         return lines
 
 
-def begin(session: Session, fresh: bool, again: bool) -> None:
+def begin(session: Session, fresh: bool, again: str | None) -> None:
     """Make what `session.run` shall run. Raises UsageError."""
     if fresh or not session.started:
         if again:
@@ -116,7 +117,7 @@ def begin(session: Session, fresh: bool, again: bool) -> None:
     elif again:
         if session.found().left:
             raise UsageError(f"--again: {session.module} has not been run to its end")
-        session.again()
+        session.again(reasons_of(session.module) if again == "unexplained" else ())
     else:
         session.resume()
 
@@ -147,7 +148,8 @@ def parse_and_run(argv: list[str] | None) -> int:
     parser.add_argument("--sample", type=positive, metavar="N", help="only N at random, of each")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--fresh", action="store_true", help="begin again")
-    how.add_argument("--again", action="store_true", help="survivors, with the tests of now")
+    how.add_argument("--again", nargs="?", const="all", choices=("all", "unexplained"),
+                     help="survivors, all or without a reason, with the tests of now")  # fmt: skip
     how.add_argument("--report", action="store_true", help="run nothing, tell what was found")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found")
     options = parser.parse_args(argv)

@@ -35,7 +35,8 @@ PARTS = {
         f.headline, f.ratios, f.figures, f.rows, f.seeds, f.differences, f.explained,
         f.beams_hour, f.beam_step, v.serving, v.manager, v.gpu,
         v.gpu_attention, v.gpu_aims, v.gpu_gaps, v.gpu_others, v.gpu_profile, v.gpu_paging,
-        j.envelope, j.keys, s.sweep, h.hunts, h.coverage, h.reliability, r.mutants, r.survivors,
+        j.envelope, j.keys, s.sweep, h.hunts, h.small, h.coverage,
+        h.reliability, r.mutants, r.survivors,
     )
 }  # fmt: skip
 
