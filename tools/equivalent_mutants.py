@@ -155,15 +155,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "if self._next_events and self._next_events[0] == now:":
                 "no step goes beyond the next event",
         },
-        "_grow": {
-            "if manager.num_free_blocks - need <= self._widest:": ITS_WAY,
-            "if manager.num_free_blocks - need != self._widest:": ITS_WAY,
-            "if manager.num_free_blocks - need is not self._widest:": ITS_WAY,
-        },
         "_make_room": {
             "while turn != len(running):": "the turn is at most behind the last",
-            "if self.num_running_seqs == widest % len(running):": ITS_WAY,
-            "if self.num_running_seqs > widest * len(running):": ITS_WAY,
             "if self.num_running_seqs is widest * len(running):": ITS_WAY,
             "if self.num_running_seqs >= widest * len(running):":
                 "no group is wider than the widest",
