@@ -249,7 +249,11 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 "who ends is left out in the step in which it ends: none ended before",
             "key=lambda index: ~steps[index])  # fmt: skip": "one less than -steps: the same order",
         },
-        "beam_parents": {"parents[step] = best[ -1]": "of one search"},
+        "beam_parents": {
+            "scores = _first_scores( 2, width)":
+                "the same search twice, with the same draws, and the first is kept",
+            "parents[step] = best[ -1]": "of one search",
+        },
         "_first_scores": {
             "return np.tile(np.where(np.arange(width) == 0, -1.0, -np.inf), (count, 1))":
                 "only beam 0 has candidates, and all have its score in them: no order changes",
