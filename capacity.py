@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import command_line
-from command_line import OneLineParser, UsageError, exit_code, positive, seed
+from command_line import OneLineParser, UsageError, exit_code, folder, positive, seed
 from trace_options import add_trace_options, check_options, make_trace_case
 
 if __name__ == "__main__":
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"{PREFIX_LEN})")  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
-    add("--figures", type=Path, metavar="DIR",
+    add("--figures", type=folder, metavar="DIR",
         help="draw slots, requests and block sizes there (needs matplotlib: "
         "requirements-dev.txt)")  # fmt: skip
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")

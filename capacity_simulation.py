@@ -20,6 +20,7 @@ from kv_cache_manager import PagedKVCacheManager
 from memory_usage import MemoryUsage
 from progress import SILENT, Progress
 from steady_state import QueueTooShortError, steady_state
+from tables import counted
 from workload import ALPACA, SHAREGPT, LengthTable, Request
 
 ALL_POLICIES = (*POLICIES, "paged")
@@ -168,7 +169,9 @@ def longest_request(num_blocks: int, block_size: int, max_len: int) -> int:
     paged = num_blocks - int(paper.WATERMARK * num_blocks) - 1
     longest = min(max_len, block_size * min(chunk, paged))
     if longest < 2:
-        raise ValueError(f"{num_blocks} blocks of {block_size} slots are too few for any request")
+        pool = f"{counted(num_blocks, 'block')} of {counted(block_size, 'slot')}"
+        verb = "is" if num_blocks == 1 else "are"
+        raise ValueError(f"{pool} {verb} too few for any request")
     return longest
 
 

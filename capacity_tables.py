@@ -20,6 +20,7 @@ from memory_usage import MemoryUsage
 from paper import GIB
 from progress import SILENT, Progress
 from report import Cell, Table
+from tables import counted
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # as in Fig. 18
 TABLE_ENTRY_BYTES = 4  # int32
@@ -176,7 +177,10 @@ def blocks_and_slots(case: Case) -> Section:
         ("= slots, one token each", p.num_slots),
     ]
     told = _table1(case)
-    answer = f"{p.num_blocks:,} blocks of {p.block_size} slots: room for {p.num_slots:,} tokens"
+    answer = (
+        f"{counted(p.num_blocks, 'block')} of {counted(p.block_size, 'slot')}: room for "
+        f"{counted(p.num_slots, 'token')}"
+    )
     if told is not None:
         rows.append(("thousands of slots in the paper's Table 1", told))
         answer += f" (Table 1: {told}K)"

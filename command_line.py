@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 LONGEST_MESSAGE = 1000  # characters: a name that is wrong may be as long as its author likes
@@ -53,6 +54,13 @@ def seed(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > 10 or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is not an integer from 0 to 2**32 - 1")
     return int(text)
+
+
+def folder(text: str) -> Path:
+    """A folder's name. An empty one, of a variable that is not set say, is not the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no folder ('.' is the current one)")
+    return Path(text)
 
 
 def exit_code(script: str, run: Callable[[], int]) -> int:

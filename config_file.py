@@ -15,6 +15,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from input_files import read_bounded
+
 MAX_BYTES = 4 * 2**20
 MAX_COUNT = 10**8  # of anything: no dimension of a model comes near
 
@@ -110,13 +112,12 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     """The object in a file. Raises ConfigError for what cannot be read or is no JSON object."""
     where = os.fspath(path)
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1)
+        text = read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a NUL in the name
         raise ConfigError(f"{where}: cannot be read: {error}") from None
-    if len(text) > MAX_BYTES:
+    if text is None:
         raise ConfigError(f"{where}: larger than {MAX_BYTES >> 20} MiB, so no config.json")
     try:
         values = json.loads(text.decode("utf-8-sig"))

@@ -99,9 +99,8 @@ def pair(axes: Axes, look: tuple[str, str], ours: Points, theirs: Points, **opti
     """Ours solid with filled markers; the paper's dashed with hollow ones, of the same colour."""
     colour, marker = look
     axes.grid(True)
-    if theirs:
-        axes.plot(*zip(*theirs), color=colour, marker=marker, **HOLLOW)
-    if ours:
+    axes.plot(*zip(*theirs), color=colour, marker=marker, **HOLLOW)
+    if ours:  # of a curve of which nothing is known there are none
         axes.plot(*zip(*ours), color=colour, marker=marker, **options)
 
 

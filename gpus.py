@@ -23,7 +23,7 @@ from paper import GIB
 class DataGPU:
     """One GPU. `sold_gb` as in `datasheet`; `memory_bytes` as CUDA reports it, of the whole GPU.
 
-    `reported_gib` differs by up to 1 % from one driver release or board to the next.
+    `memory_bytes` differs by up to 1 % from one driver release or board to the next.
     """
 
     name: str
@@ -34,10 +34,6 @@ class DataGPU:
     def __post_init__(self) -> None:
         if self.memory_bytes < 1 or self.sold_gb < 1:
             raise ValueError(f"{self.name}: sizes must be positive")
-
-    @property
-    def reported_gib(self) -> float:
-        return self.memory_bytes / GIB
 
 
 def _reported(name: str, sold_gb: int, gib: float, datasheet: str) -> DataGPU:

@@ -133,8 +133,8 @@ class Lengths:
         _check_dataset(dataset)
         if dataset not in self.files:
             return f"compact table ({COMPACT[dataset][2]})"
-        name = ascii(_name(self.files[dataset]))[1:-1]
-        return f"{name} ({len(self.pairs(dataset)):,} pairs)"
+        name, count = ascii(_name(self.files[dataset]))[1:-1], len(self.pairs(dataset))
+        return f"{name} ({count:,} pair{'s' * (count != 1)})"
 
     def columns(
         self,

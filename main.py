@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import command_line
-from command_line import OneLineParser, UsageError, exit_code, positive, seed
+from command_line import OneLineParser, UsageError, exit_code, folder, positive, seed
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="scenario 4 serves the first requests of this trace (docs/capacity.md)")
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures and checks here")
-    add("--figures", type=Path, metavar="DIR",
+    add("--figures", type=folder, metavar="DIR",
         help="draw what was found there (needs matplotlib: requirements-dev.txt)")  # fmt: skip
     add("--timeline", type=Path, metavar="FILE",
         help="write a page here that plays scenarios 3 and 4 back, block by block")  # fmt: skip

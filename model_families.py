@@ -148,10 +148,6 @@ def _gemma3(config: Config, name: str) -> Decoder:
                     norms_per_layer=4, head_norms=True, notes=notes)  # fmt: skip
 
 
-def _phi3(config: Config, name: str) -> Decoder:
-    return _mistral(config, name)
-
-
 FAMILIES: dict[str, Callable[[Config, str], Decoder]] = {
     "opt": _opt, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "bloom": _bloom, "falcon": _falcon,
     "llama": _llama, "mistral": _mistral, "phi3": _mistral, "qwen2": _qwen2, "qwen3": _qwen3,

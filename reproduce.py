@@ -20,15 +20,19 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import command_line
-from command_line import OneLineParser, UsageError, exit_code, positive
+from command_line import OneLineParser, UsageError, exit_code, folder, positive
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
 
 import paper
 from progress import Progress
+
+if TYPE_CHECKING:
+    from reproduction import Found
 
 MAX_SEEDS = 1000
 MAX_JOBS = 1024
@@ -58,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lengths", action="append", default=[], metavar="FILE",
         help="a full length file (repeatable); default LENGTHS_DIR, then tables")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all rows here")
-    add("--figures", type=Path, metavar="DIR",
+    add("--figures", type=folder, metavar="DIR",
         help="draw the figures there (needs matplotlib: requirements-dev.txt)")  # fmt: skip
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     add("--quiet", action="store_true", help="no progress on stderr")
@@ -71,10 +75,9 @@ def _cores() -> int:
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Simulate, compare, show; returns the exit code."""
-    from comparison import EXPLAINED
     from json_document import document
     from length_files import DATASETS, find_lengths
-    from report import check_writable, render, write_json
+    from report import check_writable, write_json
     from reproduction import choose, reproduce, rows_json
     from workload import WorkloadError
 
@@ -105,11 +108,37 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError(str(error)) from None
     start = time.perf_counter()
     found = reproduce(figures, lengths, args.seeds, args.jobs, progress)
+    elapsed = time.perf_counter() - start
     progress.clear()
-    comment = "% " if args.format == "latex" else ""
+    try:
+        failed = show(found, sources, args.format, elapsed)
+    finally:  # whoever read the output may have gone, but all that is asked for is there
+        if args.json is not None:
+            checks = [figure.check_json() for figure in found]
+            write_json(args.json, document(
+                "reproduce.py", vars(args), seeds=range(args.seeds),
+                setting={"seeds": args.seeds, "quick": args.quick,
+                         "beam_seconds": args.beam_seconds, "lengths": sources},
+                notes=[note for figure in found for note in figure.notes],
+                tables=[rows_json(found)], checks=checks,
+                exit_code=0 if all(check["ok"] for check in checks) else 1, elapsed_s=elapsed,
+            ))  # fmt: skip
+        if args.figures is not None:
+            from pictures import draw
+
+            draw(found, args.figures)
+    return 1 if failed else 0
+
+
+def show(found: list[Found], sources: dict[str, str], fmt: str, elapsed: float) -> int:
+    """Print all figures; returns how many rows are neither held nor explained."""
+    from comparison import EXPLAINED
+    from tables import counted, render
+
+    comment = "% " if fmt == "latex" else ""
     print(f"{comment}Lengths: " + "; ".join(f"{k}: {v}" for k, v in sources.items()) + "\n")
     for figure in found:
-        print(render(figure.table(), args.format))
+        print(render(figure.table(), fmt))
         print("\n".join(comment + note for note in figure.notes) + "\n", flush=True)
     rows = [row for figure in found for row in figure.rows]
     held = sum(row.held is True for row in rows)
@@ -121,25 +150,11 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         text[1 : text.index(":")]))  # fmt: skip
     if reasons:
         print(comment + f"\n{comment}".join(["Explained (README, Differences):", *reasons]))
-    elapsed = time.perf_counter() - start
     print(
-        f"\n{comment}{len(rows)} rows: {held} held{of_these}, {explained} explained, "
+        f"\n{comment}{counted(len(rows), 'row')}: {held} held{of_these}, {explained} explained, "
         f"{failed} not held, {elapsed:.1f} s"
     )
-    if args.json is not None:
-        write_json(args.json, document(
-            "reproduce.py", vars(args), seeds=range(args.seeds),
-            setting={"seeds": args.seeds, "quick": args.quick,
-                     "beam_seconds": args.beam_seconds, "lengths": sources},
-            notes=[note for figure in found for note in figure.notes],
-            tables=[rows_json(found)], checks=[figure.check_json() for figure in found],
-            exit_code=1 if failed else 0, elapsed_s=elapsed,
-        ))  # fmt: skip
-    if args.figures is not None:
-        from pictures import draw
-
-        draw(found, args.figures)
-    return 1 if failed else 0
+    return failed
 
 
 def parse_and_run(argv: list[str] | None) -> int:

@@ -29,6 +29,7 @@ from length_files import DATASETS, Lengths
 from panels import BEAM_SECONDS
 from progress import SILENT, Progress
 from report import Table
+from tables import counted
 
 DRAW_EXCESS = 4.0  # tolerances that another draw may cost: single seeds differ by as much
 LOOK_S = 0.5  # between two looks at the clock and for Ctrl-C while processes work
@@ -81,7 +82,8 @@ class Found:
         held = sum(row.held is True for row in self.rows)
         explained = sum(row.held == EXPLAINED for row in self.rows)
         failed = len(self.rows) - held - explained
-        detail = f"{len(self.rows)} rows: {held} held, {explained} explained, {failed} not held"
+        rows = counted(len(self.rows), "row")
+        detail = f"{rows}: {held} held, {explained} explained, {failed} not held"
         return {"name": self.figure.name, "ok": not failed, "detail": detail}
 
 

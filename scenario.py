@@ -16,6 +16,7 @@ import paper
 from iteration import Limits
 from paged_attention import PagedKVCache, check_device_memory
 from steady_state import UsageMean, steady_state
+from tables import counted
 from traces import Trace
 from workload import LengthTable, Request
 
@@ -68,8 +69,8 @@ class Setting:
     def line(self) -> str:
         """The line above each table."""
         return (
-            f"{self.model.name}, {self.num_blocks:,} blocks of {self.block_size} = "
-            f"{self.num_slots:,} slots, seed {self.seed}"
+            f"{self.model.name}, {counted(self.num_blocks, 'block')} of {self.block_size} = "
+            f"{counted(self.num_slots, 'slot')}, seed {self.seed}"
         )
 
     def describe(self) -> dict[str, object]:
@@ -144,7 +145,8 @@ def check_setting(setting: Setting) -> None:
         need += 1
     if setting.num_blocks < need:
         raise ValueError(
-            f"{setting.num_blocks:,} blocks of {setting.block_size} are too few for one request "
+            f"{counted(setting.num_blocks, 'block')} of {setting.block_size} "
+            f"{'is' if setting.num_blocks == 1 else 'are'} too few for one request "
             f"of {setting.max_len:,} tokens or {LARGEST_GROUP} sequences: raise --num-blocks to "
             f"{need:,} or more"
         )

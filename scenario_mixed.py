@@ -29,6 +29,7 @@ from scenario import CPU_SHARE, Setting, UsageMean
 from scenario_trace import requests_of, told_of
 from serving import Observer, ServingResult, make_groups, simulate
 from stamped_cache import StampedCache
+from tables import counted
 from workload import ALPACA, SHAREGPT, WMT16, LengthTable, Request
 
 # Requests in a pool of the default size; other pools get them in proportion.
@@ -324,13 +325,13 @@ def _checks(report: ScenarioReport, requests: list[Request], outcomes: list[Outc
     report.check(
         "memory pressure forced preemption by swapping",
         swap.num_swaps > 0 and swap.blocks_swapped_in == swap.blocks_swapped_out > 0,
-        f"{swap.num_swaps} groups, {swap.blocks_swapped_out} blocks out and back in; "
-        f"{swap.num_recomputations} recomputed as the CPU pool was full",
+        f"{counted(swap.num_swaps, 'group')}, {counted(swap.blocks_swapped_out, 'block')} out and "
+        f"back in; {swap.num_recomputations} recomputed as the CPU pool was full",
     )
     report.check(
         "memory pressure forced preemption by recomputation",
         recompute.num_recomputations > 0 and recompute.num_swaps == 0,
-        f"{recompute.num_recomputations} groups",
+        counted(recompute.num_recomputations, "group"),
     )
     report.check(
         "all groups finished in every run",

@@ -23,6 +23,7 @@ from paged_attention import PagedKVCache, gather_bytes, pad_block_tables, slot_m
 from progress import SILENT, Progress
 from report import ScenarioReport
 from scenario import Setting
+from tables import counted
 
 BANK = 1021  # different random K and V vectors of a token
 CUDA_GRANULE = 2 << 20  # torch rounds large allocations up to a multiple of this
@@ -94,7 +95,8 @@ def attend(
                 ours_error = max(ours_error, _distance(out[b], exact))
                 torch_error = max(torch_error, _distance(plain, exact))
             del k, v, out, same_out
-    what = f"{len(ids)} sequences x {setting.num_layers} layers, {sum(lens.values()):,} tokens"
+    layers = counted(setting.num_layers, "layer")
+    what = f"{len(ids)} sequences x {layers}, {sum(lens.values()):,} tokens"
     report.check(
         "paged attention bit-identical to contiguous",
         identical == compared == len(ids) * setting.num_layers,

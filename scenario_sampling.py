@@ -22,6 +22,7 @@ from scenario import Setting, num_queued, sample_requests, steady_state
 from scheduler import Scheduler
 from sequence import SequenceGroup
 from stamped_cache import Stamps
+from tables import counted
 from workload import ALPACA, SHAREGPT, LengthTable
 
 SAMPLES = (2, 4, 6, 10)
@@ -229,7 +230,8 @@ def _one_prompt(
     report.check(
         "every sample's K and V intact through its table",
         intact,
-        f"{sum(SAMPLES)} samples of {prompt_len + OUTPUT_LEN} tokens, {setting.num_layers} layers",
+        f"{sum(SAMPLES)} samples of {prompt_len + OUTPUT_LEN} tokens, "
+        f"{counted(setting.num_layers, 'layer')}",
     )
 
 

@@ -16,7 +16,6 @@ from iteration import Limits, Manager
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from progress import SILENT, Progress
 from scheduler import Scheduler
-from sequence import SequenceStatus
 from serving import make_groups
 from workload import Request
 
@@ -70,10 +69,9 @@ def _sequence_by_sequence(scheduler: Scheduler) -> tuple[int, int]:
     """(tokens, slots reserved for more) of the running sequences, from the requests alone."""
     tokens = left = 0
     for group in scheduler.running:
-        for seq in group.seqs:
-            if seq.status is SequenceStatus.RUNNING:
-                tokens += seq.prefix_len + seq.prompt_len + seq.num_generated
-                left += seq.output_len - seq.num_generated
+        for seq in group.seqs:  # of one request, so none ends before the others
+            tokens += seq.prefix_len + seq.prompt_len + seq.num_generated
+            left += seq.output_len - seq.num_generated
     return tokens, left if isinstance(scheduler.manager, BaselineCacheManager) else 0
 
 

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import command_line
-from command_line import OneLineParser, UsageError, exit_code
+from command_line import OneLineParser, UsageError, exit_code, folder
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--script", choices=SCRIPTS, default="main.py", metavar="NAME",
         help=f"one of {', '.join(SCRIPTS)} (default main.py)")  # fmt: skip
-    add("--out", type=Path, default=Path("results/sweep"), metavar="DIR",
+    add("--out", type=folder, default=Path("results/sweep"), metavar="DIR",
         help="for the results, one file a cell (default results/sweep)")  # fmt: skip
     add("--cell", type=index, metavar="N", help="only this one, from 0")
     add("--list", action="store_true", help="say which cells there are, and run none")
@@ -97,7 +97,9 @@ def done_code(path: Path, script: str, cell: Cell) -> int | None:
         found = read_document(path)
     except UsageError:  # not there, or cut off by something that is not ours: it is written anew
         return None
-    if "error" in found or (found["script"], found["options"]) != (script, cell.options):
+    if "error" in found or found["exit_code"] == 2:  # so that it says why, again
+        return None
+    if (found["script"], found["options"]) != (script, cell.options):
         return None
     return found["exit_code"]
 
@@ -136,8 +138,8 @@ def parse_and_run(argv: list[str] | None) -> int:
     if args.list:
         for cell in wanted:
             print(f"{cell.index:4}  {cell.file}  python {args.script} {cell.line}")
-        last = len(cells) - 1
-        print(f"\n{len(cells)} cells: sbatch --array=0-{last} run_vllm_sim.slurm --sweep ...")
+        last, count = len(cells) - 1, f"{len(cells)} cell{'s' * (len(cells) != 1)}"
+        print(f"\n{count}: sbatch --array=0-{last} run_vllm_sim.slurm --sweep ...")
         return 0
     command_line.raise_on_interrupt()
     try:

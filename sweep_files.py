@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from pathlib import Path
 from typing import NoReturn
 
 from command_line import UsageError
+from input_files import read_bounded
 from json_document import SCHEMA, Json
 
 MAX_BYTES = 64 << 20
@@ -42,14 +42,12 @@ def read_document(path: Path) -> Json:
 def _text(path: Path) -> str:
     """A regular file of UTF-8. Raises UsageError, ValueError."""
     try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
+        if path.is_dir():
             raise UsageError(f"{path}: a directory; name its files, {path.name or '.'}/*.json")
-        if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{path}: not a regular file")
-        if status.st_size > MAX_BYTES:
+        data = read_bounded(path, MAX_BYTES)
+        if data is None:
             raise UsageError(f"{path}: more than {MAX_BYTES >> 20} MiB")
-        return path.read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError

@@ -9,6 +9,7 @@ files given twice, change nothing. report.py is its command line.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from json_document import Json, document
 from output_files import check_writable, write_json
 from sweep_cells import SCRIPTS
 from sweep_files import read_document
-from tables import FORMATS, Cell, Table, render
+from tables import FORMATS, Cell, Table, counted, render
 
 MAX_FILES = 20_000
 SEED = "seed"
@@ -185,7 +186,7 @@ def _check(run: Named) -> Json:
         return {"name": name, "ok": False, "detail": f"did not run: {found['error']}"}
     if failed or found["exit_code"]:
         return {"name": name, "ok": False, "detail": f"failed: {'; '.join(failed) or 'a check'}"}
-    return {"name": name, "ok": True, "detail": f"{len(found['checks'])} checks held"}
+    return {"name": name, "ok": True, "detail": f"{counted(len(found['checks']), 'check')} held"}
 
 
 def _figures(runs: list[Named], parameters: tuple[str, ...]) -> list[Json]:
@@ -239,7 +240,7 @@ def shown(merged: Merged, tables: Sequence[str]) -> Table:
             ))  # fmt: skip
     headers = ("figure", "column", *merged.parameters, "mean", "highest less lowest", "seeds")
     count = len(merged.checks)
-    title = f"{merged.script}, {count} cell{'s' * (count != 1)}"
+    title = f"{merged.script}, {counted(count, 'cell')}"
     return Table(title, headers, rows, decimals=2)
 
 
@@ -286,28 +287,36 @@ def parse_and_merge(argv: list[str] | None) -> int:
         if name not in known:
             told = ", ".join(sorted(known)) or "none"
             raise UsageError(f"--table {name[:40]!a}: the files have {told}")
-    write = partial(_print, "% " if args.format == "latex" else "")
-    print(render(shown(merged, args.table), args.format))
     bad = [check for check in merged.checks if not check["ok"]]
-    write(f"\n{len(merged.checks) - len(bad)} of {len(merged.checks)} cells held")
-    for check in bad:
-        write(f"{_text(check['name'])}: {_text(check['detail'])}")
-    if args.json is not None:
-        setting = {"script": merged.script, "num_files": merged.num_files,
-                   "parameters": list(merged.parameters)}  # fmt: skip
-        table = {
-            "id": "merged", "title": "Every figure of the cells", "setting": "",
-            "headers": ["parameters", "table", "row", "metric", "mean", "lowest", "highest",
-                        "spread", "seeds"],
-            "index": ["parameters", "table", "row", "metric"], "rows": merged.rows,
-        }  # fmt: skip
-        files = sorted(str(path) for path in args.files)
-        write_json(args.json, document(
-            "report.py", {"files": files, "table": args.table}, seeds=merged.seeds,
-            setting=setting, tables=[table], checks=merged.checks, exit_code=int(bool(bad)),
-            elapsed_s=time.perf_counter() - start,
-        ))  # fmt: skip
+    try:
+        write = partial(_print, "% " if args.format == "latex" else "")
+        print(render(shown(merged, args.table), args.format))
+        write(f"\n{len(merged.checks) - len(bad)} of {len(merged.checks)} cells held")
+        for check in bad:
+            write(f"{_text(check['name'])}: {_text(check['detail'])}")
+    finally:  # whoever read the output may have gone, but all that is asked for is there
+        if args.json is not None:
+            _write(args, merged, time.perf_counter() - start)
     return int(bool(bad))
+
+
+def _write(args: argparse.Namespace, merged: Merged, elapsed_s: float) -> None:
+    """The document of --json. Raises OutputError."""
+    code = 0 if all(check["ok"] for check in merged.checks) else 1
+    setting = {"script": merged.script, "num_files": merged.num_files,
+               "parameters": list(merged.parameters)}  # fmt: skip
+    table = {
+        "id": "merged", "title": "Every figure of the cells", "setting": "",
+        "headers": ["parameters", "table", "row", "metric", "mean", "lowest", "highest",
+                    "spread", "seeds"],
+        "index": ["parameters", "table", "row", "metric"], "rows": merged.rows,
+    }  # fmt: skip
+    files = sorted(str(path) for path in args.files)
+    write_json(args.json, document(
+        "report.py", {"files": files, "table": args.table}, seeds=merged.seeds,
+        setting=setting, tables=[table], checks=merged.checks, exit_code=code,
+        elapsed_s=elapsed_s,
+    ))  # fmt: skip
 
 
 def _print(comment: str, text: str) -> None:

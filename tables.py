@@ -21,6 +21,11 @@ FORMATS = {"github": "pipe", "plain": "simple", "latex": "latex_booktabs"}
 Cell = str | int | float | None
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 block', '1,024 blocks'."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """One table. `setting` is the line above it: hardware, model, sizes.

@@ -16,15 +16,15 @@ traces.py makes a Trace of the rows; docs/capacity.md lists formats, columns and
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 
-from workload import MAX_LENGTH, WorkloadError
+from workload import MAX_LENGTH, WorkloadError, split_cells
 
 # What a column may be called, with all but letters and digits left out, in lower case.
 COLUMNS = {
@@ -80,9 +80,10 @@ def find_format(name: str, lines: Iterator[tuple[str, str]]) -> tuple[Format, It
         raise WorkloadError(f"{name}: the file is empty")
     if first.startswith("{"):
         return _json_format(place, first), _json_rows(place, first, lines)
-    header = _cells(first)
+    rows = split_cells(chain([(place, first)], lines))
+    place, header = next(rows)
     form = _csv_format(place, header)
-    return form, _csv_rows(form, header, lines)
+    return form, _csv_rows(form, header, rows)
 
 
 def _plain(name: str) -> str:
@@ -103,7 +104,8 @@ def _choose(place: str, names: Sequence[str], what: str) -> dict[str, str]:
     if missing:
         wanted = "; ".join(f"{role}: {', '.join(COLUMNS[role][:7])}" for role in missing)
         raise WorkloadError(
-            f"{place}: no trace of a known format: no {what} is one of those for the {wanted} ..."
+            f"{place}: no trace of a known format: no {what} is one of those for the {wanted} ... "
+            "(capitals, blanks, _ and - do not matter)"
         )
     if "time" in found and "time in ms" in found:
         raise WorkloadError(f"{place}: a time in seconds and one in milliseconds: keep one {what}")
@@ -136,20 +138,13 @@ def line_of(place: str) -> int:
     return int(place.rpartition(" ")[2])
 
 
-def _cells(text: str) -> list[str]:
-    try:
-        cells = next(csv.reader([text])) if '"' in text else text.split(",")
-    except csv.Error:  # a NUL, or a cell of more than 128 KiB
-        return [text]
-    return [cell.strip() for cell in cells]
-
-
-def _csv_rows(form: Format, header: list[str], lines: Iterator[tuple[str, str]]) -> Iterator[Row]:
+def _csv_rows(
+    form: Format, header: list[str], rows: Iterator[tuple[str, list[str]]]
+) -> Iterator[Row]:
     """(place, {column: cell} of the columns that matter, or why the row is refused)."""
     names = [name for name in (form.prompt, form.output, form.time) if name is not None]
     wanted = [(name, header.index(name)) for name in names]
-    for place, text in lines:
-        cells = _cells(text)
+    for place, cells in rows:
         if len(cells) != len(header):
             yield place, RowError("more or fewer cells than the header")
         else:

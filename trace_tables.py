@@ -22,6 +22,7 @@ from capacity_tables import blocks_and_slots, bytes_by_length, bytes_per_token, 
 from paper import GIB
 from progress import SILENT, Progress
 from report import Cell, Table
+from tables import counted
 from trace_case import TraceCase
 from trace_formats import HASH_BLOCK
 from trace_needs import Need, servers_needed, smallest_pool
@@ -96,7 +97,7 @@ def steps_of(progress: Progress, rate: float) -> Callable[[str], None]:
 
 def _summary(asked: TraceCase, free: Served, needs: list[Need]) -> str:
     trace = asked.trace
-    told = [f"{len(trace):,} of {trace.rows_read:,} rows of {trace.name} served"]
+    told = [f"{len(trace):,} of {counted(trace.rows_read, 'row')} of {trace.name} served"]
     for need in needs:
         if need.policy == "paged":
             held = "at most" if need.rate else "with"
@@ -114,12 +115,12 @@ def _summary(asked: TraceCase, free: Served, needs: list[Need]) -> str:
 
 def _needed(asked: TraceCase, need: Need) -> str:
     if need.servers is None:
-        many = f"no number of servers of {asked.case.plan.num_blocks:,} blocks"
+        many = f"no number of servers of {counted(asked.case.plan.num_blocks, 'block')}"
     else:
         number = need.servers * asked.case.plan.num_gpus
-        many = f"{number:,} GPU{'s' * (number > 1)}"
+        many = counted(number, "GPU")
     blocks = need.pool.num_blocks
-    return f"{blocks:,} blocks ({_gib(asked, blocks):,.1f} GiB) and {many}"
+    return f"{counted(blocks, 'block')} ({_gib(asked, blocks):,.1f} GiB) and {many}"
 
 
 def _gib(asked: TraceCase, num_blocks: int) -> float:
@@ -163,8 +164,8 @@ def contents(asked: TraceCase) -> Section:
         rows.append(("requests a second", (len(trace) - 1) / trace.span_s, None))
     refused = sum(found.rows for found in trace.refused.values())
     answer = (
-        f"{trace.form}: {trace.rows_read:,} rows read, {refused:,} refused, {len(trace):,} "
-        f"requests over {trace.span_s:,.0f} s"
+        f"{trace.form}: {counted(trace.rows_read, 'row')} read, {refused:,} refused, "
+        f"{counted(len(trace), 'request')} over {trace.span_s:,.0f} s"
     )
     question = "What is in the trace?"
     keys = "what", "number", "first_line"
@@ -248,11 +249,11 @@ def as_it_is(asked: TraceCase, own: dict[str, Served | None]) -> Section:
     answer = "a request of this trace does not fit alone"
     if paged is not None:
         answer = (
-            f"paging preempts {paged.preemptions:,} times and keeps {paged.kept_waiting:,} of "
-            f"{count:,} requests waiting for blocks"
+            f"paging preempts {counted(paged.preemptions, 'time')} and keeps "
+            f"{paged.kept_waiting:,} of {counted(count, 'request')} waiting for blocks"
         )
     question = "What happens on one server as it is?"
-    setting = f"{asked.line}; {asked.case.plan.num_blocks:,} blocks"
+    setting = f"{asked.line}; {counted(asked.case.plan.num_blocks, 'block')}"
     keys = ("policy", "most_at_a_time", "mean", "preempted", "kept_waiting", "held_up_percent",
             "mean_seconds")  # fmt: skip
     table = Table(question, headers, rows, setting, decimals=2, name="trace_as_it_is", keys=keys)
@@ -272,8 +273,8 @@ def pools(asked: TraceCase, needs: list[Need]) -> Section:
                "most at a time", "preempted", "kept waiting")  # fmt: skip
     times = {need.policy: need.pool.num_blocks for need in needs if need.rate == 0.0}
     answer = (
-        f"with none held up paging takes {times['paged']:,} blocks; exact reservations take "
-        f"{times['oracle'] / times['paged']:.2f} times that, powers of two "
+        f"with none held up paging takes {counted(times['paged'], 'block')}; exact reservations "
+        f"take {times['oracle'] / times['paged']:.2f} times that, powers of two "
         f"{times['pow2'] / times['paged']:.2f} and full-length ones "
         f"{times['max'] / times['paged']:.2f} times"
     )
@@ -303,9 +304,9 @@ def gpus(asked: TraceCase, needs: list[Need]) -> Section:
     if none:
         answer += (
             f"; under {', '.join(none)} a request of this trace does not fit the "
-            f"{plan.num_blocks:,} blocks of a server"
+            f"{counted(plan.num_blocks, 'block')} of a server"
         )
-    setting = f"{asked.line}; {plan.num_blocks:,} blocks a server"
+    setting = f"{asked.line}; {counted(plan.num_blocks, 'block')} a server"
     keys = "policy", "allowed_percent", "servers", "gpus"
     headers = "policy", ALLOWED, "servers", "GPUs"
     table = Table(GPU_QUESTION, headers, rows, setting,

@@ -9,25 +9,25 @@ A request is two lengths and an arrival time. Lengths come from the small tables
 The second, given the authors' lengths in order, is their artifact's trace, request by request.
 """
 
-import errno
+import csv
 import gzip
 import math
 import numbers
 import os
 import random
-import stat
 import sys
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 
 import numpy as np
 
 import chat_lengths
 import length_tables
+from input_files import open_regular
 
 SLOT_S = 0.01  # arrivals are drawn per slot of 10 ms, as in the authors' artifact
 MAX_EXPECTED = 10**8  # slots, or expected requests, that one trace may have
@@ -261,12 +261,39 @@ def whole_number(place: str, cell: str, low: int = 1) -> int:
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[Row]:
-    """('file, line n', cells) of every line of a CSV that is not blank, the header included.
+    """('file, line n', cells) of every row of a CSV, the header included; blank lines are none.
 
-    Raises WorkloadError as `read_text` does.
+    Raises WorkloadError as `read_text` and `split_cells` do.
     """
-    for place, text in read_text(path):
-        yield place, [cell.strip() for cell in text.split(",")]
+    return split_cells(read_text(path))
+
+
+def split_cells(lines: Iterator[tuple[str, str]]) -> Iterator[Row]:
+    """('file, line n', cells) of the rows that lines make up, n the row's first line.
+
+    A cell in quotes may hold commas and line breaks. WorkloadError for one that does not end.
+    """
+    for place, text in lines:
+        cells = _quoted(place, text, lines) if '"' in text else text.split(",")
+        yield place, [cell.strip() for cell in cells]
+
+
+def _quoted(place: str, first: str, lines: Iterator[tuple[str, str]]) -> list[str]:
+    """The cells of a row with a quote in it, taking as many further lines as it goes on for."""
+
+    def parts() -> Iterator[str]:
+        size = 0
+        for _, text in chain([(place, first)], lines):
+            size += len(text)
+            if size > MAX_LINE_BYTES:
+                break
+            yield f"{text}\n"
+        raise WorkloadError(f"{place}: a cell in quotes does not end")
+
+    try:
+        return next(csv.reader(parts()))
+    except csv.Error:  # a line break without a line feed
+        return [first]
 
 
 def read_text(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
@@ -278,12 +305,9 @@ def read_text(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
     """
     size = 0
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise OSError(errno.EINVAL, "it is not a regular file")
+        with open_regular(path) as file:
             packed = file.peek(2)[:2] == b"\x1f\x8b"
-            if about.st_size > (MAX_PACKED_BYTES if packed else MAX_FILE_BYTES):
+            if os.fstat(file.fileno()).st_size > (MAX_PACKED_BYTES if packed else MAX_FILE_BYTES):
                 raise WorkloadError(f"{os.fspath(path)}: the file is too long")
             stream = gzip.GzipFile(fileobj=file) if packed else file
             lines = iter(partial(stream.readline, MAX_LINE_BYTES + 1), b"")
@@ -301,8 +325,3 @@ def read_text(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise WorkloadError(f"{path}: cannot be read: {reason}") from None
-
-
-def _open_at_once(path: str | os.PathLike[str], flags: int) -> int:
-    """For open(): without waiting for somebody to write to a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)

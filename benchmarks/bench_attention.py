@@ -37,7 +37,7 @@ from gpu_timing import cold_median_us, copy_bandwidth
 
 import paged_attention
 import pictures_bench
-from command_line import OneLineParser, UsageError, exit_code, positive
+from command_line import OneLineParser, UsageError, exit_code, folder, positive
 from json_document import measured
 from paged_attention import gather_blocks
 from progress import Progress
@@ -136,7 +136,7 @@ def run(argv: list[str] | None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument("--figures", type=Path, metavar="DIR",
+    parser.add_argument("--figures", type=folder, metavar="DIR",
                         help="draw the times over the floor there (needs matplotlib)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.json:

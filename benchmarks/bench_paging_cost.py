@@ -45,7 +45,7 @@ from opt_prefill import RandomOPT
 
 import paged_attention
 import pictures_bench
-from command_line import OneLineParser, UsageError, exit_code
+from command_line import OneLineParser, UsageError, exit_code, folder
 from json_document import measured
 from paper_figures import (
     FASTER_TRANSFORMER,
@@ -215,7 +215,7 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--quick", action="store_true", help="few sizes, four layers: does it run")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument("--figures", type=Path, metavar="DIR",
+    parser.add_argument("--figures", type=folder, metavar="DIR",
                         help="draw Figs. 18a and 19a there (needs matplotlib)")  # fmt: skip
     args = parser.parse_args(argv)
     parts = args.part or PARTS

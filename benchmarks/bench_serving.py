@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from allocator import CacheError
-from command_line import OneLineParser, UsageError, exit_code, positive
+from command_line import OneLineParser, UsageError, exit_code, folder, positive
 from experiments import Run, groups_for, latency_of, manager_for
 from iteration import Limits
 from json_document import measured
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="default 3")
-    parser.add_argument("--traces", type=Path, metavar="DIR", help="a folder with length files")
+    parser.add_argument("--traces", type=folder, metavar="DIR", help="a folder with length files")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_args(argv)

@@ -34,6 +34,12 @@ class World:
     num_seqs: int
     prefix_len: int = 0
 
+    def __str__(self):
+        behind = f", a prefix of {self.prefix_len} tokens" if self.prefix_len else ""
+        return (
+            f"{self.num_blocks} + {self.num_cpu_blocks} blocks, {self.num_seqs} sequences{behind}"
+        )
+
     def start(self):
         manager = PagedKVCacheManager(
             self.num_blocks, SIZE, num_cpu_blocks=self.num_cpu_blocks, watermark=0.25

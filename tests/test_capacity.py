@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,14 +17,15 @@ import capacity
 import paper
 from capacity_simulation import (
     ALL_POLICIES,
+    SAMPLE,
     WorkloadNameError,
     hold,
     longest_request,
     means,
     parse_workload,
 )
-from capacity_tables import BLOCK_SIZES, FORKS, copies_per_fork
-from gpus import GPUS
+from capacity_tables import BLOCK_SIZES, FORKS, block_sizes, copies_per_fork
+from gpus import GPUS, DataGPU
 from iteration import Limits
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from memory_plan import PlanError, Sizes, paper_plan, requests_of_length, serving_plan
@@ -298,7 +300,7 @@ def test_value_that_cannot_be_used_is_named_in_one_line(option, values, capfd):
     [
         ("--model opt-14b", "no model 'opt-14b': neither a file nor one of opt-125m"),
         ("--model .", "a folder without a config.json"),
-        ("--model /dev/null", "not JSON"),
+        ("--model /dev/null", "not a regular file"),
         ("--model README.md", "not JSON"),
         ("--gpu t4", "opt-13b does not fit: 0.9 of the 14.56 GiB of a GPU are 13.10 GiB, of which"),
         ("--model opt-175b --gpus 8", "does not fit: 0.9 of the 39.39 GiB of each of 8 GPUs"),
@@ -370,6 +372,12 @@ def test_gpus_are_a_little_less_than_they_are_sold_as():
         assert gpu.datasheet
     for name, gpu in paper.GPUS.items():
         assert GPUS[name].memory_bytes == gpu.memory_bytes
+
+
+@pytest.mark.parametrize("sizes", [(0, 2**30), (1, 0), (1, -1)])
+def test_a_gpu_without_memory_is_refused(sizes):
+    with pytest.raises(ValueError, match="none: sizes must be positive"):
+        DataGPU("none", *sizes, "no datasheet")
 
 
 def test_the_parts_of_a_plan_sum_to_the_memory():
@@ -478,6 +486,28 @@ def test_requests_too_long_for_the_pool_are_cut(monkeypatch):
             assert 0 < found.requests <= num_blocks and longest <= 16 * num_blocks
 
 
+def test_a_queue_that_was_guessed_too_short_is_made_longer(monkeypatch):
+    """Half the requests are long prompts with an answer of one token: more of them come and go
+    than lengths on average say."""
+
+    class Skewed:
+        queued = ()
+
+        def sample(self, count, max_len, seed):
+            self.queued += (count,) * (count != SAMPLE)
+            odd = np.arange(count) % 2
+            return np.where(odd, 1, 400), np.where(odd, 60, 1)
+
+    monkeypatch.setattr("capacity_simulation.COMPLETIONS", 1000)
+    workload = Skewed()
+    found = hold(workload, "paged", 1000, 16, 512, 0)
+    guess, *more = workload.queued
+    assert more == [guess * 2, guess * 4]
+    assert sum(found.slots.values()) == pytest.approx(16_000)
+    expected = 16_000 / (means(workload, 512, 0).held + 7.5)
+    assert found.requests == pytest.approx(expected, rel=0.04)
+
+
 def test_geometric_lengths_have_their_means():
     prompts, outputs = parse_workload("700,90").sample(40_000, 10**9, 0)
     assert prompts.mean() == pytest.approx(700, rel=0.03)
@@ -568,3 +598,16 @@ def test_a_gpu_may_be_written_in_capitals(run):
 def test_the_answer_says_how_much_of_the_workload_was_cut(run):
     printed, _ = run("--workload", "3000,300")
     assert re.search(r"paging holds [^;]*; \d+ % of it was longer than the maximum", printed)
+
+
+def test_without_a_prefix_nothing_is_said_of_one():
+    case = capacity.make_case(capacity.build_parser().parse_args([*QUICK]))
+    found = [
+        block_sizes(replace(case, prefix_len=length), means(case.workload, case.max_len, 0))
+        for length in (100, 0)
+    ]
+    (some, none) = (one.table.records() for one in found)
+    assert "; 96 % of a 100-token prefix is in whole blocks." in found[0].answer
+    assert "prefix" not in found[1].answer and found[1].answer.endswith(" 2,048 tokens.")
+    assert all(row["prefix_shared_percent"] is not None for row in some)
+    assert none == [row | {"prefix_shared_percent": None} for row in some]

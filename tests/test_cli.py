@@ -272,6 +272,11 @@ def test_setting_that_cannot_be_had_takes_one_line(args, told, capfd, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_one_block_is_no_plural(capfd):
+    assert main.main([*SMALL, "--num-blocks", "1"]) == 2
+    assert "main.py: error: 1 block of 16 is too few for one request" in capfd.readouterr().err
+
+
 def test_number_of_blocks_that_it_asks_for_is_enough(capfd):
     """The message's number is the smallest that works, for every block size."""
     import scenario

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import OneLineParser, UsageError, exit_code, raise_on_interrupt
+from command_line import OneLineParser, UsageError, exit_code, folder, raise_on_interrupt
 from report import OutputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +92,26 @@ def test_without_any_output_a_run_still_has_its_code(monkeypatch):
     assert exit_code("a.py", raising(UsageError("unseen"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(BrokenPipeError(errno.EPIPE, "Broken pipe"), 141), (OSError(errno.EIO, "Input/output"), 2)],
+)
+def test_output_that_fails_where_there_is_no_stdout(error, code, monkeypatch, capsys):
+    """A file of --json, say: there is nothing to drop, and the code is the same."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert exit_code("a.py", raising(error)) == code
+    assert capsys.readouterr().err.count("cannot write the output: Input/output") == (code == 2)
+
+
+def test_a_refusal_that_nobody_can_be_told_is_still_2(monkeypatch):
+    """stderr on a full disk: what it could not take is dropped, and does not fail again at exit."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert exit_code("a.py", raising(UsageError("unseen"))) == 2
+        full.flush()
+        assert os.path.samestat(os.fstat(full.fileno()), os.stat(os.devnull))
+
+
 def test_a_mistake_of_the_command_line_is_one_line(capsys):
     parser = OneLineParser(prog="a.py")
     parser.add_argument("--number", type=int)
@@ -157,3 +177,13 @@ def test_a_value_that_argparse_drops_is_refused(capsys):
     parser.add_argument("--number", type=int)
     assert exit_code("a.py", lambda: parser.parse_args(["--number=--"]).number) == 2
     assert capsys.readouterr().err == "a.py: error: argument --number: expected one argument\n"
+
+
+def test_an_empty_name_is_no_folder(capsys):
+    """`--figures "$PICTURES"` with a variable that is not set would fill the current one."""
+    parser = OneLineParser(prog="a.py")
+    parser.add_argument("--figures", type=folder)
+    assert exit_code("a.py", lambda: parser.parse_args(["--figures", ""]).figures) == 2
+    told = "a.py: error: argument --figures: '' names no folder ('.' is the current one)\n"
+    assert capsys.readouterr().err == told
+    assert parser.parse_args(["--figures", "."]).figures == Path(".")

@@ -24,7 +24,9 @@ import reproduction
 from allocator import DuplicateSequenceError
 from baseline_manager import BaselineCacheManager
 from comparison import EXPLAINED
-from experiments import Outcome, Run, execute
+from experiments import MemoryMeter, Outcome, Run, execute
+from iteration import Iteration
+from kv_cache_manager import PagedKVCacheManager
 from length_files import Lengths
 from memory_usage import MemoryUsage
 from paged_attention import DeviceMemoryError, check_device_memory
@@ -167,6 +169,19 @@ def test_a_run_leaves_the_garbage_collector_as_it_was(collecting):
         assert gc.isenabled() is collecting
     finally:
         (gc.enable if was else gc.disable)()
+
+
+def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
+    """They count for where the slots are, and for Fig. 15's saving only those that hold blocks."""
+    manager = PagedKVCacheManager(8, 4, watermark=0.0)
+    meter = MemoryMeter(manager)
+    meter.on_iteration(Iteration(0, 0.0))
+    assert (meter.shares()["free"], meter.saving()) == (1.0, 0.0)
+    manager.allocate(1, 8)
+    manager.fork(1, 2)
+    meter.on_iteration(Iteration(1, 1.0))
+    assert meter.shares()["free"] == (1.0 + 0.75) / 2
+    assert meter.saving() == 0.5  # four logical blocks in two
 
 
 # ---- main.py -----------------------------------------------------------------------------------

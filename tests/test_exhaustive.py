@@ -31,12 +31,16 @@ from kv_cache_manager import OutOfBlocksError, PagedKVCacheManager
 from sequence import BlockTable
 
 
-def search(world):
+def search(world, record=lambda *_: None):
+    """Searches a world, prints what it went through and hands it to `record`."""
     begin = time.process_time()
     found = breadth_first(world.start(), copy_paged, canonical_paged, frozen_paged, Moves(world))
     seconds = time.process_time() - begin
     print(f"{world}: {found.states:,} states, {found.transitions:,} transitions, ", end="")
     print(f"{found.depth} calls deep, {seconds:.0f} s of CPU")
+    record("states", found.states)
+    record("transitions", found.transitions)
+    record("cpu_s", round(seconds, 1))
     return found
 
 
@@ -64,8 +68,8 @@ SEEN = {
 }  # fmt: skip
 
 
-def search_all(world, states, transitions):
-    found = search(world)
+def search_all(world, states, transitions, record):
+    found = search(world, record)
     behind = {"free prefix"} if world.prefix_len else set()
     assert found.done.keys() == DONE | behind
     assert found.refused.keys() == REFUSED
@@ -75,19 +79,21 @@ def search_all(world, states, transitions):
 
 @pytest.mark.parametrize(
     ("world", "states", "transitions"),
-    [(World(5, 2, 3), 8_323, 303_390), (World(5, 2, 3, prefix_len=3), 16_153, 604_267)],
+    [(World(5, 2, 3), 8_323, 303_390), (World(5, 3, 3, prefix_len=3), 26_786, 982_061)],
+    ids=str,
 )
-def test_every_state_of_a_small_world(world, states, transitions):
-    search_all(world, states, transitions)
+def test_every_state_of_a_small_world(world, states, transitions, record_property):
+    search_all(world, states, transitions, record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "states", "transitions"),
     [(World(5, 3, 4), 113_871, 4_851_469), (World(6, 3, 3, prefix_len=3), 53_966, 2_046_694)],
+    ids=str,
 )
-def test_every_state_of_a_large_world(world, states, transitions):
-    search_all(world, states, transitions)
+def test_every_state_of_a_large_world(world, states, transitions, record_property):
+    search_all(world, states, transitions, record_property)
 
 
 # ---- the tools, and that the search finds what is broken ---------------------------------------

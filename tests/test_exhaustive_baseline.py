@@ -92,19 +92,23 @@ def buddy_moves(buddy, seen):
         yield "give back", None, lambda b, s=start: b.give_back(s), check
 
 
-def search(what, start, copy, canonical, frozen, moves):
+def search(what, start, copy, canonical, frozen, moves, record=lambda *_: None):
+    """Searches, prints what it went through and hands it to `record`."""
     begin = time.process_time()
     found = breadth_first(start, copy, canonical, frozen, moves)
     seconds = time.process_time() - begin
     print(f"{what}: {found.states:,} states, {found.transitions:,} transitions, ", end="")
     print(f"{found.depth} calls deep, {seconds:.0f} s of CPU")
+    record("states", found.states)
+    record("transitions", found.transitions)
+    record("cpu_s", round(seconds, 1))
     return found
 
 
-def search_buddy(num_blocks, max_chunk):
+def search_buddy(num_blocks, max_chunk, record=lambda *_: None):
     start = BuddyAllocator(num_blocks, max_chunk)
     what = f"{num_blocks} blocks in chunks of up to {max_chunk}"
-    return search(what, start, copy_buddy, frozen_buddy, frozen_buddy, buddy_moves)
+    return search(what, start, copy_buddy, frozen_buddy, frozen_buddy, buddy_moves, record)
 
 
 @pytest.mark.parametrize("max_chunk", [1, 2, 4, 8])
@@ -126,6 +130,12 @@ class World:
     block_size: int
     max_len: int
     num_seqs: int
+
+    def __str__(self):
+        return (
+            f"{self.policy}, {self.num_blocks} blocks of {self.block_size}, {self.num_seqs} "
+            f"sequences of up to {self.max_len}"
+        )
 
     def start(self):
         return BaselineCacheManager(
@@ -337,12 +347,13 @@ REFUSED = {
 }  # fmt: skip
 
 
-def search_world(world, canonical=canonical_baseline):
-    return search(world, world.start(), copy_baseline, canonical, frozen_baseline, Moves(world))
+def search_world(world, canonical=canonical_baseline, record=lambda *_: None):
+    start, moves = world.start(), Moves(world)
+    return search(world, start, copy_baseline, canonical, frozen_baseline, moves, record)
 
 
-def search_all(world, states, transitions):
-    found = search_world(world)
+def search_all(world, states, transitions, record):
+    found = search_world(world, record=record)
     # A pool with room for the longest reservation of every sequence never runs dry.
     dry = world.policy != "max" or world.num_blocks < world.num_seqs * world.max_len
     refused = {call for call in REFUSED if dry or call[1] != "OutOfBlocksError"}
@@ -355,11 +366,12 @@ def search_all(world, states, transitions):
     [
         (World("max", 13, 1, 4, 4), 2_238, 83_784),
         (World("pow2", 6, 2, 6, 3), 4_093, 126_700),
-        (World("oracle", 9, 1, 4, 4), 2_366, 87_840),
+        (World("oracle", 13, 1, 4, 4), 27_230, 1_030_948),
     ],
+    ids=str,
 )
-def test_every_state_of_a_small_world(world, states, transitions):
-    search_all(world, states, transitions)
+def test_every_state_of_a_small_world(world, states, transitions, record_property):
+    search_all(world, states, transitions, record_property)
 
 
 @pytest.mark.parametrize("policy", ["max", "pow2", "oracle"])
@@ -374,18 +386,25 @@ def test_every_state_and_every_past_of_a_tiny_world(policy):
     ("world", "states", "transitions"),
     [
         (World("max", 17, 1, 4, 4), 29_688, 1_104_096),
-        (World("pow2", 13, 1, 4, 4), 11_220, 424_596),
-        (World("oracle", 13, 1, 4, 4), 27_230, 1_030_948),
+        (World("pow2", 17, 1, 4, 4), 103_929, 3_947_349),
+        (World("oracle", 17, 1, 4, 4), 174_825, 6_665_653),
     ],
+    ids=str,
 )
-def test_every_state_of_a_large_world(world, states, transitions):
-    search_all(world, states, transitions)
+def test_every_state_of_a_large_world(world, states, transitions, record_property):
+    search_all(world, states, transitions, record_property)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_blocks", "max_chunk", "states"), [(11, 4, 101_628), (10, 8, 19_001)])
-def test_every_state_of_a_large_buddy_allocator(num_blocks, max_chunk, states):
-    assert search_buddy(num_blocks, max_chunk).states == states
+@pytest.mark.parametrize(
+    ("num_blocks", "max_chunk", "states", "transitions"),
+    [(12, 4, 229_652, 1_680_753), (10, 8, 19_001, 119_986)],
+)
+def test_every_state_of_a_large_buddy_allocator(
+    num_blocks, max_chunk, states, transitions, record_property
+):
+    found = search_buddy(num_blocks, max_chunk, record_property)
+    assert (found.states, found.transitions) == (states, transitions)
 
 
 # ---- what is broken is found --------------------------------------------------------------------

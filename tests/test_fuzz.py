@@ -1,9 +1,9 @@
 """Malformed input: one clear line on stderr and exit code 2, and no file made or changed.
 
-Every reader of files and every option of every script, with inputs that a seed decides: some
-1,000 in `make test`, more than 10,000 behind the marker `slow`,
+Every reader of files and every option of every script, with inputs that a seed decides (the engines
+are in fuzz_tools.py): some 2,000 in `make test`, more than 15,000 behind the marker `slow`,
 
-    python -m pytest -m slow -rP tests/test_fuzz.py
+    python -m pytest -m slow -rP tests/test_fuzz.py -k ten_thousand
 
 most of them here, in this process, and dozens as processes, for what only those can show: a
 closed pipe, a full disk, closed or full streams. Scripts run up to the work itself, which is left
@@ -17,9 +17,8 @@ import io
 import json
 import os
 import random
+import re
 import resource
-import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -28,7 +27,32 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import fuzz_tools
 import pytest
+from fuzz_tools import (
+    BAD_INPUTS,
+    EVERY,
+    HARMLESS,
+    JSON_READERS,
+    OPTIONS,
+    READERS,
+    SOUND,
+    SWEPT,
+    Fault,
+    check,
+    check_reader,
+    document_of,
+    fuzz_cells,
+    fuzz_configs,
+    fuzz_documents,
+    fuzz_files_of_scripts,
+    fuzz_lists,
+    fuzz_options,
+    fuzz_readers,
+    fuzz_results,
+    fuzz_variables,
+    no_longer_than,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
@@ -38,7 +62,9 @@ import bench_manager  # noqa: E402
 import bench_serving  # noqa: E402
 import committed  # noqa: E402
 import fit_latency  # noqa: E402
+import hunt  # noqa: E402
 import make_length_tables  # noqa: E402
+import mutants  # noqa: E402
 import record  # noqa: E402
 import update_readme  # noqa: E402
 
@@ -54,208 +80,10 @@ import sweep  # noqa: E402
 import trace_tables  # noqa: E402
 import workload  # noqa: E402
 from command_line import UsageError  # noqa: E402
-from json_document import document  # noqa: E402
-from length_files import ALPACA_COLUMNS, DATASETS, chat_rounds, find_lengths, read_pairs  # noqa: E402
+from config_file import ConfigError  # noqa: E402
 from report import ScenarioReport  # noqa: E402
-from traces import read_trace  # noqa: E402
-from workload import WorkloadError, read_columns, read_lengths  # noqa: E402
-
-SECONDS = 10  # that one input may take before it counts as a hang
-LONGEST = 1200  # characters of a line that is still clear
-SUFFIX = "suffix_tokens_after_shared_prefix"
-AZURE_HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-SOUND = {  # one of each kind of file
-    "sharegpt.csv": "input_len,output_len\n" + "3,4\n200,47\n5,6\n" * 9,
-    "alpaca.csv": "index,input_len,output_len,input_len_llama\n" + "0,9,46,11\n1,20,48,7\n" * 9,
-    "wmt16.csv": f"index,output_llama_tokens,{SUFFIX}_1shot,{SUFFIX}_5shot\n" + "0,9,7,12\n" * 9,
-    "chat.csv": "conversation,chunk_suffix,turn,from,opt_tokens_no_bos\n"
-    + "0,0,0,human,6\n0,0,1,gpt,16\n" * 9,
-    "azure.csv": AZURE_HEAD + "2023-11-16 18:15:46.6805900,374,44\n" * 9,
-    "burstgpt.csv": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
-    + "5,ChatGPT,472,18,490,Conversation log\n9,GPT-4,417,0,417,API log\n" * 9,
-    "mooncake.jsonl": '{"timestamp": 9, "input_length": 55, "output_length": 5, "hash_ids": [1]}\n'
-    * 9,
-}
-CELLS = (
-    "nan", "NaN", "inf", "-inf", "Infinity", "-1", "0", "-0", "1.5", "1e3", "1e308", "0x10",
-    "1_0", "+5", "", " ", "'", '"5"', "9" * 8, "9" * 19, "9" * 30, "9" * 5000, str(2**63),
-    str(-(2**63) - 1), "true", "None", "null", "\0", "\x1b[31m", "\u0663", "\u00e9", "\u2028",
-    "\U0001f600", "a\tb", "%s%n", "${HOME}", "../../etc/passwd", "5 5", "--json", "\x85", "\ufeff",
-)  # fmt: skip
-WORDS = (*CELLS[:-1], "\udcff", "two\nlines", "=", "-", "--", "x" * 300, "y" * 100_000)
-
-
-class Fault(AssertionError):
-    """What is promised does not hold."""
-
-
-class Hang(BaseException):
-    """Not an Exception: nothing that is tried may catch it."""
-
-
-@contextlib.contextmanager
-def no_longer_than(seconds):
-    def ring(*_):
-        raise Hang(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def contents(folder):
-    """What lies in a folder: the bytes of files, the kind of all else."""
-    return {
-        path.relative_to(folder): path.read_bytes()
-        if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK)
-        else path.lstat().st_mode
-        for path in sorted(Path(folder).rglob("*"))
-        if not path.is_relative_to("/proc")
-    }
-
-
-def check(script, arguments, outputs, may_be=(0,)):
-    """Calls a script's main() with input that is bad, or at best sound. Returns the exit code.
-
-    `outputs` is the folder where it might write: after a failure it must be as it was. Raises
-    Fault for anything but 2 with one clear line, or one of the codes `may_be` without a word.
-    """
-    before = contents(outputs)
-    printed, errors = io.StringIO(), io.StringIO()
-    try:
-        with (
-            contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors),
-            no_longer_than(SECONDS),
-        ):  # fmt: skip
-            code = script.main(arguments)
-    except SystemExit as end:
-        code = end.code
-    except (Exception, Hang) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise Fault(f"{script.__name__} {arguments!a:.300}: {what}") from None
-    told, shown = errors.getvalue(), f"{script.__name__} {arguments!a:.300}: {code}, "
-    if code in may_be:
-        if told:
-            raise Fault(f"{shown}though {told!r}")
-        return code
-    if code != 2:
-        raise Fault(f"{shown}not 2: {told!r}")
-    line = told.removesuffix("\n")
-    clear = line.isascii() and line.isprintable() and ": error: " in line and len(line) < LONGEST
-    if not clear or told == line:
-        raise Fault(f"{shown}not one clear line: {told[:400]!r}")
-    if contents(outputs) != before:
-        raise Fault(f"{shown}files changed: {sorted(set(contents(outputs)) ^ set(before))}")
-    return 2
-
-
-def check_reader(read, path):
-    """Calls a reader with a file: WorkloadError with one line that names it, or a result."""
-    try:
-        with no_longer_than(SECONDS):
-            read(path)
-    except WorkloadError as error:
-        text = str(error).replace(os.fspath(path), "PATH")
-        if "\n" in text or not text.startswith("PATH") or len(text) > LONGEST:
-            raise Fault(f"not one clear line: {text[:300]!r}") from None
-        return False
-    except (Exception, Hang) as error:
-        raise Fault(f"{read} {path!a}: {type(error).__name__}: {error}") from None
-    return True
-
-
-# ---- malformed files ---------------------------------------------------------------------------
-
-
-def mutated(rng):
-    """(name, bytes) of a file: one of SOUND, spoilt once to four times."""
-    name, text = rng.choice(list(SOUND.items()))
-    head, *rows = [line.split(",") for line in text.strip().split("\n")]
-    data = None
-    for _ in range(rng.randint(1, 4)):
-        kind = rng.randrange(14)
-        row = rng.choice(rows) if rows else head
-        if kind < 5:
-            row[rng.randrange(len(row))] = rng.choice(CELLS)
-        elif kind == 5:
-            row.append(rng.choice(CELLS))
-        elif kind == 6 and len(row) > 1:
-            row.pop(rng.randrange(len(row)))
-        elif kind == 7:
-            head[rng.randrange(len(head))] = rng.choice((*CELLS, *head, "input_len"))
-        elif kind == 8:
-            rng.shuffle(head)
-        elif kind == 9:
-            rows.clear()
-        elif kind == 10:
-            head = row
-    text = rng.choice(("\n", "\n", "\r\n", "\r", "\n\n", "\0")).join(map(",".join, (head, *rows)))
-    data = text.encode(rng.choice(("utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32")))
-    kind = rng.randrange(10)
-    if kind == 0:
-        data = data[: rng.randrange(len(data) + 1)]
-    elif kind == 1:
-        at = rng.randrange(len(data) + 1)
-        data = data[:at] + rng.randbytes(rng.randint(1, 50)) + data[at:]
-    elif kind == 2:
-        data = rng.randbytes(rng.randrange(3000))
-    elif kind == 3:
-        data = b" " * rng.randrange(70_000) + data
-    if rng.random() < 0.5:
-        name, data = name + ".gz", packed(rng, data)
-    return name, data
-
-
-def packed(rng, data):
-    """Gzipped, and now and then cut, flipped, prolonged, or with a header of many flags."""
-    data = bytearray(gzip.compress(data, mtime=0))
-    kind = rng.randrange(8)
-    if kind == 0:
-        del data[rng.randrange(len(data) + 1) :]
-    elif kind == 1:
-        for _ in range(rng.randint(1, 5)):
-            data[rng.randrange(2, len(data))] ^= 1 << rng.randrange(8)
-    elif kind == 2:
-        data += rng.randbytes(rng.randint(1, 30))
-    elif kind == 3:
-        data[3] = rng.randrange(256)
-    elif kind == 4:
-        data = data * rng.randint(2, 5)
-    elif kind == 5:
-        data[-8:] = rng.randbytes(8)
-    return bytes(data)
-
-
-READERS = {
-    "read_lengths": read_lengths,
-    "chat_rounds": chat_rounds,
-    "read_columns": lambda path: read_columns(path, ALPACA_COLUMNS),
-    "azure_columns": bench_serving.azure_columns,
-    "read_trace": read_trace,
-    "find_lengths": lambda path: find_lengths([path], None),
-    **{f"read_pairs, {name}": lambda path, name=name: read_pairs(path, name) for name in DATASETS},
-}
-
-
-def fuzz_readers(count, seed, folder):
-    """How many of `count` calls were refused, by reader."""
-    refused, taken = Counter(), Counter()
-    rng = random.Random(seed)
-    done = 0
-    while done < count:
-        name, data = mutated(rng)
-        path = os.path.join(folder, name)
-        Path(path).write_bytes(data)
-        for reader in rng.sample(list(READERS), 3):
-            (taken if check_reader(READERS[reader], path) else refused)[reader] += 1
-            done += 1
-        os.unlink(path)
-    return refused, taken
-
+from sweep_cells import PATHS  # noqa: E402
+from workload import WorkloadError, read_lengths  # noqa: E402
 
 # ---- malformed options -------------------------------------------------------------------------
 
@@ -279,6 +107,19 @@ def room():
         yield inputs, outputs
 
 
+class NothingChanged(mutants.Session):
+    """A session of one mutant, killed long ago."""
+
+    def __init__(self, folder, module):
+        self.module, self.facts = module, {"test_seconds": {}, "sample": True}
+
+    changed, lines_gone = False, lambda self: 0
+    run = sample = lambda *_, **__: None
+
+    def found(self):
+        return mutants.Found(1, 1, 0, [])
+
+
 @pytest.fixture
 def no_work(monkeypatch, room):
     """The scripts without what they are for; what they read, check and write is all there."""
@@ -297,248 +138,112 @@ def no_work(monkeypatch, room):
     row = {"workload": "a", "tokens": 1, "ns_per_token": ns, "blocks": [1]}
     monkeypatch.setattr(bench_manager, "measure", lambda *_: row)
     monkeypatch.setattr(bench_beam_step.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(mutants, "begin", lambda *_: None)
+    monkeypatch.setattr(mutants, "Session", NothingChanged)
+    monkeypatch.setattr(hunt, "run_tests", lambda *_: ([], 0))
+    monkeypatch.setattr(hunt, "run_coverage", lambda: ([], 0))
     monkeypatch.setattr(make_length_tables, "table_lines", lambda *_: [])
-    monkeypatch.delenv("LENGTHS_DIR", raising=False)
+    for name in ("LENGTHS_DIR", sweep.TASK):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(room[1])
 
 
-BAD_OUTPUTS = (
-    "", ".", "..", "folder", "pipe", "loop", "zero", "full", "/dev/null", "/dev/full", "none/x",
-    "old.json/x", "/proc/none", "/proc/self/mem", "x" * 300, "y/" * 3000, "nowhere", "loop/x",
-    "pipe/x",
-)  # fmt: skip
-BAD_INPUTS = (
-    "", ".", "none.csv", "folder", "pipe", "loop", "zero", "full", "nowhere", "sharegpt.csv/x",
-    "azure.csv", "/dev/zero", "/dev/null", "/proc/self/mem", "z" * 300, "two\nlines", "\udcff",
-    "w/" * 3000,
-)  # fmt: skip
-# Options of each script by what they take; "number" wants a positive integer.
-OPTIONS = {
-    main: {
-        "--scenario": "number", "--device": "word", "--kernel": "word", "--model": "word",
-        "--layers": "number", "--num-blocks": "number", "--block-size": "number",
-        "--seed": "seed", "--json": "output", "--format": "word", "--quiet": "flag",
-        "--figures": "folder", "--timeline": "output", "--trace": "input",
-    },
-    capacity: {
-        "--model": "input", "--gpu": "word", "--gpu-memory": "word", "--gpus": "number",
-        "--dtype": "word", "--kv-dtype": "word", "--plan": "word", "--allowance": "word",
-        "--gpu-memory-utilization": "word", "--max-model-len": "number", "--block-size": "number",
-        "--workload": "word", "--prefix-len": "number", "--seed": "seed", "--json": "output",
-        "--format": "word", "--trace": "input", "--preemption-rate": "word", "--rate": "word",
-        "--trace-rows": "number", "--speed-of": "word", "--figures": "folder", "--quiet": "flag",
-    },
-    reproduce: {
-        "--figure": "word", "--jobs": "number", "--seeds": "number", "--beam-seconds": "number",
-        "--lengths": "input", "--json": "output", "--figures": "folder", "--format": "word",
-        "--quick": "flag", "--quiet": "flag",
-    },
-    fit_latency: {"--check": "flag", "--model": "word"},
-    make_length_tables: {"--data": "input", "--out": "folder"},
-    record: {"result": "output", "script": "script"},
-    update_readme: {"--check": "flag"},
-    bench_serving: {"--repeats": "number", "--traces": "input", "--json": "output"},
-    bench_manager: {"--repeats": "number", "--json": "output"},
-    bench_beam_step: {"--repeats": "number", "--json": "output"},
-    report: {"files": "document", "--json": "output", "--format": "word", "--table": "word"},
-    sweep: {"--script": "word", "--out": "folder", "--cell": "number", "--seed": "seed",
-            "--json": "output", "--list": "flag"},
-}  # fmt: skip
-HARMLESS = {main: ["--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"],
-            capacity: [], reproduce: ["--figure", "table1"], fit_latency: [],
-            make_length_tables: [], record: [], update_readme: [], bench_serving: [],
-            bench_manager: [], bench_beam_step: [], report: [],
-            sweep: []}  # fmt: skip
-
-
-def bad_arguments(rng, script, room):
-    """Arguments of a script, at least one of them bad."""
-    inputs, _ = room
-    option, kind = rng.choice(list(OPTIONS[script].items()))
-    if script is record:
-        result, name = rng.choice((("folder", "main.py"), ("new.json", "none.py"),
-                                   (rng.choice(BAD_OUTPUTS[:-3]), "main.py")))  # fmt: skip
-        return rng.choice(([result, name], [name], [], ["", rng.choice(WORDS)]))
-    if kind == "document":
-        return [*rng.choice(([], ["--json", "new.json"])), str(inputs / rng.choice(BAD_INPUTS))]
-    if kind in ("number", "seed"):
-        values = [word for word in WORDS if kind == "number" or word != "0"]
-        value = rng.choice((*values, "9" * rng.randint(13, 9000), f"-{rng.randint(1, 10**20)}"))
-    elif kind in ("input", "script"):
-        value = rng.choice((*(str(inputs / name) for name in BAD_INPUTS if name), ""))
-    elif kind == "output":
-        value = rng.choice(BAD_OUTPUTS)
-    elif kind == "folder":
-        value = rng.choice(("old.json", "old.json/x", "pipe", "loop", "full", "x" * 300,
-                            "/proc/none", "/dev/null"))  # fmt: skip
-    else:
-        value = rng.choice(WORDS)
-    bad = [f"{option}={value}"] if rng.random() < 0.8 or value.startswith("-") else [option, value]
-    more = rng.choice(([], [], [], [option], ["extra"], [rng.choice(WORDS)], ["--bogus"]))
-    return HARMLESS[script] + (bad + more if rng.random() < 0.7 else more + bad)
-
-
-def fuzz_options(count, seed, room):
-    """Exit codes of `count` calls, by script."""
-    rng = random.Random(seed)
-    codes = Counter()
-    for _ in range(count):
-        script = rng.choice(list(OPTIONS))
-        arguments = bad_arguments(rng, script, room)
-        codes[script.__name__, check(script, arguments, room[1])] += 1
-    return codes
-
-
-def fuzz_files_of_scripts(count, seed, room):
-    """Exit codes of `count` calls of the scripts that read files, with one malformed file each."""
-    rng = random.Random(seed)
-    codes = Counter()
-    data = room[0] / "data"
-    data.mkdir()
-    for _ in range(count):
-        name, content = mutated(rng)
-        script = rng.choice((reproduce, reproduce, bench_serving, make_length_tables, fit_latency,
-                             capacity, capacity, main))  # fmt: skip
-        if script is bench_serving and name.startswith("azure"):
-            name = bench_serving.AZURE
-        elif script is make_length_tables:
-            name = rng.choice(make_length_tables.SPECS).filename
-        (data / name).write_bytes(content)
-        arguments = {
-            reproduce: ["--figure", "table1", "--lengths", str(data / name)],
-            bench_serving: ["--traces", str(data)], fit_latency: [],
-            capacity: ["--trace", str(data / name)],
-            main: [*HARMLESS[main], "--trace", str(data / name)],
-            make_length_tables: ["--data", str(data), "--out", str(room[1] / "folder")],
-        }[script]  # fmt: skip
-        with pytest.MonkeyPatch.context() as patch:
-            if script is fit_latency:
-                patch.setenv("LENGTHS_DIR", str(data))
-            with contextlib.suppress(FileNotFoundError):
-                codes[script.__name__, check(script, arguments, room[1])] += 1
-        (data / name).unlink()
-    return codes
-
-
-def document_of(rng):
-    """What a script might have written with --json, small."""
-    rows = [{"counted": name, "requests": rng.random()} for name in ("max", "paged")]
-    table = {"id": "concurrency", "title": "t", "setting": "", "headers": [], "index": ["counted"],
-             "rows": rows}  # fmt: skip
-    return document(
-        "capacity.py", {"model": "opt-13b", "seed": rng.randrange(3)}, seeds=[rng.randrange(3)],
-        setting={}, tables=[table], checks=[{"name": "a", "ok": True, "detail": "b"}],
-        exit_code=0, elapsed_s=1.0,
-    )  # fmt: skip
-
-
-def spoil(rng, found):
-    """One value somewhere in a document replaced, or one key taken away."""
-    parent, key = None, None
-    while isinstance(found, dict | list) and found and (parent is None or rng.random() < 0.8):
-        parent = found
-        key = rng.choice(list(found)) if isinstance(found, dict) else rng.randrange(len(found))
-        found = found[key]
-    if rng.random() < 0.3:
-        del parent[key]
-    else:
-        word = rng.choice(CELLS)
-        parent[key] = rng.choice((None, 1, -1, 2.5, 10**400, True, word, [], [1], {}, {word: []}))
-
-
-def fuzz_documents(count, seed, room):
-    """Exit codes of report.py over `count` files that are spoilt documents of --json."""
-    rng, codes, path = random.Random(seed), Counter(), room[0] / "one.json"
-    (room[0] / "other.json").write_text(json.dumps(document_of(rng)))
-    for _ in range(count):
-        found = document_of(rng)
-        for _ in range(rng.randint(1, 3)):
-            spoil(rng, found)
-        data = bytearray(json.dumps(found).encode("ascii"))
-        kind = rng.randrange(6)
-        if kind == 0:
-            del data[rng.randrange(len(data)) :]
-        elif kind == 1:
-            at = rng.randrange(len(data))
-            data[at : at + rng.randint(0, 9)] = rng.randbytes(rng.randint(1, 9))
-        elif kind == 2:
-            data = bytearray(rng.choice((b"", b"[]", b"{}", b"NaN", b"[" * 10**5, b"1e999")))
-        path.write_bytes(data)
-        given = [str(path), *rng.choice(([], [str(room[0] / "other.json")]))]
-        arguments = [*given, *rng.choice(([], ["--json", str(room[1] / "folder")]))]
-        codes[check(report, arguments, room[1], may_be=(0, 1))] += 1
-    return codes
-
-
-def fuzz_results(count, seed, folder):
-    """How many of `count` malformed files of results/ tools/update_readme.py refused."""
-    rng = random.Random(seed)
-    shutil.copy(ROOT / "README.md", folder)
-    shutil.copytree(ROOT / "docs", folder / "docs")
-    shutil.copytree(ROOT / "results", folder / "results")
-    paths = sorted((folder / "results").glob("*.json"))
-    sound = {path: path.read_bytes() for path in paths}
-    refused = 0
-    for _ in range(count):
-        path = rng.choice(paths)
-        data, kind = bytearray(sound[path]), rng.randrange(6)
-        at = rng.randrange(len(data))
-        if kind == 0:
-            del data[at:]
-        elif kind == 1:
-            data[at : at + 5] = rng.randbytes(5)
-        elif kind == 2:
-            data = bytearray(rng.choice((b"", b"[]", b"{}", b"NaN", b"null", b"[" * 10**5, b"1")))
-        elif kind == 3:
-            whole = json.loads(data)
-            del whole[rng.choice(list(whole))]
-            data = bytearray(json.dumps(whole).encode())
-        elif kind == 4:
-            whole = json.loads(data)
-            whole["output"] = rng.choice((None, 1, "x", [], {}, {"rows": [{}]}, {"rows": None}))
-            data = bytearray(json.dumps(whole).encode())
-        else:
-            whole = json.loads(data)
-            whole[rng.choice(list(whole))] = rng.choice((None, 1, [], [1], {}))
-            data = bytearray(json.dumps(whole).encode())
-        path.write_bytes(data)
-        arguments = rng.choice(([], ["--check"]))
-        try:
-            refused += check(update_readme, arguments, folder, may_be=(0, 1)) == 2
-        finally:
-            path.write_bytes(sound[path])
-    return refused
-
-
 @pytest.mark.parametrize("seed", range(2))
-def test_readers_refuse_malformed_files_in_one_line(tmp_path, seed):
+def test_readers_refuse_malformed_files_in_one_line(tmp_path, seed, record_property):
     refused, taken = fuzz_readers(240, seed, tmp_path)
+    record_property("inputs", refused.total())
     assert set(refused) == set(READERS) and refused.total() > 3 * taken.total()
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed):
-    codes = fuzz_options(240, seed, room)
-    refused = {script for script, code in codes if code == 2}
-    assert refused == {script.__name__ for script in OPTIONS}
+def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed, record_property):
+    codes = fuzz_options(3 * len(EVERY), seed, room)
+    record_property("inputs", with_code_2(codes))
+    refused = {(script, option) for script, option, code in codes if code == 2}
+    assert refused == {(script.__name__, option) for script, option in EVERY}
 
 
-def test_scripts_refuse_malformed_files_in_one_line(room, no_work):
+def test_sweeps_refuse_malformed_lists_in_one_line(room, no_work, record_property):
+    codes = fuzz_lists(4 * len(SWEPT), 0, room)
+    record_property("inputs", with_code_2(codes))
+    refused = {(script, option) for script, option, code in codes if code == 2}
+    assert refused >= {(script.__name__, option) for script, option in SWEPT if option not in PATHS}
+
+
+def test_variables_that_are_malformed_take_one_line(room, no_work, record_property):
+    codes = fuzz_variables(90, 0, room)
+    record_property("inputs", with_code_2(codes))
+    assert min(codes["LENGTHS_DIR", 2], codes[sweep.TASK, 2]) > 15
+
+
+def test_an_empty_name_is_no_folder(room, no_work):
+    for script, option in EVERY:
+        if OPTIONS[script][option] in ("folder", "input folder"):
+            for given in ([f"{option}="], [option, ""]):
+                arguments = [*HARMLESS[script], *given]
+                assert check(script, arguments, room[1], may_be=()) == 2
+
+
+def test_no_option_is_left_out(capsys):
+    """What --help names is what is fuzzed, and so is every script that has a command line."""
+    folders = (ROOT, ROOT / "tools", ROOT / "benchmarks")
+    there = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    scripts = {path for path in there if "__main__" in path.read_text(encoding="ascii")}
+    assert scripts == {Path(script.__file__) for script in OPTIONS}
+    assert {str(path.relative_to(ROOT)) for path in scripts} == {*SCRIPTS, *WITH_TORCH}
+    for script, options in OPTIONS.items():
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+        told = capsys.readouterr().out
+        usage, _, rest = told.partition("\n\n")
+        named = re.findall(r"^  (?:-\w, )?(--[\w-]+)", rest, re.MULTILINE)
+        positional = re.search(r"^positional arguments:\n((?:  .*\n)+)", rest, re.MULTILINE)
+        values = re.findall(r"^  (\S+)", positional[1], re.MULTILINE) if positional else []
+        ours = [option for option in options if option.startswith("--")]
+        assert sorted(named) == sorted(["--help", *ours]), script.__name__
+        assert len(values) == len(options) - len(ours), script.__name__
+        assert all(option in usage for option in ours), script.__name__
+
+
+def test_scripts_refuse_malformed_files_in_one_line(room, no_work, record_property):
     codes = fuzz_files_of_scripts(150, 0, room)
+    record_property("inputs", with_code_2(codes))
     assert {script for script, code in codes if code == 2} >= {
         "capacity", "main", "reproduce", "make_length_tables",
     }  # fmt: skip
 
 
-def test_report_refuses_malformed_documents_in_one_line(room, no_work):
+def test_report_refuses_malformed_documents_in_one_line(room, no_work, record_property):
     codes = fuzz_documents(300, 5, room)
+    record_property("inputs", codes[2])
     assert codes[2] > 200 and codes[0] + codes[1] > 0
 
 
-def test_results_that_are_malformed_leave_the_readme(tmp_path, monkeypatch):
+def test_a_sweep_refuses_malformed_cells_in_one_line(room, no_work, record_property):
+    codes = fuzz_cells(120, 0, room)
+    record_property("inputs", with_code_2(codes))
+    assert codes["report", 2] > 20 and codes["sweep", 0] + codes["sweep", 1] > 40
+
+
+def test_configurations_that_are_malformed_take_one_line(room, no_work, record_property):
+    codes = fuzz_configs(300, 0, room)
+    record_property("inputs", codes[2])
+    assert codes[2] > 250 and codes[0] > 0
+
+
+def test_json_readers_refuse_what_is_another_file(tmp_path, record_property):
+    """A trace in place of a configuration or a document, say; sound ones are in fuzz_configs."""
+    refused, _ = fuzz_readers(200, 0, tmp_path, JSON_READERS)
+    record_property("inputs", refused.total())
+    assert refused.total() > 190  # one line of a trace is a JSON object
+
+
+def test_results_that_are_malformed_leave_the_readme(tmp_path, monkeypatch, record_property):
     for module in (update_readme, committed):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    assert fuzz_results(60, 0, tmp_path) > 30
+    refused = fuzz_results(60, 0, tmp_path)
+    record_property("inputs", refused)
+    assert refused > 30
 
 
 # ---- what a mutation does not find -------------------------------------------------------------
@@ -585,15 +290,39 @@ def test_a_large_file_is_not_even_read(tmp_path):
     for reader in READERS.values():
         with pytest.raises(WorkloadError, match="the file is too long"):
             reader(str(path))
+    for reader in JSON_READERS.values():
+        with pytest.raises((ConfigError, UsageError), match=r"larger than 4 |more than 64 "):
+            reader(str(path))
 
 
 def test_what_is_no_file_is_refused_at_once(room):
     for name in BAD_INPUTS:
         if name != "azure.csv":
-            for reader in READERS.values():
+            for reader in (*READERS.values(), *JSON_READERS.values()):
                 path = name if not name or name.startswith("/") else str(room[0] / name)
                 assert not check_reader(reader, path), name
-    assert not check_reader(read_lengths, "a\0b")
+    for reader in (read_lengths, *JSON_READERS.values()):
+        assert not check_reader(reader, "a\0b")
+
+
+def test_no_reader_is_left_out():
+    """Every place that opens a file, and every variable that is read, has its tests."""
+    opens = re.compile(r"\b(open|open_regular|read_bounded)\(|\.read_(text|bytes)\((enc|\))")
+    reads = re.compile(r"environ(?:ment)?(?:\.get\(|\[)\"?(\w+)")
+    places, variables = set(), set()
+    for folder in (ROOT, ROOT / "tools", ROOT / "benchmarks"):
+        for path in folder.glob("*.py"):
+            text = path.read_text(encoding="ascii")
+            places |= {path.stem} if opens.search(text) else set()
+            variables |= {*reads.findall(text)}
+    assert places == {
+        "input_files", "config_file", "sweep_files", "workload",  # READERS and JSON_READERS
+        "committed", "update_readme", "json_blocks",  # fuzz_results: our own files
+        "record", "hunt", "mutant_sessions",  # what a script of ours has written: left below
+        "timeline", "command_line", "paged_attention", "bench_beam_step",  # no input
+    }  # fmt: skip
+    # LENGTHS_DIR and the task are in fuzz_variables; any text will do for a commit.
+    assert variables == {"LENGTHS_DIR", "TASK", "COMMIT"}
 
 
 @contextlib.contextmanager
@@ -621,9 +350,15 @@ def test_without_permission(room, no_work):
     if os.geteuid():
         outputs.chmod(0o555)
     with nobody():
-        for reader in READERS.values():
+        for reader in (*READERS.values(), *JSON_READERS.values()):
             for path in inputs.glob("*.csv"):
                 assert not check_reader(reader, str(path))
+        path = str(inputs / "azure.csv")
+        for script, arguments in (
+            (capacity, ["--model", path]), (capacity, ["--trace", path]), (report, [path]),
+            (main, [*HARMLESS[main], "--trace", path]),
+        ):  # fmt: skip
+            assert check(script, arguments, outputs, may_be=()) == 2
         for script in (main, capacity, reproduce, bench_serving, bench_manager):
             for name in ("old.json", "new.json", "folder/new.json"):
                 arguments = [*HARMLESS[script], "--json", str(outputs / name)]
@@ -640,8 +375,8 @@ def test_without_permission(room, no_work):
 # ---- as processes ------------------------------------------------------------------------------
 
 SCRIPTS = ("main.py", "capacity.py", "reproduce.py", "report.py", "sweep.py",
-           "tools/make_length_tables.py",
-           "tools/record.py", "tools/update_readme.py", "tools/fit_latency.py", "tools/mutants.py",
+           "tools/make_length_tables.py", "tools/hunt.py", "tools/record.py",
+           "tools/update_readme.py", "tools/fit_latency.py", "tools/mutants.py",
            "benchmarks/bench_manager.py",
            "benchmarks/bench_serving.py")  # fmt: skip
 WITH_TORCH = ("benchmarks/bench_attention.py", "benchmarks/bench_beam_step.py",
@@ -702,6 +437,114 @@ def test_a_pipe_that_nobody_writes_to_does_not_hang(tmp_path, arguments):
     assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
 
 
+class Leaving(io.TextIOWrapper):
+    """Standard output whose reader leaves after so many writes."""
+
+    def __init__(self, writes):
+        self.reading, writing = os.pipe()
+        super().__init__(os.fdopen(writing, "wb"), encoding="ascii")
+        self.left = writes
+
+    def write(self, text):
+        if self.left == 0:
+            os.close(self.reading)
+        self.left -= 1
+        return super().write(text)
+
+    def end(self):
+        if self.left >= 0:
+            os.close(self.reading)
+        self.close()
+
+
+def until_it_leaves(script, arguments, writes, path):
+    """(exit code, whether the reader stayed, stderr, what is in the file) of one run in here."""
+    path.write_text("old")
+    out, errors = Leaving(writes), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        code = script.main([*map(str, arguments), "--json", str(path)])
+    stayed = out.left >= 0
+    out.end()
+    return code, stayed, errors.getvalue(), path.read_text()
+
+
+def long_document(path):
+    """A document whose table is more than a buffer, so that printing it meets the reader."""
+    found = document_of(random.Random(0))
+    found["tables"][0]["rows"] = [{"counted": str(i), "requests": i} for i in range(400)]
+    path.write_text(json.dumps(found))
+    return path
+
+
+@pytest.mark.parametrize("script", [main, capacity, reproduce, report], ids=lambda s: s.__name__)
+def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(
+    script, tmp_path, monkeypatch
+):  # fmt: skip
+    """After each number of writes: silence, 141, and the file whole or as it was before."""
+    shown = ScenarioReport(1, "nothing", "What?", parts=["text"], answer="Nothing.")
+    section = capacity_tables.Section(report.Table("t", ("a",), [(1,)], name="t"), "so")
+    monkeypatch.setattr(main, "run_one", lambda *_: shown)
+    monkeypatch.setattr(main, "tune_cpu", lambda: None)
+    monkeypatch.setattr(capacity_tables, "sections", lambda *_: iter([section]))
+    cell = long_document(tmp_path / "cell.json")
+    arguments = [*HARMLESS[script], *{report: [cell, "--table", "concurrency"],
+                                      main: ["--scenario=1"]}.get(script, ())]  # fmt: skip
+    path = tmp_path / "out.json"
+    code, stayed, told, whole = until_it_leaves(script, arguments, 10**6, path)
+    assert (code, stayed, told) == (0, True, "") and len(whole) > 100
+    timed = re.compile(r'"elapsed_s": [0-9.]+')
+    outcomes, writes, stayed = set(), 0, False
+    while not stayed:
+        code, stayed, told, left = until_it_leaves(script, arguments, writes, path)
+        assert told == "" and code == (0 if stayed else 141)
+        outcomes.add("old" if left == "old" else timed.sub("", left) == timed.sub("", whole))
+        writes += 1
+    assert writes > 4 and sorted(os.listdir(tmp_path)) == ["cell.json", "out.json"]
+    # What is printed when all is computed loses nothing.
+    assert outcomes == ({True} if script in (reproduce, report) else {True, "old"})
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("capacity.py", ["--workload", "30,20"]),
+        ("sweep.py", ["--script", "capacity.py", "--workload", "30,20", "--seed", "0,1"]),
+        pytest.param("main.py", [*HARMLESS[main], "--scenario", "2"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_reader_that_leaves_in_the_middle_of_a_run(script, arguments, tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    to = ["--out", tmp_path / "out"] if script == "sweep.py" else ["--json", path]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(UNLIKE_USERS)}
+    command = [sys.executable, str(ROOT / script), *map(str, [*arguments, *to])]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    ) as running:
+        assert running.stdout.readline()
+        running.stdout.close()
+        errors = running.stderr.read()
+        assert (running.wait(timeout=100), errors) == (141, b"")
+    assert path.read_text() == "old"
+    for left in (tmp_path / "out").glob("*"):
+        assert json.loads(left.read_text())["script"] == "sweep.py"  # the plan alone
+
+
+@pytest.mark.parametrize("script", ["reproduce.py", "report.py"])
+def test_a_reader_that_is_gone_loses_no_figures(script, tmp_path):
+    path, cell = tmp_path / "out.json", long_document(tmp_path / "cell.json")
+    arguments = {"reproduce.py": ["--figure", "table1"],
+                 "report.py": [cell, "--table", "concurrency"]}[script]  # fmt: skip
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = process(script, *arguments, "--json", path, stdout=writing)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+    assert json.loads(path.read_text())["tables"][0]["rows"]
+
+
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
@@ -742,7 +585,7 @@ def test_a_planted_traceback_is_noticed(room, no_work, tmp_path, monkeypatch):
 
 
 def test_a_planted_hang_is_noticed(room, monkeypatch):
-    monkeypatch.setitem(globals(), "SECONDS", 1)
+    monkeypatch.setattr(fuzz_tools, "SECONDS", 1)
     with pytest.raises(Fault, match="Hang"):
         check_reader(lambda _: time.sleep(30), "x")
 
@@ -784,21 +627,54 @@ def test_a_planted_half_written_file_is_noticed(room, no_work, monkeypatch, left
 
 
 @pytest.mark.slow
-def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, monkeypatch):
+def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, monkeypatch, record_property):
     refused, taken = fuzz_readers(6000, 1000, tmp_path)
-    codes = fuzz_options(4500, 1001, room)
-    files = fuzz_files_of_scripts(2500, 1002, room)
+    others, _ = fuzz_readers(1000, 1009, tmp_path, JSON_READERS)
+    refused += others
+    codes = fuzz_options(40 * len(EVERY), 1001, room)
+    lists = fuzz_lists(20 * len(SWEPT), 1002, room)
+    files = fuzz_files_of_scripts(2500, 1003, room)
+    files += by_script("report", fuzz_documents(1000, 1004, room))
+    files += by_script("capacity", fuzz_configs(2000, 1005, room))
+    files += fuzz_cells(500, 1006, room)
+    variables = fuzz_variables(300, 1007, room)
     for module in (update_readme, committed):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    results = fuzz_results(400, 1003, tmp_path)
-    files += Counter({("report", code): n for code, n in fuzz_documents(500, 1004, room).items()})
+    results = fuzz_results(400, 1008, tmp_path)
+    kinds = {
+        "files, by reader": refused.total(), "files, by script": with_code_2(files),
+        "options": with_code_2(codes), "lists of values": with_code_2(lists),
+        "variables": with_code_2(variables), "results": results,
+    }  # fmt: skip
+    bad = sum(kinds.values())
     print(f"files: {refused.total()} refused, {taken.total()} of use after all")
-    for title, found in (("arguments", codes), ("scripts with files", files)):
+    for title, found in (("arguments", by_first(codes)), ("lists", by_first(lists)),
+                         ("scripts with files", files), ("variables", variables)):  # fmt: skip
         told = ", ".join(f"{name} {code}: {n}" for (name, code), n in sorted(found.items()))
         print(f"{title}: {told}")
-    print(f"results: {results} refused")
-    bad = (
-        results + refused.total() + sum(n for (_, code), n in (codes + files).items() if code == 2)
-    )
+    print("refused: " + ", ".join(f"{kind}: {n:,}" for kind, n in kinds.items()))
     print(f"{bad} malformed inputs, one line and 2 each")
+    record_property("inputs", bad)
+    record_property("kinds", json.dumps(kinds))
+    for found, wanted in ((codes, EVERY), (lists, SWEPT)):
+        options = {(script, option) for script, option, code in found if code == 2}
+        # A file's name is never a list: a sweep leaves it to the script.
+        left = PATHS if found is lists else ()
+        assert options >= {(script.__name__, name) for script, name in wanted if name not in left}
     assert bad >= 10_000
+
+
+def by_script(name, codes):
+    return Counter({(name, code): n for code, n in codes.items()})
+
+
+def by_first(codes):
+    """Exit codes by script and option, by script alone."""
+    found = Counter()
+    for (script, _, code), n in codes.items():
+        found[script, code] += n
+    return found
+
+
+def with_code_2(codes):
+    return sum(n for (*_, code), n in codes.items() if code == 2)

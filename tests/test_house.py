@@ -21,9 +21,9 @@ BOOKKEEPING = (
     "beam_search", "experiments", "steady_state", "recording", "run_record", "timeline",
     "drawing", "pictures", "pictures_bench", "pictures_capacity", "pictures_memory",
     "capacity", "capacity_case", "capacity_simulation", "capacity_tables", "config_file", "decoder",
-    "expert_families", "family_fields", "gpus", "memory_plan", "model_config", "model_families",
-    "json_document", "output_files", "progress", "report", "reproduce", "reproduction", "sweep",
-    "sweep_cells", "sweep_files", "sweep_table", "tables",
+    "expert_families", "family_fields", "gpus", "input_files", "memory_plan", "model_config",
+    "model_families", "json_document", "output_files", "progress", "report", "reproduce",
+    "reproduction", "sweep", "sweep_cells", "sweep_files", "sweep_table", "tables",
     "server_speed", "trace_case", "trace_formats", "trace_needs", "trace_options", "trace_serving",
     "trace_tables", "traces",
 )  # fmt: skip

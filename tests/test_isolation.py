@@ -153,7 +153,7 @@ def live(seed, kernel, count=24, mode=None, num_layers=2, broken=None):
     return attending, result
 
 
-def live_on(lifetimes, kernel, **options):
+def live_on(lifetimes, kernel, record=lambda *_: None, **options):
     """Pool after pool, until so many sequences have lived."""
     begin = time.process_time()
     lived = outputs = swaps = recomputations = copies = seed = 0
@@ -165,11 +165,14 @@ def live_on(lifetimes, kernel, **options):
         swaps, copies = swaps + result.num_swaps, copies + result.num_copies
         recomputations += result.num_recomputations
         seed += 1
-    print(
-        f"{kernel} on {DEVICE}: {lived:,} sequences in {seed} pools, {outputs:,} outputs, {swaps:,}"
-        f" swaps, {recomputations:,} recomputations, {copies:,} copies, "
-        f"{time.process_time() - begin:.0f} s of CPU"
-    )
+    found = {
+        "kernel": kernel, "device": str(DEVICE), "sequences": lived, "pools": seed,
+        "outputs": outputs, "swaps": swaps, "recomputations": recomputations,
+        "block copies": copies, "cpu_s": round(time.process_time() - begin, 1),
+    }  # fmt: skip
+    print(found)
+    for name, value in found.items():
+        record(name, value)
     assert outputs > 2 * lived and swaps and recomputations and copies
 
 
@@ -178,8 +181,8 @@ def test_the_gather_kernel_keeps_sequences_apart():
 
 
 @pytest.mark.slow
-def test_the_gather_kernel_keeps_10_000_sequences_apart():
-    live_on(LIFETIMES, GATHER)
+def test_the_gather_kernel_keeps_10_000_sequences_apart(record_property):
+    live_on(LIFETIMES, GATHER, record_property)
 
 
 def test_the_triton_kernel_keeps_sequences_apart():
@@ -188,9 +191,10 @@ def test_the_triton_kernel_keeps_sequences_apart():
 
 
 @pytest.mark.slow
-def test_the_triton_kernel_keeps_many_sequences_apart():
+def test_the_triton_kernel_keeps_many_sequences_apart(record_property):
     pytest.importorskip("triton")
-    live_on(LIFETIMES if ON_CUDA else LIFETIMES // 20, TRITON, num_layers=2 if ON_CUDA else 1)
+    lifetimes = LIFETIMES if ON_CUDA else LIFETIMES // 20
+    live_on(lifetimes, TRITON, record_property, num_layers=2 if ON_CUDA else 1)
 
 
 # ---- what is broken is found ----------------------------------------------------------------

@@ -22,6 +22,8 @@ import bench_paging_cost  # noqa: E402
 import bench_serving  # noqa: E402
 import committed  # noqa: E402
 import gpu_timing  # noqa: E402
+import hunt  # noqa: E402
+import hunt_blocks  # noqa: E402
 import measure_paging  # noqa: E402
 import speed_blocks  # noqa: E402
 from attention_contenders import CAT_SHAPE  # noqa: E402
@@ -295,6 +297,15 @@ def test_what_was_recorded_is_a_document_once_it_has_the_envelope(name):
         script = f"benchmarks/{name.replace('.json', '.py')}"
         found["output"] = measured(script, {}, found["output"], INDEX[name], 0, 1.0)
     assert faults(found["output"]) == []
+
+
+@pytest.mark.parametrize("name", [*hunt.HUNTS, hunt.COVERAGE])
+def test_what_a_hunt_left_is_a_document(name):
+    found = committed.find(hunt_blocks.file_of(name))
+    if found is None:
+        pytest.skip("not recorded yet")
+    assert faults(found["output"]) == []
+    assert found["output"]["exit_code"] == 0, "a hunt that failed is no result"
 
 
 def with_envelope(found):

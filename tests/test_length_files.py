@@ -118,6 +118,14 @@ def test_a_folder_may_hold_anything(write, tmp_path):
     assert find_lengths([], str(tmp_path)).files == {"ShareGPT": path}
 
 
+def test_cells_in_quotes(write):
+    path = write("a.csv", 'text,"input_len",output_len\n"a, b\nc",3,"4"\nd,5,6\n')
+    assert find_lengths([path], None).pairs("ShareGPT") == [(3, 4), (5, 6)]
+    path = write("b.csv", 'input_len,output_len\n"3,4\n5,6\n')
+    with pytest.raises(WorkloadError, match=r"b\.csv, line 2: a cell in quotes does not end"):
+        find_lengths([path], None)
+
+
 def test_a_named_file_goes_before_the_folder(write, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import random
+from dataclasses import replace
 
 import pytest
 from published_models import PUBLISHED
 
 import paper
 from config_file import MAX_BYTES, Config, ConfigError, quantisation, read_config
-from decoder import Decoder
+from decoder import Decoder, Experts
 from memory_plan import PlanError, heads_per_gpu, slot_bytes
 from model_config import FAMILIES, NO_PLAIN_CACHE, load_model, model_of
 
@@ -373,6 +375,36 @@ def test_bad_values_are_named(changes, said):
 
 
 @pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("OPT-125M", {"layer_norm_elementwise_affine": False},
+         "layer_norm_elementwise_affine false cannot be sized"),
+        ("DeepSeek-V2-Lite", {"attention_bias": True},
+         "attention_bias true cannot be sized with a latent cache"),
+    ],
+)  # fmt: skip
+def test_what_only_one_family_can_say_and_nobody_can_size(name, changes, said):
+    values = PUBLISHED[name][1]
+    assert refused(values, **changes) == f"config.json: {said}"
+    for key, value in changes.items():
+        assert model(values, **{key: not value}).decoder == model(values).decoder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"windows": (512, None)}, "2 layer types for 26 layers"),
+        ({"experts": Experts(27, 8, 2, 64)}, "experts in 27 of 26 layers"),
+        ({"experts": Experts(-1, 8, 2, 64)}, "experts in -1 of 26 layers"),
+    ],
+)
+def test_a_decoder_of_layers_that_it_has_not_is_refused(changes, said):
+    decoder = model(PUBLISHED["Gemma-3-1B"][1]).decoder
+    with pytest.raises(ValueError, match=said):
+        replace(decoder, **changes)
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"", "not JSON: Expecting value at line 1, column 1"),
@@ -391,6 +423,33 @@ def test_files_that_are_no_configuration(tmp_path, content, said):
         load_model(str(path))
     assert str(info.value).startswith(f"{path}: ") and said in str(info.value)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("none.json", "No such file or directory"),
+        (".", "Is a directory"),
+        ("a\0b", "embedded null byte"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_named(name, said, tmp_path):
+    path = f"{tmp_path}/{name}"
+    with pytest.raises(ConfigError) as info:
+        read_config(path)
+    assert str(info.value) == f"{path}: cannot be read: {said}"
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    """Opening a pipe that nobody writes to would never return."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "hole").touch()
+    os.truncate(tmp_path / "hole", 2**40)
+    for name, said in (("pipe", "not a regular file"), ("hole", "larger than 4 MiB")):
+        with pytest.raises(ConfigError, match=said):
+            load_model(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_config("/dev/zero")
 
 
 def test_every_truncation_of_a_configuration_is_refused(tmp_path):

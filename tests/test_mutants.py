@@ -1,4 +1,4 @@
-"""tools/mutants.py: what it leaves, counts, shows and refuses, on sessions made by hand."""
+"""Regime item 10: what tools/mutants.py leaves, counts, shows, refuses, on made-up sessions."""
 
 import json
 import re

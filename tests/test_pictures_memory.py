@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,10 +28,11 @@ import scenario_mixed
 import scenario_paged
 import scenario_sampling
 import trace_tables
+from capacity_simulation import means
 from memory_usage import MemoryUsage
 from paper_figures import BLOCK_SIZES, FASTER_TRANSFORMER, FIG18A, FIG19A, VLLM
 from report import OutputError
-from run_record import SERIES_LENGTH, RunRecord
+from run_record import SERIES_LENGTH, Bar, RunRecord
 from scenario import Setting
 from trace_options import make_trace_case
 
@@ -174,6 +176,27 @@ def test_memory_bars_are_ours_by_part_beside_the_papers(record):
 
 
 @needs_matplotlib
+def test_a_system_that_the_paper_has_not_stands_alone():
+    ours = dict.fromkeys(PARTS, 0.0) | {"tokens": 75.0, "free": 25.0}
+    found = RunRecord("a setting", [Bar("mine", ours, None), Bar(VLLM, ours, paper.FIG2[VLLM])])
+    (axes,) = pictures_memory.memory_bars(found).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["mine", VLLM]
+    heights = [bar.get_height() for bar in axes.patches]
+    told = [*ours.values(), *ours.values(), *paper.FIG2[VLLM].values()]
+    assert heights == pytest.approx(told)
+
+
+def test_a_long_run_keeps_its_first_iterations():
+    """As many as a picture shows: the steady states of scenario 1 are five times as long."""
+    series = RunRecord().new_series(1, "max")
+    usages = [MemoryUsage(SERIES_LENGTH + 2, tokens, SERIES_LENGTH + 2 - tokens)
+              for tokens in range(SERIES_LENGTH + 2)]  # fmt: skip
+    for usage in usages:
+        series.add(usage)
+    assert series.usages == usages[:SERIES_LENGTH]
+
+
+@needs_matplotlib
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_slots_over_time_fill_the_pool_in_every_iteration(record, number):
     runs = [series for series in record.series if series.scenario == number]
@@ -308,6 +331,17 @@ def test_capacity_draws_the_sweep_of_block_sizes(sections):
 
 
 @needs_matplotlib
+def test_without_a_prefix_its_panel_is_empty():
+    arguments = ["--gpu-memory", "30", "--workload", "20,30"]
+    case = capacity.make_case(capacity.build_parser().parse_args(arguments))
+    found = means(case.workload, case.max_len, case.seed)
+    section = capacity_tables.block_sizes(replace(case, prefix_len=0), found)
+    figure = pictures_capacity.by_block_size(section)
+    assert [len(axes.get_lines()) for axes in figure.axes] == [1, 0, 1, 1]
+    assert "prefix" in figure.axes[1].get_title()
+
+
+@needs_matplotlib
 def test_capacity_writes_two_pictures(tmp_path, monkeypatch, sections, capfd):
     monkeypatch.setattr(capacity_tables, "sections", lambda *_: iter(sections))
     assert capacity.main(["--figures", str(tmp_path / "new")]) == 0
@@ -404,6 +438,10 @@ def test_the_benchmarks_draw_what_they_measured(monkeypatch, tmp_path, capsys):
     found.pop("attention")
     assert bench_paging_cost.main([*arguments[:-1], str(tmp_path / "b"), "--part", "swap"]) == 0
     assert os.listdir(tmp_path / "b") == ["fig19a.png"]
+    found = {"attention": kernel_rows()}
+    part = ["--part", "attention"]
+    assert bench_paging_cost.main([*arguments[:-1], str(tmp_path / "d"), *part]) == 0
+    assert os.listdir(tmp_path / "d") == ["fig18a.png"]
 
     row = {"shape": "OPT-13B 8 x 2000", "floor_us": 10.0, "aim": 1.1, "triton_us": 11.0,
            "read_us": 10.1, "flashinfer_us": 13.0, "flashinfer_tc_us": 12.0, "gather_share": 0.9}

@@ -21,7 +21,13 @@ from report import (
     render_scenario,
     write_json,
 )
-from tables import key_of
+from tables import counted, key_of
+
+
+def test_one_of_a_thing_is_no_plural():
+    told = ["0 blocks", "1 block", "2 blocks", "1,024 blocks"]
+    assert [counted(number, "block") for number in (0, 1, 2, 1024)] == told
+
 
 not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 

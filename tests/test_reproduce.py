@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,14 @@ def test_several_processes_find_what_one_finds(monkeypatch):
     (alone,) = regenerate([Fig2()], COMPACT, 1, 1)
     (together,) = regenerate([Fig2()], COMPACT, 1, 2)
     assert alone.rows == together.rows
+
+
+def test_it_can_be_called_in_a_thread():
+    """Which may set no handler of signals, and is told of none."""
+    with ThreadPoolExecutor(1) as pool:
+        (there,) = pool.submit(regenerate, [Table1()], COMPACT, 1, 2).result()
+    (here,) = regenerate([Table1()], COMPACT, 1, 2)
+    assert there.rows == here.rows and len(there.rows) == 16
 
 
 def test_quick_is_a_part_of_everything():

@@ -20,10 +20,12 @@ import scenario_paged_tensors
 import scenario_sampling
 from iteration import Limits
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
+from memory_usage import MemoryUsage
 from paged_attention import PagedKVCache
 from paged_tables import PagedTables
 from report import ScenarioReport, Table, render_scenario
-from scenario import Setting, check_setting, sample_requests, steady_state
+from run_record import RunRecord
+from scenario import Setting, UsageMean, check_setting, sample_requests, steady_state
 from sequence import BlockTable
 from serving import make_groups
 from stamped_cache import StampedCache
@@ -220,6 +222,14 @@ def test_means_are_taken_after_the_warmup_only():
     assert mean.saving == pytest.approx(0.0)
 
 
+def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
+    mean = UsageMean()
+    mean.add(MemoryUsage(40, 0, 40), 0)
+    mean.add(MemoryUsage(40, 8, 32, logical_tokens=16, logical_blocks=4, physical_blocks=2), 2)
+    assert (mean.percent("free"), mean.batch) == (90.0, 1.0)
+    assert mean.saving == 50.0  # of the one that holds blocks
+
+
 # --- scenario 1 ----------------------------------------------------------------------------------
 
 
@@ -270,6 +280,18 @@ def test_the_shares_of_the_contiguous_policies(quick):
         assert sum(row[part] for part in parts) == 300 * 16
 
 
+def test_a_policy_of_ones_own_has_no_bar_of_the_papers(quick):
+    theirs = paper.ORCA_POW2, paper.ORCA_ORACLE
+    quick.setattr(scenario_baseline, "POLICIES", dict(zip(("max", "pow2", "oracle"),
+                                                          ("mine", *theirs))))  # fmt: skip
+    record = RunRecord()
+    report = scenario_baseline.run(setting_of(130), record=record)
+    rows = [(row["policy"], row["who"]) for row in records(report, "Steady state")]
+    assert rows == [("mine", "ours"), *((s, who) for s in theirs for who in ("ours", "paper"))]
+    told = {bar.system: bar.paper for bar in record.bars}
+    assert told == {"mine": None, **{system: paper.FIG2[system] for system in theirs}}
+
+
 def test_the_map_of_the_pool_shows_each_slot_where_it_is():
     manager = BaselineCacheManager(20, 4, policy="pow2", max_len=32)
     manager.allocate(0, 9, 21)  # 9 tokens, 12 to come, 4 never used, 7 rounded up: 32 slots
@@ -283,6 +305,16 @@ def test_a_request_pool_that_nothing_fills_is_an_error():
     requests = [Request(n, 0.0, 3, 3) for n in range(2)]
     with pytest.raises(ValueError, match="all 2 requests fit"):
         scenario_baseline._fill(setting_of(130), "oracle", requests)
+
+
+def test_requests_that_fit_all_at_once_are_an_error_in_scenario_2():
+    """No steady state, and no first refusal to show: it is not told as one."""
+    report = empty_report()
+    with pytest.raises(ValueError, match="the queue of 2 ran dry"):
+        scenario_paged._fill_and_run(
+            setting_of(130), report, [Request(n, 0.0, 3, 3) for n in range(2)]
+        )
+    assert report.parts == []
 
 
 # --- scenario 3: closed forms --------------------------------------------------------------------
@@ -693,6 +725,19 @@ def test_the_mix_fits_every_policy_and_has_every_kind():
         assert arrivals == sorted(arrivals)
         for r in requests:
             assert r.output_len >= 2 and r.prefix_len + r.prompt_len + r.output_len <= longest
+
+
+def test_a_run_of_fewer_iterations_than_rows_has_a_row_for_each():
+    setting = setting_of(130)
+    requests = [Request(n, 0.0, 20, 4, prefix_len=16 * (n == 2)) for n in range(3)]
+    outcome = scenario_mixed._serve(setting, scenario_mixed.PAGED_SWAP, requests, 500, None)
+    report = empty_report()
+    scenario_mixed._tables(setting, report, requests, [outcome])
+    rows = records(report, "Slots over time")
+    assert [row["iterations"] for row in rows] == ["0-0", "1-1", "2-2", "3-3"]
+    assert [row["batch"] for row in rows] == [3.0] * 4
+    tokens = [100 * (16 + 3 * n) / setting.num_slots for n in (20, 21, 22, 23)]
+    assert [row["tokens"] for row in rows] == pytest.approx(tokens)
 
 
 def test_the_requests_of_the_steady_states_are_cut_to_the_pool():

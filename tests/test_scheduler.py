@@ -837,9 +837,9 @@ def what_happened(scheduler, before, iteration):
     }
 
 
-def run_beside_naive(seed):
+def run_beside_naive(seed, workload=random_workload):
     """Both over the same workload, compared in every iteration; the rules that came to bear."""
-    *pool, limits, mode, groups = random_workload(seed)
+    *pool, limits, mode, groups = workload(seed)
     ours, theirs = managers_for(*pool)
     scheduler = Scheduler(ours, limits, mode)
     naive = Naive(theirs, limits.max_batched_tokens, limits.max_num_seqs, mode)

@@ -807,7 +807,7 @@ def run_machine(machine, how, least):
     assert_exercised(machine, least)
 
 
-def run_for_long(machine, least):
+def run_for_long(machine, least, record):
     """Rounds with the seeds 0, 1, 2, ... until RULE_STEPS rules have run."""
     machine.events.clear()
     begin, rounds = time.process_time(), 0
@@ -818,6 +818,11 @@ def run_for_long(machine, least):
     seconds = time.process_time() - begin
     print(f"{machine.events['rules']:,} rules, seeds 0 to {rounds - 1}, {seconds:.0f} s of CPU")
     print(dict(machine.events))
+    record("rules", machine.events["rules"])
+    record("seeds", f"0 to {rounds - 1}")
+    for event in least:
+        record(event, machine.events[event])
+    record("cpu_s", round(seconds, 1))
     assert_exercised(machine, least)
 
 
@@ -830,10 +835,10 @@ def test_baseline_manager_against_contents():
 
 
 @pytest.mark.slow
-def test_paged_manager_against_contents_for_long():
-    run_for_long(PagedMachine, PAGED_EVENTS)
+def test_paged_manager_against_contents_for_long(record_property):
+    run_for_long(PagedMachine, PAGED_EVENTS, record_property)
 
 
 @pytest.mark.slow
-def test_baseline_manager_against_contents_for_long():
-    run_for_long(BaselineMachine, BASELINE_EVENTS)
+def test_baseline_manager_against_contents_for_long(record_property):
+    run_for_long(BaselineMachine, BASELINE_EVENTS, record_property)

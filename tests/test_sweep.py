@@ -11,6 +11,7 @@ import pytest
 
 import sweep
 from command_line import UsageError
+from json_document import document
 from sweep_cells import MAX_CELLS, expand, plan_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,8 +139,10 @@ def test_a_cell_that_is_not_there_takes_one_line(task, arguments, says, monkeypa
 def test_a_list_runs_nothing(tmp_path, capsys):
     assert sweep.main([*TWO, "--out", str(tmp_path / "new"), "--list"]) == 0
     printed = capsys.readouterr().out
-    assert "--array=0-1 " in printed and printed.count("python capacity.py") == 2
-    assert os.listdir(tmp_path) == []
+    assert "\n2 cells: sbatch --array=0-1 " in printed
+    assert printed.count("python capacity.py") == 2 and os.listdir(tmp_path) == []
+    assert sweep.main(["--list"]) == 0
+    assert "\n1 cell: sbatch --array=0-0 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["file", "file/x", "pipe", "loop", "x" * 300, "a\0b"])
@@ -205,6 +208,25 @@ def test_a_cell_that_cannot_run_says_why_in_its_file_and_stops_no_other(tmp_path
     assert by_size[5000]["error"] in done.stderr and by_size[5000]["tables"] == []
     again = process(*CAPACITY, "--out", tmp_path, "--block-size", "5000,16")
     assert again.returncode == 2 and again.stdout.count("done before") == 1
+
+
+def test_a_cell_that_cannot_run_says_why_in_its_file_where_there_is_no_stderr(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert sweep.main([*CAPACITY, "--out", str(tmp_path), "--block-size", "5000"]) == 2
+    (found,) = documents(tmp_path)[1].values()
+    assert found["error"] == "capacity.py: error: --block-size 5000: at most 4,096"
+
+
+def test_a_cell_that_could_not_run_and_says_not_why_runs_again(tmp_path, monkeypatch, capfd):
+    """Or the sweep would end with 2 and not a word."""
+    arguments = ["--script", "capacity.py", "--seed", "3", "--out", str(tmp_path)]
+    (cell,) = expand("capacity.py", ["--seed", "3"])
+    found = document("capacity.py", cell.options, setting={}, tables=[], exit_code=2, elapsed_s=0.0)
+    (tmp_path / cell.file).write_text(json.dumps(found))
+    monkeypatch.setattr(sweep, "run_cell", lambda *_: 0)
+    assert sweep.main(arguments) == 0 and "done before" not in capfd.readouterr().out
 
 
 def test_a_cell_whose_checks_fail_is_done_with_code_1(tmp_path, monkeypatch, capfd):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import report
+import sweep_table
 from command_line import UsageError
 from json_document import SCHEMA
 from sweep_files import read_document
@@ -183,7 +184,11 @@ def test_a_table_asked_for_is_shown_whole(four, capsys):
     merged = merge(four)
     assert len(shown(merged, []).rows) == 4
     assert len(shown(merged, ["concurrency"]).rows) == 6
-    assert report.main([*map(str, four), "--table", "slots"]) == 2
+    asked = ["--table", "concurrency"]
+    assert report.main([*map(str, four), *asked, *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("concurrency: ") for line in lines) == 6
+    assert report.main([*map(str, four), *asked, "--table", "slots"]) == 2
     error = "report.py: error: --table 'slots': the files have concurrency\n"
     assert capsys.readouterr() == ("", error)
 
@@ -200,6 +205,17 @@ def test_unicode_is_shown_in_ascii(folder, capsys):
     assert report.main([*map(str, folder(a=found[0], b=found[1]))]) == 0
     printed = capsys.readouterr().out
     assert printed.isascii() and "'\\xe9\\U0001f600'" in printed and "'a\\nb'" in printed
+
+
+def test_an_option_with_several_values_is_shown_in_one_cell(folder):
+    values = [[1, 2], [3], ["a b", "\u00e9"]]
+    paths = folder(**{
+        f"x{n}": run(script="main.py", options={"scenario": value, "seed": 0})
+        for n, value in enumerate(values)
+    })  # fmt: skip
+    table = shown(merge(paths), ["concurrency"])
+    at = table.headers.index("scenario")
+    assert {row[at] for row in table.rows} == {"1 2", "3", r"a b '\xe9'"}
 
 
 # ---- what it refuses --------------------------------------------------------------------------
@@ -289,11 +305,16 @@ def test_what_is_no_file_takes_one_line(tmp_path, four, capsys):
         assert printed == "" and errors.count("\n") == 1 and says in errors, name
 
 
-def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+def test_more_files_than_can_be_merged_are_not_read(monkeypatch):
+    monkeypatch.setattr(sweep_table, "read_document", None)
+    with pytest.raises(UsageError, match="20,001 files: at most 20,000"):
+        merge([Path("a.json")] * 20_001)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
     path = tmp_path / "large.json"
     with path.open("wb") as file:
-        file.truncate((64 << 20) + 1)
-    monkeypatch.setattr(Path, "read_bytes", None)
+        file.truncate(1 << 40)
     with pytest.raises(UsageError, match="more than 64 MiB"):
         read_document(path)
 

@@ -1,5 +1,6 @@
 """What a trace needs, against a server written from the definitions alone, and brute force."""
 
+import gc
 import math
 
 import numpy as np
@@ -244,6 +245,18 @@ def test_a_run_ends_as_soon_as_too_many_are_held_up():
     assert serve(columns, SERVER, "paged", 16, found.held_up - 1) is None
     watch = Watch([0.0, 1.0])
     assert (watch.preemptions, watch.kept_waiting, watch.starts) == (0, 0, {})
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_serving_leaves_the_garbage_collector_as_it_was(collecting):
+    """After a trace that is served, and after one that is not."""
+    was = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        assert serve(tiny(0), SERVER, "paged", 90) and gc.isenabled() is collecting
+        assert serve(tiny(0), SERVER, "paged", 1) is None and gc.isenabled() is collecting
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_unbounded_memory_doubles_until_it_is_one(monkeypatch):

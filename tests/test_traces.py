@@ -135,6 +135,17 @@ def test_quotes_marks_and_blank_lines(read):
     assert columns(read(text)) == (None, [3, 5], [4, 6])
 
 
+def test_a_cell_in_quotes_may_hold_commas_and_line_breaks(read):
+    """Of a prompt's text, say, whose second line could be taken for a row of its own."""
+    text = 'text,input_len,output_len\n"a\n5,6,7",3,4\n"b ""c"", d\n\ne\n",5,6\nf "g",8,9\nh,x,1\n'
+    trace = read(text)
+    assert columns(trace) == (None, [3, 5, 8], [4, 6, 9]) and trace.lines.tolist() == [2, 4, 8]
+    assert {why: found.first_line for why, found in trace.refused.items()} == {
+        "the prompt is not a number of tokens": 9
+    }
+    assert columns(read('input_len,"the\noutput len",output_len\n1,2,3\n')) == (None, [1], [3])
+
+
 def test_the_format_is_not_told_by_the_name(tmp_path):
     for name in ("trace.jsonl", "mooncake.csv.gz", "azure"):
         path = tmp_path / name
@@ -286,9 +297,12 @@ def test_only_the_first_rows(read):
         ("input_len,output_len,time\n1,2,0\n1,2,1e9\n", "more than ten years"),
         ("input_len,output_len\n1,0\n", "no request can be served: 1 an output of 0 tokens"),
         (b"\x1f\x8b\x08", "cannot be read: "),
-        (gzip.compress(AZURE.encode())[:-9], "cannot be read: "),
+        (gzip.compress(AZURE.encode(), mtime=0)[:-9], "cannot be read: "),
         (b"\xff\xfe\0\0", "no trace of a known format"),
         ("x" * 70_000, "line 1: the file, or this line, is too long"),
+        ('input_len,output_len\n1,2\n"3,4\n5,6\n', "line 3: a cell in quotes does not end"),
+        ('input_len,output_len\n"3,4\n' + "5,6\n" * 50_000, "line 2: a cell in quotes does not"),
+        ("a,b,c\n1,2,3\n", " ... (capitals, blanks, _ and - do not matter)"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used(read, tmp_path, text, told):

@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
+from command_line import OneLineParser, UsageError, exit_code, folder  # noqa: E402
 from length_files import chat_rounds  # noqa: E402
 from report import check_writable, write_whole  # noqa: E402
 from workload import WorkloadError, read_columns  # noqa: E402
@@ -243,8 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
 def parse_and_make(arguments: list[str] | None) -> int:
     """0. Raises UsageError."""
     parser = OneLineParser(description="make the compact tables from the length files")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="DIR")
-    parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR")
+    parser.add_argument("--data", type=folder, default=Path("../shared/data"), metavar="DIR")
+    parser.add_argument("--out", type=folder, default=ROOT, metavar="DIR")
     options = parser.parse_args(arguments)
     parts = {"length_tables.py": generate, "chat_lengths.py": generate_chat}
     for name in parts:

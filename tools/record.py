@@ -4,8 +4,8 @@
     python tools/record.py results/bench_manager.json benchmarks/bench_manager.py
 
 The file holds the command, the commit, the machine, the versions, the script's own JSON under
-"output" and the lines it printed under "printed". Where there is no git checkout, the commit is
-taken from the variable COMMIT.
+"output" and the lines it printed under "printed". The variable COMMIT says which commit it is where
+git cannot: on a machine that was handed the files alone, or with the history of another day.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from report import check_writable, write_json  # noqa: E402
 
 def commit() -> str:
     """The commit that is checked out, '+' behind it if files differ from it, results/ aside."""
+    if told := os.environ.get("COMMIT"):
+        return told
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", ":!results")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     return head + ("+" if changed else "")
 
 
@@ -69,6 +71,7 @@ def parse_and_record(argv: list[str] | None) -> int:
     check_writable(args.result)
     if not (ROOT / args.script).is_file():
         raise UsageError(f"there is no script {args.script}")
+    started_at = commit()  # a long run may see others come
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "out.json"
         command = [sys.executable, args.script, *arguments, "--json", str(found)]
@@ -87,7 +90,7 @@ def parse_and_record(argv: list[str] | None) -> int:
         args.result,
         {
             "command": " ".join(["python", args.script, *arguments]),
-            "commit": commit(),
+            "commit": started_at,
             "device": device(),
             "versions": versions(),
             "output": output,

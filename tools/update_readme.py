@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import figure_blocks as f
+import hunt_blocks as h
 import json_blocks as j
 import reliability_blocks as r
 import scenario_blocks as s
@@ -34,7 +35,7 @@ PARTS = {
         f.headline, f.ratios, f.figures, f.rows, f.seeds, f.differences, f.explained,
         f.beams_hour, f.beam_step, v.serving, v.manager, v.gpu,
         v.gpu_attention, v.gpu_aims, v.gpu_gaps, v.gpu_others, v.gpu_profile, v.gpu_paging,
-        j.envelope, j.keys, s.sweep, r.mutants, r.survivors,
+        j.envelope, j.keys, s.sweep, h.hunts, h.coverage, h.reliability, r.mutants, r.survivors,
     )
 }  # fmt: skip
 

@@ -1,0 +1,611 @@
+"""Malformed input of every kind, from a seed: the engines of tests/test_fuzz.py.
+
+`check` calls a script's main() and `check_reader` a reader; both raise Fault for anything but one
+clear line. Each fuzz_... spoils as many inputs of one kind, hands them over and counts what became
+of them. OPTIONS has every option of every script; test_fuzz.py compares it with their --help.
+"""
+
+import contextlib
+import copy
+import gzip
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from published_models import PUBLISHED
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
+
+import bench_attention  # noqa: E402
+import bench_beam_step  # noqa: E402
+import bench_manager  # noqa: E402
+import bench_paging_cost  # noqa: E402
+import bench_serving  # noqa: E402
+import fit_latency  # noqa: E402
+import hunt  # noqa: E402
+import make_length_tables  # noqa: E402
+import mutants  # noqa: E402
+import profile_attention  # noqa: E402
+import record  # noqa: E402
+import update_readme  # noqa: E402
+
+import capacity  # noqa: E402
+import main  # noqa: E402
+import report  # noqa: E402
+import reproduce  # noqa: E402
+import sweep  # noqa: E402
+import sweep_cells  # noqa: E402
+from command_line import UsageError  # noqa: E402
+from config_file import ConfigError, read_config  # noqa: E402
+from json_document import document  # noqa: E402
+from length_files import ALPACA_COLUMNS, DATASETS, chat_rounds, find_lengths, read_pairs  # noqa: E402
+from sweep_files import read_document  # noqa: E402
+from traces import read_trace  # noqa: E402
+from workload import WorkloadError, read_columns, read_lengths  # noqa: E402
+
+SECONDS = 10  # that one input may take before it counts as a hang
+LONGEST = 1200  # characters of a line that is still clear
+SUFFIX = "suffix_tokens_after_shared_prefix"
+AZURE_HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+SOUND = {  # one of each kind of file
+    "sharegpt.csv": "input_len,output_len\n" + "3,4\n200,47\n5,6\n" * 9,
+    "alpaca.csv": "index,input_len,output_len,input_len_llama\n" + "0,9,46,11\n1,20,48,7\n" * 9,
+    "wmt16.csv": f"index,output_llama_tokens,{SUFFIX}_1shot,{SUFFIX}_5shot\n" + "0,9,7,12\n" * 9,
+    "chat.csv": "conversation,chunk_suffix,turn,from,opt_tokens_no_bos\n"
+    + "0,0,0,human,6\n0,0,1,gpt,16\n" * 9,
+    "azure.csv": AZURE_HEAD + "2023-11-16 18:15:46.6805900,374,44\n" * 9,
+    "burstgpt.csv": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    + "5,ChatGPT,472,18,490,Conversation log\n9,GPT-4,417,0,417,API log\n" * 9,
+    "mooncake.jsonl": '{"timestamp": 9, "input_length": 55, "output_length": 5, "hash_ids": [1]}\n'
+    * 9,
+    "plain.csv": 'text,arrival_ms,prompt_len,output_len\n' + '"a, b",0,374,44\nc,9.5,396,9\n' * 9,
+    "other.jsonl": '{"completion_tokens": 7, "prompt_tokens": 6, "time": "2023-11-16"}\n' * 9,
+}
+CELLS = (
+    "nan", "NaN", "inf", "-inf", "Infinity", "-1", "0", "-0", "1.5", "1e3", "1e308", "0x10",
+    "1_0", "+5", "", " ", "'", '"5"', "9" * 8, "9" * 19, "9" * 30, "9" * 5000, str(2**63),
+    str(-(2**63) - 1), "true", "None", "null", "\0", "\x1b[31m", "\u0663", "\u00e9", "\u2028",
+    "\U0001f600", "a\tb", '"', '"a, b"', '"a\nb"', '"5""', "%s%n", "${HOME}", "../../etc/passwd",
+    "5 5", "--json", "\x85", "\ufeff",
+)  # fmt: skip
+WORDS = (*CELLS[:-1], "\udcff", "two\nlines", "=", "-", "--", "x" * 300, "y" * 100_000)
+
+
+class Fault(AssertionError):
+    """What is promised does not hold."""
+
+
+class Hang(BaseException):
+    """Not an Exception: nothing that is tried may catch it."""
+
+
+@contextlib.contextmanager
+def no_longer_than(seconds):
+    def ring(*_):
+        raise Hang(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def contents(folder):
+    """What lies in a folder: the bytes of files that are not huge, the kind of all else."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK)
+        and path.stat().st_size < 2**30
+        else path.lstat().st_mode
+        for path in sorted(Path(folder).rglob("*"))
+        if not path.is_relative_to("/proc")
+    }
+
+
+def check(script, arguments, outputs, may_be=(0,)):
+    """Calls a script's main() with input that is bad, or at best sound. Returns the exit code.
+
+    `outputs` is the folder where it might write: after a failure it must be as it was. Raises
+    Fault for anything but 2 with one clear line, or one of the codes `may_be` without a word.
+    """
+    before = contents(outputs)
+    printed, errors = io.StringIO(), io.StringIO()
+    try:
+        with (
+            contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors),
+            no_longer_than(SECONDS),
+        ):  # fmt: skip
+            code = script.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    except (Exception, Hang) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise Fault(f"{script.__name__} {arguments!a:.300}: {what}") from None
+    told, shown = errors.getvalue(), f"{script.__name__} {arguments!a:.300}: {code}, "
+    if code in may_be:
+        if told:
+            raise Fault(f"{shown}though {told!r}")
+        return code
+    if code != 2:
+        raise Fault(f"{shown}not 2: {told!r}")
+    line = told.removesuffix("\n")
+    clear = line.isascii() and line.isprintable() and ": error: " in line and len(line) < LONGEST
+    if not clear or told == line:
+        raise Fault(f"{shown}not one clear line: {told[:400]!r}")
+    if contents(outputs) != before:
+        raise Fault(f"{shown}files changed: {sorted(set(contents(outputs)) ^ set(before))}")
+    return 2
+
+
+def check_reader(read, path):
+    """Calls a reader with a file. Whether it was read; Fault unless the error is one line of it."""
+    try:
+        with no_longer_than(SECONDS):
+            read(path)
+    except (WorkloadError, ConfigError, UsageError) as error:
+        text = str(error).replace(os.fspath(path), "PATH")
+        if "\n" in text or not text.startswith("PATH") or len(text) > LONGEST:
+            raise Fault(f"not one clear line: {text[:300]!r}") from None
+        return False
+    except (Exception, Hang) as error:
+        raise Fault(f"{read} {path!a}: {type(error).__name__}: {error}") from None
+    return True
+
+
+# ---- malformed files ---------------------------------------------------------------------------
+
+
+def mutated(rng):
+    """(name, bytes) of a file: one of SOUND, spoilt once to four times."""
+    name, text = rng.choice(list(SOUND.items()))
+    head, *rows = [line.split(",") for line in text.strip().split("\n")]
+    data = None
+    for _ in range(rng.randint(1, 4)):
+        kind = rng.randrange(14)
+        row = rng.choice(rows) if rows else head
+        if kind < 5:
+            row[rng.randrange(len(row))] = rng.choice(CELLS)
+        elif kind == 5:
+            row.append(rng.choice(CELLS))
+        elif kind == 6 and len(row) > 1:
+            row.pop(rng.randrange(len(row)))
+        elif kind == 7:
+            head[rng.randrange(len(head))] = rng.choice((*CELLS, *head, "input_len"))
+        elif kind == 8:
+            rng.shuffle(head)
+        elif kind == 9:
+            rows.clear()
+        elif kind == 10:
+            head = row
+    lines = [",".join(row) for row in (head, *rows)]
+    if name.endswith(".jsonl") and rng.random() < 0.6:
+        found = [json.loads(line) for line in SOUND[name].splitlines()]
+        for row in rng.sample(found, rng.randint(1, 9)):
+            spoil(rng, row)
+        lines = [json.dumps(row) for row in found]
+    text = rng.choice(("\n", "\n", "\r\n", "\r", "\n\n", "\0")).join(lines)
+    data = text.encode(rng.choice(("utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32")))
+    kind = rng.randrange(10)
+    if kind == 0:
+        data = data[: rng.randrange(len(data) + 1)]
+    elif kind == 1:
+        at = rng.randrange(len(data) + 1)
+        data = data[:at] + rng.randbytes(rng.randint(1, 50)) + data[at:]
+    elif kind == 2:
+        data = rng.randbytes(rng.randrange(3000))
+    elif kind == 3:
+        data = b" " * rng.randrange(70_000) + data
+    if rng.random() < 0.5:
+        name, data = name + ".gz", packed(rng, data)
+    return name, data
+
+
+def packed(rng, data):
+    """Gzipped, and now and then cut, flipped, prolonged, or with a header of many flags."""
+    data = bytearray(gzip.compress(data, mtime=0))
+    kind = rng.randrange(8)
+    if kind == 0:
+        del data[rng.randrange(len(data) + 1) :]
+    elif kind == 1:
+        for _ in range(rng.randint(1, 5)):
+            data[rng.randrange(2, len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        data += rng.randbytes(rng.randint(1, 30))
+    elif kind == 3:
+        data[3] = rng.randrange(256)
+    elif kind == 4:
+        data = data * rng.randint(2, 5)
+    elif kind == 5:
+        data[-8:] = rng.randbytes(8)
+    return bytes(data)
+
+
+READERS = {
+    "read_lengths": read_lengths,
+    "chat_rounds": chat_rounds,
+    "read_columns": lambda path: read_columns(path, ALPACA_COLUMNS),
+    "azure_columns": bench_serving.azure_columns,
+    "read_trace": read_trace,
+    "find_lengths": lambda path: find_lengths([path], None),
+    **{f"read_pairs, {name}": lambda path, name=name: read_pairs(path, name) for name in DATASETS},
+}
+JSON_READERS = {"read_config": read_config, "read_document": lambda path: read_document(Path(path))}
+
+
+def fuzz_readers(count, seed, folder, readers=READERS):
+    """How many of `count` calls were refused, by reader."""
+    refused, taken = Counter(), Counter()
+    rng = random.Random(seed)
+    done = 0
+    while done < count:
+        name, data = mutated(rng)
+        path = os.path.join(folder, name)
+        Path(path).write_bytes(data)
+        for reader in rng.sample(list(readers), min(3, len(readers))):
+            (taken if check_reader(readers[reader], path) else refused)[reader] += 1
+            done += 1
+        os.unlink(path)
+    return refused, taken
+
+
+BAD_OUTPUTS = (
+    "", ".", "..", "folder", "pipe", "loop", "zero", "full", "/dev/null", "/dev/full", "none/x",
+    "old.json/x", "/proc/none", "/proc/self/mem", "x" * 300, "y/" * 3000, "nowhere", "loop/x",
+    "pipe/x",
+)  # fmt: skip
+BAD_INPUTS = (
+    "", ".", "none.csv", "folder", "pipe", "loop", "zero", "full", "nowhere", "sharegpt.csv/x",
+    "azure.csv", "/dev/zero", "/dev/null", "/proc/self/mem", "z" * 300, "two\nlines", "\udcff",
+    "w/" * 3000,
+)  # fmt: skip
+# Options of each script by what they take; "number" wants a positive integer.
+OPTIONS = {
+    main: {
+        "--scenario": "number", "--device": "word", "--kernel": "word", "--model": "word",
+        "--layers": "number", "--num-blocks": "number", "--block-size": "number",
+        "--seed": "seed", "--json": "output", "--format": "word", "--quiet": "flag",
+        "--figures": "folder", "--timeline": "output", "--trace": "input",
+    },
+    capacity: {
+        "--model": "input", "--gpu": "word", "--gpu-memory": "word", "--gpus": "number",
+        "--dtype": "word", "--kv-dtype": "word", "--plan": "word", "--allowance": "word",
+        "--gpu-memory-utilization": "word", "--max-model-len": "number", "--block-size": "number",
+        "--workload": "word", "--prefix-len": "number", "--seed": "seed", "--json": "output",
+        "--format": "word", "--trace": "input", "--preemption-rate": "word", "--rate": "word",
+        "--trace-rows": "number", "--speed-of": "word", "--figures": "folder", "--quiet": "flag",
+    },
+    reproduce: {
+        "--figure": "word", "--jobs": "number", "--seeds": "number", "--beam-seconds": "number",
+        "--lengths": "input", "--json": "output", "--figures": "folder", "--format": "word",
+        "--quick": "flag", "--quiet": "flag",
+    },
+    report: {"files": "document", "--json": "output", "--format": "word", "--table": "word"},
+    sweep: {"--script": "word", "--out": "folder", "--cell": "number", "--list": "flag",
+            "--again": "flag"},
+    fit_latency: {"--check": "flag", "--model": "word"},
+    make_length_tables: {"--data": "input folder", "--out": "folder"},
+    mutants: {"--module": "word", "--sample": "number", "--fresh": "flag", "--again": "flag",
+              "--report": "flag", "--json": "output"},
+    record: {"result": "output", "script": "script"},
+    hunt: {"hunt": "word", "--json": "output"},
+    update_readme: {"--check": "flag"},
+    bench_serving: {"--repeats": "number", "--traces": "input folder", "--json": "output",
+                    "--quiet": "flag"},
+    bench_manager: {"--repeats": "number", "--json": "output", "--quiet": "flag"},
+    bench_beam_step: {"--repeats": "number", "--json": "output", "--quiet": "flag"},
+    bench_attention: {"--repeats": "number", "--shape": "word", "--json": "output",
+                      "--figures": "folder", "--quiet": "flag"},
+    bench_paging_cost: {"--part": "word", "--kernel": "word", "--quick": "flag",
+                        "--json": "output", "--figures": "folder", "--quiet": "flag"},
+    profile_attention: {"--shape": "word", "--launch": "word", "--json": "output",
+                        "--quiet": "flag"},
+}  # fmt: skip
+EVERY = [(script, option) for script, options in OPTIONS.items() for option in options]
+HARMLESS = dict.fromkeys(OPTIONS, ()) | {
+    main: ("--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"),
+    reproduce: ("--figure", "table1"), hunt: ("fuzz",),
+}  # fmt: skip
+
+
+def values_of(rng, kind, room):
+    """A value for an option of this kind: bad, or at best sound."""
+    if kind in ("number", "seed"):
+        values = [word for word in WORDS if kind == "number" or word != "0"]
+        return rng.choice((*values, "9" * rng.randint(13, 9000), f"-{rng.randint(1, 10**20)}"))
+    if kind in ("input", "script", "document", "input folder"):
+        return rng.choice((*(str(room[0] / name) for name in BAD_INPUTS if name), ""))
+    if kind == "output":
+        return rng.choice(BAD_OUTPUTS)
+    if kind == "folder":
+        return rng.choice(("", "old.json", "old.json/x", "pipe", "loop", "full", "x" * 300,
+                           "/proc/none", "/dev/null"))  # fmt: skip
+    return rng.choice(WORDS)
+
+
+def bad_arguments(rng, script, option, room):
+    """Arguments of a script, at least one of them bad: that of `option`, mostly."""
+    kind = OPTIONS[script][option]
+    if script is record:
+        result, name = rng.choice((("folder", "main.py"), ("new.json", "none.py"),
+                                   (rng.choice(BAD_OUTPUTS[:-3]), "main.py")))  # fmt: skip
+        return rng.choice(([result, name], [name], [], ["", rng.choice(WORDS)]))
+    value = values_of(rng, kind, room)
+    if not option.startswith("-"):
+        return [*rng.choice(([], ["--json", "new.json"])), value]
+    bad = [f"{option}={value}"] if rng.random() < 0.8 or value.startswith("-") else [option, value]
+    more = rng.choice(([], [], [], [option], ["extra"], [rng.choice(WORDS)], ["--bogus"]))
+    return [*HARMLESS[script], *(bad + more if rng.random() < 0.7 else more + bad)]
+
+
+def fuzz_options(count, seed, room):
+    """Exit codes of `count` calls, by script and option, each option as often as any other."""
+    rng = random.Random(seed)
+    codes = Counter()
+    order = rng.sample(EVERY, len(EVERY))
+    for number in range(count):
+        script, option = order[number % len(order)]
+        arguments = bad_arguments(rng, script, option, room)
+        codes[script.__name__, option, check(script, arguments, room[1])] += 1
+    return codes
+
+
+SWEPT = [one for one in EVERY if f"{one[0].__name__}.py" in sweep_cells.SCRIPTS]
+
+
+def fuzz_lists(count, seed, room):
+    """The same of sweep.py, with an option of the script that it runs: lists of values."""
+    rng = random.Random(seed)
+    codes = Counter()
+    folder = room[1] / "folder"
+    order = rng.sample(SWEPT, len(SWEPT))
+    for number in range(count):
+        script, option = order[number % len(order)]
+        kind = OPTIONS[script][option]
+        values = [values_of(rng, kind, room) for _ in range(rng.randint(1, 3))]
+        values = rng.choice((values, ["1", *values], [*values, "opt-13b"], values * 2))
+        listed = f"{option}={sweep_cells.SEPARATOR.get(option, ',').join(values)}"
+        arguments = ["--script", f"{script.__name__}.py", "--out", str(folder), listed]
+        arguments += rng.choice(([], ["--list"], ["--cell", "0"], ["--seed=0,1"], ["--again"]))
+        codes[script.__name__, option, check(sweep, arguments, room[1])] += 1
+        for path in folder.glob("sweep-*.json"):
+            path.unlink()
+    return codes
+
+
+def fuzz_variables(count, seed, room):
+    """Exit codes of `count` calls with a variable of the environment that is bad, by variable."""
+    rng = random.Random(seed)
+    codes = Counter()
+    for _ in range(count):
+        script = rng.choice((reproduce, fit_latency, sweep))
+        name = sweep.TASK if script is sweep else "LENGTHS_DIR"
+        paths = [str(room[0] / one) for one in BAD_INPUTS if one]
+        value = rng.choice(WORDS if script is sweep else (*paths, *WORDS)).replace("\0", "")
+        arguments = ["--seed=0,1", "--out", str(room[1] / "folder")]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(name, value)
+            arguments = arguments if script is sweep else HARMLESS[script]
+            codes[name, check(script, arguments, room[1])] += 1
+        for path in (room[1] / "folder").glob("sweep-*.json"):
+            path.unlink()
+    return codes
+
+
+def fuzz_files_of_scripts(count, seed, room):
+    """Exit codes of `count` calls of the scripts that read files, with one malformed file each."""
+    rng = random.Random(seed)
+    codes = Counter()
+    data = room[0] / "data"
+    data.mkdir()
+    for _ in range(count):
+        name, content = mutated(rng)
+        script = rng.choice((reproduce, reproduce, bench_serving, make_length_tables, fit_latency,
+                             capacity, capacity, main))  # fmt: skip
+        if script is bench_serving and name.startswith("azure"):
+            name = bench_serving.AZURE
+        elif script is make_length_tables:
+            name = rng.choice(make_length_tables.SPECS).filename
+        (data / name).write_bytes(content)
+        arguments = {
+            reproduce: ["--figure", "table1", "--lengths", str(data / name)],
+            bench_serving: ["--traces", str(data)], fit_latency: [],
+            capacity: ["--trace", str(data / name)],
+            main: [*HARMLESS[main], "--trace", str(data / name)],
+            make_length_tables: ["--data", str(data), "--out", str(room[1] / "folder")],
+        }[script]  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            if script is fit_latency:
+                patch.setenv("LENGTHS_DIR", str(data))
+            with contextlib.suppress(FileNotFoundError):
+                codes[script.__name__, check(script, arguments, room[1])] += 1
+        (data / name).unlink()
+    return codes
+
+
+def document_of(rng, options=None):
+    """What a script might have written with --json, small."""
+    options = options or {"model": "opt-13b", "seed": rng.randrange(3)}
+    rows = [{"counted": name, "requests": rng.random()} for name in ("max", "paged")]
+    table = {"id": "concurrency", "title": "t", "setting": "", "headers": [], "index": ["counted"],
+             "rows": rows}  # fmt: skip
+    return document(
+        "capacity.py", options, seeds=[rng.randrange(3)],
+        setting={}, tables=[table], checks=[{"name": "a", "ok": True, "detail": "b"}],
+        exit_code=0, elapsed_s=1.0,
+    )  # fmt: skip
+
+
+def spoil(rng, found):
+    """One value somewhere in a document replaced, or one key taken away."""
+    parent, key = None, None
+    while isinstance(found, dict | list) and found and (parent is None or rng.random() < 0.8):
+        parent = found
+        key = rng.choice(list(found)) if isinstance(found, dict) else rng.randrange(len(found))
+        found = found[key]
+    if parent is None:  # nothing is left in it
+        return
+    if rng.random() < 0.3:
+        del parent[key]
+    else:
+        word = rng.choice(CELLS)
+        odd = (None, 0, 1, -1, 2.5, 2**53, 10**8, 10**400, 1e308, math.nan, math.inf, True, word)
+        parent[key] = rng.choice((*odd, [], [1], [[[1]]], {}, {word: []}))
+
+
+def damaged(rng, found):
+    """A document as bytes, spoilt as text now and then; None stands for a file of 1 TiB."""
+    text = json.dumps(found)
+    data = bytearray(text.encode("ascii"))
+    kind = rng.randrange(8)
+    if kind == 0:
+        del data[rng.randrange(len(data)) :]
+    elif kind == 1:
+        at = rng.randrange(len(data))
+        data[at : at + rng.randint(0, 9)] = rng.randbytes(rng.randint(1, 9))
+    elif kind == 2:
+        return rng.choice((b"", b"[]", b"{}", b"NaN", b"null", b"[" * 10**5, b"1e999", b"\0" * 99,
+                           b'{"a":' * 10**4, b"9" * 10**4, b'"' * 99, b"\xef\xbb\xbf",
+                           None))  # fmt: skip
+    elif kind == 3:
+        return rng.choice((text.encode("utf-16"), text.encode("utf-32"), b"\xff" + bytes(data),
+                           text.encode("utf-8-sig"), packed(rng, data), bytes(data) * 2,
+                           rng.randbytes(rng.randrange(3000))))  # fmt: skip
+    return bytes(data)
+
+
+def put(path, data):
+    """A file of these bytes, or of 1 TiB, which takes no place, for None."""
+    path.write_bytes(data or b"")
+    if data is None:
+        os.truncate(path, 2**40)
+
+
+def fuzz_documents(count, seed, room):
+    """Exit codes of report.py over `count` files that are spoilt documents of --json."""
+    rng, codes, path = random.Random(seed), Counter(), room[0] / "one.json"
+    (room[0] / "other.json").write_text(json.dumps(document_of(rng)))
+    for _ in range(count):
+        found = document_of(rng)
+        for _ in range(rng.randint(1, 3)):
+            spoil(rng, found)
+        put(path, damaged(rng, found))
+        given = [str(path), *rng.choice(([], [str(room[0] / "other.json")]))]
+        arguments = [*given, *rng.choice(([], ["--json", str(room[1] / "folder")]))]
+        codes[check(report, arguments, room[1], may_be=(0, 1))] += 1
+    return codes
+
+
+def fuzz_cells(count, seed, room):
+    """Exit codes of sweep.py and report.py in a folder of a sweep with one spoilt file."""
+    rng, codes, folder = random.Random(seed), Counter(), room[1] / "folder"
+    told = ["--seed=0,1"]
+    cells = sweep_cells.expand("capacity.py", told)
+    plan = folder / sweep_cells.plan_file(cells)
+    for _ in range(count):
+        sound = {folder / cell.file: document_of(rng, cell.options) for cell in cells}
+        sound[plan] = sweep.plan("capacity.py", cells)
+        spoilt = rng.choice(list(sound))
+        for path, found in sound.items():
+            if path is spoilt:
+                for _ in range(rng.randint(0, 2)):
+                    spoil(rng, found)
+            put(path, damaged(rng, found) if path is spoilt else json.dumps(found).encode())
+        arguments = {sweep: ["--script", "capacity.py", *told, "--out", str(folder)],
+                     report: [str(plan)]}  # fmt: skip
+        script = rng.choice(list(arguments))
+        codes[script.__name__, check(script, arguments[script], room[1], may_be=(0, 1))] += 1
+        for path in sound:
+            path.unlink(missing_ok=True)
+    return codes
+
+
+QUANTISED = (
+    {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    {"quant_method": "mxfp4"},
+    {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    {"quant_method": "compressed-tensors",
+     "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}}},
+)  # fmt: skip
+VISION = {"hidden_size": 1152, "num_hidden_layers": 27, "intermediate_size": 4304}
+
+
+def config_of(rng):
+    """A model's config.json, as published, or quantised, or of a model with an image encoder."""
+    config = copy.deepcopy(rng.choice(list(PUBLISHED.values()))[1])
+    if rng.random() < 0.3:
+        config["quantization_config"] = copy.deepcopy(rng.choice(QUANTISED))
+    if rng.random() < 0.2:
+        config = {"model_type": "both", "text_config": config, "vision_config": dict(VISION)}
+    return config
+
+
+def fuzz_configs(count, seed, room):
+    """Exit codes of capacity.py over `count` spoilt configurations of models."""
+    rng, codes, folder = random.Random(seed), Counter(), room[0] / "model"
+    folder.mkdir()
+    for _ in range(count):
+        config = config_of(rng)
+        for _ in range(rng.randint(1, 3)):
+            spoil(rng, config)
+        name = rng.choice(("config.json", "any"))
+        put(folder / name, damaged(rng, config))
+        given = folder if name == "config.json" and rng.random() < 0.5 else folder / name
+        more = rng.choice(([], ["--dtype", "fp8"], ["--max-model-len", "2048"], ["--block-size=1"]))
+        codes[check(capacity, ["--model", str(given), "--gpu=h200", "--gpus=8", *more],
+                    room[1])] += 1  # fmt: skip
+        (folder / name).unlink()
+    return codes
+
+
+def fuzz_results(count, seed, folder):
+    """How many of `count` malformed files of results/ tools/update_readme.py refused."""
+    rng = random.Random(seed)
+    shutil.copy(ROOT / "README.md", folder)
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    shutil.copytree(ROOT / "results", folder / "results")
+    paths = sorted((folder / "results").glob("*.json"))
+    sound = {path: path.read_bytes() for path in paths}
+    refused = 0
+    for _ in range(count):
+        path = rng.choice(paths)
+        data, kind = bytearray(sound[path]), rng.randrange(6)
+        at = rng.randrange(len(data))
+        if kind == 0:
+            del data[at:]
+        elif kind == 1:
+            data[at : at + 5] = rng.randbytes(5)
+        elif kind == 2:
+            data = bytearray(rng.choice((b"", b"[]", b"{}", b"NaN", b"null", b"[" * 10**5, b"1")))
+        elif kind == 3:
+            whole = json.loads(data)
+            del whole[rng.choice(list(whole))]
+            data = bytearray(json.dumps(whole).encode())
+        elif kind == 4:
+            whole = json.loads(data)
+            whole["output"] = rng.choice((None, 1, "x", [], {}, {"rows": [{}]}, {"rows": None}))
+            data = bytearray(json.dumps(whole).encode())
+        else:
+            whole = json.loads(data)
+            whole[rng.choice(list(whole))] = rng.choice((None, 1, [], [1], {}))
+            data = bytearray(json.dumps(whole).encode())
+        path.write_bytes(data)
+        arguments = rng.choice(([], ["--check"]))
+        try:
+            refused += check(update_readme, arguments, folder, may_be=(0, 1)) == 2
+        finally:
+            path.write_bytes(sound[path])
+    return refused
+
