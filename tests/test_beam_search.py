@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pytest
 
-from beam_search import MAX_HISTORIES_AT_ONCE, _survivors, beam_histories, beam_parents
+from beam_search import MAX_HISTORIES_AT_ONCE, _num_sticks, _survivors, beam_histories, beam_parents
 
 # --- one search ----------------------------------------------------------------------------------
 
@@ -97,6 +97,20 @@ def test_beam_parents_depend_on_the_seed_alone():
 def test_beam_parents_refuse_bad_arguments(width, num_steps, theta):
     with pytest.raises(ValueError, match=r"width|num_steps|theta"):
         beam_parents(width, num_steps, np.random.default_rng(0), theta)
+
+
+def test_theta_may_be_100_at_most_and_a_millionth_at_least():
+    for theta in (1e-6, 100.0):
+        assert beam_parents(2, 3, np.random.default_rng(0), theta).shape == (3, 2)
+
+
+@pytest.mark.parametrize("theta", [0.02, 0.25, 1.0, 5.0])
+def test_sticks_are_as_many_as_leave_less_than_a_millionth(theta):
+    """On average each stick leaves theta / (1 + theta) of what was left; the spares aside."""
+    for width in (1, 6):
+        count = _num_sticks(width, theta) - width
+        left = theta / (1.0 + theta)
+        assert left**count <= math.exp(-14.0) < left ** (count - 1)
 
 
 # --- one step of many searches -------------------------------------------------------------------
@@ -209,6 +223,11 @@ def test_no_search_and_no_step():
     assert beam_histories(4, [], seed=0) == []
     assert beam_histories(4, [0, 0, 0], seed=0) == [[], [], []]
     assert beam_histories(4, [0, 1, 0], seed=0) == [[], [[0, 0, 0, 0]], []]
+
+
+def test_histories_longer_than_the_numbers_that_python_shares():
+    lengths = [300, 260, 300, 10]
+    assert [len(history) for history in beam_histories(2, lengths, seed=0)] == lengths
 
 
 @pytest.mark.parametrize(("width", "number"), [(2, 3), (3, 10), (4, 41)])

@@ -572,6 +572,21 @@ def test_a_beam_search_of_one_beam_and_one_longer_than_the_numbers_that_python_s
         assert scheduler.num_iterations == outputs[0]
 
 
+def test_groups_are_counted_only_where_blocks_are_short():
+    """And where all are equally wide, only those that give way and the last that stays."""
+    scheduler = scheduler_of([group(n, 4, [12], float(n)) for n in range(50)], 400)
+    asked, count = [], scheduler.manager.blocks_for_append
+    scheduler.manager.blocks_for_append = lambda ids: asked.append(ids) or count(ids)
+    for _ in range(5):
+        step(scheduler)
+    fill(scheduler.manager, leave=51)
+    assert len(step(scheduler)[0].decodes) == 50 and asked == []  # 50 blocks, and one is left
+    for _ in range(3):
+        step(scheduler)
+    iteration, _ = step(scheduler)  # all of them need another block
+    assert iteration.num_recomputations == len(asked) - 1 > 0
+
+
 def test_only_beams_that_move_are_reordered_however_many_there_are():
     parents = [[1, *range(1, 300)], [*range(300)]]
     beams = group(0, 4, [2] * 300, parents=parents)

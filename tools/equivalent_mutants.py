@@ -155,15 +155,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "if self._next_events and self._next_events[0] == now:":
                 "no step goes beyond the next event",
         },
-        "_grow": {
-            "if manager.num_free_blocks - need <= self._widest:": ITS_WAY,
-            "if manager.num_free_blocks - need != self._widest:": ITS_WAY,
-            "if manager.num_free_blocks - need is not self._widest:": ITS_WAY,
-        },
         "_make_room": {
             "while turn != len(running):": "the turn is at most behind the last",
-            "if self.num_running_seqs == widest % len(running):": ITS_WAY,
-            "if self.num_running_seqs > widest * len(running):": ITS_WAY,
             "if self.num_running_seqs is widest * len(running):": ITS_WAY,
             "if self.num_running_seqs >= widest * len(running):":
                 "no group is wider than the widest",
@@ -256,7 +249,16 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 "who ends is left out in the step in which it ends: none ended before",
             "key=lambda index: ~steps[index])  # fmt: skip": "one less than -steps: the same order",
         },
+        "beam_parents": {
+            "scores = _first_scores( 2, width)":
+                "the same search twice, with the same draws, and the first is kept",
+            "parents[step] = best[ -1]": "of one search",
+        },
         "_first_scores": {
+            "return np.tile(np.where(np.arange(width) == 0, -1.0, -np.inf), (count, 1))":
+                "only beam 0 has candidates, and all have its score in them: no order changes",
+            "return np.tile(np.where(np.arange(width) <= 0, 0.0, -np.inf), (count, 1))":
+                "no beam is below 0",
             "return np.tile(np.where(np.arange(width) == 0, 1.0, -np.inf), (count, 1))":
                 "only beam 0 has candidates, and all have its score in them: no order changes",
         },
