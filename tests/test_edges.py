@@ -262,6 +262,14 @@ def test_a_machine_that_does_not_tell_its_memory(monkeypatch):
         check_device_memory(2**60, "cpu")
 
 
+def test_the_memory_of_a_machine_is_counted_in_kib(monkeypatch):
+    there = lambda *_, **__: io.StringIO("MemTotal: 9 kB\nMemAvailable: 5 kB\n")  # noqa: E731
+    monkeypatch.setattr(paged_attention, "open", there, raising=False)
+    check_device_memory(5 * 1024, "cpu")
+    with pytest.raises(DeviceMemoryError, match="cpu: 5121 bytes needed, 5120 available"):
+        check_device_memory(5 * 1024 + 1, "cpu")
+
+
 @pytest.mark.parametrize("out", [True, False])
 def test_a_staged_swap_moves_what_a_swap_on_the_host_moves(out):
     """Without block_kernels, and not on CUDA: the two ways are for the same K and V."""

@@ -6,18 +6,46 @@ blocks that it reads as they were, so that the same map, made again, gives what 
 the first time; the manager's tables, which were changed first, describe just that.
 """
 
+import importlib.util
+from functools import partial
+
 import pytest
 import torch
 
 import host_pool
 from kv_cache_manager import PagedKVCacheManager
 from paged_attention import BlockMapError, PagedKVCache, slot_mapping
+from serving import Observer, make_groups, simulate
+from workload import Request
+
+if importlib.util.find_spec("triton"):
+    import block_kernels
+else:
+    block_kernels = None
 
 SIZE, LAYERS = 4, 2
 
 
 class TransferError(RuntimeError):
     pass
+
+
+class Launches:
+    """Stands for a Triton kernel: counts its launches, and the k-th fails before it starts."""
+
+    def __init__(self, monkeypatch, name, k):
+        self.calls, self.name, self.k = 0, name, k
+        self.real = getattr(block_kernels, name)
+        monkeypatch.setattr(block_kernels, name, self)
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.calls += 1
+            if self.calls == self.k:
+                raise TransferError(f"{self.name} {self.k}")
+            return self.real[grid](*args, **options)
+
+        return launch
 
 
 class Flaky:
@@ -37,9 +65,23 @@ class Flaky:
 
 @pytest.fixture
 def world():
-    """Three samples of 9 tokens that have diverged, and one sequence beside them."""
+    """Three samples of 7 tokens, and one sequence beside them."""
+    return make_world(fused=False)
+
+
+@pytest.fixture
+def fused_world():
+    """The same, with the blocks moved by Triton's kernels."""
+    if block_kernels is None or torch.cuda.is_available():
+        pytest.skip("needs Triton's interpreter")
+    return make_world(fused=True)
+
+
+def make_world(fused):
     manager = PagedKVCacheManager(16, SIZE, num_cpu_blocks=16)
-    pool = PagedKVCache(16, SIZE, 1, 8, num_layers=LAYERS, num_cpu_blocks=16, poison=True)
+    pool = PagedKVCache(
+        16, SIZE, 1, 8, num_layers=LAYERS, num_cpu_blocks=16, poison=True, fused=fused
+    )
     contents = {}
 
     def write(seq_id, start, stamps):
@@ -71,12 +113,12 @@ def check(manager, pool, contents):
             assert torch.equal(v, k + 0.5)
 
 
-def attempts(monkeypatch, name, call):
+def attempts(monkeypatch, name, call, fail=Flaky):
     """Run `call` failing at the 1st, 2nd, ... operation of that name, then whole; the failures."""
     k = 1
     while True:
         with monkeypatch.context() as patch:
-            flaky = Flaky(patch, name, k)
+            flaky = fail(patch, name, k)
             try:
                 call()
             except TransferError:
@@ -181,3 +223,67 @@ def test_a_preemption_that_cannot_swap_can_still_recompute(world, monkeypatch):
     manager.allocate(0, 7)
     write(0, 0, list(range(7)))
     check(manager, pool, contents)
+
+
+def test_a_kernel_that_cannot_be_launched_can_be_launched_again(fused_world, monkeypatch):
+    """Copy-on-write, writes, a swap out and in: each fails at each of its launches."""
+    manager, pool, contents, write = fused_world
+    fails = partial(attempts, monkeypatch, fail=Launches)
+    copies = manager.append_all()
+    before = pool.pool.clone()
+    with monkeypatch.context() as patch:
+        Launches(patch, "_move_blocks", 1)
+        with pytest.raises(TransferError):
+            pool.copy_blocks(copies)
+    assert torch.equal(pool.pool.nan_to_num(-1), before.nan_to_num(-1))
+    assert fails("_move_blocks", lambda: pool.copy_blocks(copies)) >= 1
+    for seq_id in manager.running_ids:
+        tokens, at = [100 + seq_id], len(contents[seq_id])
+        call = lambda i=seq_id, n=at, t=tokens: write(i, n, t)  # noqa: E731
+        assert fails("_write_slots", call) == LAYERS
+    check(manager, pool, contents)
+    pairs = manager.swap_out([0, 1, 2])
+    assert fails("_move_blocks", lambda: pool.swap_out(pairs)) == 1
+    assert fails("copy_", lambda: pool.swap_out(pairs), fail=Flaky) >= 1
+    check(manager, pool, contents)
+    pool.poison_blocks([block for block, _ in pairs])
+    back = manager.swap_in([0, 1, 2])
+    assert fails("_move_blocks", lambda: pool.swap_in(back)) == 1
+    check(manager, pool, contents)
+
+
+class Breaking(Observer):
+    """Carries nothing out: its n-th call fails, as a transfer might."""
+
+    def __init__(self, manager, n):
+        self.manager, self.left = manager, n
+
+    def on_iteration(self, iteration):
+        self.manager.check_invariants()
+        self.left -= 1
+        if self.left == 0:
+            raise TransferError("in an iteration")
+
+    on_completion = on_iteration
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
+def test_a_run_that_a_transfer_ends_leaves_a_manager_that_can_be_used(mode):
+    """Wherever it ends: what was held can be freed, and then the pool is as at its start."""
+    requests = [Request(n, n / 2, 5, 7, num_samples=1 + n % 2) for n in range(6)]
+    n, whole = 0, False
+    while not whole:
+        n += 1
+        manager = PagedKVCacheManager(12, SIZE, num_cpu_blocks=6, watermark=0.0)
+        try:
+            result = simulate(
+                make_groups(requests), manager, preemption=mode, observers=[Breaking(manager, n)]
+            )
+            whole = True
+        except TransferError:
+            manager.check_invariants()
+            for seq_id in [*manager.running_ids, *manager._swapped]:
+                manager.free(seq_id)
+        manager.check_invariants()
+        assert (manager.num_free_blocks, manager.num_free_cpu_blocks) == (12, 6)
+    assert n > 30 and result.num_swaps + result.num_recomputations > 0
