@@ -50,9 +50,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A positive integer, for argparse."""
-    if not (text.isascii() and text.isdigit()) or len(text) > 12 or int(text) == 0:
+    """A positive integer of at most twelve digits, for argparse."""
+    if not (text.isascii() and text.isdigit()) or not text.strip("0"):
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a positive integer")
+    if len(text) > 12:
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is too large: at most 12 digits")
     return int(text)
 
 
@@ -67,6 +69,13 @@ def folder(text: str) -> Path:
     """A folder's name. An empty one, of a variable that is not set say, is not the current one."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text[:40]!a} names no folder ('.' is the current one)")
+    return Path(text)
+
+
+def file_name(text: str) -> Path:
+    """A file's name, likewise: an empty one is no file, and Path would make a folder of it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} names no file")
     return Path(text)
 
 

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import command_line
-from command_line import OneLineParser, UsageError, exit_code, folder, positive, seed
+from command_line import OneLineParser, UsageError, exit_code, file_name, folder, positive, seed
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="blocks in the pool (default: as in Table 1, 983 for opt-13b)")  # fmt: skip
     add("--block-size", type=positive, default=paper.BLOCK_SIZE, metavar="N",
         help=f"slots per block (default {paper.BLOCK_SIZE})")  # fmt: skip
-    add("--trace", type=Path, metavar="FILE",
+    add("--trace", type=file_name, metavar="FILE",
         help="scenario 4 serves the first requests of this trace (docs/capacity.md)")
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures and checks here")

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import UsageError, positive
+from command_line import UsageError, file_name, positive
 
 if TYPE_CHECKING:
     from capacity_case import Case
@@ -23,7 +22,7 @@ HIGHEST_RATE = 10**6
 
 def add_trace_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("a request trace, and what it needs").add_argument
-    add("--trace", type=Path, metavar="FILE",
+    add("--trace", type=file_name, metavar="FILE",
         help="Azure, BurstGPT or another CSV, Mooncake or other JSON lines, plain or gzipped "
         "(docs/capacity.md)")  # fmt: skip
     add("--preemption-rate", type=preemption_rate, metavar="SHARE",

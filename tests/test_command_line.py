@@ -14,7 +14,9 @@ from command_line import (
     OneLineParser,
     UsageError,
     exit_code,
+    file_name,
     folder,
+    positive,
     print_then,
     raise_on_interrupt,
 )
@@ -239,3 +241,34 @@ def test_an_empty_name_is_no_folder(capsys):
     told = "a.py: error: argument --figures: '' names no folder ('.' is the current one)\n"
     assert capsys.readouterr().err == told
     assert parser.parse_args(["--figures", "."]).figures == Path(".")
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("", "argument --trace: '' names no file"), (" ", "argument --trace: ' ' names no file"),
+    ],
+)  # fmt: skip
+def test_an_empty_name_is_no_file(capsys, value, told):
+    """Path makes the current folder of it, and the mistake would be said to be there."""
+    parser = OneLineParser(prog="a.py")
+    parser.add_argument("--trace", type=file_name)
+    assert exit_code("a.py", lambda: parser.parse_args(["--trace", value]).trace) == 2
+    assert capsys.readouterr().err == f"a.py: error: {told}\n"
+    assert parser.parse_args(["--trace", "a.csv"]).trace == Path("a.csv")
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("0", "'0' is not a positive integer"), ("000", "'000' is not a positive integer"),
+        ("9" * 13, "'9999999999999' is too large: at most 12 digits"),
+        ("\u0663", "'\\\\u0663' is not a positive integer"),
+    ],
+)  # fmt: skip
+def test_a_count_that_is_none_or_too_large(capsys, value, told):
+    parser = OneLineParser(prog="a.py")
+    parser.add_argument("--count", type=positive)
+    assert exit_code("a.py", lambda: parser.parse_args(["--count", value]).count) == 2
+    assert capsys.readouterr().err == f"a.py: error: argument --count: {told}\n"
+    assert parser.parse_args(["--count", "9" * 12]).count == 10**12 - 1

@@ -216,7 +216,7 @@ def bad_files(folder):
         (["--seeds", "-1"], "'-1' is not"),
         (["--jobs", "1.5"], "'1.5' is not"),
         (["--jobs", "1025"], "at most 1024"),
-        (["--seeds", "9" * 5000], "is not a positive integer"),
+        (["--seeds", "9" * 5000], "is too large: at most 12 digits"),
         (["--fig", "2"], "unrecognized arguments"),
         (["--beam-seconds", "0"], "'0' is not a positive integer"),
         (["--beam-seconds", "3601"], "at most 3600"),
