@@ -234,7 +234,6 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "simulate": {
             "window_s: tuple[float, float] = ( -1.0, math.inf),": "no time is below 0",
             "now, arrived, events = arrivals[0], 0, 1": LOOKS,
-            "now, arrived, events = arrivals[0], 0, -1": LOOKS,
             "if now < edge <= until:": "where both are equal it sets what is set",
             "if until != math.inf:": "it is at most infinity",
             "if until is not math.inf:": "infinity is always the object math.inf",
