@@ -22,23 +22,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import command_line
-from command_line import OneLineParser, UsageError, exit_code, folder, positive, seed
+from vllm_sim.reporting import command_line
+from vllm_sim.reporting.command_line import (
+    OneLineParser,
+    UsageError,
+    exit_code,
+    folder,
+    positive,
+    seed,
+)
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
     command_line.require_packages("capacity.py", "numpy", "tabulate")
 
-import paper
-from gpus import GPUS
-from paper import GIB
-from progress import Progress
-from trace_options import add_trace_options, check_options, make_trace_case
+from vllm_sim import paper
+from vllm_sim.models.gpus import GPUS
+from vllm_sim.paper import GIB
+from vllm_sim.reporting.progress import Progress
+from vllm_sim.sizing.options import add_trace_options, check_options, make_trace_case
 
 if TYPE_CHECKING:
-    from capacity_case import Case
-    from memory_plan import Plan, Sizes
-    from model_config import Model
+    from vllm_sim.models.load import Model
+    from vllm_sim.models.memory_plan import Plan, Sizes
+    from vllm_sim.sizing.case import Case
 
 MATRIX_BITS = {"fp16": 16, "bf16": 16, "fp8": 8}
 KV_BYTES = {"fp16": 2, "bf16": 2, "fp8": 1}
@@ -56,39 +63,81 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", default="opt-13b", metavar="NAME|FILE",
-        help=f"{', '.join(paper.MODELS)}; or a Hugging Face config.json "
-        "(default opt-13b)")  # fmt: skip
-    add("--gpu", type=str.lower, choices=tuple(GPUS), metavar="NAME",
-        help=f"one of {', '.join(GPUS)} (default a100-40gb)")  # fmt: skip
-    add("--gpu-memory", type=gib, metavar="GIB",
-        help="instead: the memory of one GPU as CUDA reports it, in GiB")  # fmt: skip
+    add(
+        "--model",
+        default="opt-13b",
+        metavar="NAME|FILE",
+        help=f"{', '.join(paper.MODELS)}; or a Hugging Face config.json (default opt-13b)",
+    )
+    add(
+        "--gpu",
+        type=str.lower,
+        choices=tuple(GPUS),
+        metavar="NAME",
+        help=f"one of {', '.join(GPUS)} (default a100-40gb)",
+    )
+    add(
+        "--gpu-memory",
+        type=gib,
+        metavar="GIB",
+        help="instead: the memory of one GPU as CUDA reports it, in GiB",
+    )
     add("--gpus", type=positive, default=1, metavar="N", help="tensor parallel (default 1)")
     add("--dtype", choices=tuple(MATRIX_BITS), help="of the weights (default fp16)")
     add("--kv-dtype", choices=tuple(KV_BYTES), help="of K and V (default fp16, or bf16 with it)")
-    add("--plan", choices=("paper", "serving"),
+    add(
+        "--plan",
+        choices=("paper", "serving"),
         help="whose memory plan (default: the paper's for its own deployments, else that of "
-        "serving systems)")  # fmt: skip
-    add("--gpu-memory-utilization", type=share, metavar="SHARE",
-        help="of each GPU's memory that is used (default 0.9)")  # fmt: skip
-    add("--allowance", type=gib, metavar="GIB",
-        help="for activations and workspace on each GPU (default: an estimate and "
-        "1 GiB)")  # fmt: skip
-    add("--max-model-len", type=positive, metavar="N",
-        help="longest request in tokens (default: the model's own)")  # fmt: skip
-    add("--block-size", type=positive, default=paper.BLOCK_SIZE, metavar="N",
-        help=f"slots per block (default {paper.BLOCK_SIZE})")  # fmt: skip
-    add("--workload", metavar="NAME|P,O",
+        "serving systems)",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=share,
+        metavar="SHARE",
+        help="of each GPU's memory that is used (default 0.9)",
+    )
+    add(
+        "--allowance",
+        type=gib,
+        metavar="GIB",
+        help="for activations and workspace on each GPU (default: an estimate and 1 GiB)",
+    )
+    add(
+        "--max-model-len",
+        type=positive,
+        metavar="N",
+        help="longest request in tokens (default: the model's own)",
+    )
+    add(
+        "--block-size",
+        type=positive,
+        default=paper.BLOCK_SIZE,
+        metavar="N",
+        help=f"slots per block (default {paper.BLOCK_SIZE})",
+    )
+    add(
+        "--workload",
+        metavar="NAME|P,O",
         help="sharegpt, alpaca, or the mean prompt and output in tokens, such as 512,256 "
-        "(geometric lengths; default sharegpt)")  # fmt: skip
-    add("--prefix-len", type=positive, default=PREFIX_LEN, metavar="N",
+        "(geometric lengths; default sharegpt)",
+    )
+    add(
+        "--prefix-len",
+        type=positive,
+        default=PREFIX_LEN,
+        metavar="N",
         help=f"tokens of a shared prefix, for the table of block sizes alone (default "
-        f"{PREFIX_LEN})")  # fmt: skip
+        f"{PREFIX_LEN})",
+    )
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
-    add("--figures", type=folder, metavar="DIR",
-        help="draw slots, requests and block sizes there (needs matplotlib: "
-        "requirements-dev.txt)")  # fmt: skip
+    add(
+        "--figures",
+        type=folder,
+        metavar="DIR",
+        help="draw slots, requests and block sizes there (needs matplotlib: requirements-dev.txt)",
+    )
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     add_trace_options(parser)
     add("--quiet", action="store_true", help="no progress on stderr")
@@ -120,10 +169,10 @@ def _number(text: str) -> float:
 
 def make_case(args: argparse.Namespace) -> Case:
     """The case the arguments describe. Raises UsageError if it cannot be had."""
-    from capacity_case import Case
-    from capacity_simulation import parse_workload
-    from memory_plan import Sizes
-    from model_config import load_model
+    from vllm_sim.models.load import load_model
+    from vllm_sim.models.memory_plan import Sizes
+    from vllm_sim.sizing.case import Case
+    from vllm_sim.sizing.concurrency import parse_workload
 
     for name, value, most in (
         ("--gpus", args.gpus, MAX_GPUS),
@@ -141,15 +190,26 @@ def make_case(args: argparse.Namespace) -> Case:
     weight_type = args.dtype or "fp16"
     kv_type = args.kv_dtype or ("bf16" if weight_type == "bf16" else "fp16")
     if model.quantisation and args.dtype == "fp8":
-        raise UsageError(f"--dtype fp8: {model.name} is quantised already, as "
-                         f"{model.quantisation.method}")  # fmt: skip
+        raise UsageError(
+            f"--dtype fp8: {model.name} is quantised already, as {model.quantisation.method}"
+        )
     sizes = Sizes(MATRIX_BITS[weight_type], KV_BYTES[kv_type], args.block_size)
     gpu = None if args.gpu_memory else GPUS[args.gpu or "a100-40gb"]
     plan = make_plan(args, model, sizes)
     if model.quantisation:
         weight_type = model.quantisation.method
-    return Case(model, gpu, plan, sizes, weight_type, kv_type, longest(args, model), workload,
-                args.prefix_len, args.seed)  # fmt: skip
+    return Case(
+        model,
+        gpu,
+        plan,
+        sizes,
+        weight_type,
+        kv_type,
+        longest(args, model),
+        workload,
+        args.prefix_len,
+        args.seed,
+    )
 
 
 def longest(args: argparse.Namespace, model: Model) -> int:
@@ -167,8 +227,8 @@ def longest(args: argparse.Namespace, model: Model) -> int:
 
 def make_plan(args: argparse.Namespace, model: Model, sizes: Sizes) -> Plan:
     """The paper's plan for its deployments or if asked for, otherwise a serving system's."""
-    from capacity_case import is_papers
-    from memory_plan import UTILIZATION, paper_plan, serving_plan
+    from vllm_sim.models.memory_plan import UTILIZATION, paper_plan, serving_plan
+    from vllm_sim.sizing.case import is_papers
 
     gpu = None if args.gpu_memory else GPUS[args.gpu or "a100-40gb"]
     memory = gpu.memory_bytes if gpu else int(args.gpu_memory * GIB)
@@ -188,7 +248,7 @@ def make_plan(args: argparse.Namespace, model: Model, sizes: Sizes) -> Plan:
 
 def setting_of(case: Case) -> dict[str, object]:
     """For --json: what was asked, and what it came to."""
-    from capacity_case import describe
+    from vllm_sim.sizing.case import describe
 
     return {
         "model": case.model.name,
@@ -215,9 +275,9 @@ def setting_of(case: Case) -> dict[str, object]:
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Size, simulate, show."""
-    from capacity_tables import sections
-    from json_document import document
-    from report import check_writable, render, write_json
+    from vllm_sim.reporting.documents import document
+    from vllm_sim.scenarios.report import check_writable, render, write_json
+    from vllm_sim.sizing.answers import sections
 
     command_line.raise_on_interrupt()
     if args.json is not None:
@@ -226,15 +286,15 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     case = make_case(args)
     trace = None if args.trace is None else make_trace_case(args, case)
     if args.figures is not None:
-        import pictures_capacity
+        from vllm_sim.sizing import pictures
 
-        pictures_capacity.check(args.figures, trace is not None)
+        pictures.check(args.figures, trace is not None)
     comment = "% " if args.format == "latex" else ""
     setting = setting_of(case)
     if trace is None:
         answers = sections(case, progress)
     else:
-        from trace_tables import answer_trace
+        from vllm_sim.sizing.trace_answers import answer_trace
 
         setting |= {"workload": trace.trace.name, "trace": trace.to_json()}
         answers = answer_trace(trace, comment, progress)
@@ -247,13 +307,20 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         print(render(section.table, args.format))
         print(f"\n{comment}Answer: {section.answer}\n", flush=True)
     if args.json is not None:
-        write_json(args.json, document(
-            "capacity.py", vars(args), seeds=[args.seed], setting=setting,
-            tables=[section.to_json() for section in found], exit_code=0,
-            elapsed_s=time.perf_counter() - start,
-        ))  # fmt: skip
+        write_json(
+            args.json,
+            document(
+                "capacity.py",
+                vars(args),
+                seeds=[args.seed],
+                setting=setting,
+                tables=[section.to_json() for section in found],
+                exit_code=0,
+                elapsed_s=time.perf_counter() - start,
+            ),
+        )
     if args.figures is not None:
-        pictures_capacity.draw(found, args.figures)
+        pictures.draw(found, args.figures)
     return 0
 
 

@@ -25,20 +25,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import command_line
-from command_line import OneLineParser, UsageError, exit_code, file_name, folder, positive, seed
+from vllm_sim.reporting import command_line
+from vllm_sim.reporting.command_line import (
+    OneLineParser,
+    UsageError,
+    exit_code,
+    file_name,
+    folder,
+    positive,
+    seed,
+)
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
     command_line.require_packages("main.py", "torch", "numpy", "tabulate")
 
-import paper
-from progress import Progress
+from vllm_sim import paper
+from vllm_sim.reporting.progress import Progress
 
 if TYPE_CHECKING:
-    from report import ScenarioReport
-    from run_record import RunRecord
-    from scenario import Setting
+    from vllm_sim.scenarios.record import RunRecord
+    from vllm_sim.scenarios.report import ScenarioReport
+    from vllm_sim.scenarios.setting import Setting
 
 EXAMPLE = """\
 example:
@@ -64,28 +72,69 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--scenario", type=positive, choices=(1, 2, 3, 4), action="append", metavar="1..4",
-        help="run only this one (repeatable); default all")  # fmt: skip
+    add(
+        "--scenario",
+        type=positive,
+        choices=(1, 2, 3, 4),
+        action="append",
+        metavar="1..4",
+        help="run only this one (repeatable); default all",
+    )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
-    add("--kernel", choices=("auto", "gather", "triton"), default="auto",
+    add(
+        "--kernel",
+        choices=("auto", "gather", "triton"),
+        default="auto",
         help="gather copies blocks together, triton reads them in place (default: auto, that is "
-        "triton on a GPU if it runs there)")  # fmt: skip
-    add("--model", choices=tuple(paper.MODELS), default="opt-13b", metavar="NAME",
-        help=f"default opt-13b; one of {', '.join(paper.MODELS)}")  # fmt: skip
-    add("--layers", type=layers, default=1, metavar="N|all",
-        help="layers of K and V on the device (default 1; bookkeeping is for all)")  # fmt: skip
-    add("--num-blocks", type=positive, metavar="N",
-        help="blocks in the pool (default: as in Table 1, 983 for opt-13b)")  # fmt: skip
-    add("--block-size", type=positive, default=paper.BLOCK_SIZE, metavar="N",
-        help=f"slots per block (default {paper.BLOCK_SIZE})")  # fmt: skip
-    add("--trace", type=file_name, metavar="FILE",
-        help="scenario 4 serves the first requests of this trace (docs/capacity.md)")
+        "triton on a GPU if it runs there)",
+    )
+    add(
+        "--model",
+        choices=tuple(paper.MODELS),
+        default="opt-13b",
+        metavar="NAME",
+        help=f"default opt-13b; one of {', '.join(paper.MODELS)}",
+    )
+    add(
+        "--layers",
+        type=layers,
+        default=1,
+        metavar="N|all",
+        help="layers of K and V on the device (default 1; bookkeeping is for all)",
+    )
+    add(
+        "--num-blocks",
+        type=positive,
+        metavar="N",
+        help="blocks in the pool (default: as in Table 1, 983 for opt-13b)",
+    )
+    add(
+        "--block-size",
+        type=positive,
+        default=paper.BLOCK_SIZE,
+        metavar="N",
+        help=f"slots per block (default {paper.BLOCK_SIZE})",
+    )
+    add(
+        "--trace",
+        type=file_name,
+        metavar="FILE",
+        help="scenario 4 serves the first requests of this trace (docs/capacity.md)",
+    )
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures and checks here")
-    add("--figures", type=folder, metavar="DIR",
-        help="draw what was found there (needs matplotlib: requirements-dev.txt)")  # fmt: skip
-    add("--timeline", type=Path, metavar="FILE",
-        help="write a page here that plays scenarios 3 and 4 back, block by block")  # fmt: skip
+    add(
+        "--figures",
+        type=folder,
+        metavar="DIR",
+        help="draw what was found there (needs matplotlib: requirements-dev.txt)",
+    )
+    add(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="write a page here that plays scenarios 3 and 4 back, block by block",
+    )
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     add("--quiet", action="store_true", help="no progress on stderr")
     return parser
@@ -95,9 +144,9 @@ def make_setting(args: argparse.Namespace) -> Setting:
     """The setting the arguments ask for. Raises UsageError if it cannot be had."""
     import torch
 
-    from kernels import choose_kernel
-    from scenario import Setting, check_setting
-    from traces import read_trace
+    from paged_attention import choose_kernel
+    from vllm_sim.scenarios.setting import Setting, check_setting
+    from vllm_sim.workload.traces import read_trace
 
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
@@ -147,23 +196,26 @@ def tune_cpu() -> None:
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Run the scenarios asked for; returns 0 if every check held, else 1."""
-    from json_document import document
-    from report import check_writable, checks_table, render, render_scenario, write_json
+    from vllm_sim.reporting.documents import document
+    from vllm_sim.scenarios.report import (
+        check_writable,
+        checks_table,
+        render,
+        render_scenario,
+        write_json,
+    )
 
     if args.json is not None:
         check_writable(args.json)
     setting = make_setting(args)
     chosen = sorted(set(args.scenario or (1, 2, 3, 4)))
     record = make_record(args, setting, chosen)
-    import scenario_baseline
-    import scenario_mixed
-    import scenario_paged
-    import scenario_sampling
+    from vllm_sim.scenarios import baseline, mixed, paged, sampling
 
     command_line.raise_on_interrupt()
     if setting.device.type == "cpu":
         tune_cpu()
-    scenarios = (scenario_baseline, scenario_paged, scenario_sampling, scenario_mixed)
+    scenarios = (baseline, paged, sampling, mixed)
     start = time.perf_counter()  # from here on, torch's import aside
     comment = "% " if args.format == "latex" else ""
     described = setting.describe()
@@ -181,19 +233,26 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     print(render(checks_table(reports), args.format))
     print(f"\n{comment}{len(checks) - failed} of {len(checks)} checks held, {elapsed:.1f} s")
     if args.json is not None:
-        write_json(args.json, document(
-            "main.py", vars(args), seeds=[args.seed], setting=described,
-            scenarios=[report.to_json() for report in reports],
-            tables=[table for report in reports for table in report.tables_json()],
-            checks=[check for report in reports for check in report.checks_json()],
-            exit_code=1 if failed else 0, elapsed_s=elapsed,
-        ))  # fmt: skip
+        write_json(
+            args.json,
+            document(
+                "main.py",
+                vars(args),
+                seeds=[args.seed],
+                setting=described,
+                scenarios=[report.to_json() for report in reports],
+                tables=[table for report in reports for table in report.tables_json()],
+                checks=[check for report in reports for check in report.checks_json()],
+                exit_code=1 if failed else 0,
+                elapsed_s=elapsed,
+            ),
+        )
     if args.figures is not None:
-        import pictures_memory
+        from vllm_sim.scenarios import pictures
 
-        pictures_memory.draw(record, args.figures)
+        pictures.draw(record, args.figures)
     if args.timeline is not None:
-        import timeline
+        from vllm_sim.scenarios import timeline
 
         timeline.write(args.timeline, record)
     return 1 if failed else 0
@@ -209,26 +268,29 @@ def make_record(
     if args.figures is None and args.timeline is None:
         return None
     if args.figures is not None:
-        import pictures_memory
+        from vllm_sim.scenarios import pictures
 
-        pictures_memory.check(args.figures, scenarios)
+        pictures.check(args.figures, scenarios)
     if args.timeline is not None:
-        import timeline
+        from vllm_sim.scenarios import timeline
 
         if args.json is not None and args.json.resolve() == args.timeline.resolve():
             raise UsageError(f"--json and --timeline are the same file, {args.timeline}")
         timeline.check(args.timeline, scenarios, setting.num_blocks)
-    from run_record import RunRecord
+    from vllm_sim.scenarios.record import RunRecord
 
     return RunRecord(setting.line)
 
 
 def run_one(
-    scenario: ModuleType, number: int, setting: Setting, progress: Progress,
+    scenario: ModuleType,
+    number: int,
+    setting: Setting,
+    progress: Progress,
     record: RunRecord | None = None,
 ) -> ScenarioReport:
     """One scenario; an invariant that does not hold is a check that failed, not a crash."""
-    from report import ScenarioReport
+    from vllm_sim.scenarios.report import ScenarioReport
 
     try:
         return scenario.run(setting, progress, *(() if record is None else (record,)))

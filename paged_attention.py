@@ -4,7 +4,7 @@ What it is: the worker's side of the paper. A pool of equal blocks holds K and V
 tokens go to the slots that a block table names (4.3); blocks are copied for copy-on-write (4.4)
 and moved to the host and back (4.5). The three fused kernels of section 5 are indexed operations
 here: `write`, `paged_attention_kernel` (section 4.1, Eq. 4) and `copy_blocks`. On CUDA, where
-triton is installed, the cache has its two from block_kernels.py instead, one launch each.
+triton is installed, the cache has its two from paged_attention_triton.py instead, one launch each.
 
 How to use it: a manager decides, this obeys. It is given block numbers, never a manager.
     cache = PagedKVCache(num_blocks, block_size, num_kv_heads, head_size, num_layers=L)
@@ -19,13 +19,113 @@ Block and slot numbers in tensors are checked against the pool on a CPU only: on
 them would make the host wait for the device.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import operator
+from collections.abc import Callable
 
 import torch
 
 from attention import attention, check_shape, length_mask
-from host_pool import HostPool, upload
+
+STAGING_BYTES = 256 << 20  # of device memory that a swap takes at a time, or one block if larger
+
+
+class HostPool:
+    """num_blocks host blocks for a device pool (L, 2, N, S, H_kv, D); pinned if that is on CUDA."""
+
+    def __init__(self, num_blocks, pool, kernels=None):
+        """Allocate it, uninitialised. kernels: the module paged_attention_triton, None for plain torch."""
+        shape = (num_blocks, *pool.shape[:2], *pool.shape[3:])
+        pinned = pool.device.type == "cuda" and num_blocks > 0
+        self._pool = torch.empty(shape, dtype=pool.dtype, pin_memory=pinned)
+        self._rows = self._pool.flatten(3).flatten(1, 2)  # (num_blocks, L * 2, S * H_kv * D)
+        self._device_rows = pool.flatten(3).flatten(0, 1)  # (L * 2, N, S * H_kv * D)
+        self._kernels = kernels
+        self._moved = None  # a CUDA event: the last swap is done
+
+    @property
+    def tensor(self):
+        """The host blocks (num_blocks, L, 2, S, H_kv, D), after waiting for all swaps so far.
+
+        Swaps do not wait for their transfers, and the host waits for no stream by itself.
+        """
+        if self._moved is not None:
+            self._moved.synchronize()
+        return self._pool
+
+    @torch.no_grad()
+    def swap(self, pairs, out):
+        """Copy blocks to the host (out) or to the device. pairs: (device, host) block numbers.
+
+        On CUDA it waits for nothing: the stream orders it before what comes next. The caller has
+        checked the pairs.
+        """
+        device = self._device_rows.device
+        if device.type == "cpu" and self._kernels is None:  # both are here: nothing to stage
+            for block, host in pairs:
+                if out:
+                    self._rows[host].copy_(self._device_rows[:, block])
+                else:
+                    self._device_rows[:, block].copy_(self._rows[host])
+            return
+        pairs = sorted(pairs, key=lambda pair: pair[1])  # for long runs of host blocks
+        step = max(1, STAGING_BYTES // max(1, self._rows[:1].nbytes))
+        for first in range(0, len(pairs), step):
+            self._swap_staged(pairs[first : first + step], out)
+        if pairs and device.type == "cuda":
+            self._moved = torch.cuda.current_stream(device).record_event()
+
+    def _swap_staged(self, pairs, out):
+        """The same for pairs in the order of their host blocks, by way of device memory."""
+        blocks, hosts = zip(*pairs)
+        shape = (len(pairs), *self._rows.shape[1:])
+        staged = self._rows.new_empty(shape, device=self._device_rows.device)
+        if out:
+            self._gather(blocks, staged)
+        for at, host, length in runs(hosts):
+            here, there = staged[at : at + length], self._rows[host : host + length]
+            if out:
+                there.copy_(here, non_blocking=True)
+            else:
+                here.copy_(there, non_blocking=True)
+        if not out:
+            self._scatter(staged, blocks)
+
+    def _gather(self, blocks, staged):
+        """Device blocks into staged (len(blocks), L * 2, S * H_kv * D)."""
+        staged = staged.transpose(0, 1)
+        if self._kernels is None:
+            index = upload(blocks, staged.device)
+            staged.copy_(self._device_rows.index_select(1, index))
+        else:
+            pairs = [(block, at) for at, block in enumerate(blocks)]
+            self._kernels.move_blocks(self._device_rows, staged, upload(pairs, staged.device))
+
+    def _scatter(self, staged, blocks):
+        """staged (len(blocks), L * 2, S * H_kv * D) into device blocks."""
+        staged = staged.transpose(0, 1)
+        if self._kernels is None:
+            self._device_rows.index_copy_(1, upload(blocks, staged.device), staged)
+        else:
+            pairs = list(enumerate(blocks))
+            self._kernels.move_blocks(staged, self._device_rows, upload(pairs, staged.device))
+
+
+def runs(numbers):
+    """The runs of consecutive numbers in a list: (index of the first, the first, how many)."""
+    starts = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
+    ends = [*starts[1:], len(numbers)]
+    return [(start, numbers[start], end - start) for start, end in zip(starts, ends)]
+
+
+def upload(numbers, device):
+    """Integers as an int64 tensor on the device, without waiting for the device."""
+    tensor = torch.tensor(numbers, dtype=torch.int64)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from pageable memory the transfer would block
+    return tensor.to(device, non_blocking=True)
 
 
 class BlockMapError(ValueError):
@@ -39,12 +139,24 @@ class DeviceMemoryError(RuntimeError):
 class PagedKVCache:
     """K and V of all layers in N device blocks, and num_cpu_blocks host blocks for swapping."""
 
-    def __init__(self, num_blocks, block_size, num_kv_heads, head_size, *, num_layers=1,
-                 num_cpu_blocks=0, dtype=None, device="cpu", poison=False, fused=None):
+    def __init__(
+        self,
+        num_blocks,
+        block_size,
+        num_kv_heads,
+        head_size,
+        *,
+        num_layers=1,
+        num_cpu_blocks=0,
+        dtype=None,
+        device="cpu",
+        poison=False,
+        fused=None,
+    ):
         """Allocate the pools, uninitialised; with poison, filled with NaN.
 
         dtype: float16 on CUDA and float32 on a CPU if None. fused: whether to move blocks with
-        block_kernels.py; None: on CUDA where triton runs. Raises ShapeError for a size that
+        paged_attention_triton.py; None: on CUDA where triton runs. Raises ShapeError for a size that
         makes no sense or a device without kernels, DeviceMemoryError if the pools do not fit.
         """
         pinned = torch.device(device).type == "cuda"
@@ -307,14 +419,73 @@ def _checked_pairs(pairs, num_sources, num_targets, chains=True):
 
 
 def _block_kernels(device, fused):
-    """The module block_kernels, or None if plain torch is to move the blocks (fused: see above)."""
+    """The module paged_attention_triton, or None if plain torch is to move the blocks (fused: see above)."""
     maybe = fused is None and device.type == "cuda" and importlib.util.find_spec("triton")
     if not fused and not maybe:
         return None
-    import block_kernels  # only here: it needs triton
+    import paged_attention_triton  # only here: it needs triton
 
     if fused is None:
-        return block_kernels if block_kernels.works_on(device) else None
-    usable = device.type == "cuda" or block_kernels.INTERPRETED
+        return paged_attention_triton if paged_attention_triton.works_on(device) else None
+    usable = device.type == "cuda" or paged_attention_triton.INTERPRETED
     check_shape(usable, f"no fused kernels run on {device}")
-    return block_kernels
+    return paged_attention_triton
+
+
+GATHER, TRITON = "gather", "triton"
+CHOICES = ("auto", GATHER, TRITON)
+
+
+class KernelError(ValueError):
+    """A kernel that was asked for by name and does not run on this device or model."""
+
+
+def choose_kernel(
+    asked: str, device: torch.device, num_heads: int, num_kv_heads: int, head_size: int
+) -> tuple[str, str]:
+    """GATHER or TRITON, and why not the latter ("" if nobody would expect it).
+
+    `auto`: Triton on a CUDA device if it runs there, gathering elsewhere. Raises KernelError if
+    TRITON was asked for and cannot be had.
+    """
+    assert asked in CHOICES
+    if asked == GATHER:
+        return GATHER, ""
+    if asked == "auto" and device.type != "cuda":
+        return GATHER, "triton needs a GPU"
+    problem = _problem(device, num_heads // num_kv_heads, head_size)
+    if problem is None:
+        return TRITON, ""
+    if asked == TRITON:
+        raise KernelError(f"--kernel triton: {problem}; use --kernel gather")
+    return GATHER, problem
+
+
+def attention_kernel(kernel: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Decode attention over block tables: see paged_attention_kernel."""
+    if kernel == GATHER:
+        return paged_attention_kernel
+    import paged_attention_triton
+
+    return paged_attention_triton.paged_attention_kernel
+
+
+def _problem(device: torch.device, group: int, head_size: int) -> str | None:
+    """Why Triton's kernels cannot be used, in one line, or None."""
+    try:
+        import paged_attention_triton
+        import paged_attention_triton as module
+    except ImportError as error:
+        return f"{error}"
+    if group > module.MAX_GROUP or head_size > module.MAX_HEAD_SIZE:
+        return (
+            f"{group} query heads for each K/V head, of size {head_size}: the kernel has "
+            f"{module.MAX_GROUP} and {module.MAX_HEAD_SIZE} at most"
+        )
+    problem = paged_attention_triton.problem_on(device)
+    if problem is None:  # so it can launch something; now the kernel itself, at this size
+        try:
+            module.try_launch(device, group, head_size)
+        except Exception as error:  # triton, the compiler and the driver each raise their own
+            problem = f"{error}".partition("\n")[0]
+    return None if problem is None else f"it does not run on {device}: {problem}"

@@ -11,16 +11,294 @@ Needs Triton, which comes with torch on a GPU; TRITON_INTERPRET=1 runs it on a C
 
 Shapes: B sequences, H query heads, H_kv K/V heads, G = H / H_kv, D head size, N blocks, S slots
 per block, P splits. An *item* is what one program computes: (sequence, split, K/V head).
+
+[decode_tuning] How paged_attention_triton.py cuts its work: tiles, parts of long sequences, warps.
+
+Reproduces nothing: the paper's kernel gives each head of a sequence to one thread block (section
+5). Splitting long sequences came later (split-KV).
+
+    tuning = choose_tuning(batch * num_kv_heads, max_len, row_bytes, *device_limits(q.device))
+
+An *item* is what one program computes: the G query heads of a K/V head over a part of a sequence.
+
+[block_kernels] One launch each: K and V written through a slot mapping, and blocks copied by a list of pairs.
+
+What it is: the first and the third kernel of section 5 of the paper ("fused reshape and block
+write", "fused block copy") in Triton. The block copy also gathers and scatters the blocks of a
+swap (section 4.5). Plain torch needs a launch each for K and V, and a staging buffer for a copy.
+
+How to use it: `PagedKVCache` of paged_attention.py does, on CUDA where triton is installed.
+    write_slots(cache.pool[layer], slots, k, v)
+    for part in ordered(pairs):
+        copy_blocks(cache.pool, torch.tensor(part, device="cuda"))
+With TRITON_INTERPRET=1 in the environment before the import they run on CPU tensors, slowly.
+
+Shapes: L layers, N blocks, S slots per block, H_kv K/V heads, D head size, T tokens. The kernels
+move bytes, whatever the dtype: as words of 8 bytes where sizes and strides allow, two in one access
+of a thread. Rows need no power of two: a program takes BLOCK words of the concatenated rows,
+wherever one ends. Block and slot numbers are not checked: that would wait for the device.
 """
 
 from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from attention import check_shape
-from decode_tuning import Tuning, choose_tuning, device_limits
+
+MAX_SPLITS = 64  # parts of a sequence: its last program reads them all
+MIN_CHUNK, MAX_CHUNK = 256, 4096  # slots of an item, where a sequence is split
+SHARED_SPARE = 12 << 10  # bytes of shared memory beside the tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the work is cut: `tile` slots are read at a time, `chunk` slots are an item at most."""
+
+    tile: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        if self.tile < 16 or self.tile & (self.tile - 1) or self.chunk < 1 or self.num_stages < 1:
+            raise ValueError(f"a tile is a power of two from 16, a chunk at least 1: {self}")
+
+
+def choose_tuning(
+    num_items: int, max_len: int, row_bytes: int, multiprocessors: int, shared_bytes: int
+) -> Tuning:
+    """A cut that suits an H100: chosen by trying others on shapes like bench_attention.py's.
+
+    num_items: sequences times K/V heads; max_len: slots of the widest block table; row_bytes: of
+    one head of one slot, padded to a power of two; shared_bytes: that a program can have.
+
+    Up to two items for a multiprocessor are split into parts, two of which it then has. More are
+    whole up to MAX_CHUNK, as every part costs a merge: up to four in three stages, beyond that
+    in two, with small tiles where the table is short. Lengths are on the device, so it is not known
+    whether many long items end together; large tiles, fewer at a time, lost least where they
+    do not.
+    """
+    splits = 1
+    if num_items <= 2 * multiprocessors:
+        splits, shape = 2 * multiprocessors // max(1, num_items), (64, 4, 3)
+    elif num_items <= 4 * multiprocessors:
+        shape = (32, 4, 3)
+    else:
+        shape = (128, 8, 2) if max_len > 1536 else (32, 4, 2)
+    tile, num_warps, num_stages = shape
+    tile = max(16, tile * 256 // max(256, row_bytes))  # as many bytes, where rows are longer
+    # K and V of all stages but one lie in shared memory, beside some that the kernel itself needs.
+    while tile > 16 and 2 * (num_stages - 1) * tile * row_bytes + SHARED_SPARE > shared_bytes:
+        tile //= 2
+    splits = min(splits, -(-max_len // MIN_CHUNK))
+    splits = max(1, splits, -(-max_len // MAX_CHUNK))
+    chunk = -(-max_len // min(splits, MAX_SPLITS))
+    return Tuning(tile, max(tile, -(-chunk // tile) * tile), num_warps, num_stages)
+
+
+@lru_cache
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program can have on one."""
+    if device.type != "cuda":
+        return 1, 1 << 20  # the interpreter's programs run one after another
+    found = torch.cuda.get_device_properties(device)
+    # All but a KiB that the driver keeps for itself.
+    return found.multi_processor_count, found.shared_memory_per_multiprocessor - 1024
+
+
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels below were decorated
+MANY_WORDS = 1 << 19  # from here on there are programs enough for 4 accesses a thread
+WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+@triton.jit
+def _locate(ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows and columns of this program's words: (BLOCK,) int64 and (BLOCK,) int32."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    # One long division for the program; its words are within 32 bits of its first row.
+    row = first // ROW
+    words = (first - row * ROW).to(tl.int32) + tl.arange(0, BLOCK)
+    # Vectors stay whole: ROW is a constant, so the compiler knows what divides these, and a mask
+    # made of row numbers is the same for all words of a vector.
+    return row + words // ROW, words % ROW
+
+
+@triton.jit(do_not_specialize=["num_tokens", "value_rows"])
+def _write_slots(
+    pool,
+    slots,
+    k,
+    v,
+    num_tokens,
+    value_rows,
+    ROW: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """pool: rows of ROW words, the values' from row value_rows on; strides of tokens in words."""
+    token, column = _locate(ROW, BLOCK)
+    live = token < num_tokens
+    key = tl.load(k + token * K_STRIDE + column, mask=live)
+    value = tl.load(v + token * V_STRIDE + column, mask=live)
+    slot = tl.load(slots + token, mask=live, other=0)
+    tl.store(pool + slot * ROW + column, key, mask=live)
+    tl.store(pool + (value_rows + slot) * ROW + column, value, mask=live)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "from_part", "from_block", "to_part", "to_block"])
+def _move_blocks(
+    source,
+    target,
+    pairs,
+    num_pairs,
+    from_part,
+    from_block,
+    to_part,
+    to_block,
+    ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (i, part) moves words of pairs; strides of parts and blocks in rows of ROW words."""
+    pair, column = _locate(ROW, BLOCK)
+    part = tl.program_id(1).to(tl.int64)
+    live = pair < num_pairs
+    old = tl.load(pairs + 2 * pair, mask=live, other=0)
+    new = tl.load(pairs + 2 * pair + 1, mask=live, other=0)
+    words = tl.load(source + (part * from_part + old * from_block) * ROW + column, mask=live)
+    tl.store(target + (part * to_part + new * to_block) * ROW + column, words, mask=live)
+
+
+@functools.cache
+def problem_on(device):
+    """Why triton cannot build and run a kernel, in one line, or None if it can.
+
+    On the host it needs a C compiler and headers.
+    """
+    blocks = torch.zeros(1, 2, 8, device=device)
+    try:
+        move_blocks(blocks, blocks, torch.tensor([[0, 1]], device=device))
+    except Exception as error:  # triton, the compiler and the driver each raise their own
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None
+
+
+def works_on(device):
+    """Whether triton can build and run a kernel; a warning says why not."""
+    problem = problem_on(device)
+    if problem is not None:
+        message = f"triton does not run here, plain torch moves the blocks: {problem}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return problem is None
+
+
+def write_slots(pool, slots, k, v):
+    """Write K and V of T tokens into one layer, one launch (section 5, first kernel).
+
+    pool: (2, N, S, H_kv, D), contiguous, keys first; slots: (T,) int64, all different; k, v:
+    (T, H_kv, D) in pool's dtype, any strides (copied first if a token's heads are not adjacent).
+    """
+    assert pool.shape[0] == 2 and k.shape == v.shape == (len(slots), *pool.shape[3:])
+    if not len(slots):
+        return
+    rows = pool.flatten(3).flatten(1, 2)  # (2, N * S, H_kv * D)
+    k, v = (x.detach().flatten(1) for x in (k, v))  # (T, H_kv * D)
+    # One value for all of a row (expand) has no stride there, and stays a view when flattened.
+    k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (k, v))
+    rows, k, v = _as_words(rows, k, v)
+    block = _block_words(k.numel())
+    with torch.cuda.device_of(pool):  # triton launches on the current device
+        _write_slots[(triton.cdiv(k.numel(), block),)](
+            rows,
+            slots.contiguous(),
+            k,
+            v,
+            len(slots),
+            rows.shape[1],
+            ROW=rows.shape[2],
+            K_STRIDE=k.stride(0),
+            V_STRIDE=v.stride(0),
+            BLOCK=block,
+        )
+
+
+def copy_blocks(pool, pairs):
+    """Copy blocks within a pool, all layers, K and V, one launch (section 5, third kernel).
+
+    pool: (L, 2, N, S, H_kv, D), contiguous; pairs: (P, 2) int64 on its device, source and
+    destination. No source may be another pair's destination: see `ordered`.
+    """
+    blocks = pool.flatten(3).flatten(0, 1)  # (L * 2, N, S * H_kv * D)
+    move_blocks(blocks, blocks, pairs)
+
+
+def move_blocks(source, target, pairs):
+    """Copy source[:, a] to target[:, b] for each pair (a, b), one launch.
+
+    source: (parts, N, W), target: (parts, M, W), of one dtype and device; W elements adjacent and
+    other strides multiples of W, as in any transposition of whole blocks. pairs: (P, 2) int64 on
+    that device, the destinations all different.
+    """
+    assert source.shape[0] == target.shape[0] and pairs.shape == (len(pairs), 2)
+    width = source.shape[2]
+    strides = [*source.stride()[:2], *target.stride()[:2]]
+    check_shape(
+        source.stride(2) == target.stride(2) == 1 and not any(x % width for x in strides),
+        f"blocks of {width} elements do not lie whole at strides {strides}",
+    )
+    if not len(pairs):
+        return
+    strides = [stride // width for stride in strides]
+    source, target = _as_words(source, target)
+    row = source.shape[2]
+    block = _block_words(len(pairs) * row * source.shape[0])
+    with torch.cuda.device_of(source):
+        _move_blocks[(triton.cdiv(len(pairs) * row, block), source.shape[0])](
+            source, target, pairs.contiguous(), len(pairs), *strides, ROW=row, BLOCK=block
+        )
+
+
+def ordered(pairs):
+    """Split (source, destination) pairs into lists, each safe for one launch of `copy_blocks`.
+
+    Run in order they give what copying pair by pair gives: a list ends where the next pair's
+    destination is read by a pair of that list, or its source is written by one.
+    """
+    parts, read, written = [[]], set(), set()
+    for source, target in pairs:
+        if target in read or source in written:
+            parts.append([])
+            read, written = set(), set()
+        parts[-1].append((source, target))
+        read.add(source)
+        written.add(target)
+    return parts if parts[0] else []
+
+
+def _as_words(*tensors):
+    """The tensors (..., W) as the widest integers that their rows and addresses allow."""
+    for word in WORDS:
+        size = word.itemsize
+        if all(
+            x.data_ptr() % size == x.shape[-1] * x.itemsize % size == 0
+            and not any(stride * x.itemsize % size for stride in x.stride()[:-1])
+            for x in tensors
+        ):
+            return [x.view(word) for x in tensors]
+    raise AssertionError("a byte divides everything")
+
+
+def _block_words(total):
+    """Words of a program of 128 threads: 4 accesses of 16 bytes a thread, or 1 of little work."""
+    return 1024 if total >= MANY_WORDS else 256
+
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234e38)  # where -inf - -inf, which is NaN, must not be
@@ -107,17 +385,38 @@ def paged_attention_kernel(
     scale = head_size**-0.5 if scale is None else scale
     with torch.cuda.device_of(q):  # triton launches on the current device
         _decode[(num_items,)](
-            q, k_pool, v_pool, block_tables, seq_lens, out, lse,
-            workspace.out, workspace.lse, workspace.arrived,
-            scale, num_splits, tuning.chunk, max_len, q.stride(0), q.stride(1),
-            k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
+            q,
+            k_pool,
+            v_pool,
+            block_tables,
+            seq_lens,
+            out,
+            lse,
+            workspace.out,
+            workspace.lse,
+            workspace.arrived,
+            scale,
+            num_splits,
+            tuning.chunk,
+            max_len,
+            q.stride(0),
+            q.stride(1),
+            k_pool.stride(0),
+            k_pool.stride(1),
+            v_pool.stride(0),
+            v_pool.stride(1),
             block_tables.stride(0),
-            H_KV=num_kv_heads, G=group, D=head_size, S=block_size,
-            D_PAD=head_pad, TILE=tuning.tile,
-            SPLIT=num_splits > 1, SAME=k_pool.stride() == v_pool.stride(),
+            H_KV=num_kv_heads,
+            G=group,
+            D=head_size,
+            S=block_size,
+            D_PAD=head_pad,
+            TILE=tuning.tile,
+            SPLIT=num_splits > 1,
+            SAME=k_pool.stride() == v_pool.stride(),
             STAGES=tuning.num_stages,
             num_warps=tuning.num_warps,
-        )  # fmt: skip
+        )
     return out, lse
 
 
@@ -179,14 +478,37 @@ def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
 
 @triton.jit(do_not_specialize=["num_splits", "chunk", "max_slots", "table_stride"])
 def _decode(
-    q_ptr, k_ptr, v_ptr, tables_ptr, lens_ptr, out_ptr, lse_ptr,
-    part_out_ptr, part_lse_ptr, arrived_ptr,
-    scale, num_splits, chunk, max_slots, q_stride_b, q_stride_h,
-    k_stride_n, k_stride_s, v_stride_n, v_stride_s, table_stride,
-    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-    D_PAD: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, SAME: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    tables_ptr,
+    lens_ptr,
+    out_ptr,
+    lse_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    arrived_ptr,
+    scale,
+    num_splits,
+    chunk,
+    max_slots,
+    q_stride_b,
+    q_stride_h,
+    k_stride_n,
+    k_stride_s,
+    v_stride_n,
+    v_stride_s,
+    table_stride,
+    H_KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SAME: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """One item: G query heads over the slots of one split of one sequence."""
     item = tl.program_id(0)
     # Heads run fastest: programs that run together read neighbouring bytes of the same slots.
@@ -257,9 +579,18 @@ def _decode(
             counter = arrived_ptr + seq * H_KV + head
             if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
                 _merge(
-                    part_out_ptr, part_lse_ptr, out_ptr, lse_ptr,
-                    seq * num_splits * H_KV + head, first_row, num_parts, H_KV, G, D, D_PAD,
-                )  # fmt: skip
+                    part_out_ptr,
+                    part_lse_ptr,
+                    out_ptr,
+                    lse_ptr,
+                    seq * num_splits * H_KV + head,
+                    first_row,
+                    num_parts,
+                    H_KV,
+                    G,
+                    D,
+                    D_PAD,
+                )
                 tl.store(counter, 0)
         else:
             at = first_row + rows
@@ -269,9 +600,18 @@ def _decode(
 
 @triton.jit
 def _merge(
-    part_out_ptr, part_lse_ptr, out_ptr, lse_ptr, item, first_row, num_parts,
-    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-):  # fmt: skip
+    part_out_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    item,
+    first_row,
+    num_parts,
+    H_KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
     """Attention over a sequence from that over each of its parts (attention.merge_attention)."""
     ROWS: tl.constexpr = triton.next_power_of_2(G)
     rows = tl.arange(0, ROWS)

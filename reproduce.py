@@ -22,18 +22,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import command_line
-from command_line import OneLineParser, UsageError, exit_code, folder, positive, print_then
+from vllm_sim.reporting import command_line
+from vllm_sim.reporting.command_line import (
+    OneLineParser,
+    UsageError,
+    exit_code,
+    folder,
+    positive,
+    print_then,
+)
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
     command_line.require_packages("reproduce.py", "numpy", "tabulate")
 
-import paper
-from progress import Progress
+from vllm_sim import paper
+from vllm_sim.reporting.progress import Progress
 
 if TYPE_CHECKING:
-    from reproduction import Found
+    from vllm_sim.evaluation.runner import Found
 
 MAX_SEEDS = 1000
 MAX_JOBS = 1024
@@ -50,21 +57,50 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--figure", choices=FIGURES, action="append", metavar="NAME",
-        help=f"only this one (repeatable): {', '.join(FIGURES)}")  # fmt: skip
+    add(
+        "--figure",
+        choices=FIGURES,
+        action="append",
+        metavar="NAME",
+        help=f"only this one (repeatable): {', '.join(FIGURES)}",
+    )
     add("--quick", action="store_true", help="only what is cheap to simulate, in seconds")
-    add("--jobs", type=positive, default=min(_cores(), MAX_JOBS), metavar="N",
-        help="processes (default: one a core)")  # fmt: skip
-    add("--seeds", type=positive, default=1, metavar="N",
-        help="seeds 0 to N - 1: rows are about their mean (default 1, seed 0)")  # fmt: skip
-    add("--beam-seconds", type=positive, default=BEAM_SECONDS, metavar="N",
+    add(
+        "--jobs",
+        type=positive,
+        default=min(_cores(), MAX_JOBS),
+        metavar="N",
+        help="processes (default: one a core)",
+    )
+    add(
+        "--seeds",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="seeds 0 to N - 1: rows are about their mean (default 1, seed 0)",
+    )
+    add(
+        "--beam-seconds",
+        type=positive,
+        default=BEAM_SECONDS,
+        metavar="N",
         help=f"length of the traces of Fig. 14's beam search (default {BEAM_SECONDS}, the "
-        f"artifact's; {MAX_BEAM_SECONDS}, the paper's, takes long)")  # fmt: skip
-    add("--lengths", action="append", default=[], metavar="FILE",
-        help="a full length file (repeatable); default LENGTHS_DIR, then tables")  # fmt: skip
+        f"artifact's; {MAX_BEAM_SECONDS}, the paper's, takes long)",
+    )
+    add(
+        "--lengths",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a full length file (repeatable); default LENGTHS_DIR, then tables",
+    )
     add("--json", type=Path, metavar="FILE", help="write all rows here")
-    add("--figures", type=folder, metavar="DIR",
-        help="draw the figures there (needs matplotlib: requirements-dev.txt)")  # fmt: skip
+    add(
+        "--figures",
+        type=folder,
+        metavar="DIR",
+        help="draw the figures there (needs matplotlib: requirements-dev.txt)",
+    )
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     add("--quiet", action="store_true", help="no progress on stderr")
     return parser
@@ -76,11 +112,11 @@ def _cores() -> int:
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Simulate, compare, show; returns the exit code."""
-    from json_document import document
-    from length_files import DATASETS, find_lengths
-    from report import check_writable, write_json
-    from reproduction import choose, reproduce, rows_json
-    from workload import WorkloadError
+    from vllm_sim.evaluation.runner import choose, reproduce, rows_json
+    from vllm_sim.reporting.documents import document
+    from vllm_sim.scenarios.report import check_writable, write_json
+    from vllm_sim.workload.data_sets import DATASETS, find_lengths
+    from vllm_sim.workload.requests import WorkloadError
 
     command_line.raise_on_interrupt()
     if args.json is not None:
@@ -99,7 +135,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     if args.beam_seconds != BEAM_SECONDS and "Fig. 14" not in {f.name for f in figures}:
         raise UsageError("--beam-seconds is for figure 14, which is not among those asked for")
     if args.figures is not None:
-        from pictures import check_pictures
+        from vllm_sim.evaluation.pictures import check_pictures
 
         check_pictures(args.figures)
     try:
@@ -117,15 +153,27 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     def keep() -> None:
         """All that is asked for beside the output. Raises OutputError."""
         if args.json is not None:
-            write_json(args.json, document(
-                "reproduce.py", vars(args), seeds=range(args.seeds),
-                setting={"seeds": args.seeds, "quick": args.quick,
-                         "beam_seconds": args.beam_seconds, "lengths": sources},
-                notes=[note for figure in found for note in figure.notes],
-                tables=[rows_json(found)], checks=checks, exit_code=code, elapsed_s=elapsed,
-            ))  # fmt: skip
+            write_json(
+                args.json,
+                document(
+                    "reproduce.py",
+                    vars(args),
+                    seeds=range(args.seeds),
+                    setting={
+                        "seeds": args.seeds,
+                        "quick": args.quick,
+                        "beam_seconds": args.beam_seconds,
+                        "lengths": sources,
+                    },
+                    notes=[note for figure in found for note in figure.notes],
+                    tables=[rows_json(found)],
+                    checks=checks,
+                    exit_code=code,
+                    elapsed_s=elapsed,
+                ),
+            )
         if args.figures is not None:
-            from pictures import draw
+            from vllm_sim.evaluation.pictures import draw
 
             draw(found, args.figures)
 
@@ -135,8 +183,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
 
 def show(found: list[Found], sources: dict[str, str], fmt: str, elapsed: float) -> None:
     """Print all figures, and how many rows are held, explained or neither."""
-    from comparison import EXPLAINED
-    from tables import counted, render
+    from vllm_sim.evaluation.comparison import EXPLAINED
+    from vllm_sim.reporting.tables import counted, render
 
     comment = "% " if fmt == "latex" else ""
     print(f"{comment}Lengths: " + "; ".join(f"{k}: {v}" for k, v in sources.items()) + "\n")
@@ -149,8 +197,9 @@ def show(found: list[Found], sources: dict[str, str], fmt: str, elapsed: float) 
     failed = len(rows) - held - explained
     fitted = sum(row.held is True and row.fitted for row in rows)
     of_these = f" ({fitted} of them on values that constants were fitted to)" if fitted else ""
-    reasons = sorted({row.reason for row in rows if row.reason}, key=lambda text: int(
-        text[1 : text.index(":")]))  # fmt: skip
+    reasons = sorted(
+        {row.reason for row in rows if row.reason}, key=lambda text: int(text[1 : text.index(":")])
+    )
     if reasons:
         print(comment + f"\n{comment}".join(["Explained (README, Differences):", *reasons]))
     print(
@@ -164,7 +213,7 @@ def parse_and_run(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
     from concurrent.futures.process import BrokenProcessPool
 
-    from allocator import CacheError
+    from allocators import CacheError
 
     try:
         with Progress.on(sys.stderr, "reproduce.py", quiet=args.quiet) as progress:

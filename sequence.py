@@ -204,9 +204,15 @@ class SequenceGroup:
     """
 
     __slots__ = (
-        "arrival_s", "beam_parents", "event_step", "group_id", "num_preemptions", "order",
-        "prefix_id", "seqs",
-    )  # fmt: skip
+        "arrival_s",
+        "beam_parents",
+        "event_step",
+        "group_id",
+        "num_preemptions",
+        "order",
+        "prefix_id",
+        "seqs",
+    )
 
     def __init__(
         self,

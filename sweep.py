@@ -23,16 +23,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import command_line
-from command_line import OneLineParser, UsageError, exit_code, folder
+from vllm_sim.reporting import command_line
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder
 
 if __name__ == "__main__":
     command_line.end_on_interrupt()
 
-from json_document import document
-from output_files import OutputError, check_writable, write_json
-from sweep_cells import SCRIPTS, Cell, expand, plan_file
-from sweep_files import read_document
+from vllm_sim.reporting.documents import document
+from vllm_sim.reporting.files import OutputError, check_writable, write_json
+from vllm_sim.reporting.sweep_cells import SCRIPTS, Cell, expand, plan_file
+from vllm_sim.reporting.sweep_table import read_document
 
 ROOT = Path(__file__).resolve().parent
 TASK = "SLURM_ARRAY_TASK_ID"
@@ -47,10 +47,20 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--script", choices=SCRIPTS, default="main.py", metavar="NAME",
-        help=f"one of {', '.join(SCRIPTS)} (default main.py)")  # fmt: skip
-    add("--out", type=folder, default=Path("results/sweep"), metavar="DIR",
-        help="for the results, one file a cell (default results/sweep)")  # fmt: skip
+    add(
+        "--script",
+        choices=SCRIPTS,
+        default="main.py",
+        metavar="NAME",
+        help=f"one of {', '.join(SCRIPTS)} (default main.py)",
+    )
+    add(
+        "--out",
+        type=folder,
+        default=Path("results/sweep"),
+        metavar="DIR",
+        help="for the results, one file a cell (default results/sweep)",
+    )
     add("--cell", type=index, metavar="N", help="only this one, from 0")
     add("--list", action="store_true", help="say which cells there are, and run none")
     add("--again", action="store_true", help="run cells that are done, too")
@@ -83,12 +93,17 @@ def plan(script: str, cells: Sequence[Cell]) -> dict[str, object]:
     """The document that lists the cells: the same whichever cell writes it."""
     rows = [{"cell": c.index, "file": c.file, "arguments": c.line} for c in cells]
     table = {
-        "id": "cells", "title": "The cells of a sweep", "setting": "",
-        "headers": ["cell", "file", "arguments"], "index": ["cell"], "rows": rows,
-    }  # fmt: skip
+        "id": "cells",
+        "title": "The cells of a sweep",
+        "setting": "",
+        "headers": ["cell", "file", "arguments"],
+        "index": ["cell"],
+        "rows": rows,
+    }
     setting = {"script": script, "num_cells": len(cells)}
-    return document("sweep.py", {"script": script}, setting=setting, tables=[table], exit_code=0,
-                    elapsed_s=0.0)  # fmt: skip
+    return document(
+        "sweep.py", {"script": script}, setting=setting, tables=[table], exit_code=0, elapsed_s=0.0
+    )
 
 
 def done_code(path: Path, script: str, cell: Cell) -> int | None:
@@ -122,10 +137,19 @@ def run_cell(script: str, cell: Cell, path: Path) -> int:
     if code == 2:  # so that report.py can tell why
         seconds = time.perf_counter() - start
         seeds = [cell.options["seed"]] if "seed" in cell.options else []
-        write_json(path, document(
-            script, cell.options, seeds=seeds, setting={}, tables=[], exit_code=2,
-            elapsed_s=seconds, error=last,
-        ))  # fmt: skip
+        write_json(
+            path,
+            document(
+                script,
+                cell.options,
+                seeds=seeds,
+                setting={},
+                tables=[],
+                exit_code=2,
+                elapsed_s=seconds,
+                error=last,
+            ),
+        )
     return code if code >= 0 else 128 - code
 
 

@@ -111,9 +111,18 @@ class Data:
         rows = (pool.flatten(1).index_select(0, self.flat) for pool in (self.k, self.v))
         k, v = (row.view(-1, self.shape.kv_heads, D) for row in rows)
         return torch.ops.aten._flash_attention_forward(
-            self.q, k, v, self.one_each, self.starts, 1, max(self.shape.lens), 0.0, False, False,
+            self.q,
+            k,
+            v,
+            self.one_each,
+            self.starts,
+            1,
+            max(self.shape.lens),
+            0.0,
+            False,
+            False,
             seqused_k=self.lens,
-        )[0]  # fmt: skip
+        )[0]
 
     def cat(self) -> torch.Tensor:
         """Block by block, sequence by sequence, as naively as can be."""
@@ -138,9 +147,17 @@ def flashinfer_run(data: Data, tensor_cores: bool) -> Run:
     shape = data.shape
     last = torch.tensor([(n - 1) % S + 1 for n in shape.lens], dtype=torch.int32, device="cuda")
     wrapper.plan(
-        data.starts // S, data.flat, last, shape.heads, shape.kv_heads, D, S,
-        pos_encoding_mode="NONE", q_data_type=torch.float16, kv_data_type=torch.float16,
-    )  # fmt: skip
+        data.starts // S,
+        data.flat,
+        last,
+        shape.heads,
+        shape.kv_heads,
+        D,
+        S,
+        pos_encoding_mode="NONE",
+        q_data_type=torch.float16,
+        kv_data_type=torch.float16,
+    )
     return lambda: wrapper.run(data.q, (data.k, data.v))
 
 

@@ -32,16 +32,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pictures
 from attention_contenders import SHAPES, D, Data, S, Shape, contenders
 from gpu_timing import cold_median_us, copy_bandwidth
 
 import paged_attention
-import pictures_bench
-from command_line import OneLineParser, UsageError, exit_code, folder, positive
-from json_document import measured
 from paged_attention import gather_blocks
-from progress import Progress
-from report import Table, check_writable, render, write_json
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder, positive
+from vllm_sim.reporting.documents import measured
+from vllm_sim.reporting.progress import Progress
+from vllm_sim.scenarios.report import Table, check_writable, render, write_json
 
 Row = dict[str, object]
 
@@ -62,9 +62,7 @@ def read_us(num_bytes: int, repeats: int, dirty: bool, device: str) -> float:
     return min(times)
 
 
-def measure(
-    name: str, shape: Shape, bandwidth: float, repeats: int, device: str = "cuda"
-) -> Row:
+def measure(name: str, shape: Shape, bandwidth: float, repeats: int, device: str = "cuda") -> Row:
     """All contenders on one shape, in microseconds; the best of each family under its name."""
     data = Data(shape, device)
     want = paged_attention.paged_attention_kernel(data.q, data.k, data.v, data.padded, data.lens)
@@ -82,9 +80,7 @@ def measure(
             row[f"{key}_error"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
             print(f"{name}: {key}: {row[f'{key}_error']}", file=sys.stderr)
     for suffix in ("us", "dirty_us"):
-        row[f"read_{suffix}"] = read_us(
-            shape.live_bytes, repeats, suffix == "dirty_us", device
-        )
+        row[f"read_{suffix}"] = read_us(shape.live_bytes, repeats, suffix == "dirty_us", device)
     # Live blocks alone: padding would repeat one block, which the cache holds.
     live = data.flat[None]
     gathered = [lambda pool=pool: gather_blocks(pool, live) for pool in (data.k, data.v)]
@@ -99,10 +95,15 @@ def over_floor(row: Row, keys: tuple[str, ...], suffix: str = "us") -> float | N
 
 
 COLUMNS = {  # column: contenders of which the better counts
-    "triton": ("triton",), "read": ("read",), "cuDNN": ("cudnn",), "Flash": ("flash",),
-    "FlashInfer": ("flashinfer", "flashinfer_tc"), "gather": ("gather", "gather_cudnn",
-    "gather_flash"), "plain": ("plain",), "cat": ("cat",),
-}  # fmt: skip
+    "triton": ("triton",),
+    "read": ("read",),
+    "cuDNN": ("cudnn",),
+    "Flash": ("flash",),
+    "FlashInfer": ("flashinfer", "flashinfer_tc"),
+    "gather": ("gather", "gather_cudnn", "gather_flash"),
+    "plain": ("plain",),
+    "cat": ("cat",),
+}
 
 
 def tables(rows: list[Row], where: str) -> list[Table]:
@@ -113,10 +114,14 @@ def tables(rows: list[Row], where: str) -> list[Table]:
         ("Time over floor, dirty cold L2", "dirty_us", tuple(COLUMNS)[:5]),
     ):
         body = [
-            (row["shape"], row["floor_us"], row["aim"],
-             *(over_floor(row, COLUMNS[name], suffix) for name in names))
+            (
+                row["shape"],
+                row["floor_us"],
+                row["aim"],
+                *(over_floor(row, COLUMNS[name], suffix) for name in names),
+            )
             for row in rows
-        ]  # fmt: skip
+        ]
         result.append(Table(title, ("shape", "floor us", "aim", *names), body, where, 3))
     return result
 
@@ -136,15 +141,19 @@ def run(argv: list[str] | None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument("--figures", type=folder, metavar="DIR",
-                        help="draw the times over the floor there (needs matplotlib)")  # fmt: skip
+    parser.add_argument(
+        "--figures",
+        type=folder,
+        metavar="DIR",
+        help="draw the times over the floor there (needs matplotlib)",
+    )
     args = parser.parse_args(argv)
     if args.json:
         check_writable(args.json)
     if not torch.cuda.is_available():
         raise UsageError("needs a CUDA device")
     if args.figures:
-        pictures_bench.check(args.figures, [pictures_bench.FLOOR])
+        pictures.check(args.figures, [pictures.FLOOR])
     start = time.perf_counter()
     progress = Progress.on(sys.stderr, "bench_attention.py", quiet=args.quiet)
     bandwidth = copy_bandwidth()
@@ -158,10 +167,17 @@ def run(argv: list[str] | None) -> int:
         torch.cuda.empty_cache()
         code = int(any(wrong_keys(row) for row in rows))
         if args.json:  # after each shape: time on a GPU is dear
-            write_json(args.json, measured(
-                "benchmarks/bench_attention.py", vars(args), {**found, "shapes": rows},
-                {"shapes": 1}, code, time.perf_counter() - start,
-            ))  # fmt: skip
+            write_json(
+                args.json,
+                measured(
+                    "benchmarks/bench_attention.py",
+                    vars(args),
+                    {**found, "shapes": rows},
+                    {"shapes": 1},
+                    code,
+                    time.perf_counter() - start,
+                ),
+            )
     progress.clear()
     where = f"{torch.cuda.get_device_name()}, large copy {bandwidth / 1e9:,.0f} GB/s"
     for table in tables(rows, f"{where}, median of {args.repeats}"):
@@ -169,9 +185,11 @@ def run(argv: list[str] | None) -> int:
     print("gather_blocks, share of the copy bandwidth:")
     print("  " + ", ".join(f"{row['shape']} {row['gather_share']:.2f}" for row in rows))
     if args.figures:
-        drawn = {row["shape"]: {name: over_floor(row, keys) for name, keys in COLUMNS.items()}
-                 for row in rows}  # fmt: skip
-        pictures_bench.draw_attention(drawn, where, args.figures)
+        drawn = {
+            row["shape"]: {name: over_floor(row, keys) for name, keys in COLUMNS.items()}
+            for row in rows
+        }
+        pictures.draw_attention(drawn, where, args.figures)
     return code
 
 

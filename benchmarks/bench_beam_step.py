@@ -39,11 +39,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import OneLineParser, UsageError, exit_code, positive
-from json_document import measured
-from paper import MODELS
-from progress import Progress
-from report import Table, check_writable, render, write_json
+from vllm_sim.paper import MODELS
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, positive
+from vllm_sim.reporting.documents import measured
+from vllm_sim.reporting.progress import Progress
+from vllm_sim.scenarios.report import Table, check_writable, render, write_json
 
 MODEL, VOCABULARY = MODELS["opt-13b"], MODELS["opt-13b"].vocab_size
 SEQUENCES, GROUPS = (1, 2, 4, 6), (16, 64)
@@ -198,11 +198,17 @@ def run(argv: list[str] | None) -> int:
         found = {"model": MODEL.name, "vocabulary": VOCABULARY, "block_size": BLOCK_SIZE}
         found |= {"calls_per_block": copies.calls, "bytes_per_call": copies.part_bytes}
         found |= {"bandwidth_bytes_per_s": speed, "repeats": repeats}
-        write_json(args.json, measured(
-            "benchmarks/bench_beam_step.py", vars(args),
-            {**found, "groups": groups, "copies": blocks}, {"groups": 2, "copies": 1}, 0,
-            time.perf_counter() - start,
-        ))  # fmt: skip
+        write_json(
+            args.json,
+            measured(
+                "benchmarks/bench_beam_step.py",
+                vars(args),
+                {**found, "groups": groups, "copies": blocks},
+                {"groups": 2, "copies": 1},
+                0,
+                time.perf_counter() - start,
+            ),
+        )
     return 0
 
 

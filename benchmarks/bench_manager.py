@@ -22,11 +22,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import OneLineParser, exit_code, positive
-from json_document import measured
 from kv_cache_manager import PagedKVCacheManager
-from progress import Progress
-from report import check_writable, write_json
+from vllm_sim.reporting.command_line import OneLineParser, exit_code, positive
+from vllm_sim.reporting.documents import measured
+from vllm_sim.reporting.progress import Progress
+from vllm_sim.scenarios.report import check_writable, write_json
 
 BLOCK_SIZE = 16
 
@@ -156,10 +156,17 @@ def run(argv: list[str] | None) -> int:
         )
     if args.json:
         found = {"block_size": BLOCK_SIZE, "repeats": args.repeats, "rows": rows}
-        write_json(args.json, measured(
-            "benchmarks/bench_manager.py", vars(args), found, {"rows": 1}, 0,
-            time.perf_counter() - start,
-        ))  # fmt: skip
+        write_json(
+            args.json,
+            measured(
+                "benchmarks/bench_manager.py",
+                vars(args),
+                found,
+                {"rows": 1},
+                0,
+                time.perf_counter() - start,
+            ),
+        )
     return 0
 
 

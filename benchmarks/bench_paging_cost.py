@@ -31,6 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pictures
 from gpu_timing import PinnedBandwidth, copy_bandwidth, pinned_bandwidth
 from measure_paging import (
     Kernel,
@@ -44,10 +45,7 @@ from measure_paging import (
 from opt_prefill import RandomOPT
 
 import paged_attention
-import pictures_bench
-from command_line import OneLineParser, UsageError, exit_code, folder
-from json_document import measured
-from paper_figures import (
+from vllm_sim.paper.figures import (
     FASTER_TRANSFORMER,
     FIG18A,
     FIG18A_TEXT_OVERHEAD,
@@ -56,8 +54,10 @@ from paper_figures import (
     FIG19A_RATIO,
     VLLM,
 )
-from progress import SILENT, Progress
-from report import Table, check_writable, render, write_json
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder
+from vllm_sim.reporting.documents import measured
+from vllm_sim.reporting.progress import SILENT, Progress
+from vllm_sim.scenarios.report import Table, check_writable, render, write_json
 
 PARTS = ("attention", "blocks", "swap", "moves")
 INDEX = {"attention": 3, "blocks": 3, "swap": 1, "moves": 3}  # columns that say which row it is
@@ -69,20 +69,40 @@ def percent_over(time: float | None, base: float | None) -> float | None:
 
 def attention_table(rows: Sequence[Row], where: str) -> Table:
     """Fig. 18a: our overheads beside the paper's. Rows of measure_attention."""
-    headers = ("batch", "context", "paged us", "over floor", "own contiguous us", "paging %",
-               "cuDNN us", "Flash us", "over best %",
-               "paper: vLLM us", "FT us", "overhead %")  # fmt: skip
+    headers = (
+        "batch",
+        "context",
+        "paged us",
+        "over floor",
+        "own contiguous us",
+        "paging %",
+        "cuDNN us",
+        "Flash us",
+        "over best %",
+        "paper: vLLM us",
+        "FT us",
+        "overhead %",
+    )
     body = []
     for row in rows:
         peers = [row[name] for name in ("cudnn_us", "flash_us") if row[name] is not None]
         paper = FIG18A.get((row["batch"], row["context"]), {})
-        body.append((
-            row["batch"], row["context"], row["paged_us"], row["paged_us"] / row["floor_us"],
-            row["contiguous_us"], percent_over(row["paged_us"], row["contiguous_us"]),
-            row["cudnn_us"], row["flash_us"],
-            percent_over(row["paged_us"], min(peers, default=None)),
-            paper.get(VLLM), paper.get(FASTER_TRANSFORMER), paper.get("overhead"),
-        ))  # fmt: skip
+        body.append(
+            (
+                row["batch"],
+                row["context"],
+                row["paged_us"],
+                row["paged_us"] / row["floor_us"],
+                row["contiguous_us"],
+                percent_over(row["paged_us"], row["contiguous_us"]),
+                row["cudnn_us"],
+                row["flash_us"],
+                percent_over(row["paged_us"], min(peers, default=None)),
+                paper.get(VLLM),
+                paper.get(FASTER_TRANSFORMER),
+                paper.get("overhead"),
+            )
+        )
     low, high = FIG18A_TEXT_OVERHEAD
     setting = f"{where}; the paper's text: {low}-{high} % over FasterTransformer (FT)"
     return Table("Fig. 18a: the attention kernel", headers, body, setting, decimals=2)
@@ -90,14 +110,23 @@ def attention_table(rows: Sequence[Row], where: str) -> Table:
 
 def blocks_table(rows: Sequence[Row], where: str) -> Table:
     """The kernel's side of Fig. 18b: the paper's columns are end to end. Rows as in Fig. 18a's."""
-    headers = ("block size", "paged us", "over floor", "paging %",
-               *(f"paper: {name} s/token" for name in FIG18B))  # fmt: skip
+    headers = (
+        "block size",
+        "paged us",
+        "over floor",
+        "paging %",
+        *(f"paper: {name} s/token" for name in FIG18B),
+    )
     body = [
-        (row["block_size"], row["paged_us"], row["paged_us"] / row["floor_us"],
-         percent_over(row["paged_us"], row["contiguous_us"]),
-         *(column[row["block_size"]] for column in FIG18B.values()))
+        (
+            row["block_size"],
+            row["paged_us"],
+            row["paged_us"] / row["floor_us"],
+            percent_over(row["paged_us"], row["contiguous_us"]),
+            *(column[row["block_size"]] for column in FIG18B.values()),
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     setting = f"{where}; the paper's are end to end: cache hits and scheduling as well"
     return Table("Fig. 18b: block sizes, the kernel's side", headers, body, setting, decimals=3)
 
@@ -105,8 +134,12 @@ def blocks_table(rows: Sequence[Row], where: str) -> Table:
 def swap_table(rows: Sequence[Row], where: str) -> Table:
     """Fig. 19a, milliseconds. Rows of measure_swap."""
     ours = {"recompute": "recompute_ms", "swap in": "swap_in_ms", "swap out": "swap_out_ms"}
-    headers = ("block size", *(h for name in ours for h in (f"{name} ms", "paper")),
-               "recompute/(in+out)", "paper")  # fmt: skip
+    headers = (
+        "block size",
+        *(h for name in ours for h in (f"{name} ms", "paper")),
+        "recompute/(in+out)",
+        "paper",
+    )
     body = []
     for row in rows:
         size = row["block_size"]
@@ -118,8 +151,15 @@ def swap_table(rows: Sequence[Row], where: str) -> Table:
 
 def transfer_table(rows: Sequence[Row], pinned: PinnedBandwidth, where: str) -> Table:
     """The same swaps as shares of what one large pinned copy reaches."""
-    headers = ("block size", "blocks", "KiB each", "in GB/s", "share of limit", "out GB/s",
-               "share of limit")  # fmt: skip
+    headers = (
+        "block size",
+        "blocks",
+        "KiB each",
+        "in GB/s",
+        "share of limit",
+        "out GB/s",
+        "share of limit",
+    )
     body = []
     for row in rows:
         speeds = [row["num_bytes"] / row[f"swap_{way}_median_ms"] * 1e3 for way in ("in", "out")]
@@ -133,30 +173,52 @@ def transfer_table(rows: Sequence[Row], pinned: PinnedBandwidth, where: str) -> 
 
 def moves_table(rows: Sequence[Row], where: str) -> Table:
     """Block write and block copy. Rows of measure_moves."""
-    headers = ("what", "layers", "blocks", "fused us", "share of limit", "plain us",
-               "share of limit", "call us")  # fmt: skip
+    headers = (
+        "what",
+        "layers",
+        "blocks",
+        "fused us",
+        "share of limit",
+        "plain us",
+        "share of limit",
+        "call us",
+    )
     body = [
-        (row["what"], row["layers"], row["blocks"], row["fused_us"],
-         row["limit_us"] / row["fused_us"], row["plain_us"], row["limit_us"] / row["plain_us"],
-         row["call_us"])
+        (
+            row["what"],
+            row["layers"],
+            row["blocks"],
+            row["fused_us"],
+            row["limit_us"] / row["fused_us"],
+            row["plain_us"],
+            row["limit_us"] / row["plain_us"],
+            row["call_us"],
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     return Table("Section 5: block write and block copy", headers, body, where, decimals=2)
 
 
 def measure(
-    setting: Setting, parts: Sequence[str], kernel: Kernel | None, where: str,
+    setting: Setting,
+    parts: Sequence[str],
+    kernel: Kernel | None,
+    where: str,
     progress: Progress = SILENT,
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, object]:
     """Run the parts, print each table as it is made, and return all figures."""
     speed, pinned = copy_bandwidth(), pinned_bandwidth()
     where = f"{where}, large copy {speed / 1e9:,.0f} GB/s"
     m = setting.model
     found: dict[str, object] = {
-        "model": m.name, "layers": m.num_layers, "heads": m.num_heads, "head_size": m.head_size,
-        "dtype": str(setting.dtype).removeprefix("torch."), "copy_bytes_per_s": speed,
+        "model": m.name,
+        "layers": m.num_layers,
+        "heads": m.num_heads,
+        "head_size": m.head_size,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "copy_bytes_per_s": speed,
         "pinned_bytes_per_s": pinned._asdict(),
-    }  # fmt: skip
+    }
     if "attention" in parts:
         points = setting.attention
         found["attention"] = rows = []
@@ -210,13 +272,21 @@ def attention_kernel(name: str) -> Kernel:
 def run(argv: list[str] | None) -> int:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; repeatable")
-    parser.add_argument("--kernel", choices=("triton", "gather"), default="triton",
-                        help="whose attention; gather copies the blocks first")  # fmt: skip
+    parser.add_argument(
+        "--kernel",
+        choices=("triton", "gather"),
+        default="triton",
+        help="whose attention; gather copies the blocks first",
+    )
     parser.add_argument("--quick", action="store_true", help="few sizes, four layers: does it run")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument("--figures", type=folder, metavar="DIR",
-                        help="draw Figs. 18a and 19a there (needs matplotlib)")  # fmt: skip
+    parser.add_argument(
+        "--figures",
+        type=folder,
+        metavar="DIR",
+        help="draw Figs. 18a and 19a there (needs matplotlib)",
+    )
     args = parser.parse_args(argv)
     parts = args.part or PARTS
     if args.json:
@@ -224,8 +294,8 @@ def run(argv: list[str] | None) -> int:
     if not torch.cuda.is_available():
         raise UsageError("needs a CUDA device")
     if args.figures:
-        drawn = {"attention": pictures_bench.KERNEL, "swap": pictures_bench.SWAPS}
-        pictures_bench.check(args.figures, [drawn[part] for part in parts if part in drawn])
+        drawn = {"attention": pictures.KERNEL, "swap": pictures.SWAPS}
+        pictures.check(args.figures, [drawn[part] for part in parts if part in drawn])
     start = time.perf_counter()
     progress = Progress.on(sys.stderr, "bench_paging_cost.py", quiet=args.quiet)
     try:
@@ -238,12 +308,19 @@ def run(argv: list[str] | None) -> int:
         raise UsageError(str(error)) from None
     if args.json:
         found |= {"kernel": args.kernel, "quick": args.quick}
-        write_json(args.json, measured(
-            "benchmarks/bench_paging_cost.py", vars(args), found, INDEX, 0,
-            time.perf_counter() - start,
-        ))  # fmt: skip
+        write_json(
+            args.json,
+            measured(
+                "benchmarks/bench_paging_cost.py",
+                vars(args),
+                found,
+                INDEX,
+                0,
+                time.perf_counter() - start,
+            ),
+        )
     if args.figures:
-        pictures_bench.draw_paging(found, where, args.figures)
+        pictures.draw_paging(found, where, args.figures)
     return 0
 
 

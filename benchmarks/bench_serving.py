@@ -27,35 +27,41 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from allocator import CacheError
-from command_line import OneLineParser, UsageError, exit_code, folder, positive
-from experiments import Run, groups_for, latency_of, manager_for
-from iteration import Limits
-from json_document import measured
-from length_files import find_lengths
-from paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
-from progress import Progress
-from report import Table, check_writable, render, write_json
-from serving import ServingResult, simulate
-from traces import read_trace
-from workload import WorkloadError
+from allocators import CacheError
+from vllm_sim.evaluation.experiments import Run, groups_for, latency_of, manager_for
+from vllm_sim.paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder, positive
+from vllm_sim.reporting.documents import measured
+from vllm_sim.reporting.progress import Progress
+from vllm_sim.scenarios.report import Table, check_writable, render, write_json
+from vllm_sim.serving.scheduler import Limits
+from vllm_sim.serving.simulator import ServingResult, simulate
+from vllm_sim.workload.data_sets import find_lengths
+from vllm_sim.workload.requests import WorkloadError
+from vllm_sim.workload.traces import read_trace
 
 AZURE = "AzureLLMInferenceTrace_conv.csv.gz"
 HOUR = 3600.0
 RUNS = {  # name: (run, factor on the number of blocks, also in plain mode)
     "13B single, 2.0/s, 1 h": (Run(VLLM, "opt-13b", "ShareGPT", 2.0, HOUR), 1, True),
     "13B parallel 6, 7.0/s, 1 h": (
-        Run(VLLM, "opt-13b", "Alpaca", 7.0, HOUR, decoding="parallel", width=6), 1, True,
+        Run(VLLM, "opt-13b", "Alpaca", 7.0, HOUR, decoding="parallel", width=6),
+        1,
+        True,
     ),
     "13B beam 6, 7.0/s, 1 h": (
-        Run(VLLM, "opt-13b", "Alpaca", 7.0, HOUR, decoding="beam", width=6), 1, False,
+        Run(VLLM, "opt-13b", "Alpaca", 7.0, HOUR, decoding="beam", width=6),
+        1,
+        False,
     ),
     "13B single, 1.5/s, 1 h": (Run(VLLM, "opt-13b", "ShareGPT", 1.5, HOUR), 1, False),
     "13B single, 1.5/s, 10 h": (Run(VLLM, "opt-13b", "ShareGPT", 1.5, 10 * HOUR), 1, False),
     "13B single, 1.5/s, 1 h, 98,300 blocks": (
-        Run(VLLM, "opt-13b", "ShareGPT", 1.5, HOUR), 100, False,
+        Run(VLLM, "opt-13b", "ShareGPT", 1.5, HOUR),
+        100,
+        False,
     ),
-}  # fmt: skip
+}
 
 
 def empty() -> None:
@@ -113,11 +119,15 @@ def measure(
     tokens = run.width * (sum(columns[2]) - len(columns[2]))
     peer = simulate_once(run, columns, pool, True)[0] if plain else None
     return {
-        "trace": name, "requests": len(columns[0]), "decode_tokens": tokens,
-        "iterations": result.num_iterations, "seconds": min(times),
-        "ns_per_token": 1e9 * min(times) / tokens, "plain_seconds": peer,
+        "trace": name,
+        "requests": len(columns[0]),
+        "decode_tokens": tokens,
+        "iterations": result.num_iterations,
+        "seconds": min(times),
+        "ns_per_token": 1e9 * min(times) / tokens,
+        "plain_seconds": peer,
         "speed_up": peer / min(times) if peer else None,
-    }  # fmt: skip
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,17 +166,31 @@ def run(argv: list[str] | None) -> int:
     for row in rows:
         row["x_call"] = 1e-9 * row["ns_per_token"] / call_s
     headers = tuple(rows[0])
-    print(render(Table(
-        "Seconds to simulate", headers, [tuple(row[key] for key in headers) for row in rows],
-        f"Python {platform.python_version()}, best of {args.repeats}, an empty call takes "
-        f"{1e9 * call_s:.0f} ns", 3,
-    ), "plain"))  # fmt: skip
+    print(
+        render(
+            Table(
+                "Seconds to simulate",
+                headers,
+                [tuple(row[key] for key in headers) for row in rows],
+                f"Python {platform.python_version()}, best of {args.repeats}, an empty call takes "
+                f"{1e9 * call_s:.0f} ns",
+                3,
+            ),
+            "plain",
+        )
+    )
     if args.json is not None:
-        write_json(args.json, measured(
-            "benchmarks/bench_serving.py", vars(args),
-            {"empty_call_ns": 1e9 * call_s, "rows": rows}, {"rows": 1}, 0,
-            time.perf_counter() - start,
-        ))  # fmt: skip
+        write_json(
+            args.json,
+            measured(
+                "benchmarks/bench_serving.py",
+                vars(args),
+                {"empty_call_ns": 1e9 * call_s, "rows": rows},
+                {"rows": 1},
+                0,
+                time.perf_counter() - start,
+            ),
+        )
     return 0
 
 

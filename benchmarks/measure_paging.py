@@ -29,8 +29,8 @@ import gpu_timing
 from opt_prefill import RandomOPT
 
 from paged_attention import PagedKVCache, paged_attention_kernel, slot_mapping
-from paper import BLOCK_SIZE, MODELS, ModelConfig
-from paper_figures import BLOCK_SIZES, FIG18A
+from vllm_sim.paper import BLOCK_SIZE, MODELS, ModelConfig
+from vllm_sim.paper.figures import BLOCK_SIZES, FIG18A
 
 Row = dict[str, float | int | str | None]
 Kernel = Callable[..., tuple[Tensor, Tensor]]
@@ -68,9 +68,14 @@ class Setting:
         """A few small sizes, and a model of four layers: whether all of it runs."""
         model = replace(self.model, num_layers=4)
         return replace(
-            self, model=model, repeats=10, attention=((8, 64), (32, 1024)),
-            block_sizes=(1, 16, 256), moved_blocks=(1, 100), pool_blocks=256,
-        )  # fmt: skip
+            self,
+            model=model,
+            repeats=10,
+            attention=((8, 64), (32, 1024)),
+            block_sizes=(1, 16, 256),
+            moved_blocks=(1, 100),
+            pool_blocks=256,
+        )
 
 
 def best_us(
@@ -83,9 +88,14 @@ def best_us(
 
 
 def measure_attention(
-    setting: Setting, kernel: Kernel, copy_speed: float, batch: int, context: int,
-    block_size: int = BLOCK_SIZE, peers: bool = True,
-) -> Row:  # fmt: skip
+    setting: Setting,
+    kernel: Kernel,
+    copy_speed: float,
+    batch: int,
+    context: int,
+    block_size: int = BLOCK_SIZE,
+    peers: bool = True,
+) -> Row:
     """One decode step of one layer: microseconds of each contender, equal lengths.
 
     paged: random blocks of a pool twice as large. contiguous: the same kernel over the same pool,
@@ -152,10 +162,15 @@ def measure_swap(setting: Setting, model: RandomOPT, block_size: int) -> Row:
     """
     m, device = setting.model, torch.device(setting.device)
     cache = PagedKVCache(
-        setting.device_slots // block_size, block_size, m.num_kv_heads, m.head_size,
-        num_layers=m.num_layers, num_cpu_blocks=setting.host_slots // block_size,
-        dtype=setting.dtype, device=device,
-    )  # fmt: skip
+        setting.device_slots // block_size,
+        block_size,
+        m.num_kv_heads,
+        m.head_size,
+        num_layers=m.num_layers,
+        num_cpu_blocks=setting.host_slots // block_size,
+        dtype=setting.dtype,
+        device=device,
+    )
     cache.pool.normal_()
     rng = random.Random(block_size)
     tokens = torch.randint(m.vocab_size, (setting.swap_tokens,), device=device)
@@ -198,9 +213,12 @@ def check_swaps(cache: PagedKVCache, old: list[int], host: list[int], new: list[
 
 
 def check_recompute(
-    cache: PagedKVCache, recompute: Callable[[list[int]], Tensor], one: list[int],
-    other: list[int], num_tokens: int,
-) -> None:  # fmt: skip
+    cache: PagedKVCache,
+    recompute: Callable[[list[int]], Tensor],
+    one: list[int],
+    other: list[int],
+    num_tokens: int,
+) -> None:
     """Raise WrongResult unless a prefill gives the same wherever its blocks lie."""
     found = []
     for table in (one, other):
@@ -222,9 +240,15 @@ def measure_moves(setting: Setting, copy_speed: float) -> list[Row]:
     """
     m = setting.model
     cache = PagedKVCache(
-        setting.pool_blocks, BLOCK_SIZE, m.num_kv_heads, m.head_size, num_layers=m.num_layers,
-        dtype=setting.dtype, device=setting.device, fused=True,
-    )  # fmt: skip
+        setting.pool_blocks,
+        BLOCK_SIZE,
+        m.num_kv_heads,
+        m.head_size,
+        num_layers=m.num_layers,
+        dtype=setting.dtype,
+        device=setting.device,
+        fused=True,
+    )
     cache.pool.normal_()
     rows = [_write_row(setting, cache, blocks) for blocks in setting.moved_blocks]
     for layers in (1, m.num_layers):
@@ -264,7 +288,7 @@ def _write_row(setting: Setting, cache: PagedKVCache, blocks: int) -> Row:
 
 def _copy_row(setting: Setting, cache: PagedKVCache, layers: int, blocks: int) -> Row:
     """Random blocks to random others in the first layers of the pool."""
-    import block_kernels  # only here: it needs triton
+    import paged_attention_triton  # only here: it needs triton
 
     pool = cache.pool[:layers]
     rows = pool.flatten(3).flatten(0, 1)  # (L * 2, N, S * H_kv * D)
@@ -276,7 +300,7 @@ def _copy_row(setting: Setting, cache: PagedKVCache, layers: int, blocks: int) -
         rows.index_copy_(1, some[1], rows.index_select(1, some[0]))
 
     def fused(some: Tensor) -> None:
-        block_kernels.copy_blocks(pool, some)
+        paged_attention_triton.copy_blocks(pool, some)
 
     row: Row = {"what": "copy", "layers": layers, "blocks": blocks}
     row["num_bytes"] = 2 * layers * blocks * rows[0, 0].nbytes

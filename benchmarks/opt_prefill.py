@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paged_attention import PagedKVCache
-from paper import ModelConfig
+from vllm_sim.paper import ModelConfig
 
 STD = 0.02  # of OPT's initialisation
 UNUSED_POSITIONS = 2  # OPT's position table starts with two rows that no token uses

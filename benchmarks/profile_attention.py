@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_contenders import SHAPES, Data, S
 
-from command_line import OneLineParser, UsageError, exit_code
-from json_document import measured
-from progress import Progress
-from report import Table, check_writable, render, write_json
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code
+from vllm_sim.reporting.documents import measured
+from vllm_sim.reporting.progress import Progress
+from vllm_sim.scenarios.report import Table, check_writable, render, write_json
 
 CASES = ("random", "consecutive", "read")  # in the order of their launches
 METRICS = {
@@ -49,9 +49,19 @@ METRICS = {
 }
 # ncu chooses units by size unless told to print base units.
 NCU = (
-    "ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none",
-    "--kernel-name", "regex:^_(decode|read)$", "--metrics", ",".join(METRICS.values()),
-)  # fmt: skip
+    "ncu",
+    "--csv",
+    "--page",
+    "raw",
+    "--print-units",
+    "base",
+    "--clock-control",
+    "none",
+    "--kernel-name",
+    "regex:^_(decode|read)$",
+    "--metrics",
+    ",".join(METRICS.values()),
+)
 Row = dict[str, object]
 
 
@@ -112,13 +122,31 @@ def profile(name: str) -> list[Row]:
 
 
 def table(rows: list[Row], where: str) -> Table:
-    headers = ("shape", "blocks", "us", "bytes / live", "busy %", "warps %", "issue %", "waves",
-               "registers")  # fmt: skip
+    headers = (
+        "shape",
+        "blocks",
+        "us",
+        "bytes / live",
+        "busy %",
+        "warps %",
+        "issue %",
+        "waves",
+        "registers",
+    )
     body = [
-        (row["shape"], row["case"], row["us"], row["read_over_live"], row["memory_busy_percent"],
-         row["warps_percent"], row["issue_percent"], row["waves"], int(row["registers"]))
+        (
+            row["shape"],
+            row["case"],
+            row["us"],
+            row["read_over_live"],
+            row["memory_busy_percent"],
+            row["warps_percent"],
+            row["issue_percent"],
+            row["waves"],
+            int(row["registers"]),
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     return Table("What the counters say", headers, body, where, 2)
 
 
@@ -147,10 +175,17 @@ def run(argv: list[str] | None) -> int:
             progress.at(number, len(names), name)
             rows += profile(name)
     if args.json:
-        write_json(args.json, measured(
-            "benchmarks/profile_attention.py", vars(args), {"device": device, "rows": rows},
-            {"rows": 2}, 0, time.perf_counter() - start,
-        ))  # fmt: skip
+        write_json(
+            args.json,
+            measured(
+                "benchmarks/profile_attention.py",
+                vars(args),
+                {"device": device, "rows": rows},
+                {"rows": 2},
+                0,
+                time.perf_counter() - start,
+            ),
+        )
     print(render(table(rows, device), "plain"))
     return 0
 

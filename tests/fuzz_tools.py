@@ -40,17 +40,23 @@ import update_readme  # noqa: E402
 
 import capacity  # noqa: E402
 import main  # noqa: E402
-import report  # noqa: E402
 import reproduce  # noqa: E402
 import sweep  # noqa: E402
-import sweep_cells  # noqa: E402
-from command_line import UsageError  # noqa: E402
-from config_file import ConfigError, read_config  # noqa: E402
-from json_document import document  # noqa: E402
-from length_files import ALPACA_COLUMNS, DATASETS, chat_rounds, find_lengths, read_pairs  # noqa: E402
-from sweep_files import read_document  # noqa: E402
-from traces import read_trace  # noqa: E402
-from workload import WorkloadError, read_columns, read_lengths  # noqa: E402
+from vllm_sim.models.config_file import ConfigError, read_config  # noqa: E402
+from vllm_sim.reporting import sweep_cells  # noqa: E402
+from vllm_sim.reporting.command_line import UsageError  # noqa: E402
+from vllm_sim.reporting.documents import document  # noqa: E402
+from vllm_sim.reporting.sweep_table import read_document  # noqa: E402
+from vllm_sim.scenarios import report  # noqa: E402
+from vllm_sim.workload.data_sets import (  # noqa: E402
+    ALPACA_COLUMNS,
+    DATASETS,
+    chat_rounds,
+    find_lengths,
+    read_pairs,
+)
+from vllm_sim.workload.requests import WorkloadError, read_columns, read_lengths  # noqa: E402
+from vllm_sim.workload.traces import read_trace  # noqa: E402
 
 SECONDS = 10  # that one input may take before it counts as a hang
 LONGEST = 1200  # characters of a line that is still clear
@@ -67,16 +73,56 @@ SOUND = {  # one of each kind of file
     + "5,ChatGPT,472,18,490,Conversation log\n9,GPT-4,417,0,417,API log\n" * 9,
     "mooncake.jsonl": '{"timestamp": 9, "input_length": 55, "output_length": 5, "hash_ids": [1]}\n'
     * 9,
-    "plain.csv": 'text,arrival_ms,prompt_len,output_len\n' + '"a, b",0,374,44\nc,9.5,396,9\n' * 9,
+    "plain.csv": "text,arrival_ms,prompt_len,output_len\n" + '"a, b",0,374,44\nc,9.5,396,9\n' * 9,
     "other.jsonl": '{"completion_tokens": 7, "prompt_tokens": 6, "time": "2023-11-16"}\n' * 9,
 }
 CELLS = (
-    "nan", "NaN", "inf", "-inf", "Infinity", "-1", "0", "-0", "1.5", "1e3", "1e308", "0x10",
-    "1_0", "+5", "", " ", "'", '"5"', "9" * 8, "9" * 19, "9" * 30, "9" * 5000, str(2**63),
-    str(-(2**63) - 1), "true", "None", "null", "\0", "\x1b[31m", "\u0663", "\u00e9", "\u2028",
-    "\U0001f600", "a\tb", '"', '"a, b"', '"a\nb"', '"5""', "%s%n", "${HOME}", "../../etc/passwd",
-    "5 5", "--json", "\x85", "\ufeff",
-)  # fmt: skip
+    "nan",
+    "NaN",
+    "inf",
+    "-inf",
+    "Infinity",
+    "-1",
+    "0",
+    "-0",
+    "1.5",
+    "1e3",
+    "1e308",
+    "0x10",
+    "1_0",
+    "+5",
+    "",
+    " ",
+    "'",
+    '"5"',
+    "9" * 8,
+    "9" * 19,
+    "9" * 30,
+    "9" * 5000,
+    str(2**63),
+    str(-(2**63) - 1),
+    "true",
+    "None",
+    "null",
+    "\0",
+    "\x1b[31m",
+    "\u0663",
+    "\u00e9",
+    "\u2028",
+    "\U0001f600",
+    "a\tb",
+    '"',
+    '"a, b"',
+    '"a\nb"',
+    '"5""',
+    "%s%n",
+    "${HOME}",
+    "../../etc/passwd",
+    "5 5",
+    "--json",
+    "\x85",
+    "\ufeff",
+)
 WORDS = (*CELLS[:-1], "\udcff", "two\nlines", "=", "-", "--", "x" * 300, "y" * 100_000)
 
 
@@ -106,7 +152,9 @@ def contents(folder):
     """What lies in a folder: the bytes of files that are not huge, the kind of all else."""
     return {
         path.relative_to(folder): path.read_bytes()
-        if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK)
+        if path.is_file()
+        and not path.is_symlink()
+        and os.access(path, os.R_OK)
         and path.stat().st_size < 2**30
         else path.lstat().st_mode
         for path in sorted(Path(folder).rglob("*"))
@@ -124,9 +172,10 @@ def check(script, arguments, outputs, may_be=(0,)):
     printed, errors = io.StringIO(), io.StringIO()
     try:
         with (
-            contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(errors),
             no_longer_than(SECONDS),
-        ):  # fmt: skip
+        ):
             code = script.main(arguments)
     except SystemExit as end:
         code = end.code
@@ -261,62 +310,158 @@ def fuzz_readers(count, seed, folder, readers=READERS):
 
 
 BAD_OUTPUTS = (
-    "", ".", "..", "folder", "pipe", "loop", "zero", "full", "/dev/null", "/dev/full", "none/x",
-    "old.json/x", "/proc/none", "/proc/self/mem", "x" * 300, "y/" * 3000, "nowhere", "loop/x",
+    "",
+    ".",
+    "..",
+    "folder",
+    "pipe",
+    "loop",
+    "zero",
+    "full",
+    "/dev/null",
+    "/dev/full",
+    "none/x",
+    "old.json/x",
+    "/proc/none",
+    "/proc/self/mem",
+    "x" * 300,
+    "y/" * 3000,
+    "nowhere",
+    "loop/x",
     "pipe/x",
-)  # fmt: skip
+)
 BAD_INPUTS = (
-    "", ".", "none.csv", "folder", "pipe", "loop", "zero", "full", "nowhere", "sharegpt.csv/x",
-    "azure.csv", "/dev/zero", "/dev/null", "/proc/self/mem", "z" * 300, "two\nlines", "\udcff",
+    "",
+    ".",
+    "none.csv",
+    "folder",
+    "pipe",
+    "loop",
+    "zero",
+    "full",
+    "nowhere",
+    "sharegpt.csv/x",
+    "azure.csv",
+    "/dev/zero",
+    "/dev/null",
+    "/proc/self/mem",
+    "z" * 300,
+    "two\nlines",
+    "\udcff",
     "w/" * 3000,
-)  # fmt: skip
+)
 # Options of each script by what they take; "number" wants a positive integer.
 OPTIONS = {
     main: {
-        "--scenario": "number", "--device": "word", "--kernel": "word", "--model": "word",
-        "--layers": "number", "--num-blocks": "number", "--block-size": "number",
-        "--seed": "seed", "--json": "output", "--format": "word", "--quiet": "flag",
-        "--figures": "folder", "--timeline": "output", "--trace": "input",
+        "--scenario": "number",
+        "--device": "word",
+        "--kernel": "word",
+        "--model": "word",
+        "--layers": "number",
+        "--num-blocks": "number",
+        "--block-size": "number",
+        "--seed": "seed",
+        "--json": "output",
+        "--format": "word",
+        "--quiet": "flag",
+        "--figures": "folder",
+        "--timeline": "output",
+        "--trace": "input",
     },
     capacity: {
-        "--model": "input", "--gpu": "word", "--gpu-memory": "word", "--gpus": "number",
-        "--dtype": "word", "--kv-dtype": "word", "--plan": "word", "--allowance": "word",
-        "--gpu-memory-utilization": "word", "--max-model-len": "number", "--block-size": "number",
-        "--workload": "word", "--prefix-len": "number", "--seed": "seed", "--json": "output",
-        "--format": "word", "--trace": "input", "--preemption-rate": "word", "--rate": "word",
-        "--trace-rows": "number", "--speed-of": "word", "--figures": "folder", "--quiet": "flag",
+        "--model": "input",
+        "--gpu": "word",
+        "--gpu-memory": "word",
+        "--gpus": "number",
+        "--dtype": "word",
+        "--kv-dtype": "word",
+        "--plan": "word",
+        "--allowance": "word",
+        "--gpu-memory-utilization": "word",
+        "--max-model-len": "number",
+        "--block-size": "number",
+        "--workload": "word",
+        "--prefix-len": "number",
+        "--seed": "seed",
+        "--json": "output",
+        "--format": "word",
+        "--trace": "input",
+        "--preemption-rate": "word",
+        "--rate": "word",
+        "--trace-rows": "number",
+        "--speed-of": "word",
+        "--figures": "folder",
+        "--quiet": "flag",
     },
     reproduce: {
-        "--figure": "word", "--jobs": "number", "--seeds": "number", "--beam-seconds": "number",
-        "--lengths": "input", "--json": "output", "--figures": "folder", "--format": "word",
-        "--quick": "flag", "--quiet": "flag",
+        "--figure": "word",
+        "--jobs": "number",
+        "--seeds": "number",
+        "--beam-seconds": "number",
+        "--lengths": "input",
+        "--json": "output",
+        "--figures": "folder",
+        "--format": "word",
+        "--quick": "flag",
+        "--quiet": "flag",
     },
     report: {"files": "document", "--json": "output", "--format": "word", "--table": "word"},
-    sweep: {"--script": "word", "--out": "folder", "--cell": "number", "--list": "flag",
-            "--again": "flag"},
+    sweep: {
+        "--script": "word",
+        "--out": "folder",
+        "--cell": "number",
+        "--list": "flag",
+        "--again": "flag",
+    },
     fit_latency: {"--check": "flag", "--model": "word"},
     make_length_tables: {"--data": "input folder", "--out": "folder"},
-    mutants: {"--module": "word", "--sample": "number", "--fresh": "flag", "--again": "flag",
-              "--report": "flag", "--json": "output"},
+    mutants: {
+        "--module": "word",
+        "--sample": "number",
+        "--fresh": "flag",
+        "--again": "flag",
+        "--report": "flag",
+        "--json": "output",
+    },
     record: {"result": "output", "script": "script"},
     hunt: {"hunt": "word", "--json": "output"},
     update_readme: {"--check": "flag"},
-    bench_serving: {"--repeats": "number", "--traces": "input folder", "--json": "output",
-                    "--quiet": "flag"},
+    bench_serving: {
+        "--repeats": "number",
+        "--traces": "input folder",
+        "--json": "output",
+        "--quiet": "flag",
+    },
     bench_manager: {"--repeats": "number", "--json": "output", "--quiet": "flag"},
     bench_beam_step: {"--repeats": "number", "--json": "output", "--quiet": "flag"},
-    bench_attention: {"--repeats": "number", "--shape": "word", "--json": "output",
-                      "--figures": "folder", "--quiet": "flag"},
-    bench_paging_cost: {"--part": "word", "--kernel": "word", "--quick": "flag",
-                        "--json": "output", "--figures": "folder", "--quiet": "flag"},
-    profile_attention: {"--shape": "word", "--launch": "word", "--json": "output",
-                        "--quiet": "flag"},
-}  # fmt: skip
+    bench_attention: {
+        "--repeats": "number",
+        "--shape": "word",
+        "--json": "output",
+        "--figures": "folder",
+        "--quiet": "flag",
+    },
+    bench_paging_cost: {
+        "--part": "word",
+        "--kernel": "word",
+        "--quick": "flag",
+        "--json": "output",
+        "--figures": "folder",
+        "--quiet": "flag",
+    },
+    profile_attention: {
+        "--shape": "word",
+        "--launch": "word",
+        "--json": "output",
+        "--quiet": "flag",
+    },
+}
 EVERY = [(script, option) for script, options in OPTIONS.items() for option in options]
 HARMLESS = dict.fromkeys(OPTIONS, ()) | {
     main: ("--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"),
-    reproduce: ("--figure", "table1"), hunt: ("fuzz",),
-}  # fmt: skip
+    reproduce: ("--figure", "table1"),
+    hunt: ("fuzz",),
+}
 
 
 def values_of(rng, kind, room):
@@ -329,8 +474,19 @@ def values_of(rng, kind, room):
     if kind == "output":
         return rng.choice(BAD_OUTPUTS)
     if kind == "folder":
-        return rng.choice(("", "old.json", "old.json/x", "pipe", "loop", "full", "x" * 300,
-                           "/proc/none", "/dev/null"))  # fmt: skip
+        return rng.choice(
+            (
+                "",
+                "old.json",
+                "old.json/x",
+                "pipe",
+                "loop",
+                "full",
+                "x" * 300,
+                "/proc/none",
+                "/dev/null",
+            )
+        )
     return rng.choice(WORDS)
 
 
@@ -338,8 +494,13 @@ def bad_arguments(rng, script, option, room):
     """Arguments of a script, at least one of them bad: that of `option`, mostly."""
     kind = OPTIONS[script][option]
     if script is record:
-        result, name = rng.choice((("folder", "main.py"), ("new.json", "none.py"),
-                                   (rng.choice(BAD_OUTPUTS[:-3]), "main.py")))  # fmt: skip
+        result, name = rng.choice(
+            (
+                ("folder", "main.py"),
+                ("new.json", "none.py"),
+                (rng.choice(BAD_OUTPUTS[:-3]), "main.py"),
+            )
+        )
         return rng.choice(([result, name], [name], [], ["", rng.choice(WORDS)]))
     value = values_of(rng, kind, room)
     if not option.startswith("-"):
@@ -411,8 +572,18 @@ def fuzz_files_of_scripts(count, seed, room):
     data.mkdir()
     for _ in range(count):
         name, content = mutated(rng)
-        script = rng.choice((reproduce, reproduce, bench_serving, make_length_tables, fit_latency,
-                             capacity, capacity, main))  # fmt: skip
+        script = rng.choice(
+            (
+                reproduce,
+                reproduce,
+                bench_serving,
+                make_length_tables,
+                fit_latency,
+                capacity,
+                capacity,
+                main,
+            )
+        )
         if script is bench_serving and name.startswith("azure"):
             name = bench_serving.AZURE
         elif script is make_length_tables:
@@ -420,11 +591,12 @@ def fuzz_files_of_scripts(count, seed, room):
         (data / name).write_bytes(content)
         arguments = {
             reproduce: ["--figure", "table1", "--lengths", str(data / name)],
-            bench_serving: ["--traces", str(data)], fit_latency: [],
+            bench_serving: ["--traces", str(data)],
+            fit_latency: [],
             capacity: ["--trace", str(data / name)],
             main: [*HARMLESS[main], "--trace", str(data / name)],
             make_length_tables: ["--data", str(data), "--out", str(room[1] / "folder")],
-        }[script]  # fmt: skip
+        }[script]
         with pytest.MonkeyPatch.context() as patch:
             if script is fit_latency:
                 patch.setenv("LENGTHS_DIR", str(data))
@@ -438,13 +610,24 @@ def document_of(rng, options=None):
     """What a script might have written with --json, small."""
     options = options or {"model": "opt-13b", "seed": rng.randrange(3)}
     rows = [{"counted": name, "requests": rng.random()} for name in ("max", "paged")]
-    table = {"id": "concurrency", "title": "t", "setting": "", "headers": [], "index": ["counted"],
-             "rows": rows}  # fmt: skip
+    table = {
+        "id": "concurrency",
+        "title": "t",
+        "setting": "",
+        "headers": [],
+        "index": ["counted"],
+        "rows": rows,
+    }
     return document(
-        "capacity.py", options, seeds=[rng.randrange(3)],
-        setting={}, tables=[table], checks=[{"name": "a", "ok": True, "detail": "b"}],
-        exit_code=0, elapsed_s=1.0,
-    )  # fmt: skip
+        "capacity.py",
+        options,
+        seeds=[rng.randrange(3)],
+        setting={},
+        tables=[table],
+        checks=[{"name": "a", "ok": True, "detail": "b"}],
+        exit_code=0,
+        elapsed_s=1.0,
+    )
 
 
 def spoil(rng, found):
@@ -475,13 +658,35 @@ def damaged(rng, found):
         at = rng.randrange(len(data))
         data[at : at + rng.randint(0, 9)] = rng.randbytes(rng.randint(1, 9))
     elif kind == 2:
-        return rng.choice((b"", b"[]", b"{}", b"NaN", b"null", b"[" * 10**5, b"1e999", b"\0" * 99,
-                           b'{"a":' * 10**4, b"9" * 10**4, b'"' * 99, b"\xef\xbb\xbf",
-                           None))  # fmt: skip
+        return rng.choice(
+            (
+                b"",
+                b"[]",
+                b"{}",
+                b"NaN",
+                b"null",
+                b"[" * 10**5,
+                b"1e999",
+                b"\0" * 99,
+                b'{"a":' * 10**4,
+                b"9" * 10**4,
+                b'"' * 99,
+                b"\xef\xbb\xbf",
+                None,
+            )
+        )
     elif kind == 3:
-        return rng.choice((text.encode("utf-16"), text.encode("utf-32"), b"\xff" + bytes(data),
-                           text.encode("utf-8-sig"), packed(rng, data), bytes(data) * 2,
-                           rng.randbytes(rng.randrange(3000))))  # fmt: skip
+        return rng.choice(
+            (
+                text.encode("utf-16"),
+                text.encode("utf-32"),
+                b"\xff" + bytes(data),
+                text.encode("utf-8-sig"),
+                packed(rng, data),
+                bytes(data) * 2,
+                rng.randbytes(rng.randrange(3000)),
+            )
+        )
     return bytes(data)
 
 
@@ -522,8 +727,10 @@ def fuzz_cells(count, seed, room):
                 for _ in range(rng.randint(0, 2)):
                     spoil(rng, found)
             put(path, damaged(rng, found) if path is spoilt else json.dumps(found).encode())
-        arguments = {sweep: ["--script", "capacity.py", *told, "--out", str(folder)],
-                     report: [str(plan)]}  # fmt: skip
+        arguments = {
+            sweep: ["--script", "capacity.py", *told, "--out", str(folder)],
+            report: [str(plan)],
+        }
         script = rng.choice(list(arguments))
         codes[script.__name__, check(script, arguments[script], room[1], may_be=(0, 1))] += 1
         for path in sound:
@@ -536,9 +743,11 @@ QUANTISED = (
     {"quant_method": "gptq", "bits": 4, "group_size": 128},
     {"quant_method": "mxfp4"},
     {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
-    {"quant_method": "compressed-tensors",
-     "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}}},
-)  # fmt: skip
+    {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}},
+    },
+)
 VISION = {"hidden_size": 1152, "num_hidden_layers": 27, "intermediate_size": 4304}
 
 
@@ -564,8 +773,9 @@ def fuzz_configs(count, seed, room):
         put(folder / name, damaged(rng, config))
         given = folder if name == "config.json" and rng.random() < 0.5 else folder / name
         more = rng.choice(([], ["--dtype", "fp8"], ["--max-model-len", "2048"], ["--block-size=1"]))
-        codes[check(capacity, ["--model", str(given), "--gpu=h200", "--gpus=8", *more],
-                    room[1])] += 1  # fmt: skip
+        codes[
+            check(capacity, ["--model", str(given), "--gpu=h200", "--gpus=8", *more], room[1])
+        ] += 1
         (folder / name).unlink()
     return codes
 
@@ -608,4 +818,3 @@ def fuzz_results(count, seed, folder):
         finally:
             path.write_bytes(sound[path])
     return refused
-

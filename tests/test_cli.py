@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import main
-import paper
+from vllm_sim import paper
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = str(ROOT / "main.py")
@@ -90,9 +90,18 @@ def test_json_has_exactly_the_promised_keys(whole):
     _, text = whole
     found = json.loads(text.decode("ascii"))
     assert list(found) == [
-        "schema", "script", "options", "seeds", "versions", "setting", "scenarios", "tables",
-        "checks", "exit_code", "elapsed_s",
-    ]  # fmt: skip
+        "schema",
+        "script",
+        "options",
+        "seeds",
+        "versions",
+        "setting",
+        "scenarios",
+        "tables",
+        "checks",
+        "exit_code",
+        "elapsed_s",
+    ]
     assert isinstance(found["elapsed_s"], float) and 0 < found["elapsed_s"] < 100
     setting = found["setting"]
     assert (setting["model"], setting["num_blocks"], setting["block_size"]) == ("opt-125m", 140, 16)
@@ -140,8 +149,7 @@ def test_same_seed_same_bytes(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "num_blocks", "seed"),
-    [(1, 2240, 1), (8, 280, 2), (32, 70, 3), (256, 12, 4)],
+    ("block_size", "num_blocks", "seed"), [(1, 2240, 1), (8, 280, 2), (32, 70, 3), (256, 12, 4)]
 )
 def test_all_checks_hold_for_other_block_sizes_and_seeds(tmp_path, block_size, num_blocks, seed):
     path = tmp_path / "out.json"
@@ -155,9 +163,20 @@ def test_all_checks_hold_for_other_block_sizes_and_seeds(tmp_path, block_size, n
 def test_scenarios_named_repeatedly_run_in_order_and_another_seed_differs(whole, tmp_path):
     path = tmp_path / "out.json"
     done = run(
-        *SMALL, "--scenario", "2", "--scenario", "1", "--scenario", "2", "--format", "github",
-        "--seed", "1", "--json", path,
-    )  # fmt: skip
+        *SMALL,
+        "--scenario",
+        "2",
+        "--scenario",
+        "1",
+        "--scenario",
+        "2",
+        "--format",
+        "github",
+        "--seed",
+        "1",
+        "--json",
+        path,
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     found = json.loads(path.read_text())
     assert [scenario["number"] for scenario in found["scenarios"]] == [1, 2]
@@ -201,8 +220,23 @@ def test_help_has_every_option_and_an_example_that_runs(tmp_path):
 
 # ---- input that cannot be used ----------------------------------------------------------------
 
-NOT_POSITIVE = ("0", "-1", "-16", "abc", "", "1.5", "1e3", "0x10", "9" * 13, "9" * 400, " 16",
-                "+16", "1_6", "nan", "\u0663")  # fmt: skip
+NOT_POSITIVE = (
+    "0",
+    "-1",
+    "-16",
+    "abc",
+    "",
+    "1.5",
+    "1e3",
+    "0x10",
+    "9" * 13,
+    "9" * 400,
+    " 16",
+    "+16",
+    "1_6",
+    "nan",
+    "\u0663",
+)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +315,7 @@ def test_one_block_is_no_plural(capfd):
 
 def test_number_of_blocks_that_it_asks_for_is_enough(capfd):
     """The message's number is the smallest that works, for every block size."""
-    import scenario
+    from vllm_sim.scenarios import setting as scenario
 
     for block_size in (1, 3, 16, 100, 256, 2047, 2048, 5000):
         setting = scenario.Setting(
@@ -290,8 +324,13 @@ def test_number_of_blocks_that_it_asks_for_is_enough(capfd):
         with pytest.raises(ValueError) as caught:
             scenario.check_setting(setting)
         need = int(re.search(r"to ([\d,]+) or more", str(caught.value))[1].replace(",", ""))
-        fields = {"model": setting.model, "device": setting.device, "num_layers": 1,
-                  "block_size": block_size, "seed": 0}  # fmt: skip
+        fields = {
+            "model": setting.model,
+            "device": setting.device,
+            "num_layers": 1,
+            "block_size": block_size,
+            "seed": 0,
+        }
         scenario.check_setting(scenario.Setting(num_blocks=need, **fields))
         with pytest.raises(ValueError):
             scenario.check_setting(scenario.Setting(num_blocks=need - 1, **fields))
@@ -352,9 +391,14 @@ def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path):
     # `make coverage` would write to files of its own.
     env = {name: v for name, v in environment().items() if not name.startswith("COVERAGE_")}
     done = run(
-        *SMALL, "--scenario", "1", "--json", path, env=env,
+        *SMALL,
+        "--scenario",
+        "1",
+        "--json",
+        path,
+        env=env,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1 and b"cannot write" in done.stderr
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
@@ -398,11 +442,13 @@ def test_interrupt_while_modules_load_is_obeyed_silently(tmp_path):
         runpy.run_path(sys.argv[0], run_name="__main__")
     """
     args = [MAIN, *SMALL, "--scenario", "1", "--json", str(tmp_path / "out.json")]
-    for module in ("paper", "numpy", "scenario_mixed"):
+    for module in ("vllm_sim.paper", "numpy", "vllm_sim.scenarios.mixed"):
         done = subprocess.run(
             [sys.executable, "-c", code, module, *args],
-            env=environment(), capture_output=True, timeout=60,
-        )  # fmt: skip
+            env=environment(),
+            capture_output=True,
+            timeout=60,
+        )
         # A shell says 130 for both.
         assert done.returncode in (130, -signal.SIGINT), module
         assert (done.stdout, done.stderr) == (b"", b""), module
@@ -421,7 +467,10 @@ def test_output_to_a_full_disk_takes_one_line():
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [sys.executable, MAIN, *SMALL, "--scenario", "1"],
-            env=environment(), stdout=full, stderr=subprocess.PIPE, timeout=60,
-        )  # fmt: skip
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1 and b"No space left on device" in done.stderr

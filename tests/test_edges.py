@@ -12,28 +12,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-import block_kernels
-import experiments
-import host_pool
-import kernels
 import main
 import paged_attention
-import pictures
+import paged_attention as host_pool
+import paged_attention as kernels
+import paged_attention_triton as block_kernels
 import reproduce
-import reproduction
-from allocator import DuplicateSequenceError
-from baseline_manager import BaselineCacheManager
-from comparison import EXPLAINED
-from experiments import MemoryMeter, Outcome, Run, execute
-from iteration import Iteration
-from kv_cache_manager import PagedKVCacheManager
-from length_files import Lengths
-from memory_usage import MemoryUsage
+from allocators import DuplicateSequenceError
+from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
 from paged_attention import DeviceMemoryError, check_device_memory
-from paper import VLLM
-from progress import Progress
-from report import ScenarioReport
 from sequence import BlockTable, Clock, Sequence, SequenceGroup
+from vllm_sim.evaluation import experiments, pictures
+from vllm_sim.evaluation import runner as reproduction
+from vllm_sim.evaluation.comparison import EXPLAINED
+from vllm_sim.evaluation.experiments import MemoryMeter, Outcome, Run, execute
+from vllm_sim.paper import VLLM
+from vllm_sim.reporting.progress import Progress
+from vllm_sim.scenarios.report import ScenarioReport
+from vllm_sim.serving.scheduler import Iteration
+from vllm_sim.workload.data_sets import Lengths
 
 COMPACT = Lengths({})
 OUTCOME = Outcome(0.03, 10, 100, 8.0, 1, 1, dict.fromkeys(MemoryUsage.PARTS, 0.25), 10.0, 0.1)
@@ -188,7 +185,7 @@ def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
 
 
 def test_an_invariant_that_does_not_hold_is_a_failed_check(monkeypatch, capsys):
-    import scenario_baseline
+    from vllm_sim.scenarios import baseline as scenario_baseline
 
     for message, shown in (("slots\n 3 of 4", "slots 3 of 4"), ("", "assertion failed")):
 

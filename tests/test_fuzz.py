@@ -70,21 +70,21 @@ import record  # noqa: E402
 import update_readme  # noqa: E402
 
 import capacity  # noqa: E402
-import capacity_tables  # noqa: E402
-import command_line  # noqa: E402
 import main  # noqa: E402
-import pictures  # noqa: E402
-import report  # noqa: E402
 import reproduce  # noqa: E402
-import reproduction  # noqa: E402
 import sweep  # noqa: E402
-import trace_tables  # noqa: E402
-import workload  # noqa: E402
-from command_line import UsageError  # noqa: E402
-from config_file import ConfigError  # noqa: E402
-from report import ScenarioReport  # noqa: E402
-from sweep_cells import PATHS  # noqa: E402
-from workload import WorkloadError, read_lengths  # noqa: E402
+from vllm_sim.evaluation import pictures  # noqa: E402
+from vllm_sim.evaluation import runner as reproduction  # noqa: E402
+from vllm_sim.models.config_file import ConfigError  # noqa: E402
+from vllm_sim.reporting import command_line  # noqa: E402
+from vllm_sim.reporting.command_line import UsageError  # noqa: E402
+from vllm_sim.reporting.sweep_cells import PATHS  # noqa: E402
+from vllm_sim.scenarios import report  # noqa: E402
+from vllm_sim.scenarios.report import ScenarioReport  # noqa: E402
+from vllm_sim.sizing import answers as capacity_tables  # noqa: E402
+from vllm_sim.sizing import trace_answers as trace_tables  # noqa: E402
+from vllm_sim.workload import requests as workload  # noqa: E402
+from vllm_sim.workload.requests import WorkloadError, read_lengths  # noqa: E402
 
 # ---- malformed options -------------------------------------------------------------------------
 
@@ -210,8 +210,11 @@ def test_scripts_refuse_malformed_files_in_one_line(room, no_work, record_proper
     codes = fuzz_files_of_scripts(150, 0, room)
     record_property("inputs", with_code_2(codes))
     assert {script for script, code in codes if code == 2} >= {
-        "capacity", "main", "reproduce", "make_length_tables",
-    }  # fmt: skip
+        "capacity",
+        "main",
+        "reproduce",
+        "make_length_tables",
+    }
 
 
 def test_report_refuses_malformed_documents_in_one_line(room, no_work, record_property):
@@ -340,11 +343,21 @@ def test_no_reader_is_left_out():
             places |= {path.stem} if opens else set()
             variables |= asked
     assert places == {
-        "input_files", "config_file", "sweep_files", "workload",  # READERS and JSON_READERS
-        "committed", "update_readme", "json_blocks",  # fuzz_results: our own files
-        "record", "hunt", "mutant_sessions",  # what a script of ours has written: left below
-        "timeline", "command_line", "paged_attention", "bench_beam_step",  # no input
-    }  # fmt: skip
+        "input_files",
+        "config_file",
+        "sweep_files",
+        "workload",  # READERS and JSON_READERS
+        "committed",
+        "update_readme",
+        "json_blocks",  # fuzz_results: our own files
+        "record",
+        "hunt",
+        "mutant_sessions",  # what a script of ours has written: left below
+        "timeline",
+        "command_line",
+        "paged_attention",
+        "bench_beam_step",  # no input
+    }
     # LENGTHS_DIR and the task are in fuzz_variables; any text will do for a commit.
     assert variables == {"LENGTHS_DIR", "TASK", "COMMIT"}
 
@@ -379,17 +392,26 @@ def test_without_permission(room, no_work):
                 assert not check_reader(reader, str(path))
         path = str(inputs / "azure.csv")
         for script, arguments in (
-            (capacity, ["--model", path]), (capacity, ["--trace", path]), (report, [path]),
+            (capacity, ["--model", path]),
+            (capacity, ["--trace", path]),
+            (report, [path]),
             (main, [*HARMLESS[main], "--trace", path]),
-        ):  # fmt: skip
+        ):
             assert check(script, arguments, outputs, may_be=()) == 2
         for script in (main, capacity, reproduce, bench_serving, bench_manager):
             for name in ("old.json", "new.json", "folder/new.json"):
                 arguments = [*HARMLESS[script], "--json", str(outputs / name)]
                 if name != "folder/new.json" or os.geteuid():
                     assert check(script, arguments, outputs, may_be=()) == 2
-        assert check(make_length_tables, ["--data", str(inputs), "--out", str(outputs)], outputs,
-                     may_be=()) == 2  # fmt: skip
+        assert (
+            check(
+                make_length_tables,
+                ["--data", str(inputs), "--out", str(outputs)],
+                outputs,
+                may_be=(),
+            )
+            == 2
+        )
         path = str(inputs / "alpaca.csv")
         arguments = [*HARMLESS[reproduce], "--lengths", path]
         assert check(reproduce, arguments, outputs, may_be=()) == 2
@@ -398,13 +420,27 @@ def test_without_permission(room, no_work):
 
 # ---- as processes ------------------------------------------------------------------------------
 
-SCRIPTS = ("main.py", "capacity.py", "reproduce.py", "report.py", "sweep.py",
-           "tools/make_length_tables.py", "tools/hunt.py", "tools/record.py",
-           "tools/update_readme.py", "tools/fit_latency.py", "tools/mutants.py",
-           "benchmarks/bench_manager.py",
-           "benchmarks/bench_serving.py")  # fmt: skip
-WITH_TORCH = ("benchmarks/bench_attention.py", "benchmarks/bench_beam_step.py",
-              "benchmarks/bench_paging_cost.py", "benchmarks/profile_attention.py")  # fmt: skip
+SCRIPTS = (
+    "main.py",
+    "capacity.py",
+    "reproduce.py",
+    "report.py",
+    "sweep.py",
+    "tools/make_length_tables.py",
+    "tools/hunt.py",
+    "tools/record.py",
+    "tools/update_readme.py",
+    "tools/fit_latency.py",
+    "tools/mutants.py",
+    "benchmarks/bench_manager.py",
+    "benchmarks/bench_serving.py",
+)
+WITH_TORCH = (
+    "benchmarks/bench_attention.py",
+    "benchmarks/bench_beam_step.py",
+    "benchmarks/bench_paging_cost.py",
+    "benchmarks/profile_attention.py",
+)
 ALL_SCRIPTS = [*SCRIPTS, *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_TORCH)]
 
 
@@ -452,8 +488,9 @@ def test_mistakes_that_nobody_can_be_told_of_still_give_2(script):
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--lengths", "pipe"], ["--json", "pipe"],
-                                       ["--figures", "pipe"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments", [["--lengths", "pipe"], ["--json", "pipe"], ["--figures", "pipe"]]
+)
 def test_a_pipe_that_nobody_writes_to_does_not_hang(tmp_path, arguments):
     os.mkfifo(tmp_path / "pipe")
     done = process("reproduce.py", "--figure", "table1", *arguments, cwd=tmp_path, timeout=30)
@@ -501,9 +538,7 @@ def long_document(path):
 
 
 @pytest.mark.parametrize("script", [main, capacity, reproduce, report], ids=lambda s: s.__name__)
-def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(
-    script, tmp_path, monkeypatch
-):  # fmt: skip
+def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(script, tmp_path, monkeypatch):
     """After each number of writes: silence, 141, and the file whole or as it was before."""
     shown = ScenarioReport(1, "nothing", "What?", parts=["text"], answer="Nothing.")
     section = capacity_tables.Section(report.Table("t", ("a",), [(1,)], name="t"), "so")
@@ -511,8 +546,10 @@ def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(
     monkeypatch.setattr(main, "tune_cpu", lambda: None)
     monkeypatch.setattr(capacity_tables, "sections", lambda *_: iter([section]))
     cell = long_document(tmp_path / "cell.json")
-    arguments = [*HARMLESS[script], *{report: [cell, "--table", "concurrency"],
-                                      main: ["--scenario=1"]}.get(script, ())]  # fmt: skip
+    arguments = [
+        *HARMLESS[script],
+        *{report: [cell, "--table", "concurrency"], main: ["--scenario=1"]}.get(script, ()),
+    ]
     path = tmp_path / "out.json"
     code, stayed, told, whole = until_it_leaves(script, arguments, 10**6, path)
     assert (code, stayed, told) == (0, True, "") and len(whole) > 100
@@ -557,8 +594,10 @@ def test_a_reader_that_leaves_in_the_middle_of_a_run(script, arguments, tmp_path
 @pytest.mark.parametrize("script", ["reproduce.py", "report.py"])
 def test_a_reader_that_is_gone_loses_no_figures(script, tmp_path):
     path, cell = tmp_path / "out.json", long_document(tmp_path / "cell.json")
-    arguments = {"reproduce.py": ["--figure", "table1"],
-                 "report.py": [cell, "--table", "concurrency"]}[script]  # fmt: skip
+    arguments = {
+        "reproduce.py": ["--figure", "table1"],
+        "report.py": [cell, "--table", "concurrency"],
+    }[script]
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -585,9 +624,15 @@ def test_output_into_a_full_disk_leaves_the_old_file(tmp_path, script):
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
-    done = process("reproduce.py", "--figure", "table1", "--json", path, stdout=subprocess.PIPE,
-                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
-                   )  # fmt: skip
+    done = process(
+        "reproduce.py",
+        "--figure",
+        "table1",
+        "--json",
+        path,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
 
@@ -679,14 +724,21 @@ def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, monkeypatch, rec
         monkeypatch.setattr(module, "ROOT", tmp_path)
     results = fuzz_results(400, 1008, tmp_path)
     kinds = {
-        "files, by reader": refused.total(), "files, by script": with_code_2(files),
-        "options": with_code_2(codes), "lists of values": with_code_2(lists),
-        "variables": with_code_2(variables), "results": results,
-    }  # fmt: skip
+        "files, by reader": refused.total(),
+        "files, by script": with_code_2(files),
+        "options": with_code_2(codes),
+        "lists of values": with_code_2(lists),
+        "variables": with_code_2(variables),
+        "results": results,
+    }
     bad = sum(kinds.values())
     print(f"files: {refused.total()} refused, {taken.total()} of use after all")
-    for title, found in (("arguments", by_first(codes)), ("lists", by_first(lists)),
-                         ("scripts with files", files), ("variables", variables)):  # fmt: skip
+    for title, found in (
+        ("arguments", by_first(codes)),
+        ("lists", by_first(lists)),
+        ("scripts with files", files),
+        ("variables", variables),
+    ):
         told = ", ".join(f"{name} {code}: {n}" for (name, code), n in sorted(found.items()))
         print(f"{title}: {told}")
     print("refused: " + ", ".join(f"{kind}: {n:,}" for kind, n in kinds.items()))

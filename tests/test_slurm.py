@@ -176,8 +176,18 @@ def test_a_sweep_runs_the_other_script_with_what_follows(place):
 
 def test_a_sweep_without_slurm_runs_one_cell_or_all(tmp_path):
     env = environment(tmp_path / "bin")
-    sweep = ("--sweep", "--script", "capacity.py", "--workload", "30,20", "--seed", "0,1",
-             "--quiet", "--out", str(tmp_path / "out"))  # fmt: skip
+    sweep = (
+        "--sweep",
+        "--script",
+        "capacity.py",
+        "--workload",
+        "30,20",
+        "--seed",
+        "0,1",
+        "--quiet",
+        "--out",
+        str(tmp_path / "out"),
+    )
     done = bash(ROOT, *sweep, "--cell", "1", env=env)
     assert (done.returncode, done.stderr) == (0, "") and "cell 1 of 2: done, " in done.stdout
     done = bash(ROOT, *sweep, env=env)
@@ -280,6 +290,7 @@ def slurm(tmp_path):
     work.mkdir()
     for source in (SCRIPT, *ROOT.glob("*.py")):
         shutil.copy(source, work)
+    shutil.copytree(ROOT / "vllm_sim", work / "vllm_sim")
     try:
         up = subprocess.run([LOCAL_SLURM, "start"], env=env, capture_output=True, text=True)
         if up.returncode:
@@ -293,13 +304,27 @@ def slurm(tmp_path):
 def test_a_real_array_runs_a_sweep_that_report_merges(slurm):
     """Three tasks for two cells: the third has none, and says so."""
     env, options, work = slurm
-    sweep = ["--sweep", "--script", "capacity.py", "--workload", "30,20", "--seed", "0,1",
-             "--quiet", "--out", "sweep-out"]  # fmt: skip
+    sweep = [
+        "--sweep",
+        "--script",
+        "capacity.py",
+        "--workload",
+        "30,20",
+        "--seed",
+        "0,1",
+        "--quiet",
+        "--out",
+        "sweep-out",
+    ]
     options = [*options, "--gres=none", "--cpus-per-task=1", "--output=array_%a.out"]
     job = subprocess.Popen(
-        ["sbatch", "-W", "--array=0-2", *options, SCRIPT.name, *sweep], cwd=work, env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        ["sbatch", "-W", "--array=0-2", *options, SCRIPT.name, *sweep],
+        cwd=work,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         try:
             told, errors = job.communicate(timeout=120)
@@ -314,9 +339,11 @@ def test_a_real_array_runs_a_sweep_that_report_merges(slurm):
         assert "cell 1 of 2: done, exit code 0" in last[1]
         assert "error: SLURM_ARRAY_TASK_ID 2: the sweep has 2 cells, 0 to 1\n" in last[2]
         done = subprocess.run(
-            [sys.executable, "report.py", *sorted((work / "sweep-out").glob("*.json"))], cwd=work,
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [sys.executable, "report.py", *sorted((work / "sweep-out").glob("*.json"))],
+            cwd=work,
+            capture_output=True,
+            text=True,
+        )
         assert (done.returncode, done.stderr) == (0, "")
         assert "2 of 2 cells held" in done.stdout
     finally:

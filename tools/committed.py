@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import UsageError  # noqa: E402
-from report import Table, render  # noqa: E402
+from vllm_sim.reporting.command_line import UsageError  # noqa: E402
+from vllm_sim.scenarios.report import Table, render  # noqa: E402
 
 USUAL = "main_cpu.json"  # whose machine and versions need no telling
 DIFFERENCES = "docs/differences.md"

@@ -26,8 +26,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         },
         "take": {
             "if count <= 0:": "no count is below 0, as is asserted",
-            "while source != order:  # keep the lower half, return the upper one":
-                "it begins at the order or above, and goes down by one",
+            "while source != order:  # keep the lower half, return the upper one": "it begins at the order or above, and goes down by one",
             "while source is not order:  # keep the lower half, return the upper one": ONE_OBJECT,
         },
         "replace": {"if others <= 1:": COUNTED},
@@ -36,8 +35,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "while order is not self.max_order:": ONE_OBJECT,
         },
         "check_invariants": {
-            'assert start % (1 << order) <= 0, f"chunk at {start} is not aligned to its size"':
-                "no remainder is below 0",
+            'assert start % (1 << order) <= 0, f"chunk at {start} is not aligned to its size"': "no remainder is below 0"
         },
         "move_blocks": {"if count != 1:": "a block that is held is held at least once"},
     },
@@ -45,23 +43,18 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "simulate_static": {
             "now, first, count = -1.0, 0, len(arrivals)": "no request arrives before time 0",
             "while first != count:": "a batch ends at the last request at most",
-            "while end != count and end - first < batch_size and arrivals[end] <= now:":
-                "the end moves by one, and is at most at the last request when the loop begins",
-            "while end < count and end - first != batch_size and arrivals[end] <= now:":
-                "a batch grows by one from one, and its largest size is at least one",
-        },
+            "while end != count and end - first < batch_size and arrivals[end] <= now:": "the end moves by one, and is at most at the last request when the loop begins",
+            "while end < count and end - first != batch_size and arrivals[end] <= now:": "a batch grows by one from one, and its largest size is at least one",
+        }
     },
     "baseline_manager.py": {
         "__init__": {
             "self._empty = BuddyAllocator(num_blocks, 2 << self._buddy.max_order)"
-            "  # never taken from":
-                "an empty pool in larger pieces has as many chunks of every size that is asked for",
+            "  # never taken from": "an empty pool in larger pieces has as many chunks of every size that is asked for"
         },
         "slots_to_ask": {
-            "usual = type(num_tokens) is type(final_len) == int and max_len is None":
-                "a type is equal only to itself",
-            "usual = type(num_tokens) == type(final_len) is int and max_len is None":
-                "a type is equal only to itself",
+            "usual = type(num_tokens) is type(final_len) == int and max_len is None": "a type is equal only to itself",
+            "usual = type(num_tokens) == type(final_len) is int and max_len is None": "a type is equal only to itself",
             "if not usual or not 1 < num_tokens <= final_len:": ITS_WAY,
             "if not usual or not 0 < num_tokens == final_len:": ITS_WAY,
             "if not usual or not 0 < num_tokens is final_len:": ITS_WAY,
@@ -76,8 +69,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "seq = group.seqs[ -1]": "of one sequence",
         },
         "can_append": {
-            "return all(self.num_tokens(i) != self.reservation(i).final_len for i in seq_ids)":
-                "no sequence is longer than its final length",
+            "return all(self.num_tokens(i) != self.reservation(i).final_len for i in seq_ids)": "no sequence is longer than its final length"
         },
         "_note_full": {
             "if len(heap) >= 64 + 4 * len(self._held):"
@@ -88,19 +80,14 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "  # mostly void, and no step has cleared them": EARLIER,
         },
         "check_invariants": {
-            'assert len(chunks) >= len(self._held), "two sequences hold the same chunk"':
-                "a dictionary of the reservations has at most as many entries",
-            'assert r.num_blocks <= 1 << (least - 1).bit_length(), '
-            '"chunk not the next power of two"':
-                "it is a power of two and holds what was asked for, as is asserted before",
+            'assert len(chunks) >= len(self._held), "two sequences hold the same chunk"': "a dictionary of the reservations has at most as many entries",
+            "assert r.num_blocks <= 1 << (least - 1).bit_length(), "
+            '"chunk not the next power of two"': "it is a power of two and holds what was asked for, as is asserted before",
         },
         "_first_full": {
-            "if self._held.get(seq_id) is held and step <= held.final_len - held.start_len:":
-                "what was noted before an append is later than what is true since",
-            "if self._held.get(seq_id) == held and step == held.final_len - held.start_len:":
-                "a reservation is equal only to itself",
-            "if self._held.get(seq_id) is held and step >= held.final_len - held.start_len:":
-                "of what was noted of a reservation the true step is the first",
+            "if self._held.get(seq_id) is held and step <= held.final_len - held.start_len:": "what was noted before an append is later than what is true since",
+            "if self._held.get(seq_id) == held and step == held.final_len - held.start_len:": "a reservation is equal only to itself",
+            "if self._held.get(seq_id) is held and step >= held.final_len - held.start_len:": "of what was noted of a reservation the true step is the first",
         },
     },
     "paged_tables.py": {
@@ -129,87 +116,69 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "blocks_for_append": {"need += table.room <= 0": "no table has less room than none"},
         "_extend": {
             "new = max( -1, -(-(num_tokens - unfilled) // self.block_size))": NOTHING_MISSING,
-            "copy = table.held != 0 and self._gpu.ref_count(table.blocks[-1]) > 1":
-                "no table withholds fewer slots than none",
-            "copy = table.held > 0 and self._gpu.ref_count(table.blocks[-1]) != 1":
-                "a block that is held is held at least once",
+            "copy = table.held != 0 and self._gpu.ref_count(table.blocks[-1]) > 1": "no table withholds fewer slots than none",
+            "copy = table.held > 0 and self._gpu.ref_count(table.blocks[-1]) != 1": "a block that is held is held at least once",
         },
     },
     "scheduler.py": {
         "": {
             'SWAPPED_FROM = {"auto": 2, "swap": 0}'
-            "  # sequences of a group; narrower ones are recomputed":
-                "who runs has a sequence that is not finished",
+            "  # sequences of a group; narrower ones are recomputed": "who runs has a sequence that is not finished"
         },
         "__init__": {
-            "self._widest = 0  # sequences of the largest group so far":
-                "it is read when groups run, and none is empty",
+            "self._widest = 0  # sequences of the largest group so far": "it is read when groups run, and none is empty",
             "self._settled = True"
-            "  # until a completion or an arrival, there is nothing to decide":
-                "before the first arrival nothing runs, which is asked for as well",
+            "  # until a completion or an arrival, there is nothing to decide": "before the first arrival nothing runs, which is asked for as well",
         },
         "enqueue": {
-            "if len(group.seqs) >= self._widest:": "where both are equal it sets what is set",
+            "if len(group.seqs) >= self._widest:": "where both are equal it sets what is set"
         },
         "complete": {
-            "if self._next_events and self._next_events[0] == now:":
-                "no step goes beyond the next event",
+            "if self._next_events and self._next_events[0] == now:": "no step goes beyond the next event"
         },
         "_make_room": {
             "while turn != len(running):": "the turn is at most behind the last",
             "if self.num_running_seqs is widest * len(running):": ITS_WAY,
-            "if self.num_running_seqs >= widest * len(running):":
-                "no group is wider than the widest",
+            "if self.num_running_seqs >= widest * len(running):": "no group is wider than the widest",
         },
-        "_await_event": {
-            "first = seqs[ -1]  # beams are equally long": "beams are equally long",
-        },
+        "_await_event": {"first = seqs[ -1]  # beams are equally long": "beams are equally long"},
         "_take_events": {
-            "first = seqs[ -1]  # beams are equally long: none ends before the others":
-                "beams are equally long",
-            "if group.beam_parents is not None and generated != first.output_len:":
-                "nothing is generated beyond the output",
+            "first = seqs[ -1]  # beams are equally long: none ends before the others": "beams are equally long",
+            "if group.beam_parents is not None and generated != first.output_len:": "nothing is generated beyond the output",
             "if seq.status != FINISHED:": ITSELF,
             "if seq.num_generated != seq.output_len:": "nothing is generated beyond the output",
         },
         "_place": {
             "if not queue or queue[-1].order == group.order:": ITS_WAY,
             "if not queue or queue[-1].order is group.order:": ITS_WAY,
-            "if not queue or queue[-1].order <= group.order:":
-                "where both are equal it comes last either way",
+            "if not queue or queue[-1].order <= group.order:": "where both are equal it comes last either way",
         },
     },
     "kv_cache_manager.py": {
         "blocks_for_group": {
-            "if len(grown) >= len(seqs) and context % size:":
-                "those that have grown are among them",
+            "if len(grown) >= len(seqs) and context % size:": "those that have grown are among them"
         },
         "require_fits": {"first = seqs[ -1]": ONE_PROMPT},
         "try_admit": {
             "if len(seqs) == 0 and group.prefix_id is None:  # most requests: no detour": ITS_WAY,
             "if len(seqs) < 1 and group.prefix_id is None:  # most requests: no detour": ITS_WAY,
-            "if len(seqs) <= 1 and group.prefix_id is None:  # most requests: no detour":
-                "no group is empty",
+            "if len(seqs) <= 1 and group.prefix_id is None:  # most requests: no detour": "no group is empty",
             "seq = seqs[ -1]": "of one sequence",
         },
         "reorder": {
             "if child != parent:": "a table is equal only to itself",
-            "same = len(new) if len(new) <= len(old) else len(old)":
-                "both are the same length then",
-            "while same and old[same - 1] is not new[same - 1]:":
-                "tables that share a block hold the same object for its number; another would only "
-                "be given up and taken again",
+            "same = len(new) if len(new) <= len(old) else len(old)": "both are the same length then",
+            "while same and old[same - 1] is not new[same - 1]:": "tables that share a block hold the same object for its number; another would only "
+            "be given up and taken again",
         },
         "_swappable": {
-            "if extra.get(block, 0) + 1 > count:":
-                "a block has no fewer references than tables that hold it",
+            "if extra.get(block, 0) + 1 > count:": "a block has no fewer references than tables that hold it"
         },
     },
     "sequence.py": {
         "next_move": {
             "itself = list(range(len(self[ -1]))) if self else []": "all steps are equally wide",
-            "return self._moves[index] if index != len(self._moves) else None":
-                "bisection ends at the length at most",
+            "return self._moves[index] if index != len(self._moves) else None": "bisection ends at the length at most",
         },
         "__init__": {
             "if len({seq.seq_id for seq in seqs}) != len(seqs):": SET,
@@ -219,7 +188,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "own_prompt_len": {"first = self.seqs[ -1]": ONE_PROMPT},
         "unfinished": {"return [seq for seq in self.seqs if seq.status != FINISHED]": ITSELF},
         "unfinished_ids": {
-            "return [seq.seq_id for seq in self.seqs if seq.status != FINISHED]": ITSELF,
+            "return [seq.seq_id for seq in self.seqs if seq.status != FINISHED]": ITSELF
         },
         "finished": {"return all(seq.status == FINISHED for seq in self.seqs)": ITSELF},
     },
@@ -228,9 +197,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "EVENTS = 65  # between two looks at the clock for the progress: a power of two": LOOKS,
             "EVENTS = 63  # between two looks at the clock for the progress: a power of two": LOOKS,
         },
-        "make_groups": {
-            'if request.decoding <= "beam":': 'of the three names "beam" is the least',
-        },
+        "make_groups": {'if request.decoding <= "beam":': 'of the three names "beam" is the least'},
         "simulate": {
             "window_s: tuple[float, float] = ( -1.0, math.inf),": "no time is below 0",
             "now, arrived, events = arrivals[0], 0, 1": LOOKS,
@@ -239,62 +206,50 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "if until is not math.inf:": "infinity is always the object math.inf",
         },
         "_groups": {
-            "if plain and len(plain) != len(work):": "those that are requests are among them",
+            "if plain and len(plain) != len(work):": "those that are requests are among them"
         },
     },
     "beam_search.py": {
         "beam_histories": {
-            "while running and steps[order[running - 1]] == step:":
-                "who ends is left out in the step in which it ends: none ended before",
+            "while running and steps[order[running - 1]] == step:": "who ends is left out in the step in which it ends: none ended before",
             "key=lambda index: ~steps[index])  # fmt: skip": "one less than -steps: the same order",
         },
         "beam_parents": {
-            "scores = _first_scores( 2, width)":
-                "the same search twice, with the same draws, and the first is kept",
+            "scores = _first_scores( 2, width)": "the same search twice, with the same draws, and the first is kept",
             "parents[step] = best[ -1]": "of one search",
         },
         "_first_scores": {
-            "return np.tile(np.where(np.arange(width) == 0, -1.0, -np.inf), (count, 1))":
-                "only beam 0 has candidates, and all have its score in them: no order changes",
-            "return np.tile(np.where(np.arange(width) <= 0, 0.0, -np.inf), (count, 1))":
-                "no beam is below 0",
-            "return np.tile(np.where(np.arange(width) == 0, 1.0, -np.inf), (count, 1))":
-                "only beam 0 has candidates, and all have its score in them: no order changes",
+            "return np.tile(np.where(np.arange(width) == 0, -1.0, -np.inf), (count, 1))": "only beam 0 has candidates, and all have its score in them: no order changes",
+            "return np.tile(np.where(np.arange(width) <= 0, 0.0, -np.inf), (count, 1))": "no beam is below 0",
+            "return np.tile(np.where(np.arange(width) == 0, 1.0, -np.inf), (count, 1))": "only beam 0 has candidates, and all have its score in them: no order changes",
         },
     },
     "invariants.py": {
         "check_paged": {
             'assert len(ids) <= len(set(ids)), "a sequence is in two places"': SET,
             'assert table.room <= 0 and table.phase is None, "a shared prefix may grow"': NO_ROOM,
-            'assert table.room is table.held == 0, "a table in step has slots of its own"':
-                "0 is one object in Python",
+            'assert table.room is table.held == 0, "a table in step has slots of its own"': "0 is one object in Python",
             'assert table.room <= table.held == 0, "a table in step has slots of its own"': NO_ROOM,
             'assert table.room == table.held <= 0, "a table in step has slots of its own"': NO_ROOM,
-            "exclusive = m._gpu.ref_count(table.blocks[-1]) <= 1":
-                "a block that is held is held at least once",
-            'assert exclusive or writable <= 0, '
+            "exclusive = m._gpu.ref_count(table.blocks[-1]) <= 1": "a block that is held is held at least once",
+            "assert exclusive or writable <= 0, "
             '"a shared block could be written without a copy"': NO_ROOM,
-            'filled = {block: fill for (pool, block), (_, fill, _) in fills.items() '
-            'if pool >= "gpu"}':
-                'of the two names only "gpu" is not below it',
-            '_check_ledger(m._cpu_copies, {b: f for (pool, b), (_, f, _) in fills.items() '
+            "filled = {block: fill for (pool, block), (_, fill, _) in fills.items() "
+            'if pool >= "gpu"}': 'of the two names only "gpu" is not below it',
+            "_check_ledger(m._cpu_copies, {b: f for (pool, b), (_, f, _) in fills.items() "
             'if pool <= "cpu"})': 'of the two names "cpu" is the least',
-            'assert 0 <= m.duplicates() <= max(0, usage.tokens - 2), "more duplicates than tokens"':
-                "a copy is made to be written to: with it comes a token that is no duplicate",
+            'assert 0 <= m.duplicates() <= max(0, usage.tokens - 2), "more duplicates than tokens"': "a copy is made to be written to: with it comes a token that is no duplicate",
         },
         "_check_pool": {
             'assert len(free) <= len(set(free)), f"a {name} block is twice on the free list"': SET,
-            "extra = {block: count - 1 for block, count in held.items() if count != 1}":
-                "a block that is held is held at least once",
+            "extra = {block: count - 1 for block, count in held.items() if count != 1}": "a block that is held is held at least once",
         },
         "_check_table": {
-            'assert -1 <= table.unfilled < size, "the last block is empty or over-full"': NO_ROOM,
+            'assert -1 <= table.unfilled < size, "the last block is empty or over-full"': NO_ROOM
         },
         "_check_ledger": {
-            'assert node.copied < filled[block], f"more slots copied to {block} than it holds"':
-                "a copy is made to be written to: it holds more than was copied",
-            'assert node.parent is not None or node.copied <= 0, "copied from nowhere"':
-                "fewer slots than none are never copied",
+            'assert node.copied < filled[block], f"more slots copied to {block} than it holds"': "a copy is made to be written to: it holds more than was copied",
+            'assert node.parent is not None or node.copied <= 0, "copied from nowhere"': "fewer slots than none are never copied",
         },
     },
-}  # fmt: skip
+}

@@ -11,8 +11,8 @@ from collections import Counter
 from committed import find, load, origin, scenarios, table, with_links
 from committed import rows as rows_of
 
-import explanations
-from comparison import verdict
+from vllm_sim.evaluation import comparison
+from vllm_sim.evaluation.comparison import verdict
 
 WORDS = ("figure", "setting", "metric", "paper", "ours", "difference", "tolerance", "held")
 RATIO = "rate, ratio at 0.5 s/token"
@@ -22,10 +22,21 @@ SYSTEMS = (*ORCAS, "FasterTransformer")
 OURS, THEIRS, CHANCE = "ours", "the paper's", "chance"
 UNKNOWN = "what is not published"
 WHOSE = {
-    "D1": THEIRS, "D2": THEIRS, "D4": CHANCE, "D5": CHANCE, "D6": f"{OURS}, in part",
-    "D7": UNKNOWN, "D8": THEIRS, "D9": UNKNOWN, "D10": UNKNOWN, "D11": UNKNOWN, "D12": THEIRS,
-    "D13": THEIRS, "D14": CHANCE, "D15": CHANCE,
-}  # fmt: skip
+    "D1": THEIRS,
+    "D2": THEIRS,
+    "D4": CHANCE,
+    "D5": CHANCE,
+    "D6": f"{OURS}, in part",
+    "D7": UNKNOWN,
+    "D8": THEIRS,
+    "D9": UNKNOWN,
+    "D10": UNKNOWN,
+    "D11": UNKNOWN,
+    "D12": THEIRS,
+    "D13": THEIRS,
+    "D14": CHANCE,
+    "D15": CHANCE,
+}
 
 
 def held(row: dict) -> str:
@@ -56,25 +67,30 @@ def headline() -> str:
     spans = {}
     for dataset in ("ShareGPT", "Alpaca"):
         pairs = [
-            (row["ours"], row["paper"]) for row in rows
-            if row["figure"] == "Fig. 12" and row["metric"] == RATIO
-            and dataset in row["setting"] and row["setting"].endswith(ORCAS)
+            (row["ours"], row["paper"])
+            for row in rows
+            if row["figure"] == "Fig. 12"
+            and row["metric"] == RATIO
+            and dataset in row["setting"]
+            and row["setting"].endswith(ORCAS)
             and row["ours"] is not None
-        ]  # fmt: skip
+        ]
         ours, theirs = (f"{min(side):.3g} to {max(side):.3g}" for side in zip(*pairs))
         spans[dataset] = f"{ours} times", f"on {dataset} (paper: {theirs})"
     count = Counter(row["held"] for row in rows)
     fitted = sum(row["held"] is True and row.get("fitted", False) for row in rows)
     of_these = f" ({fitted} of them on values that constants were fitted to)" if fitted else ""
     why = f"[explained](#differences-from-the-paper), {count[False]} neither"
-    return "\n".join([
-        f"* **Memory** (`main.py`, {sum(kept)} of {len(kept)} checks held): "
-        f"{memory[1]['answer']}",
-        f"* **Serving** (`reproduce.py`): at 0.5 s/token vLLM sustains {spans['ShareGPT'][0]} the "
-        f"rate of the three Orcas {spans['ShareGPT'][1]}, {' '.join(spans['Alpaca'])}.",
-        f"* **The whole evaluation**: of {len(rows)} rows, the paper's number beside ours, "
-        f"{count[True]} are held within their tolerance{of_these}, {count['explained']} {why}.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"* **Memory** (`main.py`, {sum(kept)} of {len(kept)} checks held): "
+            f"{memory[1]['answer']}",
+            f"* **Serving** (`reproduce.py`): at 0.5 s/token vLLM sustains {spans['ShareGPT'][0]} the "
+            f"rate of the three Orcas {spans['ShareGPT'][1]}, {' '.join(spans['Alpaca'])}.",
+            f"* **The whole evaluation**: of {len(rows)} rows, the paper's number beside ours, "
+            f"{count[True]} are held within their tolerance{of_these}, {count['explained']} {why}.",
+        ]
+    )
 
 
 def ratios() -> str:
@@ -113,16 +129,26 @@ def figures() -> str:
 def rows() -> str:
     """Every row of reproduce.py."""
     shown = [
-        (row["figure"], row["setting"], row["metric"], value(row["paper"]), value(row["ours"]),
-         row["difference"], row["tolerance"], held(row))
+        (
+            row["figure"],
+            row["setting"],
+            row["metric"],
+            value(row["paper"]),
+            value(row["ours"]),
+            row["difference"],
+            row["tolerance"],
+            held(row),
+        )
         for row in reproduced()
-    ]  # fmt: skip
+    ]
     result = load("reproduce.json")
-    return "\n\n".join([
-        origin(result, "reproduce.json"),
-        table(WORDS, shown),
-        "\n".join(f"* {note}" for note in result["output"]["notes"]),
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            origin(result, "reproduce.json"),
+            table(WORDS, shown),
+            "\n".join(f"* {note}" for note in result["output"]["notes"]),
+        ]
+    )
 
 
 def seeds() -> str:
@@ -130,17 +156,29 @@ def seeds() -> str:
     parts = []
     for file, keep in (
         ("reproduce_fig2_seeds.json", lambda row: row["figure"] == "Fig. 2"),
-        ("reproduce_fig12_seeds.json", lambda row: row["setting"].startswith("175B")
-         and row["metric"].endswith("at 0.5 s/token")),
-    ):  # fmt: skip
+        (
+            "reproduce_fig12_seeds.json",
+            lambda row: (
+                row["setting"].startswith("175B") and row["metric"].endswith("at 0.5 s/token")
+            ),
+        ),
+    ):
         result = load(file)
         shown = [
-            (row["figure"], row["setting"], row["metric"], value(row["paper"]),
-             value(row["ours"]), f"{row.get('spread', 0.0):.3g}", row["difference"],
-             row["tolerance"], held(row))
+            (
+                row["figure"],
+                row["setting"],
+                row["metric"],
+                value(row["paper"]),
+                value(row["ours"]),
+                f"{row.get('spread', 0.0):.3g}",
+                row["difference"],
+                row["tolerance"],
+                held(row),
+            )
             for row in rows_of(result, "rows")
             if keep(row)
-        ]  # fmt: skip
+        ]
         parts += [
             origin(result, file),
             table((*WORDS[:5], "highest less lowest", *WORDS[5:]), shown),
@@ -150,17 +188,24 @@ def seeds() -> str:
 
 def differences() -> str:
     """Each D: which rows of the committed run it explains, whose doing, and its one line."""
-    lines = {number_of(text): text.partition(": ")[2] for text in vars(explanations).values()
-             if isinstance(text, str) and text[:1] == "D" and text[1:2].isdigit()}  # fmt: skip
+    lines = {
+        number_of(text): text.partition(": ")[2]
+        for text in vars(comparison).values()
+        if isinstance(text, str) and text[:1] == "D" and text[1:2].isdigit()
+    }
     found: dict[str, Counter] = {number: Counter() for number in lines}
     for row in reproduced():
         if row["held"] == "explained":
             found[number_of(row["reason"])][row["figure"]] += 1
     body = [
-        (with_links(number), ", ".join(f"{n} of {figure}" for figure, n in found[number].items())
-         or "none here", WHOSE[number], line)
+        (
+            with_links(number),
+            ", ".join(f"{n} of {figure}" for figure, n in found[number].items()) or "none here",
+            WHOSE[number],
+            line,
+        )
         for number, line in lines.items()
-    ]  # fmt: skip
+    ]
     return table(("", "rows", "whose doing", "in short"), body)
 
 
@@ -169,10 +214,18 @@ def explained(number: str) -> str:
     seeds = find("reproduce_fig12_seeds.json") if number == "D15" else None
     rows = rows_of(seeds, "rows") if seeds else reproduced()
     shown = [
-        (row["figure"], row["setting"], row["metric"], value(row["paper"]), value(row["ours"]),
-         row["difference"], row["tolerance"])
-        for row in rows if number_of(row.get("reason", "")) == number
-    ]  # fmt: skip
+        (
+            row["figure"],
+            row["setting"],
+            row["metric"],
+            value(row["paper"]),
+            value(row["ours"]),
+            row["difference"],
+            row["tolerance"],
+        )
+        for row in rows
+        if number_of(row.get("reason", "")) == number
+    ]
     return table(WORDS[:-1], shown) if shown else "No row of the committed run."
 
 
@@ -183,27 +236,50 @@ def beams_hour() -> str:
         return ""
     short = {(row["setting"], row["metric"]): row["ours"] for row in reproduced()}
     body = [
-        (row["setting"].partition("beam ")[2], row["metric"], value(row["paper"]),
-         value(short[row["setting"], row["metric"]]), value(row["ours"]), row["difference"],
-         held(row))
+        (
+            row["setting"].partition("beam ")[2],
+            row["metric"],
+            value(row["paper"]),
+            value(short[row["setting"], row["metric"]]),
+            value(row["ours"]),
+            row["difference"],
+            held(row),
+        )
         for row in rows_of(hour, "rows")
         if row["figure"] == "Fig. 14" and "beam" in row["setting"]
-    ]  # fmt: skip
-    headers = ("beam width, system", "metric", "paper, an hour", "ours, ten minutes",
-               "ours, an hour", "the hour's difference", "held over the hour")  # fmt: skip
-    return "\n\n".join([
-        "Over the paper's hour:", origin(hour, "reproduce_beams_hour.json"), table(headers, body)
-    ])  # fmt: skip
+    ]
+    headers = (
+        "beam width, system",
+        "metric",
+        "paper, an hour",
+        "ours, ten minutes",
+        "ours, an hour",
+        "the hour's difference",
+        "held over the hour",
+    )
+    return "\n\n".join(
+        ["Over the paper's hour:", origin(hour, "reproduce_beams_hour.json"), table(headers, body)]
+    )
 
 
 def beam_step() -> str:
     """What a step of sampling and of beam search costs in software, without the model."""
     result = load("bench_beam_step.json")
     body = [
-        (row["groups"], row["sequences"], row["sample_us"], row["beam_us"],
-         row["beam_less_sample_us"])
+        (
+            row["groups"],
+            row["sequences"],
+            row["sample_us"],
+            row["beam_us"],
+            row["beam_less_sample_us"],
+        )
         for row in rows_of(result, "groups")
-    ]  # fmt: skip
-    headers = ("requests", "sequences each", "sampling, us a request", "beam search, us a request",
-               "more, us")  # fmt: skip
+    ]
+    headers = (
+        "requests",
+        "sequences each",
+        "sampling, us a request",
+        "beam search, us a request",
+        "more, us",
+    )
     return origin(result, "bench_beam_step.json") + "\n\n" + table(headers, body)

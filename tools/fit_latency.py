@@ -34,19 +34,19 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import latency  # noqa: E402
-import paper  # noqa: E402
-from allocator import CacheError  # noqa: E402
-from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
-from experiments import Run, groups_for, manager_for  # noqa: E402
-from fitted_points import fitted_points  # noqa: E402
-from iteration import Limits  # noqa: E402
-from latency import Software, Swap, latency_model  # noqa: E402
-from length_files import Lengths, find_lengths  # noqa: E402
-from report import Table, render  # noqa: E402
-from serving import simulate  # noqa: E402
-from static_batching import simulate_static  # noqa: E402
-from workload import WorkloadError  # noqa: E402
+from allocators import CacheError  # noqa: E402
+from vllm_sim import paper  # noqa: E402
+from vllm_sim.evaluation.curves import fitted_points  # noqa: E402
+from vllm_sim.evaluation.experiments import Run, groups_for, manager_for  # noqa: E402
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code  # noqa: E402
+from vllm_sim.scenarios.report import Table, render  # noqa: E402
+from vllm_sim.serving import latency  # noqa: E402
+from vllm_sim.serving.latency import Software, Swap, latency_model  # noqa: E402
+from vllm_sim.serving.scheduler import Limits  # noqa: E402
+from vllm_sim.serving.simulator import simulate  # noqa: E402
+from vllm_sim.serving.static_batching import simulate_static  # noqa: E402
+from vllm_sim.workload.data_sets import Lengths, find_lengths  # noqa: E402
+from vllm_sim.workload.requests import WorkloadError  # noqa: E402
 
 GRID_S, STATIC_GRID_S = 0.25e-3, 0.05e-3
 STRIDES = (64, 8, 1)  # grid steps

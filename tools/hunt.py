@@ -27,9 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import OneLineParser, UsageError, exit_code, print_then  # noqa: E402
-from json_document import Json, document, rows_table  # noqa: E402
-from report import check_writable, write_json  # noqa: E402
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, print_then  # noqa: E402
+from vllm_sim.reporting.documents import Json, document, rows_table  # noqa: E402
+from vllm_sim.scenarios.report import check_writable, write_json  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,18 @@ class Hunt:
     def command(self, report: Path) -> list[str]:
         tests = [f"tests/{name}.py" for name in self.files]
         chosen = ["-k", self.chosen] if self.chosen else []
-        return [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", self.marked, *tests,
-                *chosen, f"--junitxml={report}"]  # fmt: skip
+        return [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:xdist",
+            "-m",
+            self.marked,
+            *tests,
+            *chosen,
+            f"--junitxml={report}",
+        ]
 
 
 MILLION = {"RULE_STEPS": "1000000"}
@@ -95,12 +105,14 @@ def rows_of(report: str) -> list[Json]:
     for case in ET.fromstring(report).iter("testcase"):
         ended = [kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None]
         figures = {one.attrib["name"]: number(one.attrib["value"]) for one in case.iter("property")}
-        rows.append({
-            "test": f"{case.attrib['classname'].rpartition('.')[2]}.py::{case.attrib['name']}",
-            "outcome": ended[0] if ended else "passed",
-            "seconds": float(case.attrib["time"]),
-            "figures": figures,
-        })  # fmt: skip
+        rows.append(
+            {
+                "test": f"{case.attrib['classname'].rpartition('.')[2]}.py::{case.attrib['name']}",
+                "outcome": ended[0] if ended else "passed",
+                "seconds": float(case.attrib["time"]),
+                "figures": figures,
+            }
+        )
     return rows
 
 
@@ -137,15 +149,17 @@ def coverage_rows(found: Json, seconds: float) -> list[Json]:
     parts.append(("all", totals, []))
     return [
         {
-            "test": name, "outcome": "passed" if enough or name != "all" else "failure",
+            "test": name,
+            "outcome": "passed" if enough or name != "all" else "failure",
             "seconds": seconds if name == "all" else 0.0,
             "figures": {
-                "branches": summary["num_branches"], "taken": summary["covered_branches"],
+                "branches": summary["num_branches"],
+                "taken": summary["covered_branches"],
                 **({"not taken": shown(missing)} if missing else {}),
             },
         }
         for name, summary, missing in parts
-    ]  # fmt: skip
+    ]
 
 
 def shown(branches: list[list[int]]) -> str:
@@ -175,11 +189,17 @@ def parse_and_hunt(argv: list[str] | None) -> int:
 
     def keep() -> None:
         if args.json:
-            write_json(args.json, document(
-                "tools/hunt.py", vars(args), setting={} if hunt is None else hunt.environment,
-                tables=[rows_table("tests", f"hunt: {args.hunt}", rows)],
-                exit_code=0 if held else 1, elapsed_s=time.perf_counter() - start,
-            ))  # fmt: skip
+            write_json(
+                args.json,
+                document(
+                    "tools/hunt.py",
+                    vars(args),
+                    setting={} if hunt is None else hunt.environment,
+                    tables=[rows_table("tests", f"hunt: {args.hunt}", rows)],
+                    exit_code=0 if held else 1,
+                    elapsed_s=time.perf_counter() - start,
+                ),
+            )
 
     print_then(keep, lambda: print("\n".join(map(line, rows))))
     return 0 if held else 1
@@ -187,8 +207,10 @@ def parse_and_hunt(argv: list[str] | None) -> int:
 
 def line(row: Json) -> str:
     """A row as printed."""
-    told = ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
-                     for name, value in row["figures"].items())  # fmt: skip
+    told = ", ".join(
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
+        for name, value in row["figures"].items()
+    )
     return f"{row['outcome']}  {row['test']}: {told}"
 
 

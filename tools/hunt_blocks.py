@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from committed import find, link, rows, table
 from hunt import COVERAGE, HUNTS
 
-from command_line import UsageError
+from vllm_sim.reporting.command_line import UsageError
 
 MUTANTS = "mutants.json"
 
@@ -39,9 +39,16 @@ def hunts() -> str:
         for row in rows(result, "tests"):
             figures = dict(row["figures"])
             cpu_s = figures.pop("cpu_s", None)
-            body.append((f"`{result['command']}`", of_test(row["test"]), told(figures),
-                         cpu_s if cpu_s is None else round(cpu_s), round(row["seconds"]),
-                         f"{result['device']}, {link(file)}"))  # fmt: skip
+            body.append(
+                (
+                    f"`{result['command']}`",
+                    of_test(row["test"]),
+                    told(figures),
+                    cpu_s if cpu_s is None else round(cpu_s),
+                    round(row["seconds"]),
+                    f"{result['device']}, {link(file)}",
+                )
+            )
     headers = "command", "test", "went through", "CPU s", "s", "on, kept in"
     return table(headers, body, decimals=0)
 
@@ -51,8 +58,15 @@ def of_test(name: str) -> str:
     function, _, parameters = name.partition("::")[2].partition("[")
     if " blocks" in parameters:  # figures that are expected stand behind the world
         return parameters.rstrip("]").partition("-")[0]
-    return " ".join(filter(None, [function.removeprefix("test_").replace("_", " "),
-                                  parameters.rstrip("]").replace("-", ", ")]))  # fmt: skip
+    return " ".join(
+        filter(
+            None,
+            [
+                function.removeprefix("test_").replace("_", " "),
+                parameters.rstrip("]").replace("-", ", "),
+            ],
+        )
+    )
 
 
 def told(figures: dict) -> str:
@@ -100,7 +114,7 @@ LINES = {
     "{sequences:,} sequences in pools full of NaN",
     "isolation-triton": "{outputs:,} of kernel triton over those of {sequences:,}",
     "fuzz": "{inputs:,} malformed inputs, one line and exit code 2 each",
-}  # fmt: skip
+}
 
 
 def totals(found: Iterable[dict]) -> dict[str, int]:
@@ -149,10 +163,14 @@ def reliability() -> str:
         made, killed = (sum(row[key] for row in modules) for key in ("mutants", "killed"))
         reasons = [row["reason"] for row in rows(mutants, "survivors")]
         rest = "each of the others explained" if all(reasons) else "NOT ALL others explained"
-        lines.append(f"{killed:,} of {made:,} changes to {len(modules)} modules noticed by tests, "
-                     f"{rest} (`make mutants`)")  # fmt: skip
+        lines.append(
+            f"{killed:,} of {made:,} changes to {len(modules)} modules noticed by tests, "
+            f"{rest} (`make mutants`)"
+        )
     for _, result in recorded(COVERAGE):
         figures = rows(result, "tests")[-1]["figures"]
-        lines.append(f"{figures['taken'] / figures['branches']:.1%} of the branches of the root "
-                     "modules taken by `make test` (`make coverage`)")  # fmt: skip
+        lines.append(
+            f"{figures['taken'] / figures['branches']:.1%} of the branches of the root "
+            "modules taken by `make test` (`make coverage`)"
+        )
     return "\n".join(f"* {line}" for line in lines)

@@ -10,7 +10,7 @@ import json
 
 from committed import ROOT, table
 
-from command_line import UsageError
+from vllm_sim.reporting.command_line import UsageError
 
 COLUMNS = ("key", "type", "unit", "meaning")
 
@@ -41,10 +41,14 @@ def type_of(found: dict) -> str:
 def rows(properties: dict, required: list[str], lead: str = "") -> list[tuple[str, str, str, str]]:
     """A line for each key; one that may be missing says so."""
     return [
-        (f"`{lead}{key}`", type_of(found) + ("" if key in required else ", or left out"),
-         found.get("unit", ""), found.get("description", ""))
+        (
+            f"`{lead}{key}`",
+            type_of(found) + ("" if key in required else ", or left out"),
+            found.get("unit", ""),
+            found.get("description", ""),
+        )
         for key, found in properties.items()
-    ]  # fmt: skip
+    ]
 
 
 def envelope() -> str:
@@ -61,8 +65,11 @@ def keys(name: str) -> str:
     """What one script has beyond that: its setting, keys of its own, and each table."""
     scripts = {key.split(".")[-2]: key for key in schema()["$defs"] if key.endswith(".py")}
     found = schema()["$defs"][scripts[name]]
-    own = {key: value for key, value in found["properties"].items()
-           if key not in ("script", "setting", "tables")}  # fmt: skip
+    own = {
+        key: value
+        for key, value in found["properties"].items()
+        if key not in ("script", "setting", "tables")
+    }
     setting = found["properties"]["setting"]
     body = rows(setting["properties"], setting["required"], "setting.")
     for key, value in own.items():
@@ -75,9 +82,16 @@ def keys(name: str) -> str:
         also = {key: one["properties"][key] for key in one.get("required", [])}
         shown = rows(row["properties"], row["required"])
         for pattern in row.get("patternProperties", {}).values():
-            shown.append((pattern["description"].partition(":")[0].split(",")[0], pattern["type"],
-                          pattern.get("unit", ""), pattern["description"]))  # fmt: skip
-        beside = "".join(f"; beside its rows `{key}`, {value['description']}"
-                         for key, value in also.items())  # fmt: skip
+            shown.append(
+                (
+                    pattern["description"].partition(":")[0].split(",")[0],
+                    pattern["type"],
+                    pattern.get("unit", ""),
+                    pattern["description"],
+                )
+            )
+        beside = "".join(
+            f"; beside its rows `{key}`, {value['description']}" for key, value in also.items()
+        )
         parts += [f"`{id_}`: {one['description']}{beside}", table(COLUMNS, shown)]
     return "\n\n".join(parts)

@@ -27,10 +27,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import OneLineParser, UsageError, exit_code, folder  # noqa: E402
-from length_files import chat_rounds  # noqa: E402
-from report import check_writable, write_whole  # noqa: E402
-from workload import WorkloadError, read_columns  # noqa: E402
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder  # noqa: E402
+from vllm_sim.scenarios.report import check_writable, write_whole  # noqa: E402
+from vllm_sim.workload.data_sets import chat_rounds  # noqa: E402
+from vllm_sim.workload.requests import WorkloadError, read_columns  # noqa: E402
 
 MAX_TABLE_BYTES = 10_000
 KNOT_WARP = 0.85  # 0: levels evenly spaced, 1: cosine spacing; knots crowd into both tails
@@ -88,16 +88,49 @@ class TableSpec:
 
 
 SPECS = (
-    TableSpec("SHAREGPT", "sharegpt_sosp23_opt_lengths.csv.gz", "input_len", "output_len",
-              rows=44, skew=1.8, input_knots=9, output_knots=48, max_total=2048),
-    TableSpec("ALPACA", "alpaca_opt_lengths.csv.gz", "input_len", "output_len",
-              rows=60, skew=1.5, input_knots=6, output_knots=80),
-    TableSpec("WMT16", WMT16_NAME, WMT16_SUFFIX.format(1), "output_llama_tokens",
-              rows=40, skew=1.2, input_knots=4, output_knots=48),
-)  # fmt: skip
-CHAT_SPEC = TableSpec("CHAT", "sharegpt_v3_first17671_turn_lengths.csv.gz", "", "",
-                      rows=44, skew=1.0, input_knots=6, output_knots=64,
-                      bounded=True)  # fmt: skip
+    TableSpec(
+        "SHAREGPT",
+        "sharegpt_sosp23_opt_lengths.csv.gz",
+        "input_len",
+        "output_len",
+        rows=44,
+        skew=1.8,
+        input_knots=9,
+        output_knots=48,
+        max_total=2048,
+    ),
+    TableSpec(
+        "ALPACA",
+        "alpaca_opt_lengths.csv.gz",
+        "input_len",
+        "output_len",
+        rows=60,
+        skew=1.5,
+        input_knots=6,
+        output_knots=80,
+    ),
+    TableSpec(
+        "WMT16",
+        WMT16_NAME,
+        WMT16_SUFFIX.format(1),
+        "output_llama_tokens",
+        rows=40,
+        skew=1.2,
+        input_knots=4,
+        output_knots=48,
+    ),
+)
+CHAT_SPEC = TableSpec(
+    "CHAT",
+    "sharegpt_v3_first17671_turn_lengths.csv.gz",
+    "",
+    "",
+    rows=44,
+    skew=1.0,
+    input_knots=6,
+    output_knots=64,
+    bounded=True,
+)
 
 
 def read_pairs(data: Path, spec: TableSpec) -> np.ndarray:

@@ -33,24 +33,43 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import UsageError  # noqa: E402
+from vllm_sim.reporting.command_line import UsageError  # noqa: E402
 
 MOST_TEST_S = 60.0  # CPU seconds that all tests of one module may take
 MEMORY_KIB = 3 << 20
 # Least time to a failure first.
-UNIT = ("test_paged_manager", "test_serving", "test_failures", "test_scheduler",
-        "test_event_driven", "test_state_machine")  # fmt: skip
+UNIT = (
+    "test_paged_manager",
+    "test_serving",
+    "test_failures",
+    "test_scheduler",
+    "test_event_driven",
+    "test_state_machine",
+)
 SERVING = ("test_serving", "test_event_driven", "test_scheduler")
 MODULES = {
-    "allocator.py": ("test_allocator", "test_paged_manager", "test_baseline_manager",
-                     "test_exhaustive_baseline", "test_state_machine"),
+    "allocator.py": (
+        "test_allocator",
+        "test_paged_manager",
+        "test_baseline_manager",
+        "test_exhaustive_baseline",
+        "test_state_machine",
+    ),
     "copy_ledger.py": ("test_allocator", "test_paged_manager", "test_state_machine"),
-    "memory_usage.py": ("test_memory_usage", "test_paged_manager", "test_baseline_manager",
-                        "test_static_batching"),
+    "memory_usage.py": (
+        "test_memory_usage",
+        "test_paged_manager",
+        "test_baseline_manager",
+        "test_static_batching",
+    ),
     "iteration.py": ("test_iteration", "test_scheduler", *SERVING[:2], "test_static_batching"),
     "static_batching.py": ("test_static_batching",),
-    "baseline_manager.py": ("test_baseline_manager", *SERVING, "test_exhaustive_baseline",
-                            "test_state_machine"),
+    "baseline_manager.py": (
+        "test_baseline_manager",
+        *SERVING,
+        "test_exhaustive_baseline",
+        "test_state_machine",
+    ),
     "paged_tables.py": UNIT,
     "scheduler.py": ("test_scheduler", "test_serving", "test_event_driven", "test_failures"),
     "kv_cache_manager.py": UNIT,
@@ -58,7 +77,7 @@ MODULES = {
     "serving.py": SERVING,
     "beam_search.py": ("test_beam_search",),
     "invariants.py": ("test_paged_manager",),
-}  # fmt: skip
+}
 LEFT_OUT = [
     r"core/ReplaceBinaryOperator_BitOr_.*",
     r"core/ReplaceBinaryOperator_\w+_(RShift|LShift|Pow|BitOr|BitAnd|BitXor)",
@@ -177,8 +196,17 @@ class Session:
         file = f"tests/{test}.py"
         text = (self.folder / file).read_text(encoding="ascii")
         profile = ["-p", "mutants_profile"] if "hypothesis" in text else []
-        return [sys.executable, "-m", "pytest", "--noconftest", "-x", *profile, "-m", "not slow",
-                file]  # fmt: skip
+        return [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--noconftest",
+            "-x",
+            *profile,
+            "-m",
+            "not slow",
+            file,
+        ]
 
     def time_tests(self) -> None:
         """Run the tests without a mutant, for their CPU seconds and their bytecode."""
@@ -254,8 +282,10 @@ def digest(path: Path) -> str:
 
 def lines_gone(old: Path, new: Path) -> int:
     """Lines that are no longer there or have changed; those that were added do not count."""
-    before, after = (path.read_text(encoding="ascii").splitlines() if path.exists() else []
-                     for path in (old, new))  # fmt: skip
+    before, after = (
+        path.read_text(encoding="ascii").splitlines() if path.exists() else []
+        for path in (old, new)
+    )
     return sum(line.startswith("- ") for line in difflib.ndiff(before, after))
 
 

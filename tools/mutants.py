@@ -31,9 +31,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from equivalent_mutants import REASONS  # noqa: E402
 from mutant_sessions import MODULES, Found, Session  # noqa: E402
 
-from command_line import OneLineParser, UsageError, exit_code, positive  # noqa: E402
-from json_document import Json, document, rows_table  # noqa: E402
-from output_files import check_writable, write_json  # noqa: E402
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, positive  # noqa: E402
+from vllm_sim.reporting.documents import Json, document, rows_table  # noqa: E402
+from vllm_sim.reporting.files import check_writable, write_json  # noqa: E402
 
 GOAL = 0.95  # share of a module's mutants that tests must kill
 Change = tuple[str, str]  # function, the line as the mutant has it
@@ -69,28 +69,45 @@ class Result:
 
     def rows(self) -> list[Json]:
         return [
-            {"module": self.module, "function": where, "change": change, "count": count,
-             "reason": self.reasons.get((where, change))}
+            {
+                "module": self.module,
+                "function": where,
+                "change": change,
+                "count": count,
+                "reason": self.reasons.get((where, change)),
+            }
             for (where, change), count in self.alive.items()
-        ]  # fmt: skip
+        ]
 
     def row(self) -> Json:
         return {
-            "module": self.module, "mutants": self.found.run, "killed": self.found.killed,
-            "share": self.share, "test_seconds": round(self.seconds, 2),
+            "module": self.module,
+            "mutants": self.found.run,
+            "killed": self.found.killed,
+            "share": self.share,
+            "test_seconds": round(self.seconds, 2),
             "lines_gone": self.lines_gone,
-        }  # fmt: skip
+        }
 
     def checks(self) -> list[Json]:
         left = f", {self.found.left} not run" if self.found.left else ""
         named = (
-            (f"{self.module}: {GOAL:.0%} killed", self.share >= GOAL and not left,
-             f"{self.found.killed} of {self.found.run}{left}"),
-            (f"{self.module}: every survivor has its reason", not self.unexplained,
-             "; ".join(shown(*change) for change in self.unexplained)),
-            (f"{self.module}: every reason has its survivor", not self.stale,
-             "; ".join(shown(*change) for change in self.stale)),
-        )  # fmt: skip
+            (
+                f"{self.module}: {GOAL:.0%} killed",
+                self.share >= GOAL and not left,
+                f"{self.found.killed} of {self.found.run}{left}",
+            ),
+            (
+                f"{self.module}: every survivor has its reason",
+                not self.unexplained,
+                "; ".join(shown(*change) for change in self.unexplained),
+            ),
+            (
+                f"{self.module}: every reason has its survivor",
+                not self.stale,
+                "; ".join(shown(*change) for change in self.stale),
+            ),
+        )
         return [{"name": name, "ok": ok, "detail": detail} for name, ok, detail in named]
 
     def lines(self) -> list[str]:
@@ -103,8 +120,10 @@ class Result:
         lines += [f"{self.module}: stale, no survivor: {shown(*change)}" for change in self.stale]
         more = f", {self.lines_gone} lines of the first tests gone" if self.lines_gone else ""
         left = f", {self.found.left} not run" if self.found.left else ""
-        lines.append(f"{self.module}: {self.found.killed} of {self.found.run} mutants killed, "
-                     f"{self.share:.1%}{left}; tests take {self.seconds:.0f} s{more}")  # fmt: skip
+        lines.append(
+            f"{self.module}: {self.found.killed} of {self.found.run} mutants killed, "
+            f"{self.share:.1%}{left}; tests take {self.seconds:.0f} s{more}"
+        )
         return lines
 
 
@@ -148,8 +167,13 @@ def parse_and_run(argv: list[str] | None) -> int:
     parser.add_argument("--sample", type=positive, metavar="N", help="only N at random, of each")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--fresh", action="store_true", help="begin again")
-    how.add_argument("--again", nargs="?", const="all", choices=("all", "unexplained"),
-                     help="survivors, all or without a reason, with the tests of now")  # fmt: skip
+    how.add_argument(
+        "--again",
+        nargs="?",
+        const="all",
+        choices=("all", "unexplained"),
+        help="survivors, all or without a reason, with the tests of now",
+    )
     how.add_argument("--report", action="store_true", help="run nothing, tell what was found")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found")
     options = parser.parse_args(argv)
@@ -181,9 +205,18 @@ def parse_and_run(argv: list[str] | None) -> int:
         if rows:
             tables.append(rows_table("survivors", "survivors", rows, 3))
         elapsed_s = time.perf_counter() - start
-        write_json(options.json, document(
-            "tools/mutants.py", vars(options), setting={"goal": GOAL}, tables=tables,
-            checks=checks, exit_code=code, elapsed_s=elapsed_s))  # fmt: skip
+        write_json(
+            options.json,
+            document(
+                "tools/mutants.py",
+                vars(options),
+                setting={"goal": GOAL},
+                tables=tables,
+                checks=checks,
+                exit_code=code,
+                elapsed_s=elapsed_s,
+            ),
+        )
     return code
 
 

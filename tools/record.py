@@ -23,9 +23,9 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import OneLineParser, UsageError, exit_code  # noqa: E402
-from json_document import versions  # noqa: E402
-from report import check_writable, write_json  # noqa: E402
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code  # noqa: E402
+from vllm_sim.reporting.documents import versions  # noqa: E402
+from vllm_sim.scenarios.report import check_writable, write_json  # noqa: E402
 
 
 def commit() -> str:

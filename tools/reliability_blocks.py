@@ -19,10 +19,15 @@ def mutants() -> str:
         return "Not recorded yet."
     found = rows_of(result, "mutants")
     body = [
-        (f"`{row['module']}`", row["mutants"], row["killed"], f"{row['share']:.1%}",
-         row["test_seconds"])
+        (
+            f"`{row['module']}`",
+            row["mutants"],
+            row["killed"],
+            f"{row['share']:.1%}",
+            row["test_seconds"],
+        )
         for row in found
-    ]  # fmt: skip
+    ]
     ran, killed = (sum(row[key] for row in found) for key in ("mutants", "killed"))
     body.append(("all", ran, killed, f"{killed / max(1, ran):.1%}", None))
     headers = "module", "mutants", "killed", "share", "its tests, CPU s"

@@ -53,15 +53,24 @@ def quickstart() -> str:
         minutes(load(name)["output"]["elapsed_s"])
         for name in ("main_cpu.json", "main_h100.json", "reproduce.json")
     )
-    return table(("you have", "run", "time"), [
-        ("a laptop (2 cores, 2 GB of free memory, no GPU)", "`make run`",
-         f"installing torch, then {cpu}"),
-        ("a node with a GPU", "`make run`, or `python main.py` in your own environment", gpu),
-        ("Slurm", "`sbatch run_vllm_sim.slurm`", "the same, in the queue's own time"),
-        ("any of them: every figure", "`make figures`; `make figures ARGS=--quick`",
-         f"{every} (2 cores); seconds"),
-        ("any of them: the tests", "`make test`", "a few minutes"),
-    ])  # fmt: skip
+    return table(
+        ("you have", "run", "time"),
+        [
+            (
+                "a laptop (2 cores, 2 GB of free memory, no GPU)",
+                "`make run`",
+                f"installing torch, then {cpu}",
+            ),
+            ("a node with a GPU", "`make run`, or `python main.py` in your own environment", gpu),
+            ("Slurm", "`sbatch run_vllm_sim.slurm`", "the same, in the queue's own time"),
+            (
+                "any of them: every figure",
+                "`make figures`; `make figures ARGS=--quick`",
+                f"{every} (2 cores); seconds",
+            ),
+            ("any of them: the tests", "`make test`", "a few minutes"),
+        ],
+    )
 
 
 def tail() -> str:

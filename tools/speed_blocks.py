@@ -13,12 +13,14 @@ from dataclasses import replace
 from committed import ROOT, find, has, load, origin, setting, table
 from committed import rows as rows_of
 
-from report import Table, render
+from vllm_sim.scenarios.report import Table, render
 
 SERVING_AIMS = {  # trace: s
-    "13B single, 2.0/s, 1 h": 0.15, "13B parallel 6, 7.0/s, 1 h": 0.5,
-    "13B beam 6, 7.0/s, 1 h": 5.0, "Azure conversations, 2023": 0.5,
-}  # fmt: skip
+    "13B single, 2.0/s, 1 h": 0.15,
+    "13B parallel 6, 7.0/s, 1 h": 0.5,
+    "13B beam 6, 7.0/s, 1 h": 5.0,
+    "Azure conversations, 2023": 0.5,
+}
 ALL_AIM_S = 90.0  # everything, on 2 cores
 APPEND_AIM_NS = 130.0
 APPEND_ALL_AIMS_NS = {"W1": 10.0, "W2": 3.0, "W3": 10.0}
@@ -30,26 +32,50 @@ def serving() -> str:
     """The speed of the simulator."""
     result = load("bench_serving.json")
     rows = [
-        (row["trace"], row["requests"], row["decode_tokens"], row["iterations"], row["seconds"],
-         SERVING_AIMS.get(row["trace"]), row["ns_per_token"], row["x_call"],
-         row["plain_seconds"], row["speed_up"])
+        (
+            row["trace"],
+            row["requests"],
+            row["decode_tokens"],
+            row["iterations"],
+            row["seconds"],
+            SERVING_AIMS.get(row["trace"]),
+            row["ns_per_token"],
+            row["x_call"],
+            row["plain_seconds"],
+            row["speed_up"],
+        )
         for row in rows_of(result, "rows")
-    ]  # fmt: skip
-    headers = ("trace", "requests", "decode tokens", "iterations", "s", "aim, s", "ns a token",
-               "x empty call", "one by one, s", "speed-up")  # fmt: skip
+    ]
+    headers = (
+        "trace",
+        "requests",
+        "decode tokens",
+        "iterations",
+        "s",
+        "aim, s",
+        "ns a token",
+        "x empty call",
+        "one by one, s",
+        "speed-up",
+    )
     every = load("reproduce.json")
     all_s = every["output"]["elapsed_s"]
-    aims = [(row["seconds"], SERVING_AIMS[row["trace"]]) for row in rows_of(result, "rows")
-            if row["trace"] in SERVING_AIMS]  # fmt: skip
+    aims = [
+        (row["seconds"], SERVING_AIMS[row["trace"]])
+        for row in rows_of(result, "rows")
+        if row["trace"] in SERVING_AIMS
+    ]
     aims.append((all_s, ALL_AIM_S))
     missed = [seconds / aim for seconds, aim in aims if seconds > aim]
     by = f", by factors of {min(missed):.1f} to {max(missed):.1f}" if missed else ""
-    return "\n\n".join([
-        origin(result, "bench_serving.json"),
-        table(headers, rows, decimals=2),
-        f"Everything: {all_s:.0f} s, aim {ALL_AIM_S:.0f} s; {origin(every, 'reproduce.json')}. "
-        f"{len(missed)} of {len(aims)} aims are missed{by}.",
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            origin(result, "bench_serving.json"),
+            table(headers, rows, decimals=2),
+            f"Everything: {all_s:.0f} s, aim {ALL_AIM_S:.0f} s; {origin(every, 'reproduce.json')}. "
+            f"{len(missed)} of {len(aims)} aims are missed{by}.",
+        ]
+    )
 
 
 def manager() -> str:
@@ -63,8 +89,18 @@ def manager() -> str:
             (row["workload"], row["tokens"], ns["append"], aims[0], ns["append"] / ns["call"])
             + (ns["append_all"], aims[1], *row["blocks"])
         )
-    headers = ("workload", "tokens", "append, ns", "aim", "x empty call", "append_all, ns", "aim",
-               "blocks admitted", "after step 1", "at the end")  # fmt: skip
+    headers = (
+        "workload",
+        "tokens",
+        "append, ns",
+        "aim",
+        "x empty call",
+        "append_all, ns",
+        "aim",
+        "blocks admitted",
+        "after step 1",
+        "at the end",
+    )
     return origin(result, "bench_manager.json") + "\n\n" + table(headers, rows)
 
 
@@ -97,27 +133,49 @@ def gpu_others() -> str:
         return "Not recorded yet."
     shapes = rows_of(attention, "shapes")
     keys = "gather", "gather_cudnn", "gather_flash"
-    path = {row["shape"]: min(row[f"{key}_us"] for key in keys if f"{key}_us" in row)
-            / row["floor_us"] for row in shapes}  # fmt: skip
-    moves = [row["limit_us"] / row["fused_us"] for row in rows_of(paging, "moves")
-             if (row["blocks"], row["layers"]) == (1000, 1)]  # fmt: skip
+    path = {
+        row["shape"]: min(row[f"{key}_us"] for key in keys if f"{key}_us" in row) / row["floor_us"]
+        for row in shapes
+    }
+    moves = [
+        row["limit_us"] / row["fused_us"]
+        for row in rows_of(paging, "moves")
+        if (row["blocks"], row["layers"]) == (1000, 1)
+    ]
     (swap,) = (row for row in rows_of(paging, "swap") if row["block_size"] == 16)
     pinned = max(setting(paging)["pinned_bytes_per_s"].values())  # of the two ways
-    shares = [1e3 * swap["num_bytes"] / swap[f"{way}_median_ms"] / pinned
-              for way in ("swap_in", "swap_out")]  # fmt: skip
-    twin = [100.0 * (row["paged_us"] / row["contiguous_us"] - 1.0)
-            for row in rows_of(paging, "attention") if row["context"] >= 1024]  # fmt: skip
+    shares = [
+        1e3 * swap["num_bytes"] / swap[f"{way}_median_ms"] / pinned
+        for way in ("swap_in", "swap_out")
+    ]
+    twin = [
+        100.0 * (row["paged_us"] / row["contiguous_us"] - 1.0)
+        for row in rows_of(paging, "attention")
+        if row["context"] >= 1024
+    ]
     aims = (
         ("paged over its own contiguous twin, context 1024 up, %", twin, "<=", 1.0),
-        ("gather of K and V, share of copy bandwidth",
-         [row["gather_share"] for row in shapes], ">=", 0.92),
-        ("gather path over floor, equal lengths",
-         [over for name, over in path.items() if ".." not in name], "<=", 3.2),
-        ("gather path over floor, different lengths",
-         [over for name, over in path.items() if ".." in name], "<=", 3.5),
+        (
+            "gather of K and V, share of copy bandwidth",
+            [row["gather_share"] for row in shapes],
+            ">=",
+            0.92,
+        ),
+        (
+            "gather path over floor, equal lengths",
+            [over for name, over in path.items() if ".." not in name],
+            "<=",
+            3.2,
+        ),
+        (
+            "gather path over floor, different lengths",
+            [over for name, over in path.items() if ".." in name],
+            "<=",
+            3.5,
+        ),
         ("block copy and write, 1,000 blocks, share of copy bandwidth", moves, ">=", 0.85),
         ("swap of 256 tokens in 16 blocks, share of the pinned copy", shares, ">=", 0.80),
-    )  # fmt: skip
+    )
     body = []
     for what, found, sign, aim in aims:
         missed = sum(one > aim if sign == "<=" else one < aim for one in found)
@@ -176,8 +234,10 @@ def gpu_aims() -> str:
         for peer, keys in PEERS.items():
             if more := against(rows, keys, suffix):
                 faster, level = sum(m < -NOISE for m in more), sum(abs(m) <= NOISE for m in more)
-                lines.append(f"* against {peer} ({title}): {span(more)}; faster on {faster} of "
-                             f"{len(more)}, level on {level}.")  # fmt: skip
+                lines.append(
+                    f"* against {peer} ({title}): {span(more)}; faster on {faster} of "
+                    f"{len(more)}, level on {level}."
+                )
     return "\n".join(lines)
 
 
@@ -189,8 +249,10 @@ def gpu_gaps() -> str:
     busy: dict[str, dict[str, float]] = {}
     for row in rows_of(result, "rows"):
         busy.setdefault(row["shape"], {})[row["case"]] = row["memory_busy_percent"]
-    body = [(shape, one["read"], one["consecutive"] - one["read"],
-             one["random"] - one["consecutive"]) for shape, one in busy.items()]  # fmt: skip
+    body = [
+        (shape, one["read"], one["consecutive"] - one["read"], one["random"] - one["consecutive"])
+        for shape, one in busy.items()
+    ]
     headers = "shape", "read, busy %", "the kernel, points", "random places, points"
     return table(headers, body, decimals=1)
 
@@ -224,14 +286,16 @@ def gpu() -> str:
         rows = rows_of(attention, "shapes")
         over = [row["triton_us"] / row["floor_us"] for row in rows]
         dirty = [row["triton_dirty_us"] / row["floor_us"] for row in rows]
-        peers = (f"{peer} {span(more)}" for peer, keys in PEERS.items()
-                 if (more := against(rows, keys, "_us")))  # fmt: skip
+        peers = (
+            f"{peer} {span(more)}"
+            for peer, keys in PEERS.items()
+            if (more := against(rows, keys, "_us"))
+        )
         lines.append(
             f"* Blocks read in place, in eight shapes: {min(over):.2f} to {max(over):.2f} times "
             "what live K and V take at the rate of a large copy, its reads and writes counted "
             f"({min(dirty):.2f} to {max(dirty):.2f} with a cache full of lines to write back); "
-            f"against {', '.join(peers)}. "
-            + origin(attention, ATTENTION)
+            f"against {', '.join(peers)}. " + origin(attention, ATTENTION)
         )
     if paging is not None and has(paging, "attention"):
         over = [

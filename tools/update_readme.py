@@ -24,21 +24,48 @@ import scenario_blocks as s
 import speed_blocks as v
 from committed import ROOT, machine
 
-from command_line import OneLineParser, UsageError, exit_code
-from report import write_whole
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code
+from vllm_sim.scenarios.report import write_whole
 
 BLOCK = re.compile(r"(<!-- result: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 PARTS = {
     part.__name__: part
     for part in (
-        machine, s.quickstart, s.tail, s.answers, s.scenarios, s.checks,
-        f.headline, f.ratios, f.figures, f.rows, f.seeds, f.differences, f.explained,
-        f.beams_hour, f.beam_step, v.serving, v.manager, v.gpu,
-        v.gpu_attention, v.gpu_aims, v.gpu_gaps, v.gpu_others, v.gpu_profile, v.gpu_paging,
-        j.envelope, j.keys, s.sweep, h.hunts, h.small, h.coverage,
-        h.reliability, r.mutants, r.survivors,
+        machine,
+        s.quickstart,
+        s.tail,
+        s.answers,
+        s.scenarios,
+        s.checks,
+        f.headline,
+        f.ratios,
+        f.figures,
+        f.rows,
+        f.seeds,
+        f.differences,
+        f.explained,
+        f.beams_hour,
+        f.beam_step,
+        v.serving,
+        v.manager,
+        v.gpu,
+        v.gpu_attention,
+        v.gpu_aims,
+        v.gpu_gaps,
+        v.gpu_others,
+        v.gpu_profile,
+        v.gpu_paging,
+        j.envelope,
+        j.keys,
+        s.sweep,
+        h.hunts,
+        h.small,
+        h.coverage,
+        h.reliability,
+        r.mutants,
+        r.survivors,
     )
-}  # fmt: skip
+}
 
 
 def documents() -> list[Path]:

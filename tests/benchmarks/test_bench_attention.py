@@ -1,0 +1,99 @@
+"""benchmarks/bench_attention.py where there is no GPU: its shapes, its tables, and who counts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import bench_attention as bench
+from attention_contenders import CAT_SHAPE
+
+ON_CUDA = torch.cuda.is_available()
+ROW = {
+    "shape": "one",
+    "floor_us": 100.0,
+    "aim": 1.05,
+    "triton_us": 110.0,
+    "triton_dirty_us": 120.0,
+    "read_us": 101.0,
+    "read_dirty_us": 109.0,
+    "flashinfer_us": 150.0,
+    "flashinfer_tc_us": 130.0,
+    "gather_us": 340.0,
+    "plain_us": 900.0,
+}
+
+
+def test_the_better_of_a_family_counts_and_the_missing_show_as_missing():
+    clean, dirty = bench.tables([ROW], "where")
+    found = dict(zip(clean.headers, clean.rows[0]))
+    assert found == {
+        "shape": "one",
+        "floor us": 100.0,
+        "aim": 1.05,
+        "triton": 1.1,
+        "read": 1.01,
+        "cuDNN": None,
+        "Flash": None,
+        "FlashInfer": 1.3,
+        "gather": 3.4,
+        "plain": 9.0,
+        "cat": None,
+    }
+    found = dict(zip(dirty.headers, dirty.rows[0]))
+    assert (found["triton"], found["read"], found["FlashInfer"]) == (1.2, 1.09, None)
+
+
+def test_the_shapes_are_those_of_the_models():
+    for name, shape in bench.SHAPES.items():
+        assert shape.heads % shape.kv_heads == 0 and shape.aim > 1.0, name
+        assert shape.ragged == (".." in name)
+        assert shape.live_bytes == sum(shape.lens) * shape.kv_heads * 128 * 2 * 2
+    thirteen = bench.SHAPES[CAT_SHAPE]  # one of the 40 layers of 819,200 bytes a token
+    assert thirteen.live_bytes == 32 * 1024 * 819_200 // 40
+
+
+@pytest.mark.skipif(ON_CUDA, reason="for a machine without a GPU")
+def test_without_a_gpu_there_is_one_line(capsys):
+    assert bench.main([]) == 2
+    assert capsys.readouterr().err == "bench_attention.py: error: needs a CUDA device\n"
+
+
+@pytest.mark.parametrize(("count", "programs", "tile"), [(1000, 3, 64), (64, 2, 64), (5, 4, 16)])
+def test_the_read_kernel_reads_every_byte_once(count, programs, tile):
+    module = pytest.importorskip("read_only", exc_type=ImportError)
+    source = torch.randint(-8, 8, (count,)).to("cuda" if ON_CUDA else "cpu", torch.float16)
+    sums = module.read_bytes(source, programs, tile)
+    assert sums.shape == (programs,) and sums.sum().item() == source.sum(dtype=torch.float32).item()
+
+
+def test_every_contender_is_checked_and_timed_and_one_that_fails_stops_no_other(
+    monkeypatch, capsys
+):
+    """At a tiny size, on the CPU where there is no GPU, clocks that run all once and say 8 us."""
+    device = "cuda" if ON_CUDA else "cpu"
+    pytest.importorskip("paged_attention_triton", exc_type=ImportError)
+
+    def clock(run, repeats, *, graph, dirty=False):
+        for one in [run] if callable(run) else run:
+            one()
+        return 16.0 if dirty else 8.0
+
+    monkeypatch.setattr(bench, "cold_median_us", clock)
+    monkeypatch.setattr(bench, "read_us", lambda *_: 4.0)
+    for lens in ((33, 33), (33, 5)):
+        shape = bench.Shape(4, 2, lens, 1.05)
+        row = bench.measure(CAT_SHAPE, shape, 1e12, 3, device=device)
+        assert (row["triton_us"], row["triton_dirty_us"], row["read_us"]) == (8.0, 16.0, 4.0)
+        assert (row["plain_us"], row["cat_us"], row["gather_share"] > 0) == (8.0, 8.0, True)
+        # A CPU has no cuDNN, nor a kernel for packed sequences.
+        assert ON_CUDA or "cudnn_error" in row or shape.ragged
+        assert ON_CUDA or "gather_error" in row or not shape.ragged
+    sound = bench.Data.cat
+    monkeypatch.setattr(bench.Data, "cat", lambda self: sound(self) + 0.1)
+    row = bench.measure(CAT_SHAPE, shape, 1e12, 3, device=device)
+    assert row["cat_error"].startswith("WrongResult: off by") and "cat_us" not in row
+    assert "cat: WrongResult" in capsys.readouterr().err

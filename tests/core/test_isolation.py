@@ -1,0 +1,291 @@
+"""Regime item 3: no attention output ever holds another sequence's value, or a freed slot's.
+
+Random sequences live and die in pools so small that they are preempted all the time: alone, as
+samples, as beams, behind a shared prefix; swapped, recomputed; in blocks of 1 to 8 slots. Every
+token has a K and V of its own, and what is freed is NaN at once. After every iteration the kernel
+attends for every running sequence in every layer, and its output is compared with attention over
+that sequence's own tokens, one beside the other, from a list that knows nothing of blocks.
+
+Kernel gather must give the same bits. Kernel triton may differ by rounding, 1e-5: K and V lie
+between -1 and 1 and 16 elements make a score, so the weights of two tokens differ by e**8 at most,
+mostly by less than e; a foreign token among a hundred would be seen a hundred times over.
+
+The slow runs take ISOLATION_LIFETIMES (environment) sequences, or 10,000; triton on a CPU 500:
+    python tools/hunt.py isolation-gather
+"""
+
+import os
+import random
+import time
+
+import pytest
+import torch
+from test_stamped_cache import (
+    LIMITS,
+    PREFIX_ID,
+    PREFIX_LEN,
+    a_block_freed_too_early,
+    copies_turned_round,
+    no_copies,
+    no_swap_in,
+    poison_after_the_writes,
+    prefix_never_written,
+    recomputed_not_rewritten,
+    swap_in_shuffled,
+    swap_out_shuffled,
+    v_written_as_k,
+)
+
+from attention import attention, length_mask
+from kv_cache_manager import PagedKVCacheManager
+from paged_attention import (
+    GATHER,
+    TRITON,
+    BlockMapError,
+    PagedKVCache,
+    attention_kernel,
+    pad_block_tables,
+)
+from sequence import BlockTable
+from vllm_sim import paper
+from vllm_sim.scenarios.setting import Setting
+from vllm_sim.scenarios.stamped_cache import StampedCache
+from vllm_sim.serving.simulator import make_groups, simulate
+from vllm_sim.workload.requests import Request
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+TINY = paper.ModelConfig("tiny", "opt", 2, 32, 2, 1, 16, 64, 100, 256)
+TOKENS = 1 << 16  # different K and V in a run; no run has more tokens
+LIFETIMES = int(os.environ.get("ISOLATION_LIFETIMES", "10000"))
+BLOCK_SIZES = (1, 2, 3, 4, 8)
+KINDS = (
+    {},
+    {},
+    {"num_samples": 3},
+    {"beam_width": 3},
+    {"prefix_len": PREFIX_LEN},
+    {"prefix_len": PREFIX_LEN, "num_samples": 2},
+    {"prefix_len": PREFIX_LEN, "beam_width": 2},
+)
+
+
+pytestmark = pytest.mark.usefixtures("few_bytes")
+
+
+class Bank:
+    """K and V of each token by its number: random, no two alike, others in each layer."""
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        shape = (TOKENS, 2, TINY.num_kv_heads, TINY.head_size)
+        self.rows = (2 * torch.rand(shape, generator=generator) - 1).to(DEVICE)
+
+    def values(self, tokens, layer):
+        assert tokens.numel() == 0 or int(tokens.max()) < TOKENS
+        rows = self.rows[(tokens + layer * 7919) % TOKENS]
+        return rows[..., 0, :, :], rows[..., 1, :, :]
+
+
+class Attending(StampedCache):
+    """Attends for every running sequence after every iteration."""
+
+    def __init__(self, setting, manager, cache, kernel, bank, num_layers):
+        super().__init__(setting, manager, cache)
+        self._stamps = bank
+        self.kernel, self.exact = attention_kernel(kernel), kernel == GATHER
+        self.num_layers = num_layers  # that are attended to
+        self.outputs, self.foreign = 0, []
+        self.queries = torch.Generator().manual_seed(setting.seed)
+
+    def on_iteration(self, iteration):
+        super().on_iteration(iteration)
+        groups = (*iteration.prefills, *iteration.decodes)
+        ids = [seq.seq_id for group in groups for seq in group.unfinished()]
+        for layer in range(self.num_layers if ids else 0):
+            self.attend(ids, layer)
+
+    def attend(self, ids, layer):
+        tables = pad_block_tables([self.manager.block_table(i).blocks for i in ids], DEVICE)
+        lens = torch.tensor([self.manager.num_tokens(i) for i in ids], device=DEVICE)
+        shape = (len(ids), TINY.num_heads, TINY.head_size)
+        q = (2 * torch.rand(shape, generator=self.queries) - 1).to(DEVICE)
+        out, lse = self.kernel(
+            q, self.cache.k_pool(layer), self.cache.v_pool(layer), tables, lens.int()
+        )
+        # The same over each one's own tokens; as wide, so that sums are taken in the same order.
+        own = [self._tokens[i] for i in ids]
+        width = tables.shape[1] * self.cache.block_size
+        numbers = torch.tensor([[*o, *[0] * (width - len(o))] for o in own], device=DEVICE)
+        k, v = self._stamps.values(numbers, layer)
+        want, want_lse = attention(q[:, None], k, v, length_mask(lens, width))
+        for found, right in ((out, want[:, 0]), (lse, want_lse[:, 0])):
+            same = found == right if self.exact else (found - right).abs() <= 1e-5
+            for b in (~same.flatten(1).all(dim=1)).nonzero().flatten().tolist():
+                self.foreign.append(ids[b])
+        self.outputs += len(ids)
+
+
+def requests_of(rng, count):
+    return [
+        Request(
+            n, n / rng.randint(2, 8), rng.randint(1, 14), rng.randint(1, 14), **rng.choice(KINDS)
+        )
+        for n in range(count)
+    ]
+
+
+def poisoned_pool(num_blocks, size, cpu, order, seed):
+    """(Setting, manager with the shared prefix, cache full of NaN) of two layers."""
+    setting = Setting(TINY, DEVICE, 2, num_blocks, size, seed)
+    manager = PagedKVCacheManager(num_blocks, size, num_cpu_blocks=cpu, free_order=order)
+    manager.allocate_prefix(PREFIX_ID, PREFIX_LEN)
+    cache = PagedKVCache(
+        num_blocks,
+        size,
+        TINY.num_kv_heads,
+        TINY.head_size,
+        num_layers=2,
+        num_cpu_blocks=cpu,
+        dtype=torch.float32,
+        device=DEVICE,
+        poison=True,
+        fused=False,
+    )
+    return setting, manager, cache
+
+
+def live(seed, kernel, count=24, mode=None, num_layers=2, broken=None):
+    """One pool and the lives of its sequences; returns (Attending, ServingResult)."""
+    rng = random.Random(seed)
+    size, mode = rng.choice(BLOCK_SIZES), mode or rng.choice(("auto", "swap", "recompute"))
+    num_blocks = -(-110 // size) + rng.randint(2, 12)
+    cpu = rng.choice((num_blocks, num_blocks // 4))
+    order = rng.sample(range(num_blocks), num_blocks)
+    setting, manager, cache = poisoned_pool(num_blocks, size, cpu, order, seed)
+    attending = Attending(setting, manager, cache, kernel, Bank(seed % 7), num_layers)
+    attending.store_prefix(PREFIX_LEN, PREFIX_ID)
+    if broken is not None:
+        broken(attending)
+    groups = make_groups(requests_of(rng, count), prefix_ids={PREFIX_LEN: PREFIX_ID}, seed=seed)
+    result = simulate(groups, manager, LIMITS, preemption=mode, observers=[attending])
+    return attending, result
+
+
+def live_on(lifetimes, kernel, record=lambda *_: None, **options):
+    """Pool after pool, until so many sequences have lived."""
+    begin = time.process_time()
+    lived = outputs = swaps = recomputations = copies = seed = 0
+    while lived < lifetimes:
+        attending, result = live(seed, kernel, **options)
+        assert attending.foreign == attending.wrong == [], f"seed {seed}"
+        lived += attending.verified
+        outputs += attending.outputs
+        swaps, copies = swaps + result.num_swaps, copies + result.num_copies
+        recomputations += result.num_recomputations
+        seed += 1
+    found = {
+        "kernel": kernel,
+        "device": str(DEVICE),
+        "sequences": lived,
+        "pools": seed,
+        "outputs": outputs,
+        "swaps": swaps,
+        "recomputations": recomputations,
+        "block copies": copies,
+        "cpu_s": round(time.process_time() - begin, 1),
+    }
+    print(found)
+    for name, value in found.items():
+        record(name, value)
+    assert outputs > 2 * lived and swaps and recomputations and copies
+
+
+def test_the_gather_kernel_keeps_sequences_apart(record_property):
+    live_on(500, GATHER, record_property)
+
+
+@pytest.mark.slow
+def test_the_gather_kernel_keeps_10_000_sequences_apart(record_property):
+    live_on(LIFETIMES, GATHER, record_property)
+
+
+def test_the_triton_kernel_keeps_sequences_apart(record_property):
+    pytest.importorskip("triton")
+    live_on(500 if ON_CUDA else 60, TRITON, record_property, count=12, num_layers=1)
+
+
+@pytest.mark.slow
+def test_the_triton_kernel_keeps_many_sequences_apart(record_property):
+    pytest.importorskip("triton")
+    asked = ON_CUDA or "ISOLATION_LIFETIMES" in os.environ
+    lifetimes = LIFETIMES if asked else LIFETIMES // 20  # the interpreter is slow
+    live_on(lifetimes, TRITON, record_property, num_layers=2 if ON_CUDA else 1)
+
+
+# ---- what is broken is found ----------------------------------------------------------------
+
+
+def one_slot_too_many(attending):
+    kernel = attending.kernel
+    attending.kernel = lambda q, k, v, tables, lens: kernel(
+        q, k, v, tables, (lens + 1).clamp(max=tables.shape[1] * k.shape[1])
+    )
+
+
+def one_slot_too_few(attending):
+    kernel = attending.kernel
+    attending.kernel = lambda q, k, v, tables, lens: kernel(q, k, v, tables, lens - 1)
+
+
+def neighbours_table(attending):
+    """One block of one sequence is its neighbour's."""
+    kernel = attending.kernel
+
+    def wrong(q, k, v, tables, lens):
+        tables = tables.clone()
+        tables[0, 0] = tables[-1, 0]
+        return kernel(q, k, v, tables, lens)
+
+    attending.kernel = wrong
+
+
+BREAKS = [
+    (one_slot_too_many, "swap"),
+    (one_slot_too_few, "swap"),
+    (neighbours_table, "swap"),
+    (no_copies, "swap"),
+    (copies_turned_round, "swap"),
+    (swap_in_shuffled, "swap"),
+    (swap_out_shuffled, "swap"),
+    (no_swap_in, "swap"),
+    (poison_after_the_writes, "recompute"),
+    (recomputed_not_rewritten, "recompute"),
+    (prefix_never_written, "swap"),
+    (v_written_as_k, "swap"),
+    (a_block_freed_too_early, "recompute"),
+]
+
+
+@pytest.mark.parametrize(("broken", "mode"), BREAKS)
+def test_what_is_broken_is_seen_in_the_outputs(broken, mode):
+    assert live(4, GATHER, mode=mode)[0].foreign == []
+    try:
+        foreign = live(4, GATHER, mode=mode, broken=broken)[0].foreign
+    except BlockMapError:
+        assert broken in (copies_turned_round, a_block_freed_too_early)
+    else:
+        assert foreign
+
+
+@pytest.mark.parametrize("broken", [one_slot_too_many, neighbours_table, no_copies])
+def test_what_is_broken_is_seen_by_the_triton_kernel(broken):
+    pytest.importorskip("triton")
+    options = {"count": 8, "mode": "swap", "num_layers": 1}
+    assert live(4, TRITON, **options)[0].foreign == []
+    assert live(4, TRITON, broken=broken, **options)[0].foreign
+
+
+def test_a_shared_block_written_without_a_copy_is_seen_in_the_outputs(monkeypatch):
+    monkeypatch.setattr(BlockTable, "hold", lambda table: None)
+    assert live(4, GATHER, mode="recompute")[0].foreign

@@ -1,0 +1,357 @@
+"""comparison.py: where each kind of row stops to hold, what it says then, and means over seeds."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from vllm_sim.evaluation.comparison import (
+    BOUNDS,
+    EXPLAINED,
+    PREFILL,
+    Row,
+    absolute,
+    allow,
+    as_printed,
+    between,
+    factor,
+    over_seeds,
+    relative,
+    verdict,
+)
+
+WHERE = ("Fig. 12", "13B ShareGPT, vLLM", "requests/s at 0.5 s/token")
+# Kinds of rows by name, without the value of ours. Those tolerances that can be are binary
+# fractions, so that "exactly at it" is exact.
+KINDS = {
+    "relative": lambda ours, reason="": relative(*WHERE, 8.0, ours, 12.5, reason),
+    "absolute": lambda ours, reason="": absolute(*WHERE, 40.0, ours, 2.5, reason),
+    "factor": lambda ours, reason="": factor(*WHERE, 8.0, ours, 2.0, reason),
+    "as printed": lambda ours, reason="": as_printed(*WHERE, 15.5, ours, reason),
+    "between": lambda ours, reason="": between(*WHERE, 2.0, 4.0, ours, reason),
+}
+# Lowest and highest value of ours that holds.
+ENDS = {
+    "relative": (7.0, 9.0),
+    "absolute": (37.5, 42.5),
+    "factor": (4.0, 16.0),
+    "as printed": (15.45, 15.55),
+    "between": (2.0, 4.0),
+}
+# Where one of them is outside, by a few tolerances.
+OUTSIDE = {"relative": 12.0, "absolute": 60.0, "factor": 32.0, "as printed": 15.2, "between": 4.8}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_up_to_the_tolerance_and_not_beyond(kind):
+    make, (low, high) = KINDS[kind], ENDS[kind]
+    for ours in (low, low * 1.0001, (low + high) / 2, high * 0.9999, high):
+        assert make(ours).held is True, ours
+    for ours in (low * 0.9999, high * 1.0001, -high, 0.0, -math.inf, math.inf, math.nan):
+        assert make(ours).held is False, ours
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_says_where_it_is_from_and_what_was_compared(kind):
+    row = KINDS[kind](15.5)
+    assert (row.figure, row.setting, row.metric) == WHERE
+    assert (row.ours, row.spread, row.reason) == (15.5, None, "")
+
+
+@pytest.mark.parametrize(
+    ("row", "paper", "difference", "tolerance"),
+    [
+        (relative(*WHERE, 8.0, 9.0, 12.5), 8.0, "+12.5 %", "12.5 %"),
+        (relative(*WHERE, 1.929, 1.98, 12), 1.929, "+2.6 %", "12 %"),
+        (relative(*WHERE, 50.0, 40.0, 25.0), 50.0, "-20.0 %", "25 %"),
+        (absolute(*WHERE, 40.0, 42.25, 2.5), 40.0, "+2.25", "2.5"),
+        (absolute(*WHERE, 40.0, 39.0, 3), 40.0, "-1.00", "3"),
+        (factor(*WHERE, 8.0, 12.0, 2.0), 8.0, "x 1.50", "factor 2"),
+        (factor(*WHERE, 8.0, 4.0, 1.5), 8.0, "x 0.50", "factor 1.5"),
+        (as_printed(*WHERE, 15.7, 15.73), 15.7, "+0.03", "as printed"),
+        (as_printed(*WHERE, 26, 25.7), 26, "-0.3", "as printed"),
+        (between(*WHERE, 2.0, 4.5, 3.0), "2 to 4.5", "inside", "inside"),
+        (between(*WHERE, 2.0, 4.5, 4.75), "2 to 4.5", "0.25 outside", "inside"),
+        (between(*WHERE, 2.0, 4.5, 0.5), "2 to 4.5", "1.5 outside", "inside"),
+        (between(*WHERE, 3.0, math.inf, 2.5), "over 3", "0.5 outside", "inside"),
+        (between(*WHERE, -math.inf, 3.0, 7.0), "up to 3", "4 outside", "inside"),
+    ],
+)
+def test_what_a_row_prints(row, paper, difference, tolerance):
+    assert (row.paper, row.difference, row.tolerance) == (paper, difference, tolerance)
+
+
+def test_a_range_may_have_one_end():
+    over, up_to = partial(between, *WHERE, 3.0, math.inf), partial(between, *WHERE, -math.inf, 3.0)
+    for ours, above in ((2.999, False), (3.001, True), (1e9, True), (-1e9, False)):
+        assert over(ours).held is above
+        assert up_to(ours).held is not above
+    assert over(3.0).held is up_to(3.0).held is True
+
+
+def test_a_factor_goes_both_ways():
+    for paper, ours, held in (
+        (2.0, 2.9, True),
+        (2.9, 2.0, True),
+        (2.0, 3.1, False),
+        (3.1, 2.0, False),
+        (2.0, 0.0, False),
+        (2.0, -2.0, False),
+    ):
+        assert factor(*WHERE, paper, ours, 1.5).held is held
+
+
+@pytest.mark.parametrize(
+    ("paper", "ours", "held"),
+    [
+        (15.7, 15.73, True),
+        (15.7, 15.65, True),
+        (15.7, 15.75, True),
+        (15.7, 15.76, False),
+        (15.7, 15.64, False),
+        (9.7, 9.648, False),
+        (9.7, 9.652, True),
+        (1.6, 1.5625, True),
+        (1.6, 1.5499, False),
+        (26, 25.7, True),
+        (26.0, 25.7, True),
+        (26, 25.5, True),
+        (26, 25.49, False),
+        (26, 26.51, False),
+        (12, 12, True),
+        (0.25, 0.254, True),
+        (0.25, 0.256, False),
+        (57.3, 57.25, True),
+        (57.3, 57.35, True),
+        (819_200, 819_200.4, True),
+        (819_200, 819_201, False),
+    ],
+)
+def test_ours_rounded_to_the_papers_digits(paper, ours, held):
+    assert as_printed(*WHERE, paper, ours).held is held
+
+
+# --- explanations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_row_that_does_not_hold_is_explained(kind):
+    make, (low, high), outside = KINDS[kind], ENDS[kind], OUTSIDE[kind]
+    failed, explained = make(outside), make(outside, "item 3")
+    assert (failed.held, failed.reason) == (False, "")
+    assert (explained.held, explained.reason) == (EXPLAINED, "item 3")
+    assert explained == replace(failed, held=EXPLAINED, reason="item 3")
+    for ours in (low, high):
+        assert make(ours, "item 3") == make(ours), "there is nothing to explain"
+        assert make(ours, "item 3").held is True
+        assert make(ours, "item 3").reason == ""
+
+
+def test_explained_is_not_held():
+    row = relative(*WHERE, 1.0, 1.5, 5.0, "item 3")
+    assert row.held is not True and row.held is not False
+    assert row.held == EXPLAINED == "explained"
+
+
+def test_a_reason_explains_no_more_than_its_bound():
+    bound = BOUNDS[PREFILL]
+    assert relative(*WHERE, 1.0, 1.0 + 0.0499 * bound, 5.0, PREFILL).held == EXPLAINED
+    assert relative(*WHERE, 1.0, 1.0 + 0.0501 * bound, 5.0, PREFILL).held is False
+
+
+def test_no_reason_explains_more_than_twelve_tolerances():
+    assert relative(*WHERE, 1.0, 1.59, 5.0, "item 3").held == EXPLAINED
+    row = relative(*WHERE, 1.0, 1.61, 5.0, "item 3")
+    assert row.held is False and row.reason == ""
+
+
+# A value of ours on either side that is two tolerances away; a range counts a tenth of its nearer
+# end as a tolerance, after it is left.
+TWICE_OFF = {
+    "relative": (6.0, 10.0),
+    "absolute": (35.0, 45.0),
+    "factor": (2.0, 32.0),
+    "as printed": (15.4, 15.6),
+    "between": (1.8, 4.4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_far_off_in_tolerances(kind):
+    make, (low, high) = KINDS[kind], ENDS[kind]
+    for ours in TWICE_OFF[kind]:
+        assert make(ours).excess == pytest.approx(2.0, rel=1e-6)
+        assert make(ours, "item 3").excess == make(ours).excess
+    for ours in (low, high):
+        assert make(ours).excess == (0.0 if kind == "between" else pytest.approx(1.0, rel=1e-6))
+    pair = [make(ours) for ours in TWICE_OFF[kind]]
+    assert over_seeds(pair).excess == make((pair[0].ours + pair[1].ours) / 2).excess != 2.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_not_too_far_off_is_allowed(kind):
+    make, (below, above) = KINDS[kind], TWICE_OFF[kind]
+    for ours in (below, above):
+        row = make(ours)
+        assert row.held is False
+        assert allow(row, 2.01, "item 9") == replace(row, held=EXPLAINED, reason="item 9")
+        assert allow(row, 1.99, "item 9") is row
+    held, explained = make(ENDS[kind][0]), make(above, "item 3")
+    assert allow(held, 9.0, "item 9") is held
+    assert allow(explained, 9.0, "item 9") is explained, "it has a reason of its own"
+    assert allow(make(math.nan), 1e9, "item 9").held is False
+
+
+# --- to_json -------------------------------------------------------------------------------------
+
+ALWAYS = [
+    "figure",
+    "setting",
+    "metric",
+    "paper",
+    "ours",
+    "difference",
+    "tolerance",
+    "held",
+    "fitted",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_as_json(kind):
+    make, outside = KINDS[kind], OUTSIDE[kind]
+    held, failed, explained = make(ENDS[kind][0]), make(outside), make(outside, "item 3")
+    several = over_seeds([make(outside, "item 3"), make(outside + 1.0, "item 3")])
+    assert list(held.to_json()) == list(failed.to_json()) == ALWAYS
+    assert list(explained.to_json()) == [*ALWAYS, "reason"]
+    assert list(several.to_json()) == [*ALWAYS, "reason", "spread"]
+    for row in (held, failed, explained, several):
+        record = row.to_json()
+        assert json.loads(json.dumps(record, allow_nan=False)) == record
+        for key, value in record.items():
+            assert value == getattr(row, key), key
+    assert held.to_json()["held"] is True
+    assert failed.to_json()["held"] is False
+    assert explained.to_json()["held"] == "explained"
+    assert several.to_json()["spread"] == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fitted_row_says_so_and_is_judged_as_the_others(kind):
+    for ours in (ENDS[kind][0], OUTSIDE[kind]):
+        row = KINDS[kind](ours)
+        fitted = replace(row, fitted=True)
+        assert (row.fitted, fitted.held) == (False, row.held)
+        assert fitted.to_json() == row.to_json() | {"fitted": True}
+        assert over_seeds([fitted, fitted]).fitted and not over_seeds([row, row]).fitted
+        assert allow(fitted, math.inf, "item 9").fitted
+
+
+@pytest.mark.parametrize(
+    ("held", "reason", "fitted", "text"),
+    [
+        (True, "", False, "yes"),
+        (True, "", True, "yes, fitted"),
+        (False, "", False, "NO"),
+        (False, "", True, "NO, fitted"),
+        (EXPLAINED, "D3: a reason", False, "D3"),
+        (EXPLAINED, "D3: so: it is", True, "D3, fitted"),
+    ],
+)
+def test_what_a_table_says_of_a_row(held, reason, fitted, text):
+    assert verdict(held, reason, fitted) == text
+
+
+def test_zero_is_a_value():
+    """Neither a measured zero nor a spread of zero is left out."""
+    record = over_seeds([absolute(*WHERE, 0.0, 0.0, 1.0)] * 2).to_json()
+    assert (record["paper"], record["ours"], record["spread"]) == (0.0, 0.0, 0.0)
+
+
+def test_an_open_range_is_still_json():
+    record = between(*WHERE, 3.0, math.inf, 4.0).to_json()
+    assert json.loads(json.dumps(record, allow_nan=False))["paper"] == "over 3"
+
+
+# --- several seeds -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_over_seeds_is_judged(kind):
+    """Not each of them: two that fail on either side can hold, one that fails can pull."""
+    make, (low, high) = KINDS[kind], ENDS[kind]
+    middle, width = (low + high) / 2, high - low
+    either_side = over_seeds([make(middle + width), make(middle - width)])
+    assert either_side.held is True
+    assert either_side.ours == pytest.approx(middle, rel=1e-12)
+    assert either_side.spread == pytest.approx(2 * width)
+    assert either_side == replace(make(either_side.ours), spread=either_side.spread)
+    pulled = over_seeds([make(middle), make(middle), make(middle + 4 * width)])
+    assert pulled.held is not True
+    assert pulled.ours == pytest.approx(middle + 4 / 3 * width)
+    assert pulled.spread == pytest.approx(4 * width)
+    assert pulled.difference == make(pulled.ours).difference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reason_survives_the_mean_and_is_dropped_where_that_holds(kind):
+    make, (low, high) = KINDS[kind], ENDS[kind]
+    middle, width = (low + high) / 2, high - low
+    # The first seed holds, so its own row does not show the reason.
+    failing = over_seeds([make(middle, "item 3"), make(middle + 4 * width, "item 3")])
+    assert (failing.held, failing.reason) == (EXPLAINED, "item 3")
+    holding = over_seeds([make(middle + width, "item 3"), make(middle - width, "item 3")])
+    assert (holding.held, holding.reason) == (True, "")
+
+
+def test_one_seed_is_its_own_row():
+    row = relative(*WHERE, 1.0, 9.0, 5.0, "item 3")
+    assert over_seeds([row]) == row
+    assert over_seeds([row]).spread is None
+
+
+def test_means_by_hand():
+    rows = [absolute(*WHERE, 10.0, ours, 1.0) for ours in (11.0, 8.5, 12.0, 9.5)]
+    row = over_seeds(rows)
+    assert (row.ours, row.spread, row.difference, row.held) == (10.25, 3.5, "+0.25", True)
+    # Order does not matter, and a mean can be taken again.
+    assert over_seeds(rows[::-1]) == row
+    assert over_seeds([replace(row, spread=None)] * 2).ours == 10.25
+
+
+def test_different_comparisons_have_no_mean():
+    row = relative(*WHERE, 8.0, 9.0, 12.5)
+    for name in ("figure", "setting", "metric"):
+        with pytest.raises(ValueError, match="not one comparison"):
+            over_seeds([row, replace(row, **{name: "another"})])
+    with pytest.raises(ValueError, match="not one comparison"):
+        over_seeds([])
+
+
+def test_rows_are_compared_by_what_they_say():
+    first, second = (relative(*WHERE, 8.0, 9.0, 12.5) for _ in range(2))
+    assert first == second
+    assert first != replace(first, ours=9.5)
+    assert "remake" not in repr(first)
+    assert isinstance(first, Row) and first.remake(7.0) == relative(*WHERE, 8.0, 7.0, 12.5)
+
+
+def test_a_seed_without_a_value_leaves_the_mean_without_one():
+    one, none = relative(*WHERE, 1.0, 2.0, 5.0), relative(*WHERE, 1.0, math.nan, 5.0)
+    for rows in ([one, none], [none, one]):
+        row = over_seeds(rows)
+        assert row.held is False and row.spread is None and row.difference == "no value"
+        assert row.to_json()["ours"] is None and "spread" not in row.to_json()
+
+
+def test_a_mean_that_is_off_is_explained_where_the_papers_own_seed_holds():
+    first, other = relative(*WHERE, 1.0, 1.04, 5.0), relative(*WHERE, 1.0, 1.14, 5.0)
+    row = over_seeds([first, other])
+    assert row.held == EXPLAINED and row.reason.startswith("D15: ")
+    assert row.ours == pytest.approx(1.09)
+    assert over_seeds([other, first]).held is False, "the paper's seed is the first"
+    far = relative(*WHERE, 1.0, 1.2, 5.0)
+    assert over_seeds([first, far]).held is False, "more than twice the tolerance off"
+    assert over_seeds([first, first]).held is True

@@ -1,0 +1,327 @@
+"""Regime item 7: the published numbers against each other, the models against known sizes."""
+
+import dataclasses
+import math
+
+import pytest
+
+from vllm_sim import paper
+from vllm_sim.paper import (
+    BLOCK_SIZE,
+    DEPLOYMENTS,
+    GIB,
+    GPU,
+    GPUS,
+    MODELS,
+    TABLE1,
+    TABLE1_DERIVED,
+    Deployment,
+    ModelConfig,
+    Published,
+    kv_blocks,
+    memory_per_gpu,
+)
+
+COLUMNS = tuple(TABLE1)
+
+
+def half_unit(printed, decimals=None):
+    """Half a unit of the last printed place: what rounding may have moved the number by."""
+    if decimals is None:
+        text = repr(printed)
+        decimals = len(text.partition(".")[2]) if "." in text else 0
+    return 0.5 * 10.0**-decimals
+
+
+def check_quotient(top, bottom, printed, decimals, printed_decimals=None):
+    """Some unrounded top / bottom rounds to `printed`."""
+    half = half_unit(top, decimals)
+    low, high = (top - half) / (bottom + half), (top + half) / (bottom - half)
+    slack = half_unit(printed, printed_decimals) + 1e-9
+    assert low - slack <= printed <= high + slack, (top, bottom, printed)
+
+
+# ---- models, GPUs, Table 1 --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [  # element counts of the released checkpoints
+        ("opt-125m", 125_239_296),
+        ("opt-1.3b", 1_315_758_080),
+        ("opt-6.7b", 6_658_473_984),
+        ("opt-13b", 12_853_473_280),
+        ("llama-13b", 13_015_864_320),
+    ],
+)
+def test_parameters_are_those_of_the_released_models(name, params):
+    assert MODELS[name].num_params == params
+    assert MODELS[name].param_bytes == 2 * params
+
+
+def test_grouped_queries_shrink_the_cache_and_the_projections():
+    full = MODELS["llama-13b"]
+    grouped = dataclasses.replace(full, num_kv_heads=10)
+    assert grouped.kv_bytes_per_token * 4 == full.kv_bytes_per_token
+    saved = 40 * 2 * 30 * 128 * 5120  # layers x (K and V) x heads x D x hidden
+    assert full.num_params - grouped.num_params == saved
+
+
+def test_one_token_and_one_request_of_opt_13b():
+    model = MODELS["opt-13b"]
+    assert model.kv_bytes_per_token == 800 * 1024 == paper.TEXT["kv_bytes_per_token"].value
+    request_gb = model.kv_bytes_per_token * paper.MAX_MODEL_LEN / 1e9
+    # 1.68: the paper takes 800 KB times 2048 tokens as 1.6 GB
+    assert abs(request_gb - paper.TEXT["kv_gb_per_request"].value) < 0.1
+    assert math.floor(800e3 * 2048 / 1e8) / 10 == paper.TEXT["kv_gb_per_request"].value
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_table1_derived(name):
+    deployment, derived = DEPLOYMENTS[name], TABLE1_DERIVED[name]
+    blocks = kv_blocks(deployment)
+    assert blocks == derived["blocks"]
+    assert blocks * BLOCK_SIZE == derived["slots"]
+    gib = derived["slots"] * deployment.model.kv_bytes_per_token / GIB
+    assert abs(gib - derived["kv_cache_gib"]) <= half_unit(derived["kv_cache_gib"])
+    gb = memory_per_gpu(deployment).parameters * deployment.num_gpus / 1e9
+    assert abs(gb - derived["parameters_gb"]) <= half_unit(derived["parameters_gb"])
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_table1_printed(name):
+    printed, derived = TABLE1[name], TABLE1_DERIVED[name]
+    gpu_gb = 80 if DEPLOYMENTS[name].gpu.name == "a100-80gb" else 40
+    assert printed["total_gb"] == gpu_gb * DEPLOYMENTS[name].num_gpus
+    assert round(derived["kv_cache_gib"]) == printed["kv_cache_gb"]
+    # The two known exceptions are in DOES_NOT_ADD_UP: 66B's slots, 175B's parameters.
+    assert (round(derived["slots"] / 1000, 1) == printed["kilo_slots"]) == (name != "opt-66b")
+    assert derived["slots"] / 1000 == pytest.approx(printed["kilo_slots"], rel=0.006)
+    assert (round(derived["parameters_gb"]) == printed["parameters_gb"]) == (name != "opt-175b")
+    assert derived["parameters_gb"] == pytest.approx(printed["parameters_gb"], rel=0.012)
+
+
+@pytest.mark.parametrize("gib", [39.40, 39.41])
+def test_a_slightly_larger_gpu_gives_both_printed_slot_counts(gib):
+    gpu = GPU("a100-40gb", int(gib * GIB))
+    for name in ("opt-13b", "opt-66b"):
+        deployment = dataclasses.replace(DEPLOYMENTS[name], gpu=gpu)
+        assert round(kv_blocks(deployment) * BLOCK_SIZE / 1000, 1) == TABLE1[name]["kilo_slots"]
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_memory_parts_sum_to_the_gpu(name):
+    deployment = DEPLOYMENTS[name]
+    memory = memory_per_gpu(deployment)
+    assert sum(dataclasses.astuple(memory)) == deployment.gpu.memory_bytes
+    block_bytes = BLOCK_SIZE * deployment.model.kv_bytes_per_token // deployment.num_gpus
+    assert 0 <= memory.kv_cache - kv_blocks(deployment) * block_bytes < block_bytes
+
+
+def test_block_count_scales_with_block_size_and_memory():
+    deployment = DEPLOYMENTS["opt-13b"]
+    assert kv_blocks(deployment, block_size=1) // 16 == kv_blocks(deployment)
+    assert kv_blocks(deployment, utilization=0.9) < kv_blocks(deployment)
+    assert kv_blocks(deployment, max_batched_tokens=512) > kv_blocks(deployment)
+
+
+def test_opt_13b_takes_the_share_of_memory_that_fig1_shows():
+    printed = paper.FIG1_MEMORY
+    assert round(MODELS["opt-13b"].param_bytes / 1e9) == printed["parameters_gb"]
+    assert 100 * printed["parameters_gb"] / 40 == printed["parameters_percent"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 0},
+        {"vocab_size": -1},
+        {"hidden_size": 5120.0},
+        {"dtype_bytes": True},
+        {"num_kv_heads": 7},
+        {"num_kv_heads": 80},
+        {"head_size": 64},
+        {"family": "gpt"},
+    ],
+)
+def test_bad_model(change):
+    with pytest.raises(ValueError, match="opt-13b"):
+        dataclasses.replace(MODELS["opt-13b"], **change)
+
+
+def test_model_needs_no_square_projection_unless_opt():
+    model = ModelConfig("wide", "llama", 2, 64, 4, 2, 32, 128, 100, 64)
+    assert model.matrix_params == 2 * (2 * (4 + 2) * 32 * 64 + 3 * 64 * 128) + 2 * 100 * 64
+
+
+@pytest.mark.parametrize("memory", [0, -1, 4e10, None])
+def test_bad_gpu(memory):
+    with pytest.raises(ValueError, match="memory_bytes"):
+        GPU("a100-40gb", memory)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 3, 80])
+def test_bad_deployment(num_gpus):
+    with pytest.raises(ValueError, match="opt-13b"):
+        Deployment(MODELS["opt-13b"], GPUS["a100-40gb"], num_gpus)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"block_size": 0}, {"max_batched_tokens": 0}, {"utilization": 0}, {"utilization": 1.01}],
+)
+def test_bad_memory_plan(arguments):
+    with pytest.raises(ValueError, match="must be"):
+        kv_blocks(DEPLOYMENTS["opt-13b"], **arguments)
+
+
+def test_model_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"opt-66b leaves no memory.*missing"):
+        kv_blocks(Deployment(MODELS["opt-66b"], GPUS["a100-80gb"], 1))
+
+
+# ---- worked examples --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_name", ["A", "B"])
+def test_fig3_slots_sum_to_the_reservation(request_name):
+    slots = dict(paper.FIG3[request_name])
+    assert slots.pop("max_len") == sum(slots.values())
+
+
+def test_fig6_fills_blocks_left_to_right():
+    size = paper.FIG6["block_size"]
+    for step, table in enumerate(paper.FIG6["tables"]):
+        filled = [count for _, count in table]
+        assert sum(filled) == paper.FIG6["prompt"] + step
+        assert all(count == size for count in filled[:-1])
+        assert 1 <= filled[-1] <= size
+        assert len({block for block, _ in table}) == len(table)
+
+
+def test_fig9_needs_as_many_new_blocks_as_it_frees():
+    assert len(paper.FIG9["freed"]) == len(paper.FIG9["allocated"]) == paper.FIG9["beam_width"]
+    assert not set(paper.FIG9["freed"]) & set(paper.FIG9["allocated"])
+
+
+# ---- figures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", paper.FIG2)
+def test_fig2(system):
+    printed, drawn = paper.FIG2[system], paper.FIG2_DRAWN[system]
+    assert sum(printed.values()) == pytest.approx(100, abs=0.2)
+    assert sum(drawn.values()) == pytest.approx(100, abs=0.05)
+    for part, percent in printed.items():
+        assert abs(drawn[part] - percent) <= 0.05 + 1e-9
+
+
+def test_fig2_and_the_text_agree():
+    used = [paper.FIG2[system]["tokens"] for system in paper.ORCAS]
+    assert (min(used), max(used)) == paper.TEXT["kv_used_existing"].value
+
+
+def test_fig11_ratios_and_means():
+    means = paper.FIG11_MEANS
+    for part, ratio in paper.FIG11_SHAREGPT_OVER_ALPACA.items():
+        check_quotient(means["ShareGPT"][part], means["Alpaca"][part], ratio, 2)
+        kept = paper.FIG11_SHAREGPT_PAIRS["kept_at_most_2048"][part]
+        assert abs(kept - means["ShareGPT"][part]) <= half_unit(means["ShareGPT"][part])
+        counted = paper.FIG11_ALPACA_PAIRS[part]
+        assert abs(counted - means["Alpaca"][part]) <= half_unit(means["Alpaca"][part])
+
+
+def test_fig11_percentiles_rise():
+    for data_set in paper.FIG11_SPREAD.values():
+        for spread in data_set.values():
+            points = [value for key, value in spread.items() if key not in ("sd", "mean")]
+            assert points == sorted(points)
+
+
+@pytest.mark.parametrize(("data_set", "decimals"), [("ShareGPT", 3), ("Alpaca", 2)])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_fig12_ratios(data_set, decimals, name):
+    rates = paper.FIG12_RATES[data_set][name]
+    for system, ratio in paper.FIG12_VLLM_OVER[data_set][name].items():
+        check_quotient(rates[paper.VLLM], rates[system], ratio, decimals)
+    assert set(paper.FIG12_VLLM_OVER[data_set][name]) == set(rates) - {paper.VLLM}
+    assert max(rates, key=rates.get) == paper.VLLM
+
+
+def test_fig13():
+    longest = TABLE1_DERIVED["opt-13b"]["slots"] // paper.MAX_MODEL_LEN
+    for data_set, batch in paper.FIG13.items():
+        assert batch[paper.ORCA_MAX] == longest == 7
+        for system, ratio in paper.FIG13_VLLM_OVER[data_set].items():
+            check_quotient(batch[paper.VLLM], batch[system], ratio, 2, 1)
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "beam"])
+@pytest.mark.parametrize("width", [2, 4, 6])
+def test_fig14_ratios(decoding, width):
+    rates = paper.FIG14_RATES[decoding][width]
+    for system, ratio in paper.FIG14_VLLM_OVER[decoding][width].items():
+        check_quotient(rates[paper.VLLM], rates[system], ratio, 2)
+
+
+def test_fig15_grows_with_width_and_beams_share_more():
+    for decoding, saved in paper.FIG15.items():
+        assert list(saved.values()) == sorted(saved.values())
+        low, high = paper.FIG15_SHAREGPT[decoding]
+        assert low > saved[2] and high > saved[6]
+    assert all(paper.FIG15["beam"][w] > paper.FIG15["parallel"][w] for w in (2, 4, 6))
+
+
+def test_fig16_and_fig17_ratios():
+    for row in paper.FIG16.values():
+        check_quotient(row[paper.VLLM], row[paper.ORCA_ORACLE], row["ratio"], 2)
+        assert row["ratio"] == pytest.approx(row["text_ratio"], rel=0.02)
+    rates = paper.FIG17_RATES
+    for orca, ratio in zip((paper.ORCA_ORACLE, paper.ORCA_MAX), paper.FIG17_VLLM_OVER):
+        check_quotient(rates[paper.VLLM], rates[orca], ratio, 3)
+    assert max(paper.FIG17_VLLM_OVER) < paper.FIG17_TEXT_RATIO  # in DOES_NOT_ADD_UP
+
+
+@pytest.mark.parametrize("point", paper.FIG18A)
+def test_fig18a_overhead(point):
+    row = paper.FIG18A[point]
+    half = 0.05
+    low = (row[paper.VLLM] - half) / (row[paper.FASTER_TRANSFORMER] + half)
+    high = (row[paper.VLLM] + half) / (row[paper.FASTER_TRANSFORMER] - half)
+    slack = half_unit(row["overhead"])
+    assert 100 * (low - 1) - slack <= row["overhead"] <= 100 * (high - 1) + slack
+
+
+@pytest.mark.parametrize("block_size", paper.BLOCK_SIZES)
+def test_fig19a(block_size):
+    row = {part: values[block_size] for part, values in paper.FIG19A.items()}
+    assert row["swap in"] + row["swap out"] == pytest.approx(row["swap in + out"], abs=0.15 + 1e-9)
+    check_quotient(row["recompute"], row["swap in + out"], paper.FIG19A_RATIO[block_size], 1, 2)
+    excess = 100 * (paper.FIG19A_RATIO[block_size] - 1)
+    assert excess <= paper.TEXT["recompute_over_swap_up_to"].value
+
+
+def test_swapping_gets_cheaper_with_larger_blocks_and_recomputing_does_not_care():
+    for part in ("swap in", "swap out"):
+        values = list(paper.FIG19A[part].values())
+        assert values == sorted(values, reverse=True)
+    recompute = paper.FIG19A["recompute"].values()
+    assert max(recompute) / min(recompute) < 1.1
+
+
+# ---- provenance -------------------------------------------------------------------------------
+
+
+def test_blog_claims_are_kept_apart():
+    assert all(claim.mark == "F-BLOG" for claim in paper.BLOG.values())
+    assert not any("F-BLOG" in claim.mark for claim in paper.TEXT.values())
+    assert not any("F-BLOG" in record.mark for record in paper.FIGURES.values())
+
+
+def test_published_refuses_an_unknown_mark_or_no_source():
+    with pytest.raises(ValueError, match="provenance"):
+        Published(1, "x", "Fig. 2", "", "F-PDF + HEARSAY")
+    with pytest.raises(ValueError, match="figure or section"):
+        Published(1, "x", "", "", "F-PDF")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        paper.TEXT["overall"].value = 5

@@ -1,0 +1,755 @@
+"""The four scenarios on a tiny model: their checks hold, and each check can fail.
+
+Every check that main.py prints is met here at least once by something that is broken on purpose:
+a check that nothing can make fail would tell a reader nothing. Few iterations and small pools, so
+that a scenario takes a fraction of a second; the bookkeeping is that of the full size.
+"""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+import paged_attention
+from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager, PagedTables
+from paged_attention import PagedKVCache
+from sequence import BlockTable
+from vllm_sim import paper
+from vllm_sim.scenarios import baseline as scenario_baseline
+from vllm_sim.scenarios import mixed as scenario_mixed
+from vllm_sim.scenarios import paged as scenario_paged
+from vllm_sim.scenarios import paged as scenario_paged_tensors
+from vllm_sim.scenarios import sampling as scenario_sampling
+from vllm_sim.scenarios.record import RunRecord
+from vllm_sim.scenarios.report import ScenarioReport, Table, render_scenario
+from vllm_sim.scenarios.setting import (
+    Setting,
+    UsageMean,
+    check_setting,
+    sample_requests,
+    steady_state,
+)
+from vllm_sim.scenarios.stamped_cache import StampedCache
+from vllm_sim.serving.scheduler import Limits
+from vllm_sim.serving.simulator import make_groups
+from vllm_sim.workload.requests import ALPACA, SHAREGPT, Request
+
+TINY = paper.ModelConfig("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
+SHORT = paper.ModelConfig("short", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
+GROUPED = paper.ModelConfig("grouped", "opt", 3, 32, 4, 2, 8, 64, 100, 2048)
+SCENARIOS = (scenario_baseline, scenario_paged, scenario_sampling, scenario_mixed)
+
+
+pytestmark = pytest.mark.usefixtures("few_bytes")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Shorter steady states; the full length is for the numbers beside the paper's."""
+    for module, warmup, iterations in (
+        (scenario_baseline, 100, 900),
+        (scenario_paged, 300, 300),
+        (scenario_sampling, 50, 60),
+    ):
+        monkeypatch.setattr(module, "WARMUP", warmup)
+        for name in ("ITERATIONS", "BASELINE_ITERATIONS"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, iterations)
+    monkeypatch.setattr(scenario_sampling, "OUTPUT_LEN", 20)
+    return monkeypatch
+
+
+def setting_of(num_blocks, block_size=16, seed=0, model=TINY, num_layers=1):
+    return Setting(model, torch.device("cpu"), num_layers, num_blocks, block_size, seed)
+
+
+def empty_report():
+    return ScenarioReport(0, "a part", "Does it hold?")
+
+
+def failed(report):
+    return [check.name for check in report.checks if not check.ok]
+
+
+def records(report, title):
+    """The rows of the one table whose title starts so."""
+    (table,) = (p for p in report.parts if isinstance(p, Table) and p.title.startswith(title))
+    return table.records()
+
+
+# --- all checks hold -----------------------------------------------------------------------------
+
+NUM_CHECKS = {1: {5}, 2: {5, 6}, 3: {5}, 4: {6}}
+
+
+def assert_all_hold(report):
+    assert failed(report) == [], [check for check in report.checks if not check.ok]
+    names = [check.name for check in report.checks]
+    assert len(set(names)) == len(names) in NUM_CHECKS[report.number]
+    assert report.answer.endswith(".") and "nan" not in report.answer
+    assert render_scenario(report, "plain").isascii()
+
+
+@pytest.mark.parametrize("module", SCENARIOS)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        setting_of(130, seed=1),  # the fewest blocks of the default size
+        setting_of(200, seed=2, model=GROUPED, num_layers=2),
+        setting_of(12, 300, seed=0),  # a block for each sequence of a group, and one more
+        setting_of(2069, 1, seed=4),
+        setting_of(40, 64, seed=3),
+    ],
+    ids=lambda s: f"{s.num_blocks}x{s.block_size}",
+)
+def test_all_checks_hold(module, setting, quick):
+    check_setting(setting)
+    report = module.run(setting)
+    assert_all_hold(report)
+    assert {check.name for check in report.checks} <= names_that_can_fail()
+
+
+# Each of these made a check fail, or a scenario stop with a traceback, although nothing was wrong.
+ONCE_FAILED = [
+    (scenario_sampling, setting_of(983, seed=3)),  # a mean over few requests, which fell
+    (scenario_sampling, setting_of(603, seed=0)),
+    (scenario_sampling, setting_of(122, 128)),
+    (scenario_baseline, setting_of(130, seed=3)),  # one largest chunk: nothing to fragment
+    (scenario_baseline, setting_of(13, 2048)),  # a block holds the longest request
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "setting"),
+    [pytest.param(m, s, marks=[pytest.mark.slow] * (s.num_blocks > 200)) for m, s in ONCE_FAILED],
+)
+def test_no_check_fails_where_nothing_is_wrong(module, setting):
+    assert_all_hold(module.run(setting))
+
+
+def test_the_same_setting_gives_the_same_report(quick):
+    for module in (scenario_baseline, scenario_mixed):
+        first, again = (module.run(setting_of(130, seed=5)).to_json() for _ in range(2))
+        assert first == again
+    assert scenario_baseline.run(setting_of(130, seed=6)) != scenario_baseline.run(setting_of(130))
+
+
+# --- the setting ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block_size", "need"),
+    [
+        (16, 130),  # 128 of the request, one to grow into, one of the watermark
+        (1, 2069),
+        (7, 512),  # a chunk of a power of two: 293 blocks are not enough
+        (128, 17),
+        (256, 12),  # 9 for the longest request; six sequences have two blocks each
+        (2048, 12),
+        (5000, 12),
+    ],
+)
+def test_the_fewest_blocks_are_accepted_and_one_less_is_not(block_size, need):
+    check_setting(setting_of(need, block_size))
+    for more in range(need, need + 400):
+        check_setting(setting_of(more, block_size))
+    for fewer in (need - 1, need // 2, 1):
+        with pytest.raises(ValueError, match=f"raise --num-blocks to {need:,} or more") as caught:
+            check_setting(setting_of(fewer, block_size))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("block_size", "need"), [(16, 130), (7, 512), (256, 12)])
+def test_what_is_accepted_holds_the_longest_request_and_the_largest_group(block_size, need):
+    """Under every policy, alone, to the end; and with a pool one smaller it is at times refused."""
+    setting = setting_of(need, block_size)
+    longest = Request(0, 0.0, 2000, 48)
+    for policy in ("max", "pow2", "oracle"):
+        manager = BaselineCacheManager(need, block_size, policy=policy, max_len=2048)
+        manager.allocate(0, longest.prompt_len, 2048)
+    manager = PagedKVCacheManager(need, block_size, watermark=paper.WATERMARK)
+    group = make_groups([longest])[0]
+    manager.require_fits(group)
+    for n in (1, 2, 4, 6):
+        for request in sample_requests(SHAREGPT, 300, setting, n):
+            assert request.num_samples == n
+            assert request.prompt_len + request.output_len <= setting.max_len
+            manager.require_fits(make_groups([request])[0])
+
+
+def test_a_pool_that_does_not_fit_the_memory_is_refused():
+    from paged_attention import DeviceMemoryError
+
+    with pytest.raises(DeviceMemoryError):
+        check_setting(setting_of(10**10))
+
+
+def test_a_setting_describes_itself():
+    setting = setting_of(300, 8, seed=7, model=GROUPED, num_layers=2)
+    told = setting.describe()
+    assert (told["heads"], told["kv_heads"], told["head_size"], told["layers"]) == (4, 2, 8, 2)
+    assert (told["num_blocks"], told["block_size"], told["seed"]) == (300, 8, 7)
+    assert told["dtype"] == "float32" and told["device"] == "cpu" and told["max_len"] == 2048
+    assert setting.line == "grouped, 300 blocks of 8 = 2,400 slots, seed 7"
+    assert setting.pool_bytes() == 2400 * 2 * 2 * 2 * 8 * 4
+    assert setting.new_cache().num_bytes == setting.pool_bytes()
+    assert Setting(SHORT, torch.device("cpu"), 1, 40, 16, 0).max_len == 256
+    assert Setting(SHORT, torch.device("cuda"), 1, 40, 16, 0).dtype is torch.float16
+
+
+# --- the steady state ----------------------------------------------------------------------------
+
+
+def test_a_queue_that_runs_dry_is_an_error():
+    requests = [Request(n, 0.0, 3, 3) for n in range(5)]
+    with pytest.raises(ValueError, match="the queue of 5 ran dry"):
+        steady_state(PagedKVCacheManager(20, 4), requests, Limits(40, 8), 0, 50)
+
+
+def test_means_are_taken_after_the_warmup_only():
+    requests = [Request(n, 0.0, 4, 4) for n in range(60)]
+    manager, seen = PagedKVCacheManager(9, 4, watermark=0.0), []
+
+    def each(running):
+        usage = manager.usage()
+        seen.append((usage, len(running.running)))
+
+    mean = steady_state(manager, requests, Limits(40, 8), 7, 20, each)
+    assert len(seen) == mean.count == 20
+    assert mean.batch == pytest.approx(sum(batch for _, batch in seen) / 20)
+    for part in ("tokens", "padding", "free"):
+        shares = [getattr(usage, part) / 36 for usage, _ in seen]
+        assert mean.percent(part) == pytest.approx(100 * sum(shares) / 20)
+    parts = [mean.percent(part) for part in ("rounding", "padding", "free")]
+    assert mean.external_and_others == pytest.approx(sum(parts))
+    assert mean.saving == pytest.approx(0.0)
+
+
+def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
+    mean = UsageMean()
+    mean.add(MemoryUsage(40, 0, 40), 0)
+    mean.add(MemoryUsage(40, 8, 32, logical_tokens=16, logical_blocks=4, physical_blocks=2), 2)
+    assert (mean.percent("free"), mean.batch) == (90.0, 1.0)
+    assert mean.saving == 50.0  # of the one that holds blocks
+
+
+# --- scenario 1 ----------------------------------------------------------------------------------
+
+
+def test_fifty_tokens_in_a_reservation_of_2048():
+    report = empty_report()
+    scenario_baseline._one_request(setting_of(130), report)
+    assert (
+        "50 tokens under 'max': 2048 slots reserved, 1998 of them never used (97.6 %)"
+        in (report.parts[0])
+    )
+    assert report.checks[0].name == "50 tokens in a 2048-slot reservation" and report.checks[0].ok
+    short = empty_report()
+    scenario_baseline._one_request(setting_of(16, model=SHORT), short)
+    assert short.checks[0].name == "50 tokens in a 256-slot reservation" and short.checks[0].ok
+
+
+def test_figure_3_slot_by_slot():
+    report = empty_report()
+    scenario_baseline._figure_3(setting_of(130), report)
+    rows = [tuple(row.values()) for row in records(report, "Fig. 3")]
+    # Counted in the figure: prompt and current token, two (one) to come, and the rest.
+    assert rows == [
+        ("A", 2048, "ours", 8, 2, 2038),
+        ("A", 2048, "paper", 8, 2, 2038),
+        ("B", 512, "ours", 4, 1, 507),
+        ("B", 512, "paper", 4, 1, 507),
+    ]
+    assert report.checks[0].ok
+
+
+def test_the_shares_of_the_contiguous_policies(quick):
+    """Beside each other as in Fig. 2: what each policy wastes, and what it cannot waste."""
+    report = scenario_baseline.run(setting_of(300))
+    rows = [row for row in records(report, "Steady state") if row["who"] == "ours"]
+    policies = {row["policy"]: row for row in rows}
+    for row in rows:
+        parts = ("tokens", "reserved", "internal", "rounding", "free")
+        assert sum(row[part] for part in parts) == pytest.approx(100)
+        external = row["rounding"] + row["free"]
+        assert row["external_and_others"] == pytest.approx(external)
+    assert policies[paper.ORCA_ORACLE]["internal"] == 0 < policies[paper.ORCA_POW2]["internal"]
+    assert policies[paper.ORCA_MAX]["rounding"] == 0  # 2048 is a power of two
+    tokens = [policies[s]["tokens"] for s in scenario_baseline.POLICIES.values()]
+    assert tokens == sorted(tokens) and tokens[0] < tokens[-1]
+    fill = records(report, "Admitted in order")
+    for row in fill:
+        parts = ("tokens", "reserved", "internal", "rounding", "free")
+        assert sum(row[part] for part in parts) == 300 * 16
+
+
+def test_a_policy_of_ones_own_has_no_bar_of_the_papers(quick):
+    theirs = paper.ORCA_POW2, paper.ORCA_ORACLE
+    quick.setattr(
+        scenario_baseline, "POLICIES", dict(zip(("max", "pow2", "oracle"), ("mine", *theirs)))
+    )
+    record = RunRecord()
+    report = scenario_baseline.run(setting_of(130), record=record)
+    rows = [(row["policy"], row["who"]) for row in records(report, "Steady state")]
+    assert rows == [("mine", "ours"), *((s, who) for s in theirs for who in ("ours", "paper"))]
+    told = {bar.system: bar.paper for bar in record.bars}
+    assert told == {"mine": None, **{system: paper.FIG2[system] for system in theirs}}
+
+
+def test_the_map_of_the_pool_shows_each_slot_where_it_is():
+    manager = BaselineCacheManager(20, 4, policy="pow2", max_len=32)
+    manager.allocate(0, 9, 21)  # 9 tokens, 12 to come, 4 never used, 7 rounded up: 32 slots
+    manager.allocate(1, 20, 32)  # 20 tokens, 12 to come
+    # 16 slots a character: what most of them are. Chunks are given from the upper end.
+    assert (manager.start_slot(1), manager.start_slot(0)) == (0, 32)
+    assert scenario_baseline.pool_map(manager) == "Tr" + "To" + "."
+
+
+def test_a_request_pool_that_nothing_fills_is_an_error():
+    requests = [Request(n, 0.0, 3, 3) for n in range(2)]
+    with pytest.raises(ValueError, match="all 2 requests fit"):
+        scenario_baseline._fill(setting_of(130), "oracle", requests)
+
+
+def test_requests_that_fit_all_at_once_are_an_error_in_scenario_2():
+    """No steady state, and no first refusal to show: it is not told as one."""
+    report = empty_report()
+    with pytest.raises(ValueError, match="the queue of 2 ran dry"):
+        scenario_paged._fill_and_run(
+            setting_of(130), report, [Request(n, 0.0, 3, 3) for n in range(2)]
+        )
+    assert report.parts == []
+
+
+# --- scenario 3: closed forms --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block_size", "prompt_len"), [(1, 9), (4, 7), (4, 8), (4, 9), (16, 161), (16, 160), (64, 5)]
+)
+def test_n_samples_cost_what_a_count_by_hand_says(block_size, prompt_len, monkeypatch):
+    """In sets of (sample, position) and without a block table: what may be shared is what was
+    written before the fork, and a block is shared only if all of it was."""
+    output_len = 20
+    monkeypatch.setattr(scenario_sampling, "OUTPUT_LEN", output_len)
+    for n in (1, 2, 3, 6):
+        samples = scenario_sampling.SharedPrompt(
+            setting_of(1), n * (prompt_len + output_len), block_size, prompt_len
+        )
+        for sample in range(1, n):
+            samples.fork(sample)
+        copied = sum(samples.generate(s) for _ in range(output_len) for s in range(n))
+        blocks, repeated = set(), 0
+        for sample in range(n):
+            for position in range(prompt_len + output_len):
+                block = position // block_size
+                shared = (block + 1) * block_size <= prompt_len
+                blocks.add((0 if shared else sample, block))
+                repeated += not shared and position < prompt_len and sample > 0
+        usage = samples.manager.usage()
+        assert usage.physical_blocks == len(blocks)
+        assert samples.manager.duplicates() == repeated
+        assert copied == (n - 1) * (prompt_len % block_size > 0)
+        assert usage.logical_tokens == n * (prompt_len + output_len)
+        assert all(samples.holds(sample) for sample in range(n))
+
+
+def test_figure_8_as_drawn():
+    report = empty_report()
+    scenario_sampling._figure_8(setting_of(1), report)
+    rows = [tuple(row.values()) for row in records(report, "Fig. 8")]
+    assert rows == [
+        ("prompt shared", "7(4) 1(3)", "7(4) 1(3)", 2),
+        ("A1 writes: copy, then write", "7(4) 3(4)", "7(4) 1(3)", 1),
+        ("A2 writes in place", "7(4) 3(4)", "7(4) 1(4)", 1),
+    ]
+    assert failed(report) == []
+
+
+def test_the_prompt_is_cut_to_a_short_model(quick):
+    report = empty_report()
+    scenario_sampling._one_prompt(setting_of(16, model=SHORT), report)
+    assert failed(report) == [] and "a prompt of 161 tokens" in report.parts[0].setting
+
+
+# --- broken on purpose ---------------------------------------------------------------------------
+
+
+def no_reservation(mp):
+    mp.setattr(
+        BaselineCacheManager, "slots_to_ask", lambda self, tokens, final, max_len=None: final
+    )
+
+
+def never_a_hole(mp):
+    mp.setattr(BaselineCacheManager, "refused_by_fragmentation", lambda self, *lengths: False)
+
+
+def a_token_misplaced(mp):
+    """Sums that still add up, with one reserved slot taken for a token."""
+
+    class Counts(BaselineCacheManager):
+        def usage(self):
+            usage = super().usage()
+            one = min(1, usage.reserved)
+            return dataclasses.replace(
+                usage,
+                tokens=usage.tokens + one,
+                reserved=usage.reserved - one,
+                logical_tokens=usage.logical_tokens + one,
+            )
+
+    mp.setattr(scenario_baseline, "BaselineCacheManager", Counts)
+
+
+def a_token_forgotten(mp):
+    """A paged manager that believes its sequences to be shorter than they are."""
+
+    class Counts(PagedKVCacheManager):
+        def usage(self):
+            usage = super().usage()
+            return dataclasses.replace(usage, logical_tokens=max(0, usage.logical_tokens - 1))
+
+        def check_invariants(self):
+            """It would notice."""
+
+    mp.setattr(scenario_paged, "PagedKVCacheManager", Counts)
+
+
+def coarse_blocks(mp):
+    """Pages of four times the size that the setting says."""
+
+    def manager(setting):
+        return PagedKVCacheManager(setting.num_blocks // 4 + 2, setting.block_size * 4)
+
+    mp.setattr(scenario_paged, "_new_manager", manager)
+
+
+def kernel(mp, wrong):
+    """paged_attention_kernel as scenario 2 sees it, with wrong(q, k, v, tables, lens) instead."""
+    right = paged_attention.paged_attention_kernel
+    mp.setattr(paged_attention, "paged_attention_kernel", lambda *args: right(*wrong(*args)))
+
+
+def a_token_dropped(mp):
+    kernel(mp, lambda q, k, v, tables, lens: (q, k, v, tables, (lens - 1).clamp(min=1)))
+
+
+def padding_not_masked(mp):
+    def whole(q, k, v, tables, lens):
+        return q, k, v, tables, torch.full_like(lens, tables.shape[1] * k.shape[1])
+
+    kernel(mp, whole)
+
+
+def blocks_out_of_order(mp):
+    """Attention does not mind the order of its tokens, until the last block has unfilled slots."""
+    kernel(mp, lambda q, k, v, tables, lens: (q, k, v, tables.flip(1), lens))
+
+
+def one_k_for_v(mp):
+    kernel(mp, lambda q, k, v, tables, lens: (q, k, k, tables, lens))
+
+
+def rounded_otherwise(mp):
+    """Right to the last bit but one: within any budget, and not identical."""
+    right = paged_attention.paged_attention_kernel
+
+    def in_double(q, k, v, tables, lens):
+        out, lse = right(q.double(), k.double(), v.double(), tables, lens)
+        return out.float(), lse.float()
+
+    mp.setattr(paged_attention, "paged_attention_kernel", in_double)
+
+
+def both_scaled_wrongly(mp):
+    """Paged and contiguous agree with one another, and with nothing else."""
+    paged, dense = paged_attention.paged_attention_kernel, scenario_paged_tensors.attention
+    mp.setattr(paged_attention, "paged_attention_kernel", lambda *a: paged(*a, scale=0.5))
+    mp.setattr(scenario_paged_tensors, "attention", lambda *a: dense(*a, scale=0.5))
+
+
+def a_slot_off(mp):
+    """Every token is written one slot further on than the table says."""
+    right = scenario_paged_tensors.slot_mapping
+
+    def next_slot(table, start, count, size, device="cpu"):
+        return (right(table, start, count, size, device) + 1) % (130 * 16)
+
+    mp.setattr(scenario_paged_tensors, "slot_mapping", next_slot)
+
+
+def a_byte_forgotten(mp):
+    size = Setting.pool_bytes
+    mp.setattr(Setting, "pool_bytes", lambda self: size(self) - 1)
+
+
+def a_layer_too_many(mp):
+    new = Setting.new_cache
+
+    def larger(self, **options):
+        return new(Setting(self.model, self.device, 2, self.num_blocks, self.block_size, 0))
+
+    mp.setattr(Setting, "new_cache", larger)
+
+
+def no_copy_on_write(mp):
+    mp.setattr(BlockTable, "hold", lambda self: None)
+    mp.setattr(PagedKVCacheManager, "check_invariants", lambda self: None)
+
+
+def copies_not_made(mp):
+    mp.setattr(PagedKVCache, "copy_blocks", lambda self, pairs: None)
+
+
+def copies_too_late(mp):
+    """Made, but when the write that asked for them has been: it is overwritten."""
+    copy, write = PagedKVCache.copy_blocks, PagedKVCache.write
+
+    def later(self, pairs):
+        self.pending = pairs
+
+    def write_then_copy(self, layer, slots, k, v):
+        write(self, layer, slots, k, v)
+        copy(self, self.__dict__.pop("pending", ()))
+
+    mp.setattr(PagedKVCache, "copy_blocks", later)
+    mp.setattr(PagedKVCache, "write", write_then_copy)
+
+
+def copies_for_all(mp):
+    """The last holder copies as well, instead of writing in place."""
+    drop = PagedTables._copy_last_block
+    extend = PagedTables._extend
+
+    def always(self, seq_id, table, num_tokens):
+        if table.held and self._gpu.ref_count(table.blocks[-1]) == 1:
+            self._gpu.share(table.blocks[-1:])
+            self._gpu_copies.record(table.blocks[-1], table.blocks[-1], 0)
+            copy = (drop(self, table),)
+            return copy + extend(self, seq_id, table, num_tokens)
+        return extend(self, seq_id, table, num_tokens)
+
+    mp.setattr(PagedTables, "_extend", always)
+    mp.setattr(PagedKVCacheManager, "check_invariants", lambda self: None)
+
+
+def duplicates_not_counted(mp):
+    mp.setattr(PagedKVCacheManager, "duplicates", lambda self: 0)
+
+
+def prompts_not_shared(mp):
+    """The second sample gets a prompt of its own wherever there is room for it."""
+    admit = PagedKVCacheManager.admit
+
+    def apart(self, group):
+        copies = admit(self, group)
+        first, second, *_ = (seq.seq_id for seq in group.unfinished())
+        if self.can_allocate(self.num_tokens(first)):
+            self.free(second)
+            self.allocate(second, self.num_tokens(first))
+        return copies
+
+    mp.setattr(PagedKVCacheManager, "admit", apart)
+
+
+def contiguous_copies_not_made(mp):
+    mp.setattr(StampedCache, "_copy_slots", lambda self, copies: None)
+
+
+def never_room_to_swap(mp):
+    mp.setattr(PagedKVCacheManager, "can_swap_out", lambda self, ids: False)
+
+
+def no_pressure(mp):
+    mp.setattr(scenario_mixed, "LOADS", (0.01,))
+    mp.setattr(scenario_mixed, "MAX_OUTPUT", 4)
+    mp.setattr(scenario_mixed, "num_cpu_blocks", lambda setting: 4)
+
+
+def a_request_lost(mp):
+    serve = scenario_mixed.simulate
+    mp.setattr(
+        scenario_mixed, "simulate", lambda groups, *rest, **more: serve(groups[:-1], *rest, **more)
+    )
+
+
+def recomputed_blocks_not_rewritten(mp):
+    prefill = StampedCache._prefill
+
+    def once(self, group):
+        known = group.group_id in self._prompted
+        writes = prefill(self, group)
+        return [] if known else writes
+
+    mp.setattr(StampedCache, "_prefill", once)
+
+
+def swapped_to_the_wrong_place(mp):
+    move = PagedKVCache.swap_in
+
+    def turned(self, pairs):
+        sources = [source for source, _ in pairs]
+        move(self, [*zip(sources[1:] + sources[:1], (target for _, target in pairs))])
+
+    mp.setattr(PagedKVCache, "swap_in", turned)
+
+
+SAMPLES_OF_ONE = scenario_sampling._one_prompt
+FIG_8 = "Fig. 8: exactly one block copied, both samples intact"
+CLOSED = "copies, blocks and duplicates equal their closed forms"
+INTACT = "every sample's K and V intact through its table"
+IDENTICAL = "paged attention bit-identical to contiguous"
+BUDGET = "within the error budget of dense float64"
+SAVED = "the blocks saved are the prompts' own"
+OWN = "every finished sequence holds its own K and V"
+BREAKS = [
+    # (what is broken, the part that is run, the checks that must fail: no more and no less)
+    (no_reservation, scenario_baseline._one_request, {"50 tokens in a 2048-slot reservation"}),
+    (no_reservation, scenario_baseline._figure_3, {"Fig. 3's slots"}),
+    (
+        never_a_hole,
+        scenario_baseline.run,
+        {"external fragmentation under pow2", "external fragmentation under oracle"},
+    ),
+    (
+        a_token_misplaced,
+        lambda s, r: scenario_baseline._steady_state(s, r, sample_requests(SHAREGPT, 2000, s)),
+        {"slot identity at every iteration"},
+    ),
+    (
+        a_token_forgotten,
+        lambda s, r: scenario_paged._fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
+        {"slots add up at every iteration"},
+    ),
+    (
+        coarse_blocks,
+        lambda s, r: scenario_paged._fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
+        {"padding under one block per sequence", "waste of allocated memory under 4 %"},
+    ),
+    (a_token_dropped, scenario_paged.run, {IDENTICAL, BUDGET}),
+    (padding_not_masked, scenario_paged.run, {IDENTICAL, BUDGET}),
+    (blocks_out_of_order, scenario_paged.run, {IDENTICAL, BUDGET}),
+    (one_k_for_v, scenario_paged.run, {IDENTICAL, BUDGET}),
+    (a_slot_off, scenario_paged.run, {IDENTICAL, BUDGET}),
+    (rounded_otherwise, scenario_paged.run, {IDENTICAL}),
+    (both_scaled_wrongly, scenario_paged.run, {BUDGET}),
+    (a_byte_forgotten, scenario_paged.run, {"predicted bytes are the tensors' bytes"}),
+    (a_layer_too_many, scenario_paged.run, {"predicted bytes are the tensors' bytes"}),
+    (no_copy_on_write, scenario_sampling._figure_8, {FIG_8}),
+    (copies_not_made, scenario_sampling._figure_8, {FIG_8}),
+    (copies_too_late, scenario_sampling._figure_8, {FIG_8}),
+    (copies_for_all, scenario_sampling._figure_8, {FIG_8}),
+    (no_copy_on_write, SAMPLES_OF_ONE, {CLOSED, INTACT}),
+    (copies_not_made, SAMPLES_OF_ONE, {INTACT}),
+    (copies_too_late, SAMPLES_OF_ONE, {INTACT}),
+    (duplicates_not_counted, SAMPLES_OF_ONE, {CLOSED}),
+    (prompts_not_shared, scenario_sampling._figure_15, {f"Alpaca: {SAVED}", f"ShareGPT: {SAVED}"}),
+    (copies_not_made, scenario_mixed.run, {f"paged, swap: {OWN}", f"paged, recompute: {OWN}"}),
+    (swapped_to_the_wrong_place, scenario_mixed.run, {f"paged, swap: {OWN}"}),
+    # With swapping too: where the CPU pool is full, it falls back to recomputation.
+    (
+        recomputed_blocks_not_rewritten,
+        scenario_mixed.run,
+        {f"paged, swap: {OWN}", f"paged, recompute: {OWN}"},
+    ),
+    (contiguous_copies_not_made, scenario_mixed.run, {f"Orca (Oracle): {OWN}"}),
+    (never_room_to_swap, scenario_mixed.run, {"memory pressure forced preemption by swapping"}),
+    (
+        no_pressure,
+        scenario_mixed.run,
+        {
+            "memory pressure forced preemption by swapping",
+            "memory pressure forced preemption by recomputation",
+        },
+    ),
+]
+
+
+def names_that_can_fail():
+    """Checks that something broken below makes fail: every check there is must be among them."""
+    seen = {name for *_, checks in BREAKS for name in checks}
+    return seen | {"all groups finished in every run"}
+
+
+def run_part(part, setting):
+    if part.__name__ == "run":
+        return part(setting)
+    report = empty_report()
+    part(setting, report)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("broken", "part", "checks"), BREAKS, ids=lambda value: getattr(value, "__name__", None)
+)
+def test_what_is_broken_fails_its_check(broken, part, checks, quick):
+    setting = setting_of(300 if broken in (never_a_hole, coarse_blocks) else 130, seed=1)
+    broken(quick)
+    assert set(failed(run_part(part, setting))) == checks
+
+
+def test_a_request_that_is_lost_is_missed(quick):
+    a_request_lost(quick)
+    lost = failed(scenario_mixed.run(setting_of(130, seed=1)))
+    assert "all groups finished in every run" in lost
+
+
+def test_slots_that_do_not_add_up_stop_scenario_1(quick):
+    """The identity is asserted in every iteration: here a failure is an error, not a row."""
+    append_all = BaselineCacheManager.append_all
+
+    def forgets_one(self, num_tokens=1):
+        copies = append_all(self, num_tokens)
+        self._asked += 1
+        return copies
+
+    quick.setattr(BaselineCacheManager, "append_all", forgets_one)
+    with pytest.raises(AssertionError, match=r"slot identity broken|sum of slots"):
+        scenario_baseline.run(setting_of(130))
+
+
+# --- scenario 4's workload -----------------------------------------------------------------------
+
+
+def test_the_mix_fits_every_policy_and_has_every_kind():
+    rng = random.Random(0)
+    for _ in range(20):
+        setting = setting_of(rng.randint(130, 600), 16, rng.randrange(1000))
+        longest = scenario_mixed._longest(setting)
+        requests = scenario_mixed._requests(setting, longest, rng.choice(scenario_mixed.LOADS))
+        kinds = [(r.decoding, r.prefix_len > 0) for r in requests]
+        assert set(kinds) == {
+            ("single", False),
+            ("parallel", False),
+            ("beam", False),
+            ("single", True),
+        }
+        assert [r.request_id for r in requests] == list(range(len(requests)))
+        arrivals = [r.arrival_s for r in requests]
+        assert arrivals == sorted(arrivals)
+        for r in requests:
+            assert r.output_len >= 2 and r.prefix_len + r.prompt_len + r.output_len <= longest
+
+
+def test_a_run_of_fewer_iterations_than_rows_has_a_row_for_each():
+    setting = setting_of(130)
+    requests = [Request(n, 0.0, 20, 4, prefix_len=16 * (n == 2)) for n in range(3)]
+    outcome = scenario_mixed._serve(setting, scenario_mixed.PAGED_SWAP, requests, 500, None)
+    report = empty_report()
+    scenario_mixed._tables(setting, report, requests, [outcome])
+    rows = records(report, "Slots over time")
+    assert [row["iterations"] for row in rows] == ["0-0", "1-1", "2-2", "3-3"]
+    assert [row["batch"] for row in rows] == [3.0] * 4
+    tokens = [100 * (16 + 3 * n) / setting.num_slots for n in (20, 21, 22, 23)]
+    assert [row["tokens"] for row in rows] == pytest.approx(tokens)
+
+
+def test_the_requests_of_the_steady_states_are_cut_to_the_pool():
+    for n in (1, 2, 6):
+        setting = setting_of(130, model=SHORT)
+        requests = sample_requests(ALPACA, 500, setting, n)
+        totals = [r.prompt_len + r.output_len for r in requests]
+        assert max(totals) <= 256 and min(r.output_len for r in requests) >= 1
+        assert requests == sample_requests(ALPACA, 500, setting, n)

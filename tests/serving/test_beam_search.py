@@ -1,0 +1,341 @@
+"""beam_search.py: one search against candidates scored in plain lists, many against one.
+
+The histories of a batch of searches are those of beam_parents, given each search's own draws.
+"""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+
+from vllm_sim.serving.beam_search import (
+    MAX_HISTORIES_AT_ONCE,
+    _num_sticks,
+    _survivors,
+    beam_histories,
+    beam_parents,
+)
+
+# --- one search ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 6])
+@pytest.mark.parametrize("theta", [0.02, 0.25, 5.0])
+def test_survivors_keep_their_places(width, theta):
+    parents = beam_parents(width, 300, np.random.default_rng(width), theta)
+    assert parents.shape == (300, width)
+    assert parents.dtype == np.int64
+    assert (parents[0] == 0).all()
+    for row in parents.tolist():
+        assert set(row) <= set(range(width))
+        for parent in set(row):
+            assert row[parent] == parent
+
+
+def test_beams_follow_the_best_cumulative_scores():
+    """The same draws, scored candidate by candidate with plain lists."""
+    width, theta, steps = 4, 0.5, 200
+    parents = beam_parents(width, steps, np.random.default_rng(9), theta)
+    rng = np.random.default_rng(9)
+    sticks = width + math.ceil(14.0 / math.log1p(1.0 / theta))
+    scores = {0: 0.0}
+    for step in range(steps):
+        candidates = []
+        for beam, draws in enumerate(rng.standard_exponential((width, sticks)).tolist()):
+            left = 1.0
+            for draw in draws:
+                taken = 1.0 - math.exp(-draw / theta)  # Beta(1, theta) by inversion
+                if beam in scores and left * taken > 0.0:
+                    candidates.append((scores[beam] + math.log(left * taken), beam))
+                left *= 1.0 - taken
+        best = sorted(candidates, reverse=True)[:width]
+        heirs = {beam: [score for score, b in best if b == beam] for _, beam in best}
+        spare = [(score, beam) for score, beam in best if score != heirs[beam][0]]
+        scores = {beam: mine[0] for beam, mine in heirs.items()}
+        row = {beam: beam for beam in heirs}
+        for place, (score, beam) in zip(sorted(set(range(width)) - set(heirs)), spare):
+            row[place], scores[place] = beam, score
+        assert [row[place] for place in range(width)] == parents[step].tolist(), step
+
+
+def forks(width, theta, steps=1500):
+    parents = beam_parents(width, steps, np.random.default_rng(0), theta)
+    return int((parents[1:] != np.arange(width)).sum())
+
+
+def test_theta_sets_how_often_beams_fork():
+    for width in (2, 4, 6):
+        few, some, many = (forks(width, theta) for theta in (0.02, 0.25, 5.0))
+        assert few > 0
+        assert 3 * few < some
+        assert 2 * some < many
+    assert forks(1, 0.25) == 0
+
+
+def test_beams_outlive_a_step_but_not_the_search():
+    """Common ancestry: some step back, all beams descend from one, and not always from the last."""
+    parents = beam_parents(4, 400, np.random.default_rng(2))
+    ancestors, depths = list(range(4)), []
+    for row in reversed(parents.tolist()):
+        ancestors = [row[beam] for beam in ancestors]
+        depths.append(len(set(ancestors)))
+    assert depths == sorted(depths, reverse=True)
+    assert depths[0] > 1
+    assert depths[-1] == 1
+
+
+def test_beam_parents_depend_on_the_seed_alone():
+    first, again, other = (beam_parents(4, 200, np.random.default_rng(s)) for s in (1, 1, 2))
+    assert first.tobytes() == again.tobytes()
+    assert first.tobytes() != other.tobytes()
+    longer = beam_parents(4, 300, np.random.default_rng(1))
+    assert (longer[:200] == first).all()
+    assert beam_parents(3, 0, np.random.default_rng(0)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("width", "num_steps", "theta"),
+    [
+        (0, 5, 0.25),
+        (2.0, 5, 0.25),
+        (2, -1, 0.25),
+        (2, 5, 0.0),
+        (2, 5, -1.0),
+        (2, 5, math.nan),
+        (2, 5, 1e9),
+        (2, 5, 100.5),
+    ],
+)
+def test_beam_parents_refuse_bad_arguments(width, num_steps, theta):
+    with pytest.raises(ValueError, match=r"width|num_steps|theta"):
+        beam_parents(width, num_steps, np.random.default_rng(0), theta)
+
+
+def test_theta_may_be_100_at_most_and_a_millionth_at_least():
+    for theta in (1e-6, 100.0):
+        assert beam_parents(2, 3, np.random.default_rng(0), theta).shape == (3, 2)
+
+
+@pytest.mark.parametrize("theta", [0.02, 0.25, 1.0, 5.0])
+def test_sticks_are_as_many_as_leave_less_than_a_millionth(theta):
+    """On average each stick leaves theta / (1 + theta) of what was left; the spares aside."""
+    for width in (1, 6):
+        count = _num_sticks(width, theta) - width
+        left = theta / (1.0 + theta)
+        assert left**count <= math.exp(-14.0) < left ** (count - 1)
+
+
+# --- one step of many searches -------------------------------------------------------------------
+
+
+def sticks(width, theta):
+    """How many are drawn: as many as hold all but about 1e-6 of the mass, after `width` spares."""
+    return width + math.ceil(14.0 / math.log1p(1.0 / theta))
+
+
+def one_step(draws, scores, theta):
+    """(parents, new scores) of one search: every token of every beam is a candidate."""
+    candidates = []
+    for beam, score in enumerate(scores):
+        log_left = 0.0  # what the tokens so far have left of the distribution
+        for draw in draws[beam]:
+            taken = -math.expm1(-draw / theta)  # Beta(1, theta) by inversion
+            if score > -math.inf and taken > 0.0:
+                candidates.append((score + log_left + math.log(taken), beam))
+            log_left -= draw / theta
+    best = sorted(candidates, reverse=True)[: len(scores)]
+    parents, new_scores = [None] * len(scores), [None] * len(scores)
+    later = []
+    for score, beam in best:
+        if parents[beam] is None:
+            parents[beam], new_scores[beam] = beam, score
+        else:
+            later.append((score, beam))
+    for score, beam in later:
+        place = parents.index(None)
+        parents[place], new_scores[place] = beam, score
+    return parents, new_scores
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("theta", [0.02, 0.25, 0.7, 5.0])
+def test_a_step_of_many_searches_against_candidates_one_by_one(width, theta):
+    rng = random.Random(width)
+    draw = np.random.default_rng([width, int(100 * theta)])
+    for count in (1, 2, 40):
+        # Beams' scores close together, far apart, or none yet for some of them.
+        apart = rng.choice([0.1, 2.0, 30.0])
+        scores = [[-apart * rng.random() for _ in range(width)] for _ in range(count)]
+        for row in scores:
+            for beam in rng.sample(range(width), rng.randint(0, width - 1)):
+                if rng.random() < 0.3:
+                    row[beam] = -math.inf
+        draws = draw.standard_exponential((count, width, sticks(width, theta)))
+        parents, new_scores = _survivors(draws, np.array(scores), theta)
+        wanted = [one_step(d.tolist(), s, theta) for d, s in zip(draws, scores)]
+        assert parents.tolist() == [row for row, _ in wanted]
+        assert new_scores == pytest.approx(np.array([row for _, row in wanted]), rel=1e-9)
+
+
+def test_a_step_by_hand():
+    """Two beams, 1/2 and 1/10 likely; theta 1, so that a draw of ln 2 takes half of what is left.
+
+    Tokens of beam 0: 1/2, 1/4, 1/4. Candidates 1/4, 1/8, 1/8. Tokens of beam 1: 9/10 and the
+    rest; its best candidate is 9/100, so beam 1 dies, and beam 0 goes on in both places.
+    """
+    half, most = math.log(2.0), math.log(10.0)
+    draws = np.array([[[half, half, 50.0], [most, 50.0, 50.0]]])
+    parents, scores = _survivors(draws, np.log([[1 / 2, 1 / 10]]), 1.0)
+    assert parents.tolist() == [[0, 0]]
+    assert np.exp(scores) == pytest.approx(np.array([[1 / 4, 1 / 8]]))
+    # With 1/6 instead of 1/10 its best candidate is 3/20, and it survives.
+    parents, scores = _survivors(draws, np.log([[1 / 2, 1 / 6]]), 1.0)
+    assert parents.tolist() == [[0, 1]]
+    assert np.exp(scores) == pytest.approx(np.array([[1 / 4, 3 / 20]]))
+
+
+def test_draws_of_nothing_and_of_nearly_all():
+    """A stick of length zero, and a remainder too small for a float, are candidates of no beam."""
+    width, theta = 3, 1e-6
+    draws = np.random.default_rng(0).standard_exponential((4, width, sticks(width, theta)))
+    draws[:, :, 0] = 0.0
+    draws[1] *= 1e3
+    scores = np.array([[-1.0, -1.5, -2.0]] * 4)
+    parents, new_scores = _survivors(draws, scores, theta)
+    assert parents.tolist() == [[0, 1, 2]] * 4  # the second stick takes all
+    assert new_scores == pytest.approx(scores)
+
+
+# --- many searches -------------------------------------------------------------------------------
+
+
+def valid_rows(width):
+    """All rows of parents in which whoever is a parent continues itself."""
+    return {
+        row
+        for row in itertools.product(range(width), repeat=width)
+        if all(row[parent] == parent for parent in row)
+    }
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 6])
+def test_every_history_is_as_long_as_asked_and_begins_with_one_beam(width):
+    rng = random.Random(width)
+    wanted = [rng.randint(0, 9) for _ in range(2 * MAX_HISTORIES_AT_ONCE + 7)]
+    histories = beam_histories(width, wanted, seed=1, theta=1.0)
+    assert [len(history) for history in histories] == wanted
+    valid = valid_rows(width)
+    for history in histories:
+        assert all(tuple(row) in valid for row in history)
+        assert history[:1] in ([], [[0] * width])
+    assert {type(beam) for history in histories for row in history for beam in row} == {int}
+
+
+def test_no_search_and_no_step():
+    assert beam_histories(4, [], seed=0) == []
+    assert beam_histories(4, [0, 0, 0], seed=0) == [[], [], []]
+    assert beam_histories(4, [0, 1, 0], seed=0) == [[], [[0, 0, 0, 0]], []]
+
+
+def test_histories_longer_than_the_numbers_that_python_shares():
+    lengths = [300, 260, 300, 10]
+    assert [len(history) for history in beam_histories(2, lengths, seed=0)] == lengths
+
+
+@pytest.mark.parametrize(("width", "number"), [(2, 3), (3, 10), (4, 41)])
+def test_every_valid_row_comes_up_and_no_other(width, number):
+    histories = beam_histories(width, [60] * 400, seed=5, theta=5.0)
+    seen = {tuple(row) for history in histories for row in history}
+    assert seen == valid_rows(width)
+    assert len(seen) == number
+
+
+class Recorded:
+    """Draws that are already there, one array a step."""
+
+    def __init__(self, draws):
+        self._draws = iter(draws)
+
+    def standard_exponential(self, shape):
+        drawn = next(self._draws)
+        assert drawn.shape == shape
+        return drawn
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_a_history_is_the_search_of_its_own_draws(width):
+    """Whoever else is drawn at the same time, and whenever the others end."""
+    theta, seed, wanted = 0.5, 8, [3, 12, 0, 7, 12, 1, 30]
+    rng = np.random.default_rng([seed, width])
+    draws = {index: [] for index in range(len(wanted))}
+    longest_first = [6, 1, 4, 3, 0, 5, 2]
+    for step in range(max(wanted)):
+        running = [index for index in longest_first if wanted[index] > step]
+        for index in running:
+            draws[index].append(rng.standard_exponential((width, sticks(width, theta))))
+    histories = beam_histories(width, wanted, seed, theta)
+    for index, steps in enumerate(wanted):
+        alone = beam_parents(width, steps, Recorded(draws[index]), theta)
+        assert histories[index] == alone.tolist(), index
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 6])
+def test_one_history_alone_is_one_search(width):
+    (history,) = beam_histories(width, [80], seed=3)
+    assert history == beam_parents(width, 80, np.random.default_rng([3, width])).tolist()
+
+
+def test_histories_depend_on_the_seed_and_differ_from_each_other():
+    histories = beam_histories(4, [60] * 40, seed=1)
+    assert histories == beam_histories(4, [60] * 40, seed=1)
+    both = histories + beam_histories(4, [60] * 40, seed=2)
+    assert len({str(history) for history in both}) == 80, "two of them are the same search"
+    assert histories != beam_histories(4, [60] * 40, 1, theta=2.0)
+
+
+def test_512_searches_are_drawn_together_and_those_after_them_apart():
+    """Else the same seed would give other searches than those that are committed."""
+    histories = beam_histories(2, [5] * 513, seed=1)
+    assert histories[:512] == beam_histories(2, [5] * 512, seed=1)
+    assert histories[:511] != beam_histories(2, [5] * 511, seed=1)
+
+
+def test_no_search_is_drawn_twice_however_many_there_are():
+    """Also not once in every batch of those that are drawn together."""
+    count = 2 * MAX_HISTORIES_AT_ONCE
+    histories = beam_histories(4, [60] * count, seed=1)
+    assert len({str(history) for history in histories}) == count
+
+
+@pytest.mark.parametrize("width", [2, 4, 6])
+def test_histories_move_as_often_as_searches_one_by_one(width):
+    """Mean share of steps with a move, over searches; the bound is four standard errors."""
+    count, steps, itself = 150, 40, list(range(width))
+
+    def share(history):
+        return sum(row != itself for row in history[1:]) / (steps - 1)
+
+    many = [share(history) for history in beam_histories(width, [steps] * 4 * count, seed=0)]
+    single = [
+        share(beam_parents(width, steps, np.random.default_rng([7, i])).tolist())
+        for i in range(count)
+    ]
+    error = math.sqrt(np.var(many) / len(many) + np.var(single) / len(single))
+    assert error < 0.02, "too few to tell anything"
+    assert abs(np.mean(many) - np.mean(single)) < 4 * error
+    assert np.mean(single) > 0.1
+
+
+def test_a_beam_alone_never_moves():
+    for history in beam_histories(1, [50, 20, 0], seed=0, theta=5.0):
+        assert history == [[0]] * len(history)
+
+
+@pytest.mark.parametrize(
+    ("width", "theta"), [(0, 0.25), (2.0, 0.25), (True, 0.25), (2, 0.0), (2, math.nan), (2, 1e9)]
+)
+def test_histories_refuse_bad_arguments(width, theta):
+    with pytest.raises(ValueError, match=r"width|theta"):
+        beam_histories(width, [5], 0, theta)

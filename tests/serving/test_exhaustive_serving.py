@@ -1,0 +1,273 @@
+"""Regime items 4 and 9 for the serving loop: every workload of a small world, on every small pool.
+
+A world is three requests, each one of a few kinds (a prompt of one to three tokens; one sample,
+two, two of unlike lengths, a beam search; perhaps behind a shared prefix), a few arrivals, and
+pools of blocks of two slots in which the three do not fit together; some not even alone, which are
+refused. All are tried in all orders, under each way of preempting; nothing here is random.
+
+Each is served three times. test_scheduler.py runs it beside a scheduler that shares no line with
+ours and compares the two in every iteration; it checks that every iteration generates a token, that
+the first to have arrived never gives way, that all is done in the time that serving one after
+another would take, and that every block is free again in the end. Then `simulate` serves it
+iteration by iteration with all invariants checked, and event by event, with the same result. The
+contiguous manager, which never preempts, has a search of its own.
+
+    python tools/hunt.py exhaustive-serving             # more kinds; prints figures
+"""
+
+import time
+from collections import Counter, namedtuple
+from itertools import product
+
+import pytest
+from test_event_driven import assert_same, both
+from test_scheduler import MODES, group, run_beside_naive
+
+from kv_cache_manager import BaselineCacheManager, CacheError, PagedKVCacheManager
+from sequence import SequenceGroup
+from vllm_sim.serving.latency import LatencyModel
+from vllm_sim.serving.scheduler import Limits, Scheduler
+
+SIZE = 2
+PREFIX = (10**6, 3)
+BEAMS = [[0, 0], [1, 1], [1, 0]]  # parents after each token: one takes over, the other, a swap
+Kind = namedtuple("Kind", "prompt_len outputs parents behind", defaults=(None, False))
+SMALL_KINDS = (
+    Kind(1, (5,)),
+    Kind(1, (1, 3)),
+    Kind(1, (3, 3), BEAMS),
+    Kind(3, (3, 3)),
+    Kind(1, (4,), None, True),
+)
+KINDS = SMALL_KINDS + tuple(
+    Kind(prompt_len, outputs) for prompt_len in (1, 2) for outputs in ((1,), (3,), (6,), (2, 2))
+)
+# GPU blocks, CPU blocks, watermark; two blocks more hold the prefix.
+POOLS = ((5, 5, 0.25), (6, 6, 0.0), (5, 2, 0.0), (6, 1, 0.2), (4, 0, 0.0))
+ARRIVALS = ((0.0, 0.0, 0.0), (0.0, 0.0, 3.0), (0.0, 1.0, 4.0))
+LIMITS = (Limits(max_batched_tokens=7, max_num_seqs=3), Limits(12, 6))
+# What must have come to bear, or the search proved little.
+RULES = {
+    "refused",
+    "itself",
+    "not at once",
+    "swapped",
+    "recomputed",
+    "copied",
+    "watermark",
+    "token limit",
+    "cap on admission",
+    "too tight to return",
+    "finished stay finished",
+    "fall back to recomputation",
+    "admission waits for swapped",
+    "arrival while swapped",
+    "arrival while recomputed",
+    "one of two swapped returns",
+    "second preemption",
+    "prefix",
+}
+
+
+def groups_of(chosen, times):
+    return [
+        group(
+            number, kind.prompt_len, kind.outputs, at, PREFIX if kind.behind else None, kind.parents
+        )
+        for number, (kind, at) in enumerate(zip(chosen, times))
+    ]
+
+
+def worlds(kinds):
+    """Every workload, in the form of `random_workload`; groups are made anew at each call."""
+    for (num_blocks, cpu, watermark), limits, mode in product(POOLS, LIMITS, MODES):
+        for times, chosen in product(ARRIVALS, product(kinds, repeat=3)):
+            prefix = PREFIX if any(kind.behind for kind in chosen) else None
+            blocks = num_blocks + (2 if prefix else 0)
+
+            def workload(
+                _,
+                given=(blocks, SIZE, cpu, watermark, prefix, limits, mode),
+                chosen=chosen,
+                times=times,
+            ):
+                return (*given, groups_of(chosen, times))
+
+            yield workload
+
+
+def note(log, seen, arrivals):
+    """What the comparison does not count itself: who met whom, from the log of all iterations."""
+    swapped, recomputed, times = set(), set(), Counter()
+    for now, happened in enumerate(log):
+        if now and now in arrivals:
+            seen["arrival while swapped"] += bool(swapped)
+            seen["arrival while recomputed"] += bool(recomputed)
+        before = len(swapped)
+        swapped = swapped - {*happened["in"]} | {*happened["out"]}
+        seen["one of two swapped returns"] += before == 2 and len(happened["in"]) == 1
+        recomputed = recomputed - {*happened["admitted"]} | {*happened["recomputed"]}
+        times.update([*happened["out"], *happened["recomputed"]])
+    seen["second preemption"] += any(n > 1 for n in times.values())
+
+
+def search(kinds, record=lambda *_: None):
+    """Serves them all; returns (how many, how often each rule came to bear)."""
+    begin, seen = time.process_time(), Counter()
+    count = whole = iterations = 0
+    for workload in worlds(kinds):
+        log, rules = run_beside_naive(count, workload)
+        *pool, limits, mode, groups = workload(count)
+        seen.update(rules)
+        note(log, seen, {one.arrival_s for one in groups})
+        seen["prefix"] += any(one.prefix_id is not None for one in groups)
+        simulated(pool, limits, mode, workload, rules["refused"])
+        count, iterations = count + 1, iterations + len(log)
+        whole += rules["refused"] == 0
+    found = {
+        "workloads": count,
+        "of these with all three requests": whole,
+        "iterations": iterations,
+        "swaps": seen["swapped"],
+        "recomputations": seen["recomputed"],
+        "block copies": seen["copied"],
+        "cpu_s": round(time.process_time() - begin, 1),
+    }
+    print(found)
+    for name, value in found.items():
+        record(name, value)
+    return count, seen
+
+
+def simulated(pool, limits, mode, workload, refused):
+    """`simulate` over the same workload, iteration by iteration and event by event."""
+    num_blocks, size, cpu, watermark, prefix = pool
+
+    def make():
+        manager = PagedKVCacheManager(num_blocks, size, num_cpu_blocks=cpu, watermark=watermark)
+        if prefix:
+            manager.allocate_prefix(*prefix)
+        return manager
+
+    results = both(lambda: workload(0)[-1], make, limits, LatencyModel(1.0), mode, (0.0, 1e9))
+    assert_same(*results)
+    assert len(results[0].finish_s) == 3 - refused
+
+
+def search_all(kinds, record):
+    count, seen = search(kinds, record)
+    assert count == len(kinds) ** 3 * len(ARRIVALS) * len(POOLS) * len(LIMITS) * len(MODES)
+    assert {rule for rule in RULES if not seen[rule]} == set()
+
+
+def test_every_workload_of_a_small_world(record_property):
+    search_all(SMALL_KINDS, record_property)
+
+
+@pytest.mark.slow
+def test_every_workload_of_a_large_world(record_property):
+    search_all(KINDS, record_property)
+
+
+@pytest.mark.parametrize("policy", ["max", "pow2", "oracle"])
+def test_every_workload_over_contiguous_reservations(policy, record_property):
+    """In pools that hold one, two or three of the longest reservations, and a little more."""
+    kinds = [kind for kind in KINDS if not kind.behind]
+    count = 0
+    for num_slots, times in product((8, 9, 17, 24), ARRIVALS):
+        for chosen in product(kinds, repeat=2):
+
+            def make(num_slots=num_slots):
+                return BaselineCacheManager(num_slots, 1, policy=policy, max_len=8)
+
+            results = both(
+                lambda chosen=chosen, times=times: groups_of(chosen, times),
+                make,
+                LIMITS[1],
+                LatencyModel(1.0),
+                "auto",
+                (0.0, 1e9),
+            )
+            assert_same(*results)
+            # A group of one fits into any of these pools, alone.
+            assert {*results[0].finish_s} >= {
+                n for n, kind in enumerate(chosen) if len(kind.outputs) == 1
+            }
+            assert results[0].num_swaps == results[0].num_recomputations == 0
+            count += 1
+    record_property("contiguous workloads", count)
+
+
+# ---- what is broken is found --------------------------------------------------------------------
+
+
+def the_first_gives_way(monkeypatch):
+    make_room = Scheduler._make_room
+
+    def turned_round(scheduler, need, iteration):
+        scheduler.running.reverse()
+        preempted = make_room(scheduler, need, iteration)
+        scheduler.running.reverse()
+        return preempted
+
+    monkeypatch.setattr(Scheduler, "_make_room", turned_round)
+
+
+def no_room_left_on_return(monkeypatch):
+    """Swapped in where the blocks are there, and none for the next token."""
+
+    def fits(manager, ids):
+        tables = [manager._swapped[i] for i in ids]
+        return len(manager._movable(tables)) <= manager.num_free_blocks
+
+    monkeypatch.setattr(PagedKVCacheManager, "can_swap_in", fits)
+
+
+def watermark_forgotten(monkeypatch):
+    def admits(manager, group):
+        fits = manager.blocks_for_group(group) <= manager.num_free_blocks
+        return manager.admit(group) if fits else None
+
+    monkeypatch.setattr(PagedKVCacheManager, "try_admit", admits)
+
+
+def finished_siblings_revived(monkeypatch):
+    monkeypatch.setattr(SequenceGroup, "unfinished", lambda group: list(group.seqs))
+
+
+def quiet_for_too_long(monkeypatch):
+    quiet_steps = Scheduler.quiet_steps
+    monkeypatch.setattr(Scheduler, "quiet_steps", lambda s: quiet_steps(s) and quiet_steps(s) + 1)
+
+
+def the_last_swapped_returns_first(monkeypatch):
+    swap_in = Scheduler._swap_in
+
+    def turned_round(scheduler, *rest):
+        scheduler.swapped.reverse()
+        swap_in(scheduler, *rest)
+        scheduler.swapped.reverse()
+
+    monkeypatch.setattr(Scheduler, "_swap_in", turned_round)
+
+
+def a_full_cpu_pool_is_an_error(monkeypatch):
+    monkeypatch.setattr(PagedKVCacheManager, "can_swap_out", lambda manager, ids: True)
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        the_first_gives_way,
+        no_room_left_on_return,
+        watermark_forgotten,
+        finished_siblings_revived,
+        quiet_for_too_long,
+        the_last_swapped_returns_first,
+        a_full_cpu_pool_is_an_error,
+    ],
+)
+def test_what_is_broken_is_found(breaks, monkeypatch):
+    breaks(monkeypatch)
+    with pytest.raises((AssertionError, CacheError)):
+        search(SMALL_KINDS)

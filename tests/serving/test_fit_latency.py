@@ -1,0 +1,244 @@
+"""Tests of tools/fit_latency.py and fitted_points.py: the search finds known constants again, and
+those of latency.py; reproduce.py marks the points that it used.
+
+The fits of the models to the whole of Fig. 12 take minutes: the tool's --check is that test.
+"""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vllm_sim import paper
+from vllm_sim.evaluation.curves import fitted_points, left_end
+from vllm_sim.evaluation.experiments import Outcome, Run, execute
+from vllm_sim.evaluation.figures_rates import SHORT, Fig12
+from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_POW2, VLLM
+from vllm_sim.serving import latency
+from vllm_sim.serving.latency import FITTED, Software
+from vllm_sim.workload.data_sets import Lengths
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import fit_latency  # noqa: E402
+from fit_latency import Point  # noqa: E402
+
+TABLES = Lengths({})
+
+
+def test_left_end_stops_at_the_first_point_that_is_not_below():
+    curve = ((1, 0.04), (2, 0.045), (3, 0.0499), (4, 0.05), (5, 0.041))
+    assert left_end(curve) == ((1, 0.04), (2, 0.045), (3, 0.0499))
+    assert left_end(curve[:1]) == ((1, 0.04),)
+    assert left_end(((1, 0.06), (2, 0.05), (3, 0.08))) == ((1, 0.06), (2, 0.05))
+
+
+def test_of_faster_transformer_one_point_and_none_on_alpaca():
+    for dataset, model in paper.FIG12_CURVES:
+        points = fitted_points(dataset, model, FASTER_TRANSFORMER)
+        curve = paper.FIG12_CURVES[dataset, model][FASTER_TRANSFORMER]
+        assert points == (curve[:1] if dataset == "ShareGPT" else ())
+    with pytest.raises(KeyError):
+        fitted_points("WMT16", "opt-13b", VLLM)
+
+
+def test_the_rows_marked_as_fitted_are_the_points_of_the_fit(monkeypatch):
+    """Fig. 12 with outcomes made by hand: which rows there are depends on the paper alone."""
+    figure, done = Fig12(), {}
+    while runs := figure.needed(done, 0):
+        for run in runs:
+            share = run.rate / paper.FIG12_RATES[run.dataset][run.model][run.system]
+            latency = 0.03 / (1.0 - 0.9 * share) if share < 1.1 else 5.0
+            done[run] = Outcome(latency, 1, 1, 1.0)
+    rows = figure.rows(done, 0, False)
+    marked = [(row.setting, row.metric, row.paper) for row in rows if row.fitted]
+    used = []
+    for model in FITTED:
+        used += [at for at in fit_latency.points_of(model) if isinstance(at.source, Run)]
+        asked = set()  # by the fit of FasterTransformer's constant
+        monkeypatch.setattr(
+            fit_latency,
+            "log_ratios",
+            lambda points, *_, asked=asked: [0.0 for at in points if asked.add(at) is None],
+        )
+        fit_latency.fit_static(model, TABLES)
+        used += asked
+    assert sorted(marked) == sorted(
+        (
+            f"{SHORT[at.source.model]} {at.source.dataset}, {at.source.system}",
+            f"s/token at {at.source.rate:g} requests/s",
+            at.paper,
+        )
+        for at in used
+    )
+    assert len(marked) == len(set(marked)) < len(rows) / 4
+
+
+def test_points_are_those_of_the_model_and_only_13b_has_fig_1():
+    for model in FITTED:
+        points = fit_latency.points_of(model)
+        runs = [at.source for at in points if isinstance(at.source, Run)]
+        batches = [at for at in points if isinstance(at.source, int)]
+        assert {run.model for run in runs} == {model}
+        assert {run.system for run in runs} == {*paper.ORCAS, VLLM}
+        seconds = paper.TRACE_SECONDS[model]
+        assert {(run.dataset, run.seconds) for run in runs} == {
+            ("ShareGPT", seconds),
+            ("Alpaca", 600.0),
+        }
+        assert len(batches) == (len(paper.FIG1_THROUGHPUT) if model == "opt-13b" else 0)
+        for run in runs:  # each curve's first point is always there
+            first = paper.FIG12_CURVES[run.dataset, model][run.system][0]
+            assert Point(replace(run, rate=float(first[0])), first[1]) in points
+
+
+def test_decode_throughput_by_hand():
+    software = Software(5e-3, 1.0, 1.0)
+    opt = paper.MODELS["opt-13b"]
+    tokens = 40 * 15_700 / 38.4
+    step = (
+        5e-3
+        + 2 * opt.num_params / (0.8 * 1555e9)
+        + 40 * 2 * opt.num_params / (0.5 * 312e12)
+        + tokens * 819_200 / (0.8 * 1555e9)
+    )
+    assert fit_latency.decode_throughput(40, software) == pytest.approx(40 / step, rel=1e-4)
+    assert fit_latency.ours(40, TABLES, software) == fit_latency.decode_throughput(40, software)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        Run(VLLM, "opt-13b", "ShareGPT", 2.0, 60.0),
+        Run(ORCA_POW2, "opt-175b", "Alpaca", 10.0, 20.0),
+        Run(FASTER_TRANSFORMER, "opt-66b", "ShareGPT", 0.1, 300.0),
+    ],
+    ids=lambda run: run.system,
+)
+def test_a_run_is_simulated_as_in_the_experiments(run):
+    outcome = execute(run, TABLES)
+    assert fit_latency.ours(run, TABLES, FITTED[run.model]) == outcome.normalized_latency
+
+
+@pytest.mark.parametrize("steps", [(0, 0), (26, 31)])
+def test_descent_finds_the_constants_that_made_the_points(steps):
+    known = fit_latency.on_grid(*steps)
+    runs = [
+        Run(VLLM, "opt-13b", "ShareGPT", 1.0, 30.0),
+        Run(ORCA_POW2, "opt-13b", "Alpaca", 4.0, 15.0),
+        Run(VLLM, "opt-13b", "Alpaca", 8.0, 15.0),
+    ]
+    points = [Point(source, fit_latency.ours(source, TABLES, known)) for source in (*runs, 4, 40)]
+    found = fit_latency.fit_software(points, TABLES)
+    assert abs(found.step_s - known.step_s) <= 0.25e-3 + 1e-9
+    assert abs(found.prompt_s - known.prompt_s) <= 0.25e-3 + 1e-9
+    assert fit_latency.rms(fit_latency.log_ratios(points, TABLES, found)) < 0.01
+
+
+def test_descend_stays_at_or_above_zero():
+    asked = []
+    assert fit_latency.descend(lambda at: asked.append(at) or (at - 11) ** 2, 3, 4) == 11
+    assert fit_latency.descend(lambda at: asked.append(at) or at, 9, 4) == 1
+    assert min(asked) >= 0
+
+
+def test_static_step_is_found_again(monkeypatch):
+    run = Run(FASTER_TRANSFORMER, "opt-66b", "ShareGPT", 0.05, 3600.0)
+    at = fit_latency.ours(run, TABLES, Software(9.0, 9.0, 7.35e-3))
+    monkeypatch.setitem(
+        paper.FIG12_CURVES, ("ShareGPT", "opt-66b"), {FASTER_TRANSFORMER: ((run.rate, at),)}
+    )
+    assert fit_latency.fit_static("opt-66b", TABLES) == 7.35e-3
+
+
+def test_swap_fit_recovers_what_made_the_times():
+    drawn = {size: 256 / size * (0.2 + 0.05 * size) for size in paper.BLOCK_SIZES}
+    swap, errors = fit_latency.fit_swap(drawn)
+    assert swap == latency.Swap(0.2e-3, 0.05e-3)
+    assert max(map(abs, errors)) < 1e-9
+
+
+@pytest.mark.parametrize("name, figure", [("SWAP_IN", "swap in"), ("SWAP_OUT", "swap out")])
+def test_swap_constants_are_the_fit_of_fig_19a(name, figure):
+    swap, errors = fit_latency.fit_swap(paper.FIG19A[figure])
+    assert getattr(latency, name) == swap
+    # No neighbour has a smaller squared relative error: the fit is what it says.
+    for call_us, slot_us in ((1, 0), (-1, 0), (0, 0.1), (0, -0.1)):
+        other = [
+            256
+            / size
+            * (swap.call_s + call_us * 1e-6 + (swap.slot_s + slot_us * 1e-6) * size)
+            / (ms * 1e-3)
+            - 1.0
+            for size, ms in paper.FIG19A[figure].items()
+        ]
+        assert fit_latency.rms(errors) <= fit_latency.rms(other)
+
+
+def run_tool(monkeypatch, capsys, *arguments, found=None, lengths_dir=None):
+    """Exit code and output, with the long search replaced by its result."""
+    if lengths_dir is None:
+        monkeypatch.delenv("LENGTHS_DIR", raising=False)
+    else:
+        monkeypatch.setenv("LENGTHS_DIR", str(lengths_dir))
+    software = found or FITTED["opt-13b"]
+    monkeypatch.setattr(fit_latency, "fit_software", lambda points, lengths: software)
+    monkeypatch.setattr(fit_latency, "fit_static", lambda model, lengths: software.static_step_s)
+    monkeypatch.setattr(
+        fit_latency,
+        "fit_swap",
+        lambda ms: (latency.SWAP_IN if ms is paper.FIG19A["swap in"] else latency.SWAP_OUT, [0.0]),
+    )
+    monkeypatch.setattr(fit_latency, "points_of", lambda model: [Point(4, 147.0)])
+    code = fit_latency.main(list(arguments))
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "sharegpt.csv").write_text("input_len,output_len\n10,20\n")
+    (tmp_path / "alpaca.csv").write_text("input_len,output_len\n10,20\n")
+    return tmp_path
+
+
+def test_check_passes_when_latency_has_what_is_found(monkeypatch, capsys, files):
+    code, out, err = run_tool(
+        monkeypatch, capsys, "--check", "--model", "opt-13b", lengths_dir=files
+    )
+    assert (code, err) == (0, "")
+    assert out.endswith("\nlatency.py has what is found\n") and "(latency.py)" not in out
+
+
+def test_check_names_each_constant_that_differs(monkeypatch, capsys, files):
+    other = replace(FITTED["opt-13b"], prompt_s=1.0)
+    arguments = ("--model", "opt-13b", "--model", "opt-13b")
+    code, out, _ = run_tool(
+        monkeypatch, capsys, "--check", *arguments, found=other, lengths_dir=files
+    )
+    lines = [line for line in out.splitlines() if ", found " in line]
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("FITTED['opt-13b'] is Software")
+    code, out, _ = run_tool(monkeypatch, capsys, *arguments, found=other, lengths_dir=files)
+    assert code == 0 and "(latency.py)" in out and ", found " not in out
+
+
+def test_check_without_the_length_files_and_a_bad_folder_are_one_line(
+    monkeypatch, capsys, tmp_path
+):
+    for arguments, folder in ((["--check"], None), ([], tmp_path / "no"), (["--check"], tmp_path)):
+        code, out, err = run_tool(monkeypatch, capsys, *arguments, lengths_dir=folder)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("fit_latency.py: error: ")
+    assert fit_latency.main(["--model", "opt-1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "invalid choice: 'opt-1'" in err
+
+
+def test_rms_and_log_ratios():
+    assert fit_latency.rms([3.0, -4.0]) == pytest.approx(math.sqrt(12.5))
+    twice = fit_latency.decode_throughput(8, FITTED["opt-13b"]) * 2.0
+    assert fit_latency.log_ratios([Point(8, twice)], TABLES, FITTED["opt-13b"]) == [
+        pytest.approx(-math.log(2.0))
+    ]

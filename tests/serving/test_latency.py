@@ -1,0 +1,384 @@
+"""latency.py against iterations added up one by one, and against the data sheets, by hand."""
+
+import math
+import random
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+
+from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
+from sequence import Sequence, SequenceGroup
+from vllm_sim.paper import DEPLOYMENTS, GPU, GPUS, MODELS, Deployment
+from vllm_sim.serving.latency import FITTED, UNIT, LatencyModel, Software, latency_model
+from vllm_sim.serving.scheduler import Completion, Iteration, Limits
+from vllm_sim.serving.simulator import simulate
+
+FIELDS = (
+    "step_s",
+    "weights_s",
+    "token_s",
+    "context_s",
+    "prompt_s",
+    "copy_s",
+    "swap_out_s",
+    "swap_in_s",
+)
+SOFTWARE = Software(step_s=3e-3, prompt_s=7e-3, static_step_s=0.5e-3)
+
+
+def start_times(model, num_seqs, context_tokens, count):
+    """When each of `count` decode iterations starts: one by one, in exact arithmetic."""
+    step, token, read = map(Fraction, (model.step_s, model.token_s, model.context_s))
+    now, contexts = Fraction(0), [Fraction(context_tokens, num_seqs)] * num_seqs
+    starts = []
+    for _ in range(count):
+        starts.append(now)
+        now += step + sum(token + read * context for context in contexts)
+        contexts = [context + 1 for context in contexts]
+    return starts
+
+
+# --- decode_steps --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_many_steps_take_what_the_iterations_take_one_by_one(seed):
+    rng = random.Random(seed)
+    model = LatencyModel(
+        step_s=10 ** rng.uniform(-6, 1),
+        token_s=rng.choice([0.0, 10 ** rng.uniform(-9, 0)]),
+        context_s=rng.choice([0.0, 10 ** rng.uniform(-9, 0)]),
+        prompt_s=1e6,
+        copy_s=1e6,
+        swap_out_s=1e6,
+        swap_in_s=1e6,
+        block_size=16,
+    )
+    num_seqs = rng.randint(1, 300)
+    context = rng.randint(num_seqs, 1000 * num_seqs)
+    for num_steps in (1, 2, 3, rng.randint(4, 50), rng.randint(50, 2000)):
+        # Every sequence holds a token more in each iteration.
+        seconds = [
+            model.iteration(
+                Iteration(i, 0.0, num_decodes=num_seqs, context_tokens=context + i * num_seqs)
+            )
+            for i in range(num_steps)
+        ]
+        total = model.decode_steps(num_steps, num_seqs, context)
+        assert total == pytest.approx(math.fsum(seconds), rel=1e-12)
+    assert model.decode_steps(0, num_seqs, context) == 0.0
+
+
+def test_three_steps_by_hand():
+    model = LatencyModel(step_s=8.0, token_s=2.0, context_s=0.5)
+    # Two sequences that hold 10 tokens together, then 12, then 14.
+    assert model.decode_steps(3, 2, 10) == (8 + 4 + 5) + (8 + 4 + 6) + (8 + 4 + 7)
+
+
+# --- steps_until ---------------------------------------------------------------------------------
+
+
+def dyadic_model(rng):
+    """Times are few binary digits, so that every sum of them is exact."""
+    step = rng.randint(1, 64) / 64
+    token, context = rng.choice([0, 1, 5]) / 256, rng.choice([0, 0, 1, 3, 7]) / 1024
+    return LatencyModel(step_s=step, token_s=token, context_s=context)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_as_many_steps_as_start_before_the_wait_is_over(seed):
+    rng = random.Random(seed)
+    model = dyadic_model(rng)
+    num_seqs = rng.randint(1, 6)
+    context = rng.randint(num_seqs, 60)
+    starts = [float(s) for s in start_times(model, num_seqs, context, 40)]
+    exact = rng.choice(starts[1:])
+    waits = [-1.0, -1e-300, 0.0, 5e-324, exact]
+    waits += [math.nextafter(exact, 0.0), math.nextafter(exact, 99.0), rng.uniform(0, starts[-1])]
+    for wait in waits:
+        for at_most in (0, 1, 2, rng.randint(3, 39), 40):
+            naive = 0
+            while naive < at_most and starts[naive] < wait:
+                naive += 1
+            assert model.steps_until(wait, at_most, num_seqs, context) == naive, (wait, at_most)
+
+
+def test_every_boundary_of_a_growing_step():
+    model = LatencyModel(step_s=1.0, context_s=0.25)
+    # One sequence of 4 tokens: the steps take 2, 2.25, 2.5 ..., so they start at 0, 2, 4.25 ...
+    starts = [0.0, 2.0, 4.25, 6.75, 9.5, 12.5]
+    for count, start in enumerate(starts):
+        assert model.steps_until(start, 100, 1, 4) == count
+        assert model.steps_until(start + 2**-40, 100, 1, 4) == count + 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_step_that_would_start_when_the_wait_is_over_does_not(seed):
+    """To the last bit of the times that decode_steps gives, or the clock would miss an arrival."""
+    rng = random.Random(seed)
+    model = LatencyModel(rng.uniform(1e-3, 0.1), rng.uniform(0, 1e-3), rng.uniform(0, 1e-4))
+    num_seqs = rng.randint(1, 60)
+    context = num_seqs * rng.randint(1, 400)
+    for count in (*range(1, 30), *(rng.randint(30, 3000) for _ in range(30))):
+        start = model.decode_steps(count, num_seqs, context)
+        assert model.steps_until(start, 10**6, num_seqs, context) == count
+        earlier, later = math.nextafter(start, 0.0), math.nextafter(start, math.inf)
+        assert model.steps_until(earlier, 10**6, num_seqs, context) == count
+        assert model.steps_until(later, 10**6, num_seqs, context) == count + 1
+
+
+def test_the_most_steps_that_are_allowed():
+    for model in (UNIT, LatencyModel(step_s=1.0, token_s=0.5, context_s=0.25)):
+        assert model.steps_until(1e9, 7, 3, 30) == 7
+        assert model.steps_until(1e300, 7, 3, 30) == 7
+        assert model.steps_until(1e9, 0, 3, 30) == 0
+        assert model.steps_until(0.0, 7, 3, 30) == 0
+        assert model.steps_until(-3.0, 7, 3, 30) == 0
+
+
+def test_steps_of_equal_length():
+    """Without K/V reads the quadratic equation is a linear one."""
+    assert UNIT.context_s == 0.0
+    for wait, count in ((0.25, 1), (1.0, 1), (1.25, 2), (41.0, 41), (41.5, 42)):
+        assert UNIT.steps_until(wait, 1000, 9, 900) == count
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_long_waits_of_real_models(seed):
+    """Thousands of steps: no more than rounding away from the exact times."""
+    rng = random.Random(seed)
+    model = latency_model(DEPLOYMENTS[rng.choice(sorted(DEPLOYMENTS))], 16)
+    num_seqs = rng.randint(1, 200)
+    context = num_seqs * rng.randint(1, 2000)
+    wait = 10 ** rng.uniform(-3, 4)
+    steps = model.steps_until(wait, 10**7, num_seqs, context)
+    step, token, read = map(Fraction, (model.step_s, model.token_s, model.context_s))
+
+    def start(n):
+        tokens_read = n * context + num_seqs * n * (n - 1) // 2
+        return n * (step + token * num_seqs) + read * tokens_read
+
+    assert steps >= 1
+    assert start(steps - 1) < Fraction(wait) * (1 + Fraction(1, 10**12))
+    assert start(steps) >= Fraction(wait) * (1 - Fraction(1, 10**12))
+
+
+# --- iteration and completion --------------------------------------------------------------------
+
+# Each term has a decimal digit of its own.
+DIGITS = LatencyModel(
+    step_s=1.0,
+    token_s=10.0,
+    context_s=100.0,
+    prompt_s=1e3,
+    copy_s=1e4,
+    swap_out_s=1e5,
+    swap_in_s=1e6,
+    block_size=2,
+)
+PAIR = (0, 1)
+
+
+def busy_iteration(**changes):
+    parts = {
+        "prefills": [object()] * 5,
+        "num_decodes": 1,
+        "prompt_tokens": 2,
+        "context_tokens": 4,
+        "copies": (PAIR,) * 3,
+        "swapped_out": (PAIR,) * 7,
+        "swapped_in": (PAIR,) * 8,
+    }
+    return Iteration(0, 0.0, **(parts | changes))
+
+
+def test_an_iteration_takes_what_it_does():
+    # 1 step, 1 + 2 tokens, 4 of context, 5 prompts, 3 blocks of 2 slots, 7 out, 8 in.
+    assert DIGITS.iteration(busy_iteration()) == 8_765_431
+    assert DIGITS.iteration(Iteration(0, 0.0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("left_out", "seconds"),
+    [
+        ({"num_decodes": 0}, 8_765_421),
+        ({"prompt_tokens": 0}, 8_765_411),
+        ({"context_tokens": 0}, 8_765_031),
+        ({"prefills": []}, 8_760_431),
+        ({"copies": ()}, 8_705_431),
+        ({"swapped_out": ()}, 8_065_431),
+        ({"swapped_in": ()}, 765_431),
+        ({"swapped_out": (), "swapped_in": ()}, 65_431),
+    ],
+)
+def test_each_term_counts_by_itself(left_out, seconds):
+    assert DIGITS.iteration(busy_iteration(**left_out)) == seconds
+
+
+def test_what_is_not_work_takes_no_time():
+    same = {"freed": [1, 2, 3], "num_swaps": 4, "num_recomputations": 5, "decodes": [object()] * 6}
+    assert DIGITS.iteration(busy_iteration(**same)) == 8_765_431
+
+
+def test_a_beam_that_moves_copies_its_whole_reservation():
+    manager = BaselineCacheManager(16, 4, policy="max", max_len=16)
+    for seq_id in range(3):
+        manager.allocate(seq_id, 2, 9)  # 4 blocks each, although 9 slots suffice
+    model = LatencyModel(step_s=1.0, copy_s=0.25, block_size=4)
+    assert model.completion(Completion(), manager) == 0.0
+    assert model.completion(Completion(reorders=[{1: 0}]), manager) == 4 * 4 * 0.25
+    assert model.completion(Completion(reorders=[{1: 0, 2: 0}]), manager) == 2 * 4 * 4 * 0.25
+    assert model.completion(Completion(reorders=[{0: 1}, {2: 1}]), manager) == 2 * 4 * 4 * 0.25
+
+
+def test_reservations_of_different_sizes_are_charged_each_its_own():
+    manager = BaselineCacheManager(16, 4, policy="oracle", max_len=32)
+    for seq_id, final_len in enumerate((3, 4, 7, 8, 9, 16)):
+        manager.allocate(seq_id, 2, final_len)  # 1, 1, 2, 2, and 4 blocks of the buddy's twice
+    model = LatencyModel(step_s=1.0, copy_s=0.5, block_size=4)
+    for pair, blocks in (({0: 1}, 1), ({2: 3}, 2), ({5: 4}, 4)):
+        assert model.completion(Completion(reorders=[pair]), manager) == blocks * 4 * 0.5
+    all_three = Completion(reorders=[{0: 1}, {2: 3}, {5: 4}])
+    assert model.completion(all_three, manager) == (1 + 2 + 4) * 4 * 0.5
+
+
+def test_a_paged_beam_moves_for_nothing():
+    manager = PagedKVCacheManager(8, 4)
+    model = LatencyModel(step_s=1.0, copy_s=0.5, block_size=4)
+    assert model.completion(Completion(reorders=[{1: 0}, {2: 0, 3: 0}]), manager) == 0.0
+
+
+def test_beams_in_reservations_finish_later_by_their_copies():
+    """Two beams of 4 steps that move after the first and the third."""
+
+    def finish(manager, copy_s):
+        parents = [[0, 0], [0, 1], [1, 1], [0, 1]]
+        group = SequenceGroup(0, [Sequence(i, 3, 4) for i in range(2)], 0.0, None, parents)
+        model = LatencyModel(step_s=1.0, copy_s=copy_s, block_size=4)
+        result = simulate([group], manager, Limits(64, 8), model)
+        return result.finish_s[0], result.num_copies
+
+    def reserved():
+        return BaselineCacheManager(8, 4, policy="max", max_len=16)
+
+    assert finish(reserved(), 0.0) == (4.0, 0)
+    assert finish(reserved(), 0.125) == (4.0 + 2 * 16 * 0.125, 0)
+    # In blocks, only those that both beams hold and one of them writes are copied, one at a time.
+    plain, copies = finish(PagedKVCacheManager(8, 4), 0.0)
+    assert plain == 4.0 and copies > 0
+    assert finish(PagedKVCacheManager(8, 4), 0.125) == (4.0 + copies * 4 * 0.125, copies)
+
+
+@pytest.mark.parametrize("step_s", [0.0, -1.0, math.nan])
+def test_an_iteration_takes_time(step_s):
+    with pytest.raises(ValueError, match="an iteration takes time"):
+        LatencyModel(step_s=step_s)
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "block_size"])
+def test_nothing_gives_time_back(field):
+    model = LatencyModel(*range(1, 8), block_size=8)
+    with pytest.raises(ValueError, match="nothing gives time back"):
+        replace(model, **{field: -1})
+
+
+# --- the model of a deployment -------------------------------------------------------------------
+
+
+def test_opt_13b_by_hand():
+    """25.7 GB of weights and 800 KB a token, over 80 % of 1,555 GB/s and half of 312 TFLOPS."""
+    model = latency_model(DEPLOYMENTS["opt-13b"], 16, SOFTWARE)
+    config = MODELS["opt-13b"]
+    weights = 2 * config.num_params
+    assert weights == pytest.approx(25.7e9, rel=0.002)
+    assert model.step_s == pytest.approx(3e-3 + weights / 1244e9, rel=1e-12)
+    assert model.step_s - 3e-3 == pytest.approx(20.66e-3, rel=1e-3)
+    assert model.token_s == pytest.approx(2 * config.num_params / 156e12, rel=1e-12)
+    slot = 2 * 40 * 5120 * 2  # K and V, layers, width, bytes
+    assert model.context_s == pytest.approx(slot / 1244e9, rel=1e-12)
+    assert model.copy_s == pytest.approx(2 * slot / 1244e9, rel=1e-12)  # read and written
+    assert (model.prompt_s, model.block_size) == (7e-3, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "bytes_per_s"), [("opt-66b", 4, 1555e9), ("opt-175b", 8, 2039e9)]
+)
+def test_each_gpu_reads_and_computes_its_part(name, gpus, bytes_per_s):
+    deployment = DEPLOYMENTS[name]
+    config = deployment.model
+    assert deployment.num_gpus == gpus
+    model = latency_model(deployment, 16, SOFTWARE)
+    # Norms, biases and positions are on every GPU: well below a thousandth of a part.
+    part = config.matrix_params / gpus + config.replicated_params
+    assert config.num_params / gpus < part < config.num_params / gpus * 1.003
+    assert model.step_s == pytest.approx(3e-3 + 2 * part / (0.8 * bytes_per_s), rel=1e-9)
+    assert model.token_s == pytest.approx(2 * part / 156e12, rel=1e-9)
+    slot = 2 * config.num_layers * config.hidden_size * 2 / gpus
+    assert model.context_s == pytest.approx(slot / (0.8 * bytes_per_s), rel=1e-12)
+    assert model.copy_s == pytest.approx(2 * model.context_s, rel=1e-12)
+    # Nearly as fast again as on half as many GPUs, the software aside.
+    half = latency_model(Deployment(config, deployment.gpu, gpus // 2), 16, SOFTWARE)
+    assert half.step_s - 3e-3 == pytest.approx(2 * (model.step_s - 3e-3), rel=0.003)
+    assert half.context_s == pytest.approx(2 * model.context_s, rel=1e-12)
+    assert half.prompt_s == model.prompt_s
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_the_fitted_constants_are_the_default(name):
+    fitted = FITTED["opt-13b" if name == "llama-13b" else name]
+    model = latency_model(DEPLOYMENTS[name], 16)
+    assert model == latency_model(DEPLOYMENTS[name], 16, fitted)
+    bare = latency_model(DEPLOYMENTS[name], 16, Software(0.0, 0.0, 0.0))
+    assert model.step_s - bare.step_s == pytest.approx(fitted.step_s, rel=1e-9)
+    assert model.prompt_s == fitted.prompt_s > bare.prompt_s == 0.0
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_faster_transformer_has_a_step_of_its_own_and_prompts_for_nothing(name):
+    usual = latency_model(DEPLOYMENTS[name], 16, SOFTWARE)
+    static = latency_model(DEPLOYMENTS[name], 16, SOFTWARE, static=True)
+    assert usual.step_s - static.step_s == pytest.approx(3e-3 - 0.5e-3, rel=1e-9)
+    assert static.prompt_s == 0.0
+    # Its computing may hide behind reading the weights; continuous batching adds the two.
+    assert static.weights_s == pytest.approx(static.step_s - 0.5e-3, rel=1e-9)
+    assert usual.weights_s == 0.0
+    its_own = {name: getattr(usual, name) for name in ("step_s", "prompt_s", "weights_s")}
+    assert replace(static, **its_own) == usual, "all else is the same machine"
+
+
+def test_what_is_not_known_is_refused():
+    unknown = Deployment(MODELS["opt-6.7b"], GPUS["a100-40gb"], 1)
+    for static in (False, True):
+        with pytest.raises(KeyError, match=r"opt-6\.7b"):
+            latency_model(unknown, 16, static=static)
+    assert latency_model(unknown, 16, SOFTWARE).prompt_s == 7e-3, "its constants were given"
+    elsewhere = Deployment(MODELS["opt-13b"], GPU("h100-80gb", 80 * 10**9), 1)
+    with pytest.raises(KeyError, match="h100"):
+        latency_model(elsewhere, 16)
+
+
+def test_swapping_a_block_takes_a_call_and_its_slots():
+    models = {size: latency_model(DEPLOYMENTS["opt-13b"], size) for size in (1, 2, 4, 16, 256)}
+    for field in ("swap_out_s", "swap_in_s"):
+        seconds = {size: getattr(model, field) for size, model in models.items()}
+        slot = seconds[2] - seconds[1]
+        call = seconds[1] - slot
+        assert slot > 0.0 and call > slot
+        for size, taken in seconds.items():
+            assert taken == pytest.approx(call + size * slot, rel=1e-9)
+    # The same tokens in larger blocks take fewer calls.
+    assert models[16].swap_in_s < 16 * models[1].swap_in_s
+    for size, model in models.items():
+        same = replace(
+            models[1], block_size=size, swap_out_s=model.swap_out_s, swap_in_s=model.swap_in_s
+        )
+        assert model == same, "nothing else depends on the block size"
+
+
+def test_a_larger_block_takes_longer_to_copy():
+    small, large = (latency_model(DEPLOYMENTS["opt-13b"], size) for size in (16, 64))
+    one = Iteration(0, 0.0, copies=(PAIR,))
+    copying = [model.iteration(one) - model.step_s for model in (small, large)]
+    assert copying[1] == pytest.approx(4 * copying[0], rel=1e-6)
+    assert copying[0] == pytest.approx(2 * 16 * 819_200 / 1244e9, rel=1e-6)

@@ -1,0 +1,519 @@
+"""`--trace FILE` of capacity.py and main.py, as a user meets it."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from published_models import PUBLISHED
+from test_traces import AZURE, BURSTGPT, MOONCAKE, needs_data
+
+import capacity
+import main
+from vllm_sim import paper
+from vllm_sim.models.gpus import GPUS
+from vllm_sim.paper import GIB
+from vllm_sim.reporting import progress
+from vllm_sim.scenarios import mixed as scenario_trace
+from vllm_sim.serving import latency
+from vllm_sim.sizing.case import ACCELERATORS, TraceCase, speed_of
+from vllm_sim.sizing.concurrency import ALL_POLICIES
+from vllm_sim.sizing.trace_needs import EXACT
+from vllm_sim.sizing.trace_serving import serve
+from vllm_sim.workload.traces import Trace, read_trace
+
+ROOT = Path(__file__).resolve().parents[2]
+QUESTIONS = (
+    "What is in",
+    "How long are",
+    "How many requests run",
+    "What happens on one server",
+    "What is the smallest",
+    "How many GPUs",
+    "How many bytes",
+    "Where does the memory",
+    "How many blocks",
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="trace"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def requests(count=60, gap=0.05, seed=0):
+    """A plain CSV of a burst."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(gap, count))
+    tokens = rng.integers(1, 500, (count, 2))
+    rows = [f"{at:.4f},{prompt},{output}" for at, (prompt, output) in zip(times, tokens)]
+    return "\n".join(["time,input_len,output_len", *rows]) + "\n"
+
+
+@pytest.fixture
+def run(capfd, tmp_path, monkeypatch):
+    """(what was printed, the JSON) of a run that succeeds without a word on stderr."""
+    monkeypatch.setattr(progress, "LOG_S", math.inf)  # a busy machine is no finding
+
+    def run(*args):
+        path = tmp_path / "out.json"
+        code = capacity.main([*map(str, args), "--json", str(path)])
+        printed, errors = capfd.readouterr()
+        assert (code, errors) == (0, "") and printed.isascii()
+        return printed, json.loads(path.read_text(encoding="ascii"))
+
+    return run
+
+
+def rows_of(found, start):
+    (rows,) = [s["rows"] for s in found["tables"] if s["title"].startswith(start)]
+    return rows
+
+
+def case_of(*args):
+    return capacity.make_case(capacity.build_parser().parse_args([*map(str, args)]))
+
+
+# ---- what capacity.py says --------------------------------------------------------------------
+
+
+def test_the_answer_first_then_a_table_and_an_answer_each(run, write):
+    printed, found = run("--trace", write(requests() + "9,0,5\nx,5,5\n", "my trace.csv"))
+    assert printed.startswith("Answer: 60 of 62 rows of my trace.csv served; with none held up")
+    asked = [section["title"] for section in found["tables"]]
+    assert [q.startswith(start) for q, start in zip(asked, QUESTIONS, strict=True)] == [True] * 9
+    assert len(re.findall(r"^Answer: .*\.$", printed, re.MULTILINE)) == 1 + len(QUESTIONS)
+    there = {row["what"]: row for row in rows_of(found, "What is in")}
+    assert there["rows read"]["number"] == 62 and there["requests served"]["number"] == 60
+    assert there["refused: a prompt of 0 tokens"] == {
+        "what": "refused: a prompt of 0 tokens",
+        "number": 1,
+        "first_line": 62,
+    }
+    assert there["refused: the time is not one"]["first_line"] == 63
+    setting = found["setting"]
+    assert setting["workload"] == "my trace.csv" and setting["trace"]["rows_read"] == 62
+    assert setting["trace"]["rows_refused"] == {"a prompt of 0 tokens": 1, "the time is not one": 1}
+
+
+def test_the_figures_are_those_of_the_parts(run, write):
+    """Lengths by numpy, the rest by serving the trace again with what was found."""
+    path = write(requests())
+    printed, found = run("--trace", path, "--preemption-rate", 0.1)
+    trace = read_trace(path)
+    prompt, output, both = rows_of(found, "How long")
+    assert prompt["mean"] == trace.prompts.mean() and output["mean"] == trace.outputs.mean()
+    assert both["p100"] == (trace.prompts + trace.outputs).max()
+    assert prompt["p50"] == np.sort(trace.prompts)[29]  # the smallest with half at or below it
+    asked = TraceCase(case_of(), trace, speed_of(case_of(), "a100-40gb"), 0.1, None)
+    columns, server = asked.columns, asked.server
+    free = serve(columns, server, "paged", 10**6)
+    one = {row["what"]: row["number"] for row in rows_of(found, "How many requests run")}
+    assert (one["most requests at a time"], one["mean over time"]) == (free.peak, free.mean)
+    rows = rows_of(found, "What is the small")
+    needs = {(row["policy"], row["allowed_percent"]): row for row in rows}
+    assert set(needs) == {(policy, share) for policy in ALL_POLICIES for share in (0.0, 10.0)}
+    for (policy, share), row in needs.items():
+        few = 0 if share == 0.0 else 6
+        served = serve(columns, server, policy, row["blocks"], few)
+        assert served.held_up == row["preempted"] + row["kept_waiting"] <= few
+        less = row["blocks"] - max(1, row["blocks"] // EXACT)
+        assert serve(columns, server, policy, less, few) is None
+        assert row["gib"] == pytest.approx(row["blocks"] * 16 * 819_200 / GIB)
+        assert row["times_server"] == row["blocks"] / 983
+    assert needs["paged", 0.0]["blocks"] < needs["oracle", 0.0]["blocks"]
+    for policy, row in zip(ALL_POLICIES, rows_of(found, "What happens")):
+        served = serve(columns, server, policy, 983)
+        assert (row["preempted"], row["kept_waiting"]) == (served.preemptions, served.kept_waiting)
+        assert row["most_at_a_time"] == served.peak
+    for row in rows_of(found, "How many GPUs"):
+        few = 0 if row["allowed_percent"] == 0.0 else 6
+        for servers in (row["servers"], row["servers"] - 1):
+            parts = [tuple(c[i::servers] for c in columns) for i in range(servers)]
+            runs = [serve(part, server, row["policy"], 983) for part in parts]
+            assert (sum(r.held_up for r in runs) <= few) == (servers == row["servers"] > 0)
+    paged = needs["paged", 0.0]
+    assert f"paging takes {paged['blocks']:,} blocks ({paged['gib']:.1f} GiB)" in printed
+
+
+def test_gpus_are_those_of_all_servers(run, write):
+    path = write(requests(40))
+    printed, found = run("--trace", path, "--model", "opt-66b", "--gpus", 4)
+    rows = rows_of(found, "How many GPUs")
+    assert all(row["gpus"] == 4 * row["servers"] for row in rows)
+    need = rows_of(found, "What is the smallest")[0]
+    per_token = 2 * 64 * 72 * 128 * 2  # on all four GPUs together
+    assert need["gib"] == pytest.approx(need["blocks"] * 16 * per_token / GIB)
+    assert "at the speed of 4 x a100-40gb, its own constants" in printed
+
+
+def test_a_preemption_rate_of_zero_asks_once(run, write):
+    printed, found = run("--trace", write(requests(20)), "--preemption-rate", 0)
+    assert len(rows_of(found, "What is the smallest")) == len(ALL_POLICIES)
+    assert "at most" not in printed.split("\n")[0]
+
+
+def test_mooncake_says_what_could_be_shared(run, write):
+    long = MOONCAKE.replace("6955", "955").replace("6472", "472")
+    printed, found = run("--trace", write(long), "--gpu", "h100")
+    rows = rows_of(found, "How much of its prompts")
+    assert [row["number"] for row in rows] == [8, 2, 25.0]
+    assert "a cache without bound would find 25.0 % of the prompts' blocks" in printed
+    assert found["setting"]["trace"]["format"] == "Mooncake JSON lines"
+    _, found = run("--trace", write(MOONCAKE), "--gpu", "h100")  # two are longer than OPT's 2,048
+    assert rows_of(found, "How much of its prompts")[0]["number"] == 8
+    assert found["setting"]["trace"]["requests"] == 1
+
+
+def test_azure_and_burstgpt(run, write):
+    for text, form, served in ((AZURE, "Azure CSV", 3), (BURSTGPT, "BurstGPT CSV", 3)):
+        printed, found = run("--trace", write(text))
+        assert found["setting"]["trace"]["format"] == form
+        assert found["setting"]["trace"]["requests"] == served
+    assert "refused: failed: 0 response tokens" in printed
+
+
+def test_a_rate_stands_in_for_the_times(run, write):
+    path = write("input_len,output_len\n" + "20,30\n50,5\n" * 40)
+    printed, found = run("--trace", path, "--rate", 4, "--seed", 1)
+    assert "arriving at 4/s, seed 1" in printed and found["setting"]["trace"]["arrival_rate"] == 4
+    rows = {row["what"]: row["number"] for row in rows_of(found, "What is in")}
+    assert rows["requests a second"] == pytest.approx(4, rel=0.4)
+    printed, found = run("--trace", path, "--rate", "inf")
+    assert found["setting"]["trace"]["all_at_once"]
+    rows = {row["what"]: row["number"] for row in rows_of(found, "What is in")}
+    assert rows["seconds from the first to the last"] == 0 and "requests a second" not in rows
+    assert rows_of(found, "How many requests run")[0]["number"] == 80
+    timed = write(requests(30))
+    assert run("--trace", timed)[1]["tables"] != run("--trace", timed, "--rate", 9)[1]["tables"]
+
+
+def test_only_some_rows(run, write):
+    _, found = run("--trace", write(requests()), "--trace-rows", 20)
+    trace = found["setting"]["trace"]
+    assert (trace["rows_read"], trace["requests"]) == (20, 20)
+
+
+def test_rows_out_of_order_are_told(run, write):
+    printed, found = run("--trace", write("time,input_len,output_len\n5,9,9\n1,9,9\n"))
+    assert "rows earlier than the one before: sorted" in printed
+    assert found["setting"]["trace"]["rows_sorted"] == 1
+
+
+def test_a_server_that_falls_behind_is_told(run, write):
+    text = "time,input_len,output_len\n" + "".join(f"{i / 20},500,400\n" for i in range(700))
+    printed, _ = run("--trace", write(text), "--preemption-rate", 0)
+    first, rest = printed.split("\n", 1)
+    assert "one server falls behind whatever its memory, going on for " in first
+    assert "go by the GPUs" in first and "falls behind" in rest
+    printed, _ = run("--trace", write(requests(20, 5.0)), "--preemption-rate", 0)
+    assert "falls behind" not in printed
+
+
+def test_a_request_too_long_for_a_server_is_told(run, write, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(PUBLISHED["Llama-3.2-1B"][1]))
+    text = "time,input_len,output_len\n0,100000,20\n1,5,5\n2,5,9\n"
+    args = ("--model", config, "--gpu-memory", 5.5, "--speed-of", "l4", "--trace", write(text))
+    printed, found = run(*args)
+    assert "no number of servers of" in printed.split("\n")[0]
+    assert "under paged, oracle" not in printed and "does not fit the" in printed
+    assert "a request of this trace does not fit alone" in printed
+    assert [row["gpus"] for row in rows_of(found, "How many GPUs")] == [None] * 8
+    assert "1 x GPU of 5.50 GiB" in printed and "at the speed of 1 x l4" in printed
+
+
+def test_windows_are_told(run, write, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(PUBLISHED["Gemma-3-1B"][1]))
+    printed, found = run("--model", config, "--gpu", "t4", "--trace", write(requests(20)))
+    assert "every layer whole, without windows" in printed
+    assert len(found["tables"]) == 10
+
+
+def test_same_input_same_output(run, write):
+    path = write(requests())
+    first, again = (run("--trace", path, "--format", "github") for _ in range(2))
+    assert first[0] == again[0] and first[1]["tables"] == again[1]["tables"]
+    printed, _ = run("--trace", path, "--format", "latex")
+    outside = re.sub(r"\\begin\{tabular\}.*?\\end\{tabular\}", "", printed, flags=re.DOTALL)
+    assert [line for line in outside.split("\n") if line and not line.startswith("%")] == []
+
+
+def test_a_slow_run_says_which_step_it_is_at(write, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_S", -1.0)
+    assert capacity.main(["--trace", write(requests(12))]) == 0
+    steps = [line.split(" s, ", 1)[1] for line in capfd.readouterr().err.splitlines()]
+    assert steps[0] == "serving the trace with unbounded memory"
+    assert "searching the smallest memory, pow2, 1 % held up" in steps
+    assert len(steps) == 2 + 2 * 2 * len(ALL_POLICIES)
+    assert capacity.main(["--trace", write(requests(12)), "--quiet"]) == 0
+    assert capfd.readouterr().err == ""
+
+
+# ---- the speed --------------------------------------------------------------------------------
+
+
+def test_every_gpu_has_a_speed():
+    assert set(ACCELERATORS) == set(GPUS)
+    for name, gpu in ACCELERATORS.items():
+        assert 100 < gpu.flops_per_s / gpu.bytes_per_s < 450, name
+
+
+@pytest.mark.parametrize("name", sorted(paper.DEPLOYMENTS))
+def test_the_papers_deployments_have_the_papers_speed(name, monkeypatch):
+    deployment = paper.DEPLOYMENTS[name]
+    case = case_of("--model", name, "--gpu", deployment.gpu.name, "--gpus", deployment.num_gpus)
+    own = speed_of(case, deployment.gpu.name)
+    assert own.latency == latency.latency_model(deployment, 16)
+    monkeypatch.setattr(paper, "GPUS", {})  # as if it were any other GPU
+    derived = speed_of(case, deployment.gpu.name)
+    for part in ("step_s", "token_s", "context_s", "prompt_s"):
+        want = getattr(own.latency, part)
+        assert getattr(derived.latency, part) == pytest.approx(want, rel=0.015), part
+
+
+def test_a_speed_by_hand(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(PUBLISHED["Llama-3-8B"][1]))
+    case = case_of("--model", config, "--gpu", "h100", "--kv-dtype", "fp8")
+    found = speed_of(case, "h100")
+    assert "the constants of opt-13b" in found.assumed
+    embedding = 128_256 * 4096
+    params = case.model.decoder.weights().total - embedding
+    bandwidth, flops = 0.8 * 3350e9, 0.5 * 989.5e12
+    assert found.latency.step_s == pytest.approx(6.5e-3 + 2 * params / bandwidth)
+    assert found.latency.token_s == pytest.approx(2 * params / flops)
+    assert found.latency.context_s == pytest.approx(2 * 32 * 8 * 128 / bandwidth)
+    with pytest.raises(KeyError):
+        speed_of(case, "a100")
+
+
+def test_only_active_experts_compute_but_all_are_read(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(PUBLISHED["Mixtral-8x7B"][1]))
+    case = case_of("--model", config, "--gpu", "h200")
+    weights, model = case.model.decoder.weights(), speed_of(case, "h200").latency
+    flops, bandwidth = 0.5 * 989.5e12, 0.8 * 4800e9
+    assert model.token_s == pytest.approx(2 * weights.active / flops, rel=0.02)
+    assert model.step_s == pytest.approx(6.5e-3 + 2 * weights.total / bandwidth, rel=0.01)
+
+
+# ---- input that cannot be used ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ("--trace none.csv", "none.csv: cannot be read: No such file or directory"),
+        ("--trace .", "cannot be read: "),
+        ("--trace bare", "bare: no column of times: give --rate, requests a second, or --rate inf"),
+        ("--trace zeros", "zeros: no request can be served: 2 an output of 0 tokens (first in"),
+        ("--trace long", "long: no request can be served: 1 longer than 2,048 tokens"),
+        ("--trace other", "line 1: no trace of a known format: no column is one of those for the"),
+        ("--trace good --max-model-len 9", "good: no request can be served: "),
+        ("--trace good --workload alpaca", "--workload and --trace are two answers"),
+        ("--trace good --gpu-memory 40", "--gpu-memory says no speed, which --trace needs: give"),
+        ("--trace good --speed-of t4", "--speed-of is for --gpu-memory"),
+        ("--trace good --gpu-memory 40 --speed-of t5", "--speed-of 't5': known are a100-40gb, "),
+        ("--rate 3", "--rate is about a trace: give --trace"),
+        ("--preemption-rate 0.1", "--preemption-rate is about a trace: give --trace"),
+        ("--trace-rows 3", "--trace-rows is about a trace: give --trace"),
+        ("--speed-of t4", "--speed-of is about a trace: give --trace"),
+        ("--trace", "argument --trace: expected one argument"),
+        *(
+            (f"--trace good --rate={text}", "argument --rate: ")
+            for text in ("0", "-1", "x", "", "nan", "1e7", "1e-7", "-inf", "1_0", "\u0663")
+        ),
+        *(
+            (f"--trace good --preemption-rate={text}", "argument --preemption-rate: ")
+            for text in ("1", "-0.1", "x", "", "nan", "inf", "1e999")
+        ),
+        *(
+            (f"--trace good --trace-rows={text}", "argument --trace-rows: ")
+            for text in ("0", "-1", "1.5", "")
+        ),
+    ],
+)
+def test_what_cannot_be_had_takes_one_line(args, told, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "good": "time,input_len,output_len\n0,9,9\n1,9,9\n",
+        "bare": "input_len,output_len\n9,9\n",
+        "zeros": "time,input_len,output_len\n0,9,0\n1,9,0\n",
+        "other": "a,b\n1,2\n",
+        "long": "time,input_len,output_len\n0,2000,49\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(os.listdir(tmp_path))
+    code = capacity.main([*args.split(" "), "--json", "out.json"])
+    printed, errors = capfd.readouterr()
+    assert (code, printed) == (2, ""), errors
+    assert errors.startswith("capacity.py: error: ") and errors.count("\n") == 1
+    assert told in errors and errors.isascii() and len(errors) < 600
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_too_much_at_a_time_takes_one_line(write, capfd, monkeypatch):
+    monkeypatch.setattr("vllm_sim.sizing.trace_serving.FIRST_POOL", 16)
+    monkeypatch.setattr("vllm_sim.sizing.trace_serving.LARGEST_POOL", 64)
+    assert capacity.main(["--trace", write(requests())]) == 2
+    assert "the trace needs more than 64 blocks of 16 slots at a time" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("capacity.py", ("trace", "preemption-rate", "rate", "trace-rows", "speed-of")),
+        ("main.py", ("trace",)),
+    ],
+)
+def test_help_has_every_option_and_the_page(script, options):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.isascii()
+    for option in options:
+        assert f"--{option} " in done.stdout
+    assert "docs/capacity.md" in done.stdout
+
+
+def test_every_option_is_in_the_page():
+    page = (ROOT / "docs" / "capacity.md").read_text(encoding="ascii")
+    table = page.split("## Options")[1].split("\n## ")[0]
+    options = {
+        action.option_strings[-1]
+        for action in capacity.build_parser()._actions
+        if action.option_strings[-1] != "--help"
+    }
+    assert {option for option in options if f"`{option}" not in table} == set()
+
+
+# ---- main.py ----------------------------------------------------------------------------------
+
+SMALL = ("--scenario", "4", "--device", "cpu", "--model", "opt-125m", "--num-blocks", "160")
+
+
+def test_scenario_4_serves_a_trace(capfd, tmp_path, write):
+    path = tmp_path / "out.json"
+    trace = write(requests(200) + "1,5,0\n", "real.csv")
+    assert main.main([*SMALL, "--trace", trace, "--json", str(path), "--quiet"]) == 0
+    printed, errors = capfd.readouterr()
+    found = json.loads(path.read_text())
+    assert errors == "" and found["setting"]["trace"] == "real.csv"
+    told = re.search(
+        r"lengths, order and bursts of the first (\d+) requests of real.csv, 1 of 201 rows refused;"
+        r" (\d+) cut to fit the pool, or to 320 tokens of output; decoding methods dealt at random",
+        printed,
+    )
+    kinds = re.findall(r"(\d+) (?:single|with|behind)", printed.split(told[0])[0])
+    count = sum(map(int, kinds))
+    assert int(told[1]) == count and 0 < int(told[2]) < count
+    assert all(check["ok"] for check in found["checks"])
+
+
+def test_without_a_trace_nothing_is_said_of_one(capfd, tmp_path):
+    path = tmp_path / "out.json"
+    assert main.main([*SMALL, "--json", str(path)]) == 0
+    assert "trace" not in json.loads(path.read_text())["setting"]
+    assert "dealt at random" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ("--scenario 1 --trace good", "--trace is for scenario 4: add --scenario 4"),
+        ("--scenario 4 --trace none", "none: cannot be read: No such file"),
+        ("--trace bad", "bad: no request can be served: 1 a prompt of 0 tokens"),
+        ("--trace", "argument --trace: expected one argument"),
+    ],
+)
+def test_a_trace_that_main_cannot_use_takes_one_line(args, told, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good").write_text("input_len,output_len\n9,9\n")
+    (tmp_path / "bad").write_text("input_len,output_len\n0,9\n")
+    code = main.main(["--device", "cpu", *args.split(), "--json", "out.json"])
+    printed, errors = capfd.readouterr()
+    assert (code, printed) == (2, "") and told in errors
+    assert errors.startswith("main.py: error: ") and errors.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["bad", "good"]
+
+
+def test_requests_too_short_for_pressure_take_one_line(capfd, write, tmp_path):
+    trace = write("input_len,output_len\n1,1\n")
+    args = [*SMALL[:-1], "3000", "--trace", trace, "--json", str(tmp_path / "out.json")]
+    assert main.main(args) == 2
+    errors = capfd.readouterr().err
+    assert "are too short to fill 3,000 blocks" in errors and errors.count("\n") == 1
+    assert not (tmp_path / "out.json").exists()
+
+
+def made(trace, count=40, gap=0.5, longest=100, seed=0):
+    options = [{}] * (count // 2) + [{"prefix_len": 30}] * (count // 4)
+    options += [{"num_samples": 4}] * (count - len(options))
+    rng = np.random.default_rng(seed)
+    return scenario_trace.requests_of(trace, options, longest, 50, gap, rng), options
+
+
+def test_lengths_and_order_are_the_traces_and_cut_to_fit():
+    prompts, outputs = np.array([10, 500, 20, 95, 3]), np.array([5, 5, 60, 80, 1])
+    trace = Trace("t", "plain CSV", 5, prompts, outputs)
+    requests, options = made(trace)
+    for i, request in enumerate(requests):
+        room = 100 - request.prefix_len
+        assert request.prompt_len == min(prompts[i % 5], room - 2)
+        wanted = max(2, min(outputs[i % 5], 50, room - request.prompt_len))
+        assert request.output_len == wanted
+    dealt = [{"prefix_len": r.prefix_len, "num_samples": r.num_samples} for r in requests]
+    assert sum(d["prefix_len"] == 30 for d in dealt) == sum(d["num_samples"] == 4 for d in dealt)
+    assert dealt != [{"prefix_len": 0, "num_samples": 1} | option for option in options]
+    told = scenario_trace.told_of(trace, requests, 50)
+    assert "the first 40 requests of t, the 5 there are from the top again; " in told
+    cut = sum(
+        (r.prompt_len, r.output_len) != (prompts[i % 5], outputs[i % 5])
+        for i, r in enumerate(requests)
+    )
+    assert f"; {cut} cut to fit" in told and 0 < cut < 40
+    assert made(trace)[0] == requests != made(trace, seed=1)[0]
+
+
+def test_arrivals_keep_the_traces_bursts():
+    lengths = np.full(100, 10)
+    times = np.cumsum(np.tile([0.0, 0.0, 0.0, 12.0], 25))
+    requests, _ = made(Trace("t", "plain CSV", 100, lengths, lengths, times), 100, gap=0.5)
+    gaps = np.diff([request.arrival_s for request in requests])
+    assert gaps.mean() == pytest.approx(0.5)
+    assert (gaps > 0).tolist() == (np.diff(times) > 0).tolist()
+    requests, _ = made(Trace("t", "plain CSV", 100, lengths, lengths), 4000)
+    gaps = np.diff([request.arrival_s for request in requests])
+    assert gaps.mean() == pytest.approx(0.5, rel=0.1) and gaps.min() > 0
+    requests, _ = made(Trace("t", "plain CSV", 4, lengths[:4], lengths[:4], times[3:7]), 40)
+    assert np.diff([request.arrival_s for request in requests]).max() > 0
+
+
+# ---- a real one -------------------------------------------------------------------------------
+
+
+@needs_data
+@pytest.mark.slow
+def test_the_azure_conversations(run, capfd):
+    """docs/capacity.md's example."""
+    path = Path(os.environ["LENGTHS_DIR"]) / "AzureLLMInferenceTrace_conv.csv.gz"
+    out = path.name + ".json"
+    start = time.process_time()
+    assert capacity.main(["--gpu", "h100", "--trace", str(path)]) == 0
+    printed = capfd.readouterr().out
+    print(f"{time.process_time() - start:.0f} s of CPU, {out}")
+    page = (ROOT / "docs" / "capacity.md").read_text(encoding="ascii")
+    shown = page.split("## An example")[1].split("```\n")[1].split("```")[0]
+    for line in shown.strip().splitlines():
+        assert line == "..." or line in printed.splitlines()

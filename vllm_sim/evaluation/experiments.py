@@ -1,0 +1,239 @@
+"""One experiment of the paper: a system serves a trace, and what is measured of it.
+
+Reproduces: section 6.1's set-up. A `Run` says everything that decides an outcome; `execute` builds
+its trace, its manager and its latency model and simulates it (serving.py, static_batching.py).
+
+    run = Run(VLLM, "opt-13b", "ShareGPT", rate=2.0, seconds=3600.0)
+    execute(run, find_lengths([], None)).normalized_latency
+
+reproduce.py runs hundreds of these, over several processes.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
+from sequence import BeamHistory, Sequence, SequenceGroup
+from vllm_sim.paper import (
+    BLOCK_SIZE,
+    DEPLOYMENTS,
+    FASTER_TRANSFORMER,
+    FT_BATCH_SIZE,
+    FT_MAX_TOTAL_LEN,
+    MAX_BATCHED_TOKENS,
+    MAX_MODEL_LEN,
+    MAX_SEQUENCES,
+    ORCA_MAX,
+    ORCA_ORACLE,
+    ORCA_POW2,
+    SWAP_BYTES_PER_GPU,
+    SYSTEMS,
+    VLLM,
+    WATERMARK,
+    kv_blocks,
+)
+from vllm_sim.reporting.progress import SILENT, Progress
+from vllm_sim.serving.beam_search import beam_histories
+from vllm_sim.serving.latency import LatencyModel, latency_model
+from vllm_sim.serving.scheduler import Iteration, Limits
+from vllm_sim.serving.simulator import Observer, simulate
+from vllm_sim.serving.static_batching import simulate_static
+from vllm_sim.workload.data_sets import Lengths
+from vllm_sim.workload.requests import WMT16_PROMPTS
+
+POLICY = {ORCA_MAX: "max", ORCA_POW2: "pow2", ORCA_ORACLE: "oracle"}
+SHARED_PREFIX = {"WMT16 1-shot": WMT16_PROMPTS[1][0], "WMT16 5-shot": WMT16_PROMPTS[5][0]}
+PREFIX_ID = -2  # no request has it
+# Beam searches are drawn once and shared by requests: (steps, how many).
+BEAM_POOL = ((64, 256), (128, 128), (256, 64), (512, 32), (1024, 32), (2048, 32))
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One system, one trace. Rate in requests/s, times in seconds, lengths in tokens."""
+
+    system: str
+    model: str
+    dataset: str
+    rate: float
+    seconds: float
+    seed: int = 0
+    decoding: str = "single"  # or "parallel", "beam"
+    width: int = 1  # samples or beams of a request
+    theta: float = 0.25  # of the beam search model (beam_search.py)
+    block_size: int = BLOCK_SIZE
+    preemption: str = "auto"
+    max_num_seqs: int = 0  # 0: as the artifact has it for the system
+    watermark: float = WATERMARK
+    window_s: tuple[float, float] = (0.0, math.inf)
+    memory: bool = False  # measure memory in the window, and stop at its end
+
+    def __post_init__(self) -> None:
+        if self.system not in SYSTEMS or self.model not in DEPLOYMENTS:
+            raise ValueError(f"unknown system or model: {self.system!r}, {self.model!r}")
+        if not 0.0 < self.rate < math.inf or not 0.0 < self.seconds < math.inf:
+            raise ValueError(f"rate and duration must be positive, got {self.rate}, {self.seconds}")
+        if self.decoding not in ("single", "parallel", "beam") or self.width < 1:
+            raise ValueError(f"unknown decoding {self.decoding!r} of width {self.width}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured. Shares are of all slots (0 to 1), means are over iterations."""
+
+    normalized_latency: float  # s/token, mean over requests
+    num_requests: int
+    num_iterations: int
+    mean_batch: float  # requests, in the window
+    num_swaps: int = 0
+    num_recomputations: int = 0
+    shares: dict[str, float] = field(default_factory=dict)  # by part of MemoryUsage
+    saving: float = 0.0  # Fig. 15's, as the artifact averages it
+    least_free: float = 1.0  # share of blocks that were free after an admission, at the least
+
+
+class MemoryMeter(Observer):
+    """Means over iterations of where the slots are, and of what sharing saves."""
+
+    def __init__(self, manager: PagedKVCacheManager | BaselineCacheManager) -> None:
+        self.manager = manager
+        self.count = 0
+        self._slots: dict[str, int] = {}
+        self._in_use = 0
+        self._sharing = 0.0
+        self.least_free = 1.0
+
+    def on_iteration(self, iteration: Iteration) -> None:
+        usage = self.manager.usage()
+        self.count += 1
+        if iteration.prefills:
+            self.least_free = min(self.least_free, usage.share("free"))
+        for part in usage.PARTS:
+            self._slots[part] = self._slots.get(part, 0) + getattr(usage, part)
+        if usage.physical_blocks:
+            self._in_use += 1
+            self._sharing += usage.logical_blocks / usage.physical_blocks
+
+    def shares(self) -> dict[str, float]:
+        """Mean share of each part."""
+        slots = self.count * self.manager.num_blocks * self.manager.block_size
+        return {part: total / slots for part, total in self._slots.items()} if slots else {}
+
+    def saving(self) -> float:
+        """1 - 1 / mean(logical / physical), as the artifact's plot has it (Fig. 15)."""
+        return 1.0 - self._in_use / self._sharing if self._sharing else 0.0
+
+
+def execute(
+    run: Run, lengths: Lengths, *, check: bool = False, progress: Progress = SILENT
+) -> Outcome:
+    """Simulate one run; `check` recomputes all invariants in every iteration.
+
+    Raises ValueError, RequestTooLargeError, and WorkloadError for bad length files.
+    """
+    columns = lengths.columns(run.dataset, run.rate, run.seconds, run.seed)
+    deployment = DEPLOYMENTS[run.model]
+    if run.system == FASTER_TRANSFORMER:
+        batch_size = FT_BATCH_SIZE[run.dataset][run.model]
+        latency = latency_model(deployment, run.block_size, static=True)
+        result = simulate_static(*columns, batch_size, FT_MAX_TOTAL_LEN, latency)
+        return Outcome(
+            result.normalized_latency,
+            len(result.finish_s),
+            result.num_iterations,
+            result.mean_batch,
+        )
+    manager = manager_for(run)
+    meter = MemoryMeter(manager)
+    collecting = gc.isenabled()
+    gc.disable()  # a trace is many small objects and no cycles
+    try:
+        result = simulate(
+            groups_for(run, columns),
+            manager,
+            Limits(MAX_BATCHED_TOKENS, run.max_num_seqs or MAX_SEQUENCES[run.system]),
+            latency_of(run),
+            preemption=run.preemption,
+            observers=[meter] if run.memory else [],
+            window_s=run.window_s,
+            until_s=run.window_s[1] if run.memory else math.inf,
+            check=check,
+            progress=progress,
+        )
+    finally:
+        if collecting:
+            gc.enable()
+    return Outcome(
+        result.normalized_latency,
+        len(result.finish_s),
+        result.num_iterations,
+        result.mean_window_batch,
+        result.num_swaps,
+        result.num_recomputations,
+        meter.shares(),
+        meter.saving(),
+        meter.least_free,
+    )
+
+
+def manager_for(run: Run) -> PagedKVCacheManager | BaselineCacheManager:
+    """The memory of the run's system, as Table 1 and the artifact have it."""
+    deployment = DEPLOYMENTS[run.model]
+    num_blocks = kv_blocks(deployment, run.block_size)
+    if run.system in POLICY:
+        return BaselineCacheManager(
+            num_blocks, run.block_size, policy=POLICY[run.system], max_len=MAX_MODEL_LEN
+        )
+    slot_bytes = deployment.model.kv_bytes_per_token // deployment.num_gpus
+    swap_blocks = SWAP_BYTES_PER_GPU // (run.block_size * slot_bytes)
+    manager = PagedKVCacheManager(
+        num_blocks,
+        run.block_size,
+        num_cpu_blocks=min(num_blocks, swap_blocks),
+        watermark=run.watermark,
+    )
+    if run.dataset in SHARED_PREFIX:
+        manager.allocate_prefix(PREFIX_ID, SHARED_PREFIX[run.dataset])
+    return manager
+
+
+def groups_for(run: Run, columns: tuple[list[float], list[int], list[int]]) -> list[SequenceGroup]:
+    """The trace's sequence groups. Only vLLM holds a shared prefix; the others store it."""
+    prefix_len = SHARED_PREFIX.get(run.dataset, 0)
+    prefix_id = PREFIX_ID if prefix_len and run.system == VLLM else None
+    width = run.width
+    groups = []
+    for index, (arrival_s, prompt_len, output_len) in enumerate(zip(*columns)):
+        if width == 1:
+            seqs = [Sequence(index, prompt_len, output_len, prefix_len)]
+        else:
+            first = index * width
+            seqs = [Sequence(first + i, prompt_len, output_len, prefix_len) for i in range(width)]
+        history = None
+        if run.decoding == "beam":
+            history = _history(width, run.theta, run.seed, output_len, index)
+        groups.append(SequenceGroup(index, seqs, arrival_s, prefix_id, history))
+    return groups
+
+
+def _history(width: int, theta: float, seed: int, output_len: int, index: int) -> BeamHistory:
+    """The beam search of one request: the same for every system, manager and policy."""
+    for steps, count in BEAM_POOL:
+        if output_len <= steps:
+            return _beam_pool(width, theta, seed, steps, count)[index % count]
+    raise ValueError(f"no beam search of {output_len} steps is drawn")
+
+
+@cache
+def _beam_pool(width: int, theta: float, seed: int, steps: int, count: int) -> list[BeamHistory]:
+    drawn = beam_histories(width, [steps] * count, seed * len(BEAM_POOL) + steps, theta)
+    return [BeamHistory(history) for history in drawn]
+
+
+def latency_of(run: Run) -> LatencyModel:
+    """The latency model that `execute` uses for a run of a system with a manager."""
+    return latency_model(DEPLOYMENTS[run.model], run.block_size)

@@ -1,0 +1,273 @@
+"""The figures as pictures: ours in solid lines and filled bars, the paper's dashed and hollow.
+
+Reproduces: the layout of Figs. 2, 12 to 17, 18b and 19b (sections 3, 6 and 7). Nothing is
+simulated here: reproduce.py hands over what it found, and one PNG a figure is written.
+
+    LENGTHS_DIR=data python reproduce.py --quick --figures pictures
+
+Needs matplotlib (requirements-dev.txt), which nothing else does: it is imported where it is used.
+Curves are those of seed 0; bars and points by block size are the rows, so the mean over the seeds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from string import ascii_lowercase
+from typing import TYPE_CHECKING
+
+from vllm_sim import paper
+from vllm_sim.evaluation.runner import Found
+from vllm_sim.reporting.drawing import (
+    BAR,
+    BLUE,
+    GREEN,
+    GREY,
+    PLATE,
+    RED,
+    SMALL,
+    SYSTEMS,
+    YELLOW,
+    block_size_axis,
+    check_folder,
+    legend,
+    log_axis,
+    pair,
+    save,
+    sheet,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from vllm_sim.evaluation.curves import Point
+
+TOP = 1.0  # s/token, where the paper's latency axes end
+LOOKS = {  # colour and marker
+    **SYSTEMS,
+    "ShareGPT": (BLUE, "o"),
+    "Alpaca": (RED, "s"),
+    "recompute": (BLUE, "o"),
+    "swap": (RED, "s"),
+    "parallel": (BLUE, ""),
+    "beam": (GREEN, ""),
+}
+PARTS = {  # of Fig. 2's bars, from the bottom
+    "tokens": ("Token states", BLUE),
+    "reserved": ("Reservation", YELLOW),
+    "internal": ("Internal fragmentation", RED),
+    "external": ("External fragmentation and others", GREY),
+}
+LATENCY = "Normalized latency (s/token)"
+Bar = tuple[str, str, float, float]  # label, name in LOOKS, the paper's, ours
+Panel = tuple[str, Mapping[str, float]]  # title, the paper's rates at its RATE_AT_LATENCY
+
+
+def check_pictures(directory: Path) -> None:
+    """OutputError unless pictures can be drawn and written there; makes the directory."""
+    check_folder(directory, [file for file, _ in PICTURES.values()])
+
+
+def draw(found: list[Found], directory: Path) -> list[Path]:
+    """Draw what has a picture; returns the files written. Raises OutputError."""
+    chosen = [
+        (one, *PICTURES[one.figure.name])
+        for one in found
+        if one.rows and one.figure.name in PICTURES
+    ]
+    return save({file: partial(paint, one) for one, file, paint in chosen}, directory)
+
+
+def _sheet(found: Found, about: str, columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure under its title, and its panels in reading order."""
+    return sheet(f"{found.figure.name}: {about}", columns, rows)
+
+
+def _read(found: Found, pattern: str, metric: str) -> list[tuple[tuple[str, ...], float, float]]:
+    """(what the pattern finds in the setting, the paper's, ours) of the rows that are drawn."""
+    return [
+        (match.groups(), row.paper, row.ours)
+        for row in found.rows
+        if row.figure == found.figure.name and row.metric == metric
+        if (match := re.fullmatch(pattern, row.setting))
+    ]
+
+
+def _panel14(key: tuple[str, int]) -> Panel:
+    decoding, width = key
+    words = {"parallel": "Parallel sampling, {} outputs", "beam": "Beam search, width {}"}
+    return words[decoding].format(width), paper.FIG14_RATES[decoding][width]
+
+
+def _curves(found: Found, about: str, panel: Callable[..., Panel]) -> Figure:
+    """A panel a setting, three in a row; `panel` tells what its key in the curves means."""
+    panels = found.figure.curves(0)
+    columns = min(3, len(panels))
+    figure, grid = _sheet(found, about, columns, -(-len(panels) // columns))
+    for number, (axes, (key, curves)) in enumerate(zip(grid, panels.items())):
+        title, rates = panel(key)
+        right = 0.0
+        for system, curve in curves.items():
+            lines = curve.line(found.done), _beyond_top(curve.paper, rates[system])
+            pair(axes, LOOKS[system], *lines)
+            right = max([right, *(_leaves(line) for line in lines if line)])
+        axes.set(xlim=(0.0, 1.04 * right), ylim=(0.0, TOP), xlabel="Request rate (req/s)")
+        axes.set_title(f"({ascii_lowercase[number]}) {title}" if title else "")
+        axes.set_ylabel("" if number % columns else LATENCY)
+    names = dict.fromkeys(name for curves in panels.values() for name in curves)
+    legend(figure, {name: LOOKS[name] for name in names}, columns)
+    return figure
+
+
+def _beyond_top(points: Sequence[Point], rate: float) -> Sequence[Point]:
+    """The drawn line goes on to a point off the axis: straight through the rate that it reaches."""
+    last, latency = points[-1]
+    if latency >= paper.RATE_AT_LATENCY:
+        return points
+    times = (2.0 * TOP - latency) / (paper.RATE_AT_LATENCY - latency)
+    return [*points, (last + times * max(0.0, rate - last), 2.0 * TOP)]
+
+
+def _leaves(line: Sequence[Point]) -> float:
+    """The rate at which a line goes through the top of the axis, or else ends."""
+    for (low, before), (high, after) in pairwise(line):
+        if before <= TOP < after:
+            return low + (TOP - before) / (after - before) * (high - low)
+    return line[-1][0]
+
+
+def _blocks(found: Found, about: str, pattern: str) -> Figure:
+    """Latency over block size, both axes logarithmic."""
+    figure, (axes,) = _sheet(found, about, 1)
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for (name, block), *values in _read(found, pattern, "s/token"):
+        lines.setdefault(name, []).append((int(block), *values))
+    for name, points in lines.items():
+        blocks, theirs, ours = zip(*sorted(points))
+        pair(axes, LOOKS[name], list(zip(blocks, ours)), list(zip(blocks, theirs)))
+    block_size_axis(axes, paper.BLOCK_SIZES)
+    log_axis(axes)
+    axes.set(xlabel="Block size (tokens)", ylabel=LATENCY)
+    legend(figure, {name: LOOKS[name] for name in lines}, 1)
+    return figure
+
+
+def _fig2(found: Found) -> Figure:
+    """Shares of the slots, stacked; each system's two bars side by side."""
+    figure, (axes,) = _sheet(found, "where the KV cache goes, OPT-13B, ShareGPT", 1)
+    systems: dict[str, int] = {}
+    bottoms: dict[float, float] = {}
+    for part, (label, colour) in PARTS.items():
+        for (system,), theirs, ours in _read(found, "13B ShareGPT, (.+)", f"{part}, % of slots"):
+            middle = systems.setdefault(system, len(systems))
+            for whose, value, side in (("ours", ours, -0.53), ("paper", theirs, 0.53)):
+                x = middle + side * BAR
+                look = {"label": label} if whose == "ours" else {"alpha": 0.55, "hatch": "///"}
+                bar = axes.bar(
+                    x, value, BAR, bottoms.get(x, 0.0), color=colour, edgecolor="white", **look
+                )
+                if value >= 5.0:
+                    axes.bar_label(bar, fmt="%.1f", label_type="center", fontsize=SMALL, bbox=PLATE)
+                if x not in bottoms:
+                    axes.text(x, 101.0, whose, ha="center", fontsize=SMALL)
+                bottoms[x] = bottoms.get(x, 0.0) + value
+    axes.set_xticks(list(systems.values()), list(systems))
+    axes.set(ylim=(0.0, 107.0), yticks=range(0, 101, 20), ylabel="Share of KV cache slots (%)")
+    handles, labels = axes.get_legend_handles_labels()
+    parts = dict(zip(labels, handles))  # one handle a label, whatever the number of systems
+    figure.legend(parts.values(), parts, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _fig13(found: Found) -> Figure:
+    bars: dict[str, list[Bar]] = {}
+    for (data, system), *values in _read(found, r"13B (\w+), (.+)", "mean batched requests"):
+        bars.setdefault(data, []).append((system.replace(" ", "\n"), system, *values))
+    return _bars(found, "batched requests, OPT-13B", bars, "Mean batched requests")
+
+
+def _fig15(found: Found) -> Figure:
+    bars: dict[str, list[Bar]] = {}
+    for (name, width), *values in _read(found, r"13B Alpaca, (\w+) (\d+)", "% of blocks saved"):
+        title = {"parallel": "Parallel sampling", "beam": "Beam search"}[name]
+        bars.setdefault(title, []).append((f"{width} sequences", name, *values))
+    return _bars(found, "memory saved by sharing, OPT-13B, Alpaca", bars, "Blocks saved (%)")
+
+
+def _bars(found: Found, about: str, panels: Mapping[str, Sequence[Bar]], unit: str) -> Figure:
+    """A panel a title, with ours and the paper's side by side."""
+    from matplotlib.patches import Patch
+
+    dashed = {"fill": False, "linestyle": "--", "linewidth": 1.5}
+    figure, grid = _sheet(found, about, len(panels))
+    for number, (axes, (title, bars)) in enumerate(zip(grid, panels.items())):
+        for x, (_, name, theirs, ours) in enumerate(bars):
+            colour = LOOKS[name][0]
+            for bar in (
+                axes.bar(x - BAR / 2, ours, 0.94 * BAR, color=colour),
+                axes.bar(x + BAR / 2, theirs, 0.94 * BAR, edgecolor=colour, **dashed),
+            ):
+                axes.bar_label(bar, fmt="{:.3g}", padding=2, fontsize=SMALL)
+        axes.set_title(f"({ascii_lowercase[number]}) {title}")
+        axes.set_xticks(range(len(bars)), [label for label, *_ in bars])
+        axes.margins(y=0.12)
+    grid[0].set_ylabel(unit)
+    whose = [
+        Patch(color=GREY, label="ours: filled"),
+        Patch(edgecolor=GREY, label="paper: hollow", **dashed),
+    ]
+    figure.legend(handles=whose, loc="outside lower center", ncols=2)
+    return figure
+
+
+PICTURES = {
+    "Fig. 2": ("fig2.png", _fig2),
+    "Fig. 12": (
+        "fig12.png",
+        partial(
+            _curves,
+            about="latency by request rate, basic sampling",
+            panel=lambda key: (f"{key[1].upper()}, {key[0]}", paper.FIG12_RATES[key[0]][key[1]]),
+        ),
+    ),
+    "Fig. 13": ("fig13.png", _fig13),
+    "Fig. 14": (
+        "fig14.png",
+        partial(
+            _curves, about="parallel sampling and beam search, OPT-13B, Alpaca", panel=_panel14
+        ),
+    ),
+    "Fig. 15": ("fig15.png", _fig15),
+    "Fig. 16": (
+        "fig16.png",
+        partial(
+            _curves,
+            about="shared prefix, LLaMA-13B, WMT16 English to German",
+            panel=lambda shots: (f"{shots} prefix", paper.FIG16[shots]),
+        ),
+    ),
+    "Fig. 17": (
+        "fig17.png",
+        partial(
+            _curves, about="chatbot, OPT-13B, ShareGPT", panel=lambda _: ("", paper.FIG17_RATES)
+        ),
+    ),
+    "Fig. 18b": (
+        "fig18b.png",
+        partial(
+            _blocks, about="latency by block size, OPT-13B", pattern=r"13B (\w+), blocks of (\d+)"
+        ),
+    ),
+    "Fig. 19b": (
+        "fig19b.png",
+        partial(
+            _blocks,
+            about="recomputation and swapping, OPT-13B, ShareGPT",
+            pattern=r"13B ShareGPT, (\w+), blocks of (\d+)",
+        ),
+    ),
+}

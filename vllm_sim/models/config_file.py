@@ -1,0 +1,199 @@
+"""A Hugging Face `config.json`, read with care: what it must say, and how it is quantised.
+
+Reproduces nothing. `model_families` asks a `Config` for what a family needs; what is missing or no
+number is refused by name, in one line. The file is text that anybody may have written: its size
+is bounded, and so is each number in it.
+
+    config = read_config("Llama-3-8B/config.json")
+    config.count("num_hidden_layers", "n_layer")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vllm_sim.reporting.files import read_bounded
+
+MAX_BYTES = 4 * 2**20
+MAX_COUNT = 10**8  # of anything: no dimension of a model comes near
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be sized; the message is one line that names file and reason."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One JSON object of a configuration, and where it is: 'a.json' or 'a.json text_config'."""
+
+    where: str
+    values: Mapping[str, object]
+
+    def fail(self, reason: str) -> ConfigError:
+        """The error to raise; `reason` names the key."""
+        return ConfigError(f"{self.where}: {reason}")
+
+    def has(self, name: str) -> bool:
+        """Whether a key is there and not null."""
+        return self.values.get(name) is not None
+
+    def optional(self, *names: str, least: int = 1) -> int | None:
+        """The first of these keys that is there, a whole number; None if none is."""
+        for name in names:
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise self.fail(f"{name} must be a whole number, not {_shown(value)}")
+            if not least <= value <= MAX_COUNT:
+                raise self.fail(f"{name} must be {least} to {MAX_COUNT}, not {_shown(value)}")
+            return value
+        return None
+
+    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """The same, but ConfigError without any of them and without a default."""
+        value = self.optional(*names, least=least)
+        if value is None:
+            value = default
+        if value is None:
+            other = f" (or {', '.join(names[1:])})" if names[1:] else ""
+            raise self.fail(f"has no {names[0]}{other}, so the model cannot be sized")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A key that is true or false."""
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.fail(f"{name} must be true or false, not {_shown(value)}")
+        return value
+
+    def text(self, name: str) -> str:
+        """A key that is text; '' if it is not there."""
+        value = self.values.get(name)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self.fail(f"{name} must be text, not {_shown(value)}")
+        return value
+
+    def list(self, name: str) -> list:
+        """A key that is a list; [] if it is not there."""
+        value = self.values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self.fail(f"{name} must be a list, not {_shown(value)}")
+        return value
+
+    def section(self, name: str) -> Config | None:
+        """A key that is an object; None if it is not there."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fail(f"{name} must be an object, not {_shown(value)}")
+        return Config(f"{self.where} {name}", value)
+
+
+def _shown(value: object) -> str:
+    """A value as JSON, short."""
+    if isinstance(value, int) and abs(value) > 10**40:  # too long to turn into digits
+        return "a number of many digits"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def read_config(path: str | os.PathLike[str]) -> Config:
+    """The object in a file. Raises ConfigError for what cannot be read or is no JSON object."""
+    where = os.fspath(path)
+    try:
+        text = read_bounded(path, MAX_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL in the name
+        raise ConfigError(f"{where}: cannot be read: {error}") from None
+    if text is None:
+        raise ConfigError(f"{where}: larger than {MAX_BYTES >> 20} MiB, so no config.json")
+    try:
+        values = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: not a JSON file, it is not text") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{where}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except (ValueError, RecursionError):  # a number of thousands of digits; nested too deeply
+        raise ConfigError(f"{where}: not JSON that a configuration could be") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: holds no JSON object, so no config.json")
+    return Config(where, values)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a checkpoint's matrices are stored: bytes a parameter, scales included."""
+
+    method: str
+    bytes_per_param: float
+    experts_only: bool = False
+
+
+def quantisation(config: Config) -> Quantisation | None:
+    """What `quantization_config` says. ConfigError if it does not say how many bits."""
+    section = config.section("quantization_config")
+    if section is None:
+        return None
+    method = section.text("quant_method")
+    if method == "fp8":
+        block = section.list("weight_block_size")
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in block):
+            raise section.fail("weight_block_size must be whole numbers from 1")
+        scale = 4 / (block[0] * block[1]) if len(block) == 2 else 0.0
+        return Quantisation("fp8", 1.0 + scale)
+    if method in ("gptq", "awq"):
+        bits = section.count("bits", "w_bit")
+        group = section.optional("group_size", "q_group_size", least=-1)
+        return Quantisation(f"{method}, {bits} bits", _grouped(section, bits, group, zeros=True))
+    if method == "mxfp4":
+        return Quantisation("mxfp4 experts", 0.5 + 1 / 32, experts_only=True)
+    if method == "bitsandbytes":
+        if section.flag("load_in_8bit", False):
+            return Quantisation("bitsandbytes, 8 bits", 1.0)
+        if section.flag("load_in_4bit", False):
+            double = section.flag("bnb_4bit_use_double_quant", False)
+            scale = 1 / 64 + 4 / (64 * 256) if double else 4 / 64
+            return Quantisation("bitsandbytes, 4 bits", 0.5 + scale)
+    if method == "compressed-tensors":
+        return _compressed(section)
+    raise section.fail(f"quant_method {_shown(method)} does not say how many bits a weight takes")
+
+
+def _grouped(section: Config, bits: int, group: int | None, zeros: bool) -> float:
+    """Bytes of one weight with its share of a 16-bit scale and, if any, a zero point."""
+    if not 1 <= bits <= 16:
+        raise section.fail(f"{bits} bits a weight are not 1 to 16")
+    if group is None or group < 1:  # one scale for a whole column
+        return bits / 8
+    return bits / 8 + (2 + zeros * bits / 8) / group
+
+
+def _compressed(section: Config) -> Quantisation:
+    groups = section.section("config_groups")
+    found = set()
+    for name in groups.values if groups else ():
+        weights = groups.section(name)
+        weights = weights and weights.section("weights")
+        if weights is None:
+            raise section.fail(f"config_groups {name}: does not say how its weights are stored")
+        group = weights.optional("group_size", least=-1)
+        found.add((weights.count("num_bits"), group))
+    if len(found) != 1:
+        raise section.fail("config_groups do not agree on how many bits a weight takes")
+    ((bits, group),) = found
+    size = _grouped(section, bits, group, zeros=False)
+    return Quantisation(f"compressed-tensors, {bits} bits", size)

@@ -1,0 +1,437 @@
+"""Dense models by the `model_type` of their config.json: what their layers are made of.
+
+Reproduces nothing of the paper, whose OPT and LLaMA are families like others here. Each function
+reads what its family's configuration says and returns a `Decoder`; expert_families.py has the
+mixtures of experts.
+
+    FAMILIES["llama"](read_config("config.json"), "Llama-3-8B")
+
+[family_fields] What the families of models have in common in a config.json: dimensions, and sliding windows.
+
+Reproduces nothing of the paper. Used by model_families.py and expert_families.py, which say what
+differs; a key that a configuration may leave out has the default of the transformers library's
+class, all others are required.
+
+    found = rotary(config, "Mistral-7B")
+    layer_windows(config, found["num_layers"], config.optional("sliding_window"), all_layers)
+
+[expert_families] Mixtures of experts by the `model_type` of their config.json: all experts count for memory.
+
+Reproduces nothing of the paper. As model_families.py, for the models whose feed-forward layers are
+experts that a router chooses from; DeepSeek's are among them with their latent cache (MLA).
+
+    FAMILIES["mixtral"](read_config("config.json"), "Mixtral-8x7B")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllm_sim.models.config_file import Config
+from vllm_sim.models.decoder import Decoder, Experts, Latent
+
+MAX_LAYERS = 10_000
+Windows = tuple[int | None, ...]
+
+
+def dimensions(config: Config, name: str, **defaults: int) -> dict:
+    """What nearly every configuration says under the same names. `defaults` by key."""
+
+    def count(key: str, *others: str) -> int:
+        return config.count(key, *others, default=defaults.get(key))
+
+    hidden = count("hidden_size", "n_embd", "n_embed")
+    heads = count("num_attention_heads", "n_head")
+    head_size = config.optional("head_dim") or defaults.get("head_dim")
+    if head_size is None:
+        if hidden % heads:
+            raise config.fail(
+                f"has no head_dim, and hidden_size {hidden} is no multiple of {heads} heads"
+            )
+        head_size = hidden // heads
+    num_layers = count("num_hidden_layers", "n_layer")
+    if num_layers > MAX_LAYERS:
+        raise config.fail(f"{num_layers} layers are more than {MAX_LAYERS}")
+    return {
+        "name": name,
+        "family": config.text("model_type"),
+        "hidden_size": hidden,
+        "num_layers": num_layers,
+        "num_heads": heads,
+        "num_kv_heads": config.optional("num_key_value_heads", "num_kv_heads")
+        or defaults.get("num_key_value_heads", heads),
+        "head_size": head_size,
+        "vocab_size": count("vocab_size"),
+    }
+
+
+def make_decoder(config: Config, **values: object) -> Decoder:
+    try:
+        return Decoder(**values)
+    except ValueError as error:
+        raise config.fail(str(error)) from None
+
+
+def rotary(config: Config, name: str, tied: bool = False, **defaults: int) -> dict:
+    """Dimensions of a model with rotary positions and gated feed-forward layers."""
+    found = dimensions(config, name, **defaults)
+    found["ffn_size"] = config.count("intermediate_size", default=defaults.get("intermediate_size"))
+    found["max_len"] = config.count(
+        "max_position_embeddings", default=defaults.get("max_position_embeddings")
+    )
+    found["tied"] = config.flag("tie_word_embeddings", tied)
+    return found
+
+
+def layer_windows(config: Config, num_layers: int, window: int | None, slides: Callable) -> Windows:
+    """The window of each layer: as `layer_types` says, else where `slides(index)`."""
+    types = config.list("layer_types")
+    if types and len(types) != num_layers:
+        raise config.fail(f"{len(types)} layer_types for {num_layers} layers")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise config.fail(f"layer_types has {str(kind)[:40]!a}, which cannot be sized")
+    sliding = [kind == "sliding_attention" for kind in types] or [
+        bool(slides(index)) for index in range(num_layers)
+    ]
+    if window is None and types and any(sliding):
+        raise config.fail("has sliding layers in layer_types, but no sliding_window")
+    if window is None or not any(sliding):
+        return ()
+    return tuple(window if slide else None for slide in sliding)
+
+
+def all_layers(index: int) -> bool:
+    return True
+
+
+def every_other(index: int) -> bool:
+    return index % 2 == 0
+
+
+def late_layers(config: Config) -> tuple[int | None, Callable]:
+    """Qwen's: `use_sliding_window`, from layer `max_window_layers` on."""
+    if not config.flag("use_sliding_window", False):
+        return None, all_layers
+    first = config.count("max_window_layers", default=28, least=0)
+    return config.optional("sliding_window"), lambda index: index >= first
+
+
+def _mixtral(config: Config, name: str) -> Decoder:
+    found = rotary(config, name)
+    windows = layer_windows(
+        config, found["num_layers"], config.optional("sliding_window"), all_layers
+    )
+    experts = Experts(
+        found["num_layers"],
+        config.count("num_local_experts"),
+        config.count("num_experts_per_tok"),
+        found["ffn_size"],
+    )
+    return make_decoder(config, **found, windows=windows, experts=experts)
+
+
+def _sparse_layers(config: Config, num_layers: int) -> int:
+    """Qwen's: every `decoder_sparse_step`-th layer has experts, but for `mlp_only_layers`."""
+    step = config.count("decoder_sparse_step", default=1)
+    dense = config.list("mlp_only_layers")
+    return sum(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
+
+
+def _routed(config: Config, num_layers: int) -> tuple[int, int, int, int]:
+    """Qwen's: layers with experts, experts of one, how many a token takes, and their width."""
+    names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    return _sparse_layers(config, num_layers), *(config.count(name) for name in names)
+
+
+def _qwen2_moe(config: Config, name: str) -> Decoder:
+    found = rotary(config, name)
+    experts = Experts(
+        *_routed(config, found["num_layers"]),
+        config.count("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+    windows = layer_windows(config, found["num_layers"], *late_layers(config))
+    return make_decoder(config, **found, windows=windows, qkv_bias=True, experts=experts)
+
+
+def _qwen3_moe(config: Config, name: str) -> Decoder:
+    found = rotary(config, name)
+    experts = Experts(*_routed(config, found["num_layers"]))
+    bias = config.flag("attention_bias", False)
+    windows = layer_windows(config, found["num_layers"], *late_layers(config))
+    return make_decoder(
+        config,
+        **found,
+        windows=windows,
+        qkv_bias=bias,
+        output_bias=bias,
+        head_norms=True,
+        experts=experts,
+    )
+
+
+def _deepseek(config: Config, name: str) -> Decoder:
+    """V2 and V3: a latent cache, dense layers first, then experts with shared ones."""
+    for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
+        config.count(key)  # named before anything else is asked for
+    latent = Latent(
+        config.count("kv_lora_rank"),
+        config.count("qk_rope_head_dim"),
+        config.count("qk_nope_head_dim"),
+        config.count("v_head_dim"),
+        config.optional("q_lora_rank"),
+    )
+    head_size = latent.nope_size + latent.rope_size
+    found = rotary(config, name, head_dim=head_size)
+    found |= {"head_size": head_size, "num_kv_heads": found["num_heads"]}
+    experts = None
+    if config.has("n_routed_experts"):
+        first = config.count("first_k_dense_replace", default=0, least=0)
+        step = config.count("moe_layer_freq", default=1)
+        size = config.count("moe_intermediate_size")
+        experts = Experts(
+            sum(i >= first and i % step == 0 for i in range(found["num_layers"])),
+            config.count("n_routed_experts"),
+            config.count("num_experts_per_tok"),
+            size,
+            config.count("n_shared_experts", default=0, least=0) * size,
+            router_bias=config.text("model_type") == "deepseek_v3",  # it balances the experts
+        )
+    notes = ()
+    if config.optional("num_nextn_predict_layers", least=0):
+        notes = ("the layers that predict further tokens (MTP) are not counted",)
+    if config.flag("attention_bias", False):
+        raise config.fail("attention_bias true cannot be sized with a latent cache")
+    return make_decoder(config, **found, latent=latent, experts=experts, notes=notes)
+
+
+def _gpt_oss(config: Config, name: str) -> Decoder:
+    found = rotary(config, name)
+    bias = config.flag("attention_bias", True)
+    experts = Experts(
+        found["num_layers"],
+        config.count("num_local_experts"),
+        config.count("num_experts_per_tok", "experts_per_token"),
+        found["ffn_size"],
+        router_bias=True,
+        biases=True,
+    )
+    window = config.count("sliding_window", default=128)
+    windows = layer_windows(config, found["num_layers"], window, every_other)
+    return make_decoder(
+        config,
+        **found,
+        windows=windows,
+        experts=experts,
+        qkv_bias=bias,
+        output_bias=bias,
+        sinks=True,
+    )
+
+
+EXPERTS: dict[str, Callable[[Config, str], Decoder]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek,
+    "gpt_oss": _gpt_oss,
+}
+
+
+def _opt(config: Config, name: str) -> Decoder:
+    found = dimensions(config, name)
+    bias = config.flag("enable_bias", True)
+    if not config.flag("layer_norm_elementwise_affine", True):
+        raise config.fail("layer_norm_elementwise_affine false cannot be sized")
+    positions = config.count("max_position_embeddings")
+    final = config.flag("do_layer_norm_before", True)
+    return make_decoder(
+        config,
+        **found,
+        ffn_size=config.count("ffn_dim"),
+        max_len=positions,
+        tied=config.flag("tie_word_embeddings", True),
+        gated=False,
+        norm_vectors=2,
+        final_norm=final and not config.flag("_remove_final_layer_norm", False),
+        qkv_bias=bias,
+        output_bias=bias,
+        ffn_bias=bias,
+        position_rows=positions + 2,  # the table starts with two rows that no token uses
+        embedding_size=config.optional("word_embed_proj_dim"),
+    )
+
+
+def _gpt2(config: Config, name: str) -> Decoder:
+    found = dimensions(config, name)
+    positions = config.count("n_positions", "n_ctx", "max_position_embeddings")
+    return make_decoder(
+        config,
+        **found,
+        ffn_size=config.count("n_inner", default=4 * found["hidden_size"]),
+        max_len=positions,
+        tied=config.flag("tie_word_embeddings", True),
+        gated=False,
+        norm_vectors=2,
+        qkv_bias=True,
+        output_bias=True,
+        ffn_bias=True,
+        position_rows=positions,
+    )
+
+
+def _gpt_neox(config: Config, name: str) -> Decoder:
+    bias = config.flag("attention_bias", True)
+    return make_decoder(
+        config,
+        **rotary(config, name),
+        gated=False,
+        norm_vectors=2,
+        qkv_bias=bias,
+        output_bias=bias,
+        ffn_bias=True,
+    )
+
+
+def _bloom(config: Config, name: str) -> Decoder:
+    found = dimensions(config, name)
+    return make_decoder(
+        config,
+        **found,
+        ffn_size=4 * found["hidden_size"],
+        max_len=config.optional("seq_length"),
+        tied=config.flag("tie_word_embeddings", True),
+        gated=False,
+        norm_vectors=2,
+        embedding_norm=True,
+        qkv_bias=True,
+        output_bias=True,
+        ffn_bias=True,
+    )
+
+
+def _falcon(config: Config, name: str) -> Decoder:
+    found = dimensions(config, name)
+    new = config.flag("new_decoder_architecture", False)
+    if new:
+        kv_heads = config.count("num_kv_heads", "n_head_kv", default=found["num_heads"])
+    else:
+        kv_heads = 1 if config.flag("multi_query", True) else found["num_heads"]
+    one_norm = config.flag("parallel_attn", True) and not new
+    norms = config.count("num_ln_in_parallel_attn", default=2) if new else 2 - one_norm
+    bias = config.flag("bias", False)
+    # A configuration without positions is of a rotary model with the class's 2048, or of ALiBi.
+    positions = config.count("max_position_embeddings", default=2048)
+    return make_decoder(
+        config,
+        **(found | {"num_kv_heads": kv_heads}),
+        ffn_size=config.count("ffn_hidden_size", default=4 * found["hidden_size"]),
+        max_len=positions,
+        tied=config.flag("tie_word_embeddings", True),
+        gated=False,
+        norm_vectors=2,
+        norms_per_layer=norms,
+        qkv_bias=bias,
+        output_bias=bias,
+        ffn_bias=bias,
+    )
+
+
+def _llama(config: Config, name: str) -> Decoder:
+    bias = config.flag("attention_bias", False)
+    return make_decoder(
+        config,
+        **rotary(config, name),
+        qkv_bias=bias,
+        output_bias=bias,
+        ffn_bias=config.flag("mlp_bias", False),
+    )
+
+
+def _mistral(config: Config, name: str) -> Decoder:
+    found = rotary(config, name)
+    windows = layer_windows(
+        config, found["num_layers"], config.optional("sliding_window"), all_layers
+    )
+    return make_decoder(config, **found, windows=windows)
+
+
+def _qwen2(config: Config, name: str) -> Decoder:
+    found = rotary(config, name)
+    windows = layer_windows(config, found["num_layers"], *late_layers(config))
+    return make_decoder(config, **found, windows=windows, qkv_bias=True)
+
+
+def _qwen3(config: Config, name: str) -> Decoder:
+    found = rotary(config, name, head_dim=128)
+    bias = config.flag("attention_bias", False)
+    windows = layer_windows(config, found["num_layers"], *late_layers(config))
+    return make_decoder(
+        config, **found, windows=windows, qkv_bias=bias, output_bias=bias, head_norms=True
+    )
+
+
+def _gemma(config: Config, name: str) -> Decoder:
+    bias = config.flag("attention_bias", False)
+    found = rotary(config, name, tied=True, head_dim=256)
+    return make_decoder(config, **found, qkv_bias=bias, output_bias=bias)
+
+
+def _gemma2(config: Config, name: str) -> Decoder:
+    bias = config.flag("attention_bias", False)
+    found = rotary(config, name, tied=True, head_dim=256)
+    window = config.count("sliding_window", default=4096)
+    windows = layer_windows(config, found["num_layers"], window, every_other)
+    return make_decoder(
+        config, **found, windows=windows, qkv_bias=bias, output_bias=bias, norms_per_layer=4
+    )
+
+
+def _gemma3(config: Config, name: str) -> Decoder:
+    # The published multimodal configurations leave these out where the class has them.
+    class_defaults = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262_208,
+        "max_position_embeddings": 131_072,
+    }
+    bias = config.flag("attention_bias", False)
+    found = rotary(config, name, tied=True, **class_defaults)
+    pattern = config.count("sliding_window_pattern", "_sliding_window_pattern", default=6)
+    window = config.count("sliding_window", default=4096)
+    windows = layer_windows(
+        config, found["num_layers"], window, lambda index: (index + 1) % pattern
+    )
+    missing = [key for key in class_defaults if not config.has(key)]
+    notes = (f"class defaults for {', '.join(missing)}",) if missing else ()
+    return make_decoder(
+        config,
+        **found,
+        windows=windows,
+        qkv_bias=bias,
+        output_bias=bias,
+        norms_per_layer=4,
+        head_norms=True,
+        notes=notes,
+    )
+
+
+FAMILIES: dict[str, Callable[[Config, str], Decoder]] = EXPERTS | {
+    "opt": _opt,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "bloom": _bloom,
+    "falcon": _falcon,
+    "llama": _llama,
+    "mistral": _mistral,
+    "phi3": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gemma3_text": _gemma3,
+}

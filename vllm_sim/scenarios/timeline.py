@@ -1,0 +1,66 @@
+"""One page that plays recorded runs back, block by block, in any browser and without a network.
+
+Reproduces nothing by itself: it shows sections 4.3 to 4.5 happen (blocks on demand, copy-on-write,
+preemption) in the runs of scenarios 3 and 4, as recording.py saw them.
+
+    python main.py --scenario 4 --timeline run.html
+
+The page is the files of timeline_page/ in one, with the recordings as JSON in it: what is in
+a frame is told in recording.py. It asks for nothing from outside, and says so to the browser (its
+content security policy).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.scenarios.record import RunRecord
+from vllm_sim.scenarios.report import check_writable, write_whole
+
+FORMAT = 1  # of the data in the page
+SCENARIOS = (3, 4)  # that are recorded
+MAX_BLOCKS = 4096  # of a pool: a page of more is slow to watch, and its data grows with the pool
+PARTS = Path(__file__).resolve().parent / "timeline_page"
+
+
+def check(path: Path, scenarios: Iterable[int], num_blocks: int) -> None:
+    """UsageError unless these scenarios have a timeline that can be written there."""
+    if not {*scenarios} & {*SCENARIOS}:
+        raise UsageError("--timeline shows scenarios 3 and 4, and neither was asked for")
+    if 4 in scenarios and num_blocks > MAX_BLOCKS:
+        raise UsageError(
+            f"--timeline: {num_blocks:,} blocks are too many to watch, at most {MAX_BLOCKS:,}; "
+            "lower --num-blocks"
+        )
+    check_writable(path)
+
+
+def write(path: Path, record: RunRecord) -> None:
+    """Write the page, whole or not at all. Raises OutputError."""
+    write_whole(path, page(record).encode("ascii"))
+
+
+def page(record: RunRecord) -> str:
+    """The whole page; ASCII."""
+    data = {
+        "format": FORMAT,
+        "setting": record.setting,
+        "runs": [recorder.to_json() for recorder in record.runs],
+    }
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")  # or a name could end the script element
+    html = (PARTS / "page.html").read_text(encoding="ascii")
+    for mark, content in (
+        ("/* style */", (PARTS / "style.css").read_text(encoding="ascii")),
+        ("/* replay */", (PARTS / "replay.js").read_text(encoding="ascii")),
+        ("/* view */", (PARTS / "view.js").read_text(encoding="ascii")),
+        ("/* controls */", (PARTS / "controls.js").read_text(encoding="ascii")),
+        ("/* data */", text),  # last: nothing in it is a mark
+    ):
+        before, found, after = html.partition(mark)
+        assert found, f"timeline_page/page.html has no {mark}"
+        html = before + content + after
+    return html

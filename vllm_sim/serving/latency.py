@@ -1,0 +1,172 @@
+"""Seconds of one iteration, from what it reads and computes.
+
+Reproduces: the machine under section 6's experiments, as far as bytes, FLOPs and two constants per
+model can. An iteration takes, on each GPU,
+
+    c0                              software, small kernels, communication: fitted per model
+    + weights / (0.8 x bandwidth)   every iteration reads all weights
+    + tokens x 2 x parameters / (0.5 x peak FLOPS)
+    + K/V bytes read / (0.8 x bandwidth)
+    + cpre x prompts                what each prompt costs beyond its tokens: fitted per model
+    + bytes copied (read and written), and what swapping takes
+
+    model = latency_model(DEPLOYMENTS["opt-13b"], 16)
+    model.iteration(iteration)                    # one iteration
+    model.decode_steps(100, num_seqs=32, context_tokens=16_000)     # a hundred, in closed form
+
+0.8 of the bandwidth and 0.5 of the FLOPS are customary round numbers, not fitted. `FITTED` is what
+`tools/fit_latency.py` finds in the left ends of Fig. 12 and in Fig. 1 (right); it prints them, and
+`--check` fails if they are not these. Nothing else here comes from the paper's results.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from kv_cache_manager import BaselineCacheManager
+from vllm_sim.paper import BLOCK_SIZE, Deployment
+from vllm_sim.serving.scheduler import Completion, Iteration, Manager
+
+BANDWIDTH_USED, FLOPS_USED = 0.8, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """What a GPU's data sheet says: bytes/s of its memory, FLOP/s in fp16 (dense)."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+# NVIDIA's data sheet of the A100 (SXM): 1,555 and 2,039 GB/s, 312 TFLOPS.
+ACCELERATORS = {"a100-40gb": Accelerator(1555e9, 312e12), "a100-80gb": Accelerator(2039e9, 312e12)}
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """The fitted constants of one model, in seconds (tools/fit_latency.py)."""
+
+    step_s: float  # c0: each iteration
+    prompt_s: float  # cpre: each prompt
+    static_step_s: float  # c0 of FasterTransformer, from its single leftmost ShareGPT point
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Seconds to move one block over PCIe: so much for each block, and for each slot of it."""
+
+    call_s: float
+    slot_s: float
+
+
+FITTED = {
+    "opt-13b": Software(6.5e-3, 6.5e-3, 0.95e-3),
+    "opt-66b": Software(25.0e-3, 5.25e-3, 5.0e-3),
+    "opt-175b": Software(52.5e-3, 6.0e-3, 14.5e-3),
+}
+# Same layers, same width: the constants of one are taken for the other.
+FITTED_LIKE = {"llama-13b": "opt-13b"}
+# From Fig. 19a's microbenchmark, an input of Figs. 14 and 19b (tools/fit_latency.py).
+SWAP_IN = Swap(0.268e-3, 0.0672e-3)
+SWAP_OUT = Swap(0.154e-3, 0.0626e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyModel:
+    """Seconds of an iteration as a sum over what it does."""
+
+    step_s: float  # each iteration: software and the weights
+    # Of step_s, what computing tokens may hide behind (0: nothing, the two add up).
+    weights_s: float = field(default=0.0, kw_only=True)
+    token_s: float = 0.0  # each token computed
+    context_s: float = 0.0  # each token of K/V read
+    prompt_s: float = 0.0  # each prompt
+    copy_s: float = 0.0  # each slot copied inside GPU memory
+    swap_out_s: float = 0.0  # each block (measured for OPT-13B's slots)
+    swap_in_s: float = 0.0
+    block_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.step_s > 0.0 or min(getattr(self, f) for f in self.__slots__) < 0.0:
+            raise ValueError(f"an iteration takes time, and nothing gives time back: {self}")
+
+    def iteration(self, it: Iteration) -> float:
+        """One iteration, as scheduled."""
+        seconds = (
+            self.step_s
+            + self.token_s * (it.num_decodes + it.prompt_tokens)
+            + self.context_s * it.context_tokens
+        )
+        if it.prefills:
+            seconds += self.prompt_s * len(it.prefills)
+        if it.copies:
+            seconds += self.copy_s * self.block_size * len(it.copies)
+        if it.swapped_out or it.swapped_in:
+            seconds += self.swap_out_s * len(it.swapped_out) + self.swap_in_s * len(it.swapped_in)
+        return seconds
+
+    def completion(self, done: Completion, manager: Manager) -> float:
+        """What a manager without sharing copies when beams change parents.
+
+        As in the artifact, a beam that takes another's place copies its whole reservation.
+        """
+        if not isinstance(manager, BaselineCacheManager):
+            return 0.0
+        moved = [seq_id for reorder in done.reorders for seq_id in reorder]
+        blocks = sum(manager.reservation(seq_id).num_blocks for seq_id in moved)
+        return self.copy_s * self.block_size * blocks
+
+    def decode_steps(self, num_steps: int, num_seqs: int, context_tokens: int) -> float:
+        """`num_steps` iterations of `num_seqs` sequences that first read `context_tokens`."""
+        first = self.step_s + self.token_s * num_seqs + self.context_s * context_tokens
+        longer = self.context_s * num_seqs  # each step reads a token more of every sequence
+        return num_steps * first + longer * (num_steps * (num_steps - 1) / 2)
+
+    def steps_until(self, wait_s: float, at_most: int, num_seqs: int, context_tokens: int) -> int:
+        """How many such iterations start before `wait_s` seconds have passed, at most."""
+        if wait_s <= 0.0:
+            return 0
+        first = self.step_s + self.token_s * num_seqs + self.context_s * context_tokens
+        half = self.context_s * num_seqs / 2.0
+        linear = first - half  # half n**2 + linear n = wait, in the form that does not cancel
+        root = 2.0 * wait_s / (linear + math.sqrt(linear * linear + 4.0 * half * wait_s))
+        steps = min(at_most, math.ceil(root))
+        # Rounding may be off by one: the test is that of the plain loop.
+        while steps < at_most and self.decode_steps(steps, num_seqs, context_tokens) < wait_s:
+            steps += 1
+        while steps and self.decode_steps(steps - 1, num_seqs, context_tokens) >= wait_s:
+            steps -= 1
+        return steps
+
+
+UNIT = LatencyModel(step_s=1.0)  # time counted in iterations
+
+
+def latency_model(
+    deployment: Deployment,
+    block_size: int = BLOCK_SIZE,
+    software: Software | None = None,
+    *,
+    static: bool = False,
+) -> LatencyModel:
+    """The model of a deployment; `software` as fitted unless given, `static` for
+    FasterTransformer's. KeyError for a model or GPU of which nothing is known."""
+    model, gpus = deployment.model, deployment.num_gpus
+    gpu = ACCELERATORS[deployment.gpu.name]
+    software = software or FITTED[FITTED_LIKE.get(model.name, model.name)]
+    params = model.matrix_params // gpus + model.replicated_params
+    bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
+    slot_bytes = model.kv_bytes_per_token / gpus
+    return LatencyModel(
+        step_s=(software.static_step_s if static else software.step_s)
+        + params * model.dtype_bytes / bandwidth,
+        token_s=2 * params / (FLOPS_USED * gpu.flops_per_s),
+        context_s=slot_bytes / bandwidth,
+        prompt_s=0.0 if static else software.prompt_s,
+        weights_s=params * model.dtype_bytes / bandwidth if static else 0.0,
+        copy_s=2 * slot_bytes / bandwidth,
+        swap_out_s=SWAP_OUT.call_s + SWAP_OUT.slot_s * block_size,
+        swap_in_s=SWAP_IN.call_s + SWAP_IN.slot_s * block_size,
+        block_size=block_size,
+    )

@@ -1,0 +1,403 @@
+"""One iteration at a time: who grows, who gives way, who comes back, who is admitted.
+
+Reproduces: section 4.5 (first come first served; the latest arrived is preempted first; all
+sequences of a group together; swap or recompute; nothing new is admitted while anything is
+swapped out) with the rules of the authors' artifact where the paper is silent: the watermark, the
+limit on batched tokens, the order in which running, swapped and waiting groups are served.
+
+    scheduler = Scheduler(PagedKVCacheManager(983, 16), Limits(2560, 2048))
+    scheduler.add(group)
+    iteration = scheduler.schedule()     # what the tensors must do now
+    completion = scheduler.complete()    # what is finished, which beams changed parents
+
+Between two decisions every iteration is like the one before: `quiet_steps()` says for how many,
+and `advance(n)` takes them at once. Bookkeeping only. serving.py runs it over a workload.
+
+[iteration] What an iteration may hold, what it does, and what follows it.
+
+Reproduces: the scheduler's decision of section 4.5 as the workers are sent it (section 4.6): blocks
+to swap and to copy, prompts to compute, sequences to extend. scheduler.py decides, latency.py and
+stamped_cache.py carry out.
+
+    iteration = scheduler.schedule()
+    print(iteration.num_groups, iteration.copies)
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from operator import attrgetter
+
+from kv_cache_manager import (
+    BaselineCacheManager,
+    BlockPairs,
+    CacheError,
+    PagedKVCacheManager,
+    RequestTooLargeError,
+)
+from sequence import FINISHED, Clock, Sequence, SequenceGroup, SequenceStatus
+
+Manager = PagedKVCacheManager | BaselineCacheManager
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an iteration may hold: prompt and decode tokens, and sequences."""
+
+    max_batched_tokens: int
+    max_num_seqs: int
+
+    def __post_init__(self) -> None:
+        if self.max_batched_tokens < 1 or self.max_num_seqs < 1:
+            raise ValueError(f"limits must be positive, got {self}")
+
+
+@dataclass(slots=True)
+class Iteration:
+    """What one iteration does, in the order in which tensors must follow:
+    swap out, forget freed blocks, swap in, copy, then write K and V of prefills and decodes."""
+
+    index: int
+    start_s: float
+    swapped_out: BlockPairs = ()
+    freed: list[int] = field(default_factory=list)
+    swapped_in: BlockPairs = ()
+    copies: BlockPairs = ()
+    prefills: list[SequenceGroup] = field(default_factory=list)
+    decodes: list[SequenceGroup] = field(default_factory=list)
+    num_swaps: int = 0
+    num_recomputations: int = 0
+    num_decodes: int = 0  # sequences of `decodes`: each computes one token
+    context_tokens: int = 0  # K/V that they read, each for itself, also where it is shared
+    prompt_tokens: int = 0  # that `prefills` compute
+
+    @property
+    def num_groups(self) -> int:
+        """Batched requests (Fig. 13)."""
+        return len(self.prefills) + len(self.decodes)
+
+
+@dataclass(slots=True)
+class Completion:
+    """What follows an iteration: sequences that are complete, and beams that changed parents."""
+
+    finished: list[SequenceGroup] = field(default_factory=list)
+    reorders: list[dict[int, int]] = field(default_factory=list)  # child id -> parent id
+    moves: list[list] = field(default_factory=list)  # what the manager returned for each
+    freed: list[int] = field(default_factory=list)
+
+
+PREEMPTION_MODES = ("auto", "swap", "recompute")
+SWAPPED_FROM = {"auto": 2, "swap": 1}  # sequences of a group; narrower ones are recomputed
+ORDER = attrgetter("order")
+
+
+class StalledError(CacheError):
+    """Requests are left, but an iteration can do nothing for any of them."""
+
+
+class Scheduler:
+    """FCFS continuous batching (section 4.5). `schedule()` and `complete()` alternate."""
+
+    def __init__(self, manager: Manager, limits: Limits, preemption: str = "auto") -> None:
+        """`preemption`: auto recomputes single sequences and swaps groups, as the artifact."""
+        if preemption not in PREEMPTION_MODES:
+            raise ValueError(f"preemption is one of {PREEMPTION_MODES}, got {preemption!r}")
+        self.manager = manager
+        self.limits = limits
+        self.swapped_from = SWAPPED_FROM.get(preemption, math.inf)
+        self.waiting: deque[SequenceGroup] = deque()
+        self.running: list[SequenceGroup] = []
+        self.swapped: list[SequenceGroup] = []
+        self.num_running_seqs = 0
+        self.context_tokens = 0  # of the running sequences, what they have generated included
+        self._clock = Clock()  # iterations completed
+        # Running groups by the step that completes a sequence of theirs or moves a beam.
+        self._events: dict[int, list[SequenceGroup]] = {}
+        self._next_events: list[int] = []  # the keys of _events, a heap
+        self._widest = 1  # sequences of the largest group so far
+        self._settled = False  # until a completion or an arrival, there is nothing to decide
+        self.short_of_blocks = False  # whether the last iteration left a group without memory
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations scheduled and completed."""
+        return self._clock.now
+
+    def add(self, group: SequenceGroup) -> None:
+        """Submit a group. Raises RequestTooLargeError if it could never run to its end."""
+        self.check(group)
+        self.enqueue(group)
+
+    def enqueue(self, group: SequenceGroup) -> None:
+        """Submit a group that has passed `check`."""
+        if len(group.seqs) > self._widest:
+            self._widest = len(group.seqs)
+        if not (self.waiting or self.swapped):
+            self._settled = False  # otherwise it is behind one that waits for memory
+        _place(self.waiting, group)
+
+    def check(self, group: SequenceGroup) -> None:
+        """RequestTooLargeError unless the group could run to its end if it were alone."""
+        seqs, limits = group.seqs, self.limits
+        computed = group.own_prompt_len + max([seq.output_len for seq in seqs])
+        if computed > limits.max_batched_tokens or len(seqs) > limits.max_num_seqs:
+            raise RequestTooLargeError(
+                f"request {group.group_id}: {computed} tokens in {len(seqs)} sequences "
+                f"exceed {limits.max_batched_tokens} tokens or {limits.max_num_seqs} sequences"
+            )
+        self.manager.require_fits(group)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.running or self.swapped)
+
+    # -- iteration by iteration ---------------------------------------------------------------
+
+    def schedule(self, now_s: float = 0.0) -> Iteration:
+        """Decide one iteration: who grows, who gives way, who comes back, who is admitted."""
+        iteration = Iteration(self._clock.now, now_s)
+        preempted = self._grow(iteration)
+        if self.swapped and not iteration.num_swaps:
+            self._swap_in(iteration)
+        iteration.decodes = self.running.copy()
+        iteration.num_decodes = self.num_running_seqs
+        iteration.context_tokens = self.context_tokens
+        all_tried = True
+        self.short_of_blocks = bool(preempted or self.swapped)
+        if self.waiting and not self.swapped:
+            all_tried = self._admit(iteration, preempted)
+        if not self.running and not self.idle and not preempted:
+            raise StalledError("nothing runs and nothing can be admitted")
+        self._settled = all_tried and not preempted
+        return iteration
+
+    def complete(self, num_steps: int = 1) -> Completion:
+        """One token more for every running sequence; free what is complete, re-parent beams."""
+        self._clock.now = now = self._clock.now + num_steps
+        self.context_tokens += num_steps * self.num_running_seqs
+        done = Completion()
+        if self._next_events and self._next_events[0] <= now:
+            self._take_events(done)
+        return done
+
+    # -- many iterations at once --------------------------------------------------------------
+
+    @property
+    def admits_arrivals(self) -> bool:
+        """Whether a request that arrives now would be tried at once: none waits before it."""
+        return not (self.waiting or self.swapped)
+
+    def quiet_steps(self) -> int:
+        """How many iterations from here on decide nothing, short of an arrival; may be 0.
+
+        The last of them may complete a sequence or move a beam. Until then free memory only
+        shrinks, so who waits for memory, or for a sequence to end, still waits; and there is a
+        block for all.
+        """
+        if not self._settled or not self.running:
+            return 0
+        events = self._next_events
+        while not self._events[events[0]]:  # preempted since
+            del self._events[heappop(events)]
+        steps = events[0] - self._clock.now
+        if isinstance(self.manager, PagedKVCacheManager):
+            steps = self.manager.steps_without_copies(steps, self._widest)
+        return steps
+
+    def advance(self, num_steps: int) -> Completion:
+        """Take that many iterations, at most `quiet_steps()`, at once."""
+        self.manager.append_all(num_steps)
+        return self.complete(num_steps)
+
+    # -- the parts of an iteration ----------------------------------------------------------
+
+    def _grow(self, iteration: Iteration) -> list[SequenceGroup]:
+        """A slot more for each running sequence; returns the groups that had to give way.
+
+        In order of arrival, a group at whose turn fewer blocks are free than it has sequences
+        takes them from the latest arrived. Growing does not change what a later group holds, so
+        the turns are counted first and those that stay then grow in one call.
+        """
+        manager = self.manager
+        preempted: list[SequenceGroup] = []
+        if isinstance(manager, PagedKVCacheManager):
+            need = manager.blocks_for_step()
+            # If so many are left even after the last turn, every turn had enough.
+            if manager.num_free_blocks - need < self._widest:
+                preempted = self._make_room(need, iteration)
+        iteration.copies += manager.append_all()
+        return preempted
+
+    def _make_room(self, need: int, iteration: Iteration) -> list[SequenceGroup]:
+        """Preempt until every turn has enough, when all of them together take `need` blocks."""
+        manager, running, widest = self.manager, self.running, self._widest
+        preempted: list[SequenceGroup] = []
+        turn = taken = 0
+        while turn < len(running):
+            # Where all are equally wide the last turn is the hardest, so it decides for all.
+            if self.num_running_seqs == widest * len(running):
+                last = manager.blocks_for_append(running[-1].unfinished_ids())
+                if manager.num_free_blocks - (need - last) >= widest:
+                    break
+                need -= last
+            else:
+                ids = running[turn].unfinished_ids()
+                if len(ids) <= manager.num_free_blocks - taken:
+                    taken += manager.blocks_for_append(ids)
+                    turn += 1
+                    continue
+                need -= manager.blocks_for_append(running[-1].unfinished_ids())
+            preempted.append(running.pop())  # it may be the very group whose turn it is
+            self._preempt(preempted[-1], iteration)
+        return preempted
+
+    def _preempt(self, group: SequenceGroup, iteration: Iteration) -> None:
+        """Take all sequences of a group out of GPU memory, all or none (section 4.5)."""
+        seqs = group.unfinished()
+        ids = group.unfinished_ids()
+        group.num_preemptions += 1
+        self._events[group.event_step].remove(group)
+        if len(seqs) >= self.swapped_from and self.manager.can_swap_out(ids):
+            iteration.swapped_out += self.manager.swap_out(ids)
+            iteration.num_swaps += 1
+            _place(self.swapped, group)
+            status = SequenceStatus.SWAPPED
+        else:  # also where the CPU pool is full
+            for seq_id in ids:
+                iteration.freed += self.manager.free(seq_id)
+            iteration.num_recomputations += 1
+            _place(self.waiting, group)
+            status = SequenceStatus.WAITING
+        for seq in seqs:
+            self._stop(seq, status)
+
+    def _swap_in(self, iteration: Iteration) -> None:
+        """Bring swapped groups back, first come first served."""
+        while self.swapped:
+            group = self.swapped[0]
+            seqs = group.unfinished()
+            ids = [seq.seq_id for seq in seqs]
+            # As the artifact counts: running groups, and the sequences that would join them.
+            if len(self.running) + len(ids) > self.limits.max_num_seqs:
+                break
+            if not self.manager.can_swap_in(ids):
+                break
+            self.swapped.pop(0)
+            iteration.swapped_in += self.manager.swap_in(ids)
+            for seq_id in ids:
+                iteration.copies += self.manager.append(seq_id)
+            self._run(group, seqs)
+
+    def _admit(self, iteration: Iteration, preempted: list[SequenceGroup]) -> bool:
+        """Admit waiting groups, first come first served, until one does not fit.
+
+        False if that one may fit in the next iteration although nothing is freed.
+        """
+        batched = self.num_running_seqs
+        limits, waiting, manager = self.limits, self.waiting, self.manager
+        while waiting and waiting[0] not in preempted:
+            group = waiting[0]
+            seqs = group.unfinished()
+            if len(self.running) + len(seqs) > limits.max_num_seqs:
+                return True
+            # The prompt is computed once; after a recomputation the longest sequence counts.
+            prompt_len = group.own_prompt_len
+            generated = [seq.num_generated for seq in seqs]
+            tokens = prompt_len + max(generated)
+            if batched + tokens > limits.max_batched_tokens:
+                return False
+            copies = manager.try_admit(group)
+            if copies is None:
+                self.short_of_blocks = True
+                return True
+            waiting.popleft()
+            iteration.copies += copies
+            iteration.prefills.append(group)
+            iteration.prompt_tokens += prompt_len + sum(generated)
+            batched += tokens
+            self._run(group, seqs)
+        return True
+
+    def _run(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
+        clock = self._clock
+        for seq in seqs:
+            self.context_tokens += seq.prefix_len + seq.prompt_len + seq.num_generated
+            seq.start(clock)
+        self.num_running_seqs += len(seqs)
+        _place(self.running, group)
+        self._await_event(group, seqs)
+
+    def _await_event(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
+        """Note when the first of these, its running sequences, ends or changes parents."""
+        if group.beam_parents is None:
+            steps = min([seq.output_len - seq.num_generated for seq in seqs])
+        else:
+            first = seqs[0]  # beams are equally long
+            generated = first.num_generated
+            steps = first.output_len - generated
+            move = group.beam_parents.next_move(generated)
+            if move is not None:
+                steps = min(steps, move + 1 - generated)
+        group.event_step = step = self._clock.now + steps
+        there = self._events.get(step)
+        if there is None:
+            self._events[step] = [group]
+            heappush(self._next_events, step)
+        else:
+            there.append(group)
+
+    def _stop(self, seq: Sequence, status: SequenceStatus) -> None:
+        seq.stop(status)
+        self.num_running_seqs -= 1
+        self.context_tokens -= seq.prefix_len + seq.prompt_len + seq.num_generated
+
+    def _take_events(self, done: Completion) -> None:
+        """Sequences whose last token came with this step, and beams that move, in order."""
+        groups = self._events.pop(heappop(self._next_events))
+        groups.sort(key=ORDER)
+        for group in groups:
+            seqs = group.seqs
+            first = seqs[0]  # beams are equally long: none ends before the others
+            generated = first.num_generated
+            if group.beam_parents is not None and generated < first.output_len:
+                self._reorder(seqs, group.beam_parents[generated - 1], done)
+                self._await_event(group, seqs)
+                continue
+            left = []
+            for seq in seqs:
+                if seq.status is not FINISHED:
+                    if seq.num_generated < seq.output_len:
+                        left.append(seq)
+                    else:
+                        self._stop(seq, FINISHED)
+                        done.freed += self.manager.free(seq.seq_id)
+            if left:
+                self._await_event(group, left)
+            else:
+                done.finished.append(group)
+                self.running.remove(group)
+        if groups and not self.admits_arrivals:
+            self._settled = False
+
+    def _reorder(self, seqs: list[Sequence], parents: list[int], done: Completion) -> None:
+        moved = {
+            seqs[child].seq_id: seqs[parent].seq_id
+            for child, parent in enumerate(parents)
+            if child != parent
+        }
+        if moved:
+            done.reorders.append(moved)
+            done.moves.append(self.manager.reorder(moved))
+
+
+def _place(queue: list[SequenceGroup] | deque[SequenceGroup], group: SequenceGroup) -> None:
+    """Insert in order; mostly that is the end."""
+    if not queue or queue[-1].order < group.order:
+        queue.append(group)
+    else:
+        insort(queue, group, key=ORDER)

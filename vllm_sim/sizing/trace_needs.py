@@ -1,0 +1,151 @@
+"""What a request trace needs: blocks of K/V memory, and servers.
+
+Reproduces: the question of section 6.2 turned round, with section 6.1's policies: not how many
+requests a second a memory sustains, but which memory serves these requests. A memory *serves* a
+trace at the rate r if at most r x requests are held up by it (trace_serving.py); at r = 0 every
+request runs exactly when it would with unbounded memory. serving.simulate is the judge.
+
+    free = unbounded(columns, server)
+    smallest_pool(columns, server, "paged", 0.01, free).num_blocks
+    servers_needed(columns, server, "paged", 0.01, num_blocks=983)
+
+Bookkeeping only; capacity.py --trace prints what comes out (trace_tables.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kv_cache_manager import RequestTooLargeError
+from sequence import Sequence, SequenceGroup
+from vllm_sim import paper
+from vllm_sim.sizing.trace_serving import Columns, Served, Server, allowed, serve
+
+MOST_SERVERS = 4096
+EXACT = 1000  # numbers below twice this are found to the last, larger ones to one part in so many
+
+
+def smallest(serves: Callable[[int], bool], guess: int, most: int, least: int = 1) -> int | None:
+    """The smallest number from `least` to `most` that serves, or None, if more never serves worse.
+
+    It serves, and one less does not; from 2 x EXACT on, a number that is smaller by one in EXACT
+    does not. Looks around the guess first.
+    """
+    guess = min(max(guess, least), most)
+    width = max(1, guess // 128)
+    if serves(guess):
+        high, low = guess, guess - width
+        while low >= least and serves(low):
+            width *= 2
+            high, low = low, low - width
+        low = max(low, least - 1)
+    else:
+        low = guess
+        while True:
+            if low == most:
+                return None
+            high = min(low + width, most)
+            if serves(high):
+                break
+            low, width = high, 2 * width
+    while high - low > max(1, low // EXACT):
+        middle = (low + high) // 2
+        if serves(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """A memory of one server, and the run with it."""
+
+    num_blocks: int
+    served: Served
+
+
+@dataclass(frozen=True, eq=False)
+class Need:
+    """What a policy needs to serve a trace at a rate. None: no number of servers does."""
+
+    policy: str
+    rate: float
+    pool: Pool  # of one server that serves all
+    servers: int | None
+
+
+def smallest_pool(
+    columns: Columns,
+    server: Server,
+    policy: str,
+    rate: float,
+    free: Served,
+    known: Pool | None = None,
+) -> Pool:
+    """The smallest memory with which one server serves the trace.
+
+    `free` is the run with unbounded memory, `known` a memory that serves, at this rate or a lower.
+    """
+    count = len(columns[0])
+    few = allowed(rate, count)
+    chunks = server.chunks(policy, np.array(columns[1]), np.array(columns[2]))
+    runs = {known.num_blocks: known.served} if known else {}
+
+    def serves(num_blocks: int) -> bool:
+        if num_blocks not in runs:
+            runs[num_blocks] = serve(columns, server, policy, num_blocks, few)
+        return runs[num_blocks] is not None
+
+    demand = free.demand if policy == "paged" else free.together(chunks)
+    # Room for all requests at once, and to spare.
+    most = known.num_blocks if known else 4 * (int(chunks.sum()) + int(chunks.max()) + 2)
+    if few == 0:  # then all that run together with unbounded memory do, and must find room
+        least = int(demand.max())
+        guess = least if policy != "paged" else int(least * (1.0 + paper.WATERMARK))
+    else:
+        least = int(chunks.max())
+        guess = int(np.quantile(demand, 1.0 - few / count))
+    found = smallest(serves, guess, most, least)
+    assert found is not None, "room for all requests at once does not serve them"
+    return Pool(found, runs[found])
+
+
+def servers_needed(
+    columns: Columns,
+    server: Server,
+    policy: str,
+    rate: float,
+    num_blocks: int,
+    guess: int = 1,
+    known: int | None = None,
+) -> int | None:
+    """How many servers of `num_blocks` blocks each serve the trace, dealt to them in turn.
+
+    `known` is a number that serves, at this rate or a lower. None if a request does not fit such
+    a server alone, or more than MOST_SERVERS were needed.
+    """
+    count = len(columns[0])
+
+    def serves(servers: int) -> bool:
+        if servers == known:
+            return True
+        left = allowed(rate, count)
+        for first in range(servers):
+            part = tuple(column[first::servers] for column in columns)
+            found = serve(part, server, policy, num_blocks, left)
+            if found is None:
+                return False
+            left -= found.held_up
+        return True
+
+    manager = server.manager(policy, num_blocks)
+    try:
+        for i, (_, prompt, output) in enumerate(zip(*columns)):
+            manager.require_fits(SequenceGroup(i, [Sequence(i, prompt, output)], 0.0))
+    except RequestTooLargeError:
+        return None
+    return smallest(serves, known or guess, known or min(count, MOST_SERVERS))

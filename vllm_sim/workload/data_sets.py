@@ -1,0 +1,229 @@
+"""Request lengths of the paper's data sets (section 6.1, Figs. 11, 16 and 17), full or compact.
+
+A trace of the authors' artifact takes the first requests of a data set in their order, so it
+has means of its own. It can be repeated request by request with the full length files, which
+are not shipped. Without them the compact tables of workload.py stand in: same distribution, no
+order.
+
+    lengths = find_lengths(["lengths.csv.gz"], os.environ.get("LENGTHS_DIR"))
+    print(lengths.source("ShareGPT"))
+    arrivals, prompts, outputs = lengths.columns("ShareGPT", rate=2.0, duration_s=3600.0, seed=0)
+
+A file is told by the columns that its header names (CSV, plain or gzipped, any order):
+
+    input_len, output_len                       ShareGPT; Alpaca if the file's name says so
+    input_len, output_len, input_len_llama      Alpaca
+    output_llama_tokens,                        WMT16, prompts of one and of five examples
+      suffix_tokens_after_shared_prefix_1shot, suffix_tokens_after_shared_prefix_5shot
+    conversation, chunk_suffix, from,           chat: a turn of a conversation a line
+      opt_tokens_no_bos
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_sim.workload import requests
+from vllm_sim.workload.requests import WMT16_PROMPTS, Pair, WorkloadError
+
+DATASETS = ("ShareGPT", "Alpaca", "WMT16 1-shot", "WMT16 5-shot", "chat")
+WMT16_SHOTS = {"WMT16 1-shot": 1, "WMT16 5-shot": 5}
+# Table, tokens to add to its inputs, and the module that has its rows.
+COMPACT = {
+    "ShareGPT": (requests.SHAREGPT, 0, "length_tables.py"),
+    "Alpaca": (requests.ALPACA, 0, "length_tables.py"),
+    "WMT16 1-shot": (requests.WMT16, WMT16_PROMPTS[1][1], "length_tables.py"),
+    "WMT16 5-shot": (requests.WMT16, WMT16_PROMPTS[5][1], "length_tables.py"),
+    "chat": (requests.CHAT, 0, "chat_lengths.py"),
+}
+
+PAIR_COLUMNS = ("input_len", "output_len")
+ALPACA_COLUMNS = (*PAIR_COLUMNS, "input_len_llama")
+WMT16_OUTPUT = "output_llama_tokens"
+WMT16_SUFFIX = "suffix_tokens_after_shared_prefix_{}shot"
+WMT16_COLUMNS = (WMT16_OUTPUT, *(WMT16_SUFFIX.format(shots) for shots in WMT16_SHOTS.values()))
+CHAT_COLUMNS = ("conversation", "chunk_suffix", "from", "opt_tokens_no_bos")
+
+MODEL_LEN = 2048  # tokens a request may have in all, and a conversation's history keeps
+CHAT_PROMPT = MODEL_LEN // 2  # history and query are cut to their last tokens
+CHAT_OUTPUT = MODEL_LEN - CHAT_PROMPT - 8  # the artifact's 8 spare tokens
+# The artifact encodes each turn as 'human: text' or 'gpt: text', with a BOS token of its own.
+# The file counts the text alone. Three tokens for the speaker are our estimate.
+CHAT_TURN = 1 + 3
+
+
+def chat_rounds(path: str | os.PathLike[str]) -> list[Pair]:
+    """(prompt, output) lengths of every round of the conversations in a file, in file order.
+
+    As in the artifact, the prompt is the end of the history and the query, the output as long
+    as the reply; then query and reply, uncut, join the history. It assumes that turns alternate,
+    human first. Here a file may cut a long conversation into chunks, of which many repeat the
+    last reply of the chunk before. So a human turn is paired with the gpt turn right after it,
+    and turns without a partner are left out. By bare position queries and replies would change
+    places in such chunks, and outputs come out over a third shorter. A chunk that continues a
+    conversation starts with a full history: chunks are cut at about the model's length, and
+    joining them gives the same rounds. Raises WorkloadError.
+    """
+    rounds: list[Pair] = []
+    history, query, current = 0, None, None
+    for place, cells in requests.read_cells(path, CHAT_COLUMNS):
+        conversation, chunk, speaker, text = cells
+        skipped, tokens = (requests.whole_number(place, cell, low=0) for cell in (chunk, text))
+        tokens += CHAT_TURN
+        if conversation != current:
+            history, query, current = MODEL_LEN if skipped else 0, None, conversation
+        if speaker == "gpt" and query is not None:
+            rounds.append((min(history + query, CHAT_PROMPT), min(tokens, CHAT_OUTPUT)))
+            history = min(history + query + tokens, MODEL_LEN)
+        query = tokens if speaker == "human" else None
+    return rounds
+
+
+def read_pairs(path: str, dataset: str) -> list[Pair]:
+    """The (prompt, output) lengths of a data set that a trace may use, in the file's order.
+
+    As in the artifact: ShareGPT's pairs below the model's length, all of Alpaca's, and WMT16's
+    up to the model's length with the shared prefix, whose whole blocks the prompt leaves out.
+    Raises WorkloadError.
+    """
+    if dataset == "chat":
+        pairs = chat_rounds(path)
+    elif dataset in WMT16_SHOTS:
+        shots = WMT16_SHOTS[dataset]
+        columns = requests.read_columns(path, (WMT16_SUFFIX.format(shots), WMT16_OUTPUT))
+        longest = MODEL_LEN - WMT16_PROMPTS[shots][0]
+        pairs = [pair for pair in zip(*columns.tolist()) if sum(pair) <= longest]
+    else:
+        pairs = list(zip(*requests.read_columns(path, PAIR_COLUMNS).tolist()))
+        if dataset == "ShareGPT":
+            pairs = [pair for pair in pairs if sum(pair) < MODEL_LEN]
+    if not pairs:
+        raise WorkloadError(f"{path}: no request for {dataset} in it")
+    return pairs
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Where the lengths of each data set come from: full files, or the compact tables.
+
+    `files` has the path of each data set that has a file; it is read once, at its first use.
+    Raises ValueError for a data set that is not in DATASETS, WorkloadError for a bad file.
+    """
+
+    files: Mapping[str, str]
+    _pairs: dict[str, list[Pair]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        for dataset in self.files:
+            _check_dataset(dataset)
+        object.__setattr__(self, "files", dict(self.files))
+
+    def pairs(self, dataset: str) -> list[Pair]:
+        """The pairs of a data set that has a file (KeyError for others), see read_pairs."""
+        if dataset not in self._pairs:
+            self._pairs[dataset] = read_pairs(self.files[dataset], dataset)
+        return self._pairs[dataset]
+
+    def source(self, dataset: str) -> str:
+        """One line of ASCII for reports: a file's name and size, or which table."""
+        _check_dataset(dataset)
+        if dataset not in self.files:
+            return f"compact table ({COMPACT[dataset][2]})"
+        name, count = ascii(_name(self.files[dataset]))[1:-1], len(self.pairs(dataset))
+        return f"{name} ({count:,} pair{'s' * (count != 1)})"
+
+    def columns(
+        self, dataset: str, rate: float, duration_s: float, seed: int, added_prompt_len: int = 0
+    ) -> tuple[list[float], list[int], list[int]]:
+        """(arrival times in s, prompt lengths, output lengths) of a trace, see make_trace.
+
+        WMT16's prompts leave out the whole blocks of the shared prefix; `added_prompt_len` puts
+        them back for a system that shares nothing. For chat, the rounds are the requests: the
+        artifact uses all rounds of a trace once, in an order that follows its conversations.
+        """
+        _check_dataset(dataset)
+        if added_prompt_len < 0:
+            raise ValueError(f"added_prompt_len must not be negative, not {added_prompt_len!r}")
+        arrivals = requests.poisson_arrivals(rate, duration_s, seed).tolist()
+        if dataset in self.files:
+            pairs = requests.first_pairs(self.pairs(dataset), len(arrivals), seed)
+            prompts = [prompt + added_prompt_len for prompt, _ in pairs]
+            return arrivals, prompts, [output for _, output in pairs]
+        table, rest_of_prefix, _ = COMPACT[dataset]
+        inputs, outputs = table.sample(len(arrivals), np.random.default_rng(seed))
+        return arrivals, (inputs + (rest_of_prefix + added_prompt_len)).tolist(), outputs.tolist()
+
+
+def find_lengths(paths: Sequence[str], directory: str | None) -> Lengths:
+    """Lengths from the files `paths`, and from what is recognised in the folder `directory`.
+
+    A file of `paths` goes before those of the folder, and is read here. Raises WorkloadError for
+    one that is malformed or not recognised, for a folder that cannot be listed, and where two
+    files leave open which of them is meant.
+    """
+    named: dict[str, str] = {}
+    for path in paths:
+        datasets = _datasets(path, _header(path))
+        if not datasets:
+            raise WorkloadError(f"{path}: no data set is known by this header, see length_files.py")
+        _claim(named, path, datasets)
+    found: dict[str, str] = {}
+    for path in _files_in(directory) if directory else ():
+        try:
+            header = _header(path)
+        except WorkloadError:
+            continue  # a folder may hold anything
+        _claim(found, path, [name for name in _datasets(path, header) if name not in named])
+    lengths = Lengths(found | named)
+    for dataset in named:
+        lengths.pairs(dataset)
+    return lengths
+
+
+def _check_dataset(name: str) -> None:
+    if name not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {name!r}")
+
+
+def _files_in(directory: str) -> list[str]:
+    try:
+        paths = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
+    except OSError as error:
+        raise WorkloadError(f"{directory}: cannot be listed: {error.strerror}") from None
+    return [path for path in paths if os.path.isfile(path)]  # a pipe would never end
+
+
+def _header(path: str) -> list[str]:
+    return next(requests.read_lines(path), (path, []))[1]
+
+
+def _datasets(path: str, header: Sequence[str]) -> Sequence[str]:
+    """The data sets that a file is for, none if it is not recognised."""
+    if set(CHAT_COLUMNS) <= set(header):
+        return ("chat",)
+    if set(WMT16_COLUMNS) <= set(header):
+        return tuple(WMT16_SHOTS)
+    if set(ALPACA_COLUMNS) <= set(header):
+        return ("Alpaca",)
+    if not set(PAIR_COLUMNS) <= set(header):
+        return ()
+    said = [name for name in ("ShareGPT", "Alpaca") if name.lower() in _name(path).lower()]
+    if len(said) > 1:
+        raise WorkloadError(f"{path}: ShareGPT or Alpaca? Its header fits both, its name has both")
+    return said or ("ShareGPT",)
+
+
+def _claim(files: dict[str, str], path: str, datasets: Sequence[str]) -> None:
+    for dataset in datasets:
+        if dataset in files:
+            other = _name(files[dataset])
+            raise WorkloadError(f"{path}: {other} could be {dataset} as well, name one of them")
+        files[dataset] = path
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path)
