@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from allocators import CacheError
 from vllm_sim.evaluation.experiments import Run, groups_for, latency_of, manager_for
-from vllm_sim.paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
+from vllm_sim.paper import MAX_BATCHED_TOKENS, VLLM
 from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder, positive
 from vllm_sim.reporting.documents import measured
 from vllm_sim.reporting.progress import Progress
 from vllm_sim.scenarios.report import Table, check_writable, render, write_json
-from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import ServingResult, simulate
+from vllm_sim.serving.systems import limits_of
 from vllm_sim.workload.data_sets import find_lengths
 from vllm_sim.workload.requests import WorkloadError
 from vllm_sim.workload.traces import read_trace
@@ -86,7 +86,7 @@ def simulate_once(
     manager = manager_for(run)
     if pool > 1:
         manager = type(manager)(pool * manager.num_blocks, manager.block_size)
-    limits = Limits(MAX_BATCHED_TOKENS, MAX_SEQUENCES[run.system])
+    limits = limits_of(run.system)
     gc.disable()
     start = time.perf_counter()
     result = simulate(groups, manager, limits, latency_of(run), plain=plain)

@@ -173,12 +173,12 @@ def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
     manager = PagedKVCacheManager(8, 4, watermark=0.0)
     meter = MemoryMeter(manager)
     meter.on_iteration(Iteration(0, 0.0))
-    assert (meter.shares()["free"], meter.saving()) == (1.0, 0.0)
+    assert (meter.mean.shares["free"], meter.mean.saving) == (1.0, 0.0)
     manager.allocate(1, 8)
     manager.fork(1, 2)
     meter.on_iteration(Iteration(1, 1.0))
     assert meter.shares()["free"] == (1.0 + 0.75) / 2
-    assert meter.saving() == 0.5  # four logical blocks in two
+    assert meter.mean.saving == 0.5  # four logical blocks in two
 
 
 # ---- main.py -----------------------------------------------------------------------------------

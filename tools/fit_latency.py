@@ -42,9 +42,9 @@ from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code
 from vllm_sim.scenarios.report import Table, render  # noqa: E402
 from vllm_sim.serving import latency  # noqa: E402
 from vllm_sim.serving.latency import Software, Swap, latency_model  # noqa: E402
-from vllm_sim.serving.scheduler import Limits  # noqa: E402
 from vllm_sim.serving.simulator import simulate  # noqa: E402
 from vllm_sim.serving.static_batching import simulate_static  # noqa: E402
+from vllm_sim.serving.systems import limits_of  # noqa: E402
 from vllm_sim.workload.data_sets import Lengths, find_lengths  # noqa: E402
 from vllm_sim.workload.requests import WorkloadError  # noqa: E402
 
@@ -103,7 +103,7 @@ def ours(source: Run | int, lengths: Lengths, software: Software) -> float:
         batch_size = paper.FT_BATCH_SIZE[run.dataset][run.model]
         result = simulate_static(*columns, batch_size, paper.FT_MAX_TOTAL_LEN, model)
     else:
-        limits = Limits(paper.MAX_BATCHED_TOKENS, paper.MAX_SEQUENCES[run.system])
+        limits = limits_of(run.system)
         result = simulate(groups_for(run, columns), manager_for(run), limits, model)
     return result.normalized_latency
 

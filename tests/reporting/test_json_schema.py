@@ -31,6 +31,7 @@ from published_models import PUBLISHED  # noqa: E402
 
 import capacity  # noqa: E402
 import main  # noqa: E402
+import report  # noqa: E402
 import reproduce  # noqa: E402
 import sweep  # noqa: E402
 from paged_attention import paged_attention_kernel  # noqa: E402
@@ -39,12 +40,11 @@ from vllm_sim.evaluation import figures_memory  # noqa: E402
 from vllm_sim.evaluation.experiments import Run  # noqa: E402
 from vllm_sim.reporting.documents import SCHEMA, document, measured, told  # noqa: E402
 from vllm_sim.reporting.sweep_table import (
-    CHOSEN,  # noqa: E402
-    read_document,  # noqa: E402
+    CHOSEN,
+    read_document,
 )
 from vllm_sim.scenarios import baseline as scenario_baseline  # noqa: E402
 from vllm_sim.scenarios import paged as scenario_paged  # noqa: E402
-import report  # noqa: E402
 from vllm_sim.scenarios import sampling as scenario_sampling  # noqa: E402
 
 SCHEMA_FILE = json.loads((ROOT / "docs" / "schema.json").read_text(encoding="ascii"))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import report
 from vllm_sim.reporting import sweep_table
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.documents import SCHEMA
 from vllm_sim.reporting.sweep_table import merge, read_document, shown
-import report
 
 ROOT = Path(__file__).resolve().parents[2]
 

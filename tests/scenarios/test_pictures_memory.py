@@ -381,7 +381,7 @@ def test_a_traces_needs_are_drawn(tmp_path, capfd):
     for axes, table, column in zip(draw().axes, tables, (3, 3), strict=True):
         heights = [bar.get_height() for bars in axes.containers for bar in bars]
         assert heights == [row[column] for row in table.rows]
-        assert [text.get_text() for text in axes.get_xticklabels()] == [*trace_tables.ALL_POLICIES]
+        assert [text.get_text() for text in axes.get_xticklabels()] == [*trace_tables.POLICIES]
 
 
 # ---- the benchmarks ---------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
     mean.add(MemoryUsage(40, 0, 40), 0)
     mean.add(MemoryUsage(40, 8, 32, logical_tokens=16, logical_blocks=4, physical_blocks=2), 2)
     assert (mean.percent("free"), mean.batch) == (90.0, 1.0)
-    assert mean.saving == 50.0  # of the one that holds blocks
+    assert mean.saving == 0.5  # of the one that holds blocks
 
 
 # --- scenario 1 ----------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_the_shares_of_the_contiguous_policies(quick):
         assert row["external_and_others"] == pytest.approx(external)
     assert policies[paper.ORCA_ORACLE]["internal"] == 0 < policies[paper.ORCA_POW2]["internal"]
     assert policies[paper.ORCA_MAX]["rounding"] == 0  # 2048 is a power of two
-    tokens = [policies[s]["tokens"] for s in scenario_baseline.POLICIES.values()]
+    tokens = [policies[s]["tokens"] for s in scenario_baseline.CONTIGUOUS.values()]
     assert tokens == sorted(tokens) and tokens[0] < tokens[-1]
     fill = records(report, "Admitted in order")
     for row in fill:

@@ -28,9 +28,9 @@ from vllm_sim.models.memory_plan import (
 from vllm_sim.paper import GIB
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.steady_state import QueueTooShortError, steady_state
+from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import BLOCK_SIZES, FORKS, block_sizes, copies_per_fork
 from vllm_sim.sizing.concurrency import (
-    ALL_POLICIES,
     SAMPLE,
     WorkloadNameError,
     hold,
@@ -119,7 +119,7 @@ def test_default_run_is_the_papers_finding(run):
     """Paging holds several times as many requests as reservations, nearly all slots tokens."""
     _, found = run()
     held = {row["counted"]: row["requests"] for row in section(found, "How many requests")}
-    batches = [held[f"simulated: {policy}"] for policy in ALL_POLICIES]
+    batches = [held[f"simulated: {policy}"] for policy in POLICIES]
     assert batches == sorted(batches) and batches[0] == 7.0
     assert batches[3] > 2 * batches[2]
     assert held["all at full length"] == 983 / 128
@@ -494,7 +494,7 @@ def test_paging_agrees_with_division_by_the_mean_length_held(name, block_size):
     assert found.requests == pytest.approx(expected, rel=0.04)
 
 
-@pytest.mark.parametrize("policy", ALL_POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_slots_sum_to_the_capacity(policy):
     found = hold(parse_workload("sharegpt"), policy, 5000, 16, 2048, 1)
     assert set(found.slots) == set(MemoryUsage.PARTS)

@@ -22,8 +22,8 @@ from vllm_sim.paper import GIB
 from vllm_sim.reporting import progress
 from vllm_sim.scenarios import mixed as scenario_trace
 from vllm_sim.serving import latency
+from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.case import ACCELERATORS, TraceCase, speed_of
-from vllm_sim.sizing.concurrency import ALL_POLICIES
 from vllm_sim.sizing.trace_needs import EXACT
 from vllm_sim.sizing.trace_serving import serve
 from vllm_sim.workload.traces import Trace, read_trace
@@ -123,7 +123,7 @@ def test_the_figures_are_those_of_the_parts(run, write):
     assert (one["most requests at a time"], one["mean over time"]) == (free.peak, free.mean)
     rows = rows_of(found, "What is the small")
     needs = {(row["policy"], row["allowed_percent"]): row for row in rows}
-    assert set(needs) == {(policy, share) for policy in ALL_POLICIES for share in (0.0, 10.0)}
+    assert set(needs) == {(policy, share) for policy in POLICIES for share in (0.0, 10.0)}
     for (policy, share), row in needs.items():
         few = 0 if share == 0.0 else 6
         served = serve(columns, server, policy, row["blocks"], few)
@@ -133,7 +133,7 @@ def test_the_figures_are_those_of_the_parts(run, write):
         assert row["gib"] == pytest.approx(row["blocks"] * 16 * 819_200 / GIB)
         assert row["times_server"] == row["blocks"] / 983
     assert needs["paged", 0.0]["blocks"] < needs["oracle", 0.0]["blocks"]
-    for policy, row in zip(ALL_POLICIES, rows_of(found, "What happens")):
+    for policy, row in zip(POLICIES, rows_of(found, "What happens")):
         served = serve(columns, server, policy, 983)
         assert (row["preempted"], row["kept_waiting"]) == (served.preemptions, served.kept_waiting)
         assert row["most_at_a_time"] == served.peak
@@ -160,7 +160,7 @@ def test_gpus_are_those_of_all_servers(run, write):
 
 def test_a_preemption_rate_of_zero_asks_once(run, write):
     printed, found = run("--trace", write(requests(20)), "--preemption-rate", 0)
-    assert len(rows_of(found, "What is the smallest")) == len(ALL_POLICIES)
+    assert len(rows_of(found, "What is the smallest")) == len(POLICIES)
     assert "at most" not in printed.split("\n")[0]
 
 
@@ -257,7 +257,7 @@ def test_a_slow_run_says_which_step_it_is_at(write, capfd, monkeypatch):
     steps = [line.split(" s, ", 1)[1] for line in capfd.readouterr().err.splitlines()]
     assert steps[0] == "serving the trace with unbounded memory"
     assert "searching the smallest memory, pow2, 1 % held up" in steps
-    assert len(steps) == 2 + 2 * 2 * len(ALL_POLICIES)
+    assert len(steps) == 2 + 2 * 2 * len(POLICIES)
     assert capacity.main(["--trace", write(requests(12)), "--quiet"]) == 0
     assert capfd.readouterr().err == ""
 

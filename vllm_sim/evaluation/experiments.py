@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
-from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from sequence import BeamHistory, Sequence, SequenceGroup
 from vllm_sim.paper import (
     BLOCK_SIZE,
@@ -24,12 +23,6 @@ from vllm_sim.paper import (
     FASTER_TRANSFORMER,
     FT_BATCH_SIZE,
     FT_MAX_TOTAL_LEN,
-    MAX_BATCHED_TOKENS,
-    MAX_MODEL_LEN,
-    MAX_SEQUENCES,
-    ORCA_MAX,
-    ORCA_ORACLE,
-    ORCA_POW2,
     SWAP_BYTES_PER_GPU,
     SYSTEMS,
     VLLM,
@@ -39,13 +32,14 @@ from vllm_sim.paper import (
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.serving.beam_search import beam_histories
 from vllm_sim.serving.latency import LatencyModel, latency_model
-from vllm_sim.serving.scheduler import Iteration, Limits
+from vllm_sim.serving.scheduler import Iteration, Manager
 from vllm_sim.serving.simulator import Observer, simulate
 from vllm_sim.serving.static_batching import simulate_static
+from vllm_sim.serving.steady_state import UsageMean
+from vllm_sim.serving.systems import POLICY, limits_of, new_manager
 from vllm_sim.workload.data_sets import Lengths
 from vllm_sim.workload.requests import WMT16_PROMPTS
 
-POLICY = {ORCA_MAX: "max", ORCA_POW2: "pow2", ORCA_ORACLE: "oracle"}
 SHARED_PREFIX = {"WMT16 1-shot": WMT16_PROMPTS[1][0], "WMT16 5-shot": WMT16_PROMPTS[5][0]}
 PREFIX_ID = -2  # no request has it
 # Beam searches are drawn once and shared by requests: (steps, how many).
@@ -97,35 +91,18 @@ class Outcome:
 
 
 class MemoryMeter(Observer):
-    """Means over iterations of where the slots are, and of what sharing saves."""
+    """Where the slots are over the iterations, what sharing saves, and the least memory free."""
 
-    def __init__(self, manager: PagedKVCacheManager | BaselineCacheManager) -> None:
+    def __init__(self, manager: Manager) -> None:
         self.manager = manager
-        self.count = 0
-        self._slots: dict[str, int] = {}
-        self._in_use = 0
-        self._sharing = 0.0
+        self.mean = UsageMean()
         self.least_free = 1.0
 
     def on_iteration(self, iteration: Iteration) -> None:
         usage = self.manager.usage()
-        self.count += 1
+        self.mean.add(usage, iteration.num_groups)
         if iteration.prefills:
             self.least_free = min(self.least_free, usage.share("free"))
-        for part in usage.PARTS:
-            self._slots[part] = self._slots.get(part, 0) + getattr(usage, part)
-        if usage.physical_blocks:
-            self._in_use += 1
-            self._sharing += usage.logical_blocks / usage.physical_blocks
-
-    def shares(self) -> dict[str, float]:
-        """Mean share of each part."""
-        slots = self.count * self.manager.num_blocks * self.manager.block_size
-        return {part: total / slots for part, total in self._slots.items()} if slots else {}
-
-    def saving(self) -> float:
-        """1 - 1 / mean(logical / physical), as the artifact's plot has it (Fig. 15)."""
-        return 1.0 - self._in_use / self._sharing if self._sharing else 0.0
 
 
 def execute(
@@ -147,6 +124,9 @@ def execute(
             result.num_iterations,
             result.mean_batch,
         )
+    limits = limits_of(run.system)
+    if run.max_num_seqs:
+        limits = replace(limits, max_num_seqs=run.max_num_seqs)
     manager = manager_for(run)
     meter = MemoryMeter(manager)
     collecting = gc.isenabled()
@@ -155,7 +135,7 @@ def execute(
         result = simulate(
             groups_for(run, columns),
             manager,
-            Limits(MAX_BATCHED_TOKENS, run.max_num_seqs or MAX_SEQUENCES[run.system]),
+            limits,
             latency_of(run),
             preemption=run.preemption,
             observers=[meter] if run.memory else [],
@@ -174,29 +154,26 @@ def execute(
         result.mean_window_batch,
         result.num_swaps,
         result.num_recomputations,
-        meter.shares(),
-        meter.saving(),
+        meter.mean.shares,
+        meter.mean.saving,
         meter.least_free,
     )
 
 
-def manager_for(run: Run) -> PagedKVCacheManager | BaselineCacheManager:
+def manager_for(run: Run) -> Manager:
     """The memory of the run's system, as Table 1 and the artifact have it."""
     deployment = DEPLOYMENTS[run.model]
     num_blocks = kv_blocks(deployment, run.block_size)
-    if run.system in POLICY:
-        return BaselineCacheManager(
-            num_blocks, run.block_size, policy=POLICY[run.system], max_len=MAX_MODEL_LEN
-        )
     slot_bytes = deployment.model.kv_bytes_per_token // deployment.num_gpus
     swap_blocks = SWAP_BYTES_PER_GPU // (run.block_size * slot_bytes)
-    manager = PagedKVCacheManager(
+    manager = new_manager(
+        POLICY[run.system],
         num_blocks,
         run.block_size,
         num_cpu_blocks=min(num_blocks, swap_blocks),
         watermark=run.watermark,
     )
-    if run.dataset in SHARED_PREFIX:
+    if run.system == VLLM and run.dataset in SHARED_PREFIX:
         manager.allocate_prefix(PREFIX_ID, SHARED_PREFIX[run.dataset])
     return manager
 

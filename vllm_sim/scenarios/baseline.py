@@ -24,9 +24,9 @@ from vllm_sim.scenarios.setting import (
     steady_state,
 )
 from vllm_sim.serving.scheduler import Scheduler
+from vllm_sim.serving.systems import CONTIGUOUS, limits_of
 from vllm_sim.workload.requests import SHAREGPT, Request
 
-POLICIES = {"max": paper.ORCA_MAX, "pow2": paper.ORCA_POW2, "oracle": paper.ORCA_ORACLE}
 PARTS = MemoryUsage.PARTS
 LEGEND = "T tokens, r reserved, i internal, o rounding, . free"
 BLOCKS_PER_CHAR = 4
@@ -44,10 +44,10 @@ def run(
     _one_request(setting, report)
     _figure_3(setting, report)
     requests = sample_requests(SHAREGPT, num_queued(setting), setting)
-    first_fill = {policy: _fill(setting, policy, requests) for policy in POLICIES}
+    first_fill = {policy: _fill(setting, policy, requests) for policy in CONTIGUOUS}
     report.parts.append(_first_fill_table(setting, first_fill))
     rows = [
-        (POLICIES[policy] if number == 0 else "", line)
+        (CONTIGUOUS[policy] if number == 0 else "", line)
         for policy, (manager, _) in first_fill.items()
         for number, line in enumerate(pool_map(manager).split("\n"))
     ]
@@ -67,7 +67,7 @@ def run(
     )
     if record is not None:
         record.pools += [
-            Pool(1, POLICIES[policy], setting.block_size, pool_spans(manager))
+            Pool(1, CONTIGUOUS[policy], setting.block_size, pool_spans(manager))
             for policy, (manager, _) in first_fill.items()
         ]
     _steady_state(setting, report, requests, progress, record)
@@ -77,9 +77,7 @@ def run(
 def _one_request(setting: Setting, report: ScenarioReport) -> None:
     """The smallest example: a request of 50 tokens in all."""
     length = min(50, setting.max_len)
-    manager = BaselineCacheManager(
-        setting.num_blocks, setting.block_size, policy="max", max_len=setting.max_len
-    )
+    manager = setting.new_manager("max")
     manager.allocate(0, length, length)
     usage = manager.usage()
     kept = setting.max_len - length
@@ -125,17 +123,11 @@ def _figure_3(setting: Setting, report: ScenarioReport) -> None:
     report.check("Fig. 3's slots", same, "both requests as drawn" if same else "differ from Fig. 3")
 
 
-def _new_manager(setting: Setting, policy: str) -> BaselineCacheManager:
-    return BaselineCacheManager(
-        setting.num_blocks, setting.block_size, policy=policy, max_len=setting.max_len
-    )
-
-
 def _fill(
     setting: Setting, policy: str, requests: list[Request]
 ) -> tuple[BaselineCacheManager, Request]:
     """Admit requests in order until the first is refused; returns that one too."""
-    manager = _new_manager(setting, policy)
+    manager = setting.new_manager(policy)
     for request in requests:
         final_len = request.prompt_len + request.output_len
         if not manager.can_allocate(request.prompt_len, final_len):
@@ -154,7 +146,7 @@ def _first_fill_table(
         final_len = refused.prompt_len + refused.output_len
         asked = manager.slots_to_ask(refused.prompt_len, final_len)
         parts = [getattr(usage, part) for part in PARTS if part != "padding"]
-        rows.append((POLICIES[policy], len(manager.running_ids), *parts, asked))
+        rows.append((CONTIGUOUS[policy], len(manager.running_ids), *parts, asked))
     parts = tuple(part for part in PARTS if part != "padding")
     headers = ("policy", "requests", *parts, "refused one asks")
     title = "Admitted in order until the first refusal, in slots"
@@ -200,13 +192,13 @@ def _steady_state(
     record: RunRecord | None = None,
 ) -> None:
     """Completions and admissions for thousands of iterations: the bars of Fig. 2."""
-    counted = len(POLICIES) * BASELINE_ITERATIONS
+    counted = len(CONTIGUOUS) * BASELINE_ITERATIONS
     rows = []
     shares: dict[str, UsageMean] = {}
     external: dict[str, int] = {}
-    for number, (policy, system) in enumerate(POLICIES.items()):
-        part = progress.part(number, len(POLICIES), f"steady state, {system}")
-        manager = _new_manager(setting, policy)
+    for number, (policy, system) in enumerate(CONTIGUOUS.items()):
+        part = progress.part(number, len(CONTIGUOUS), f"steady state, {system}")
+        manager = setting.new_manager(policy)
         refused: set[int] = set()
         series = None if record is None else record.new_series(1, system)
 
@@ -217,7 +209,7 @@ def _steady_state(
             if head and manager.refused_by_fragmentation(head.num_tokens, head.final_len):
                 refused.add(head.seq_id)
 
-        limits = setting.limits(system)
+        limits = limits_of(system)
         mean = steady_state(
             manager, requests, limits, WARMUP, BASELINE_ITERATIONS, each, progress=part
         )

@@ -24,7 +24,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
+from kv_cache_manager import MemoryUsage
 from paged_attention import PagedKVCache
 from vllm_sim import paper
 from vllm_sim.reporting.command_line import UsageError
@@ -37,6 +37,7 @@ from vllm_sim.scenarios.setting import CPU_SHARE, Setting, UsageMean
 from vllm_sim.scenarios.stamped_cache import StampedCache
 from vllm_sim.serving.scheduler import Iteration, Manager
 from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
+from vllm_sim.serving.systems import PAGED, limits_of
 from vllm_sim.workload.requests import ALPACA, SHAREGPT, WMT16, LengthTable, Request
 from vllm_sim.workload.traces import Trace
 
@@ -267,15 +268,8 @@ def _under_pressure(setting: Setting, longest: int, progress: Progress = SILENT)
 
 def _new_manager(setting: Setting, run: Run, longest: int, prefix_len: int) -> Manager:
     if run.policy is not None:
-        return BaselineCacheManager(
-            setting.num_blocks, setting.block_size, policy=run.policy, max_len=longest
-        )
-    manager = PagedKVCacheManager(
-        setting.num_blocks,
-        setting.block_size,
-        num_cpu_blocks=num_cpu_blocks(setting),
-        watermark=paper.WATERMARK,
-    )
+        return setting.new_manager(run.policy, max_len=longest)
+    manager = setting.new_manager(PAGED, num_cpu_blocks=num_cpu_blocks(setting))
     manager.allocate_prefix(PREFIX_ID, prefix_len)
     return manager
 
@@ -311,7 +305,7 @@ def _serve(
         about = f"{len(requests)} requests, {setting.line}"
         recorder = Recorder(f"Scenario 4: {run.name}", about, manager, groups, (PREFIX_ID,))
         observers.append(recorder)
-    limits = setting.limits(run.system)
+    limits = limits_of(run.system)
     result = simulate(
         groups, manager, limits, preemption=run.preemption, observers=observers, progress=progress
     )
@@ -380,7 +374,9 @@ def _tables(
             if first < end:
                 mean = o.log.mean(first, end)
                 shares = tuple(mean.percent(part) for part in parts)
-                rows.append((o.run.name, f"{first}-{end - 1}", mean.batch, *shares, mean.saving))
+                rows.append(
+                    (o.run.name, f"{first}-{end - 1}", mean.batch, *shares, 100.0 * mean.saving)
+                )
     report.parts.append(
         Table(
             "Slots over time, in percent, and blocks saved by sharing",

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import attention, length_mask
-from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
+from kv_cache_manager import PagedKVCacheManager
 from paged_attention import (
     GATHER,
     PagedKVCache,
@@ -48,6 +48,7 @@ from vllm_sim.scenarios.setting import (
     steady_state,
 )
 from vllm_sim.serving.scheduler import Scheduler
+from vllm_sim.serving.systems import PAGED, POLICY, limits_of
 from vllm_sim.workload.requests import SHAREGPT, Request
 
 BANK = 1021  # different random K and V vectors of a token
@@ -273,15 +274,6 @@ def run(
     return report
 
 
-def _new_manager(setting: Setting) -> PagedKVCacheManager:
-    return PagedKVCacheManager(
-        setting.num_blocks,
-        setting.block_size,
-        num_cpu_blocks=setting.num_blocks,
-        watermark=paper.WATERMARK,
-    )
-
-
 def pool_spans(manager: PagedKVCacheManager) -> Spans:
     """Runs of slots in the order of the physical blocks: (how many, part of the slot identity)."""
     size = manager.block_size
@@ -304,14 +296,14 @@ def _fill_and_run(
     record: RunRecord | None = None,
 ) -> PagedKVCacheManager:
     """Admission until the first refusal, then a steady state; returns the manager in it."""
-    first = _new_manager(setting)
+    first = setting.new_manager(PAGED, num_cpu_blocks=setting.num_blocks)
     for request in requests:
         if not first.can_allocate(request.prompt_len):
             break
         first.allocate(request.request_id, request.prompt_len)
     filled = first.usage()
 
-    manager = _new_manager(setting)
+    manager = setting.new_manager(PAGED, num_cpu_blocks=setting.num_blocks)
     worst_padding = padded_right = 0
     counted: list[int] = []
     series = None if record is None else record.new_series(2, paper.VLLM)
@@ -328,16 +320,14 @@ def _fill_and_run(
                 padded_right += 0 <= slots - seq.num_tokens < setting.block_size
         counted.append(len(scheduler.running))
 
-    limits = setting.limits(paper.VLLM)
+    limits = limits_of(paper.VLLM)
     mean = steady_state(
         manager, requests, limits, WARMUP, ITERATIONS, each, progress=progress.part(0, 2)
     )
     oracle = steady_state(
-        BaselineCacheManager(
-            setting.num_blocks, setting.block_size, policy="oracle", max_len=setting.max_len
-        ),
+        setting.new_manager(POLICY[paper.ORCA_ORACLE]),
         requests,
-        setting.limits(paper.ORCA_ORACLE),
+        limits_of(paper.ORCA_ORACLE),
         WARMUP,
         BASELINE_ITERATIONS,
         progress=progress.part(1, 2),

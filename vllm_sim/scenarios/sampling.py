@@ -23,6 +23,7 @@ from vllm_sim.scenarios.report import ScenarioReport, Table
 from vllm_sim.scenarios.setting import Setting, num_queued, sample_requests, steady_state
 from vllm_sim.scenarios.stamped_cache import Stamps
 from vllm_sim.serving.scheduler import Scheduler
+from vllm_sim.serving.systems import PAGED, limits_of
 from vllm_sim.workload.requests import ALPACA, SHAREGPT, LengthTable
 
 SAMPLES = (2, 4, 6, 10)
@@ -312,14 +313,9 @@ def _saving(
 ) -> tuple[float, float, int]:
     """Requests with this many samples under a full queue: (saving in percent, mean batch,
     iterations in which the blocks saved were not those of the shared prompts)."""
-    manager = PagedKVCacheManager(
-        setting.num_blocks,
-        setting.block_size,
-        num_cpu_blocks=setting.num_blocks,
-        watermark=paper.WATERMARK,
-    )
+    manager = setting.new_manager(PAGED, num_cpu_blocks=setting.num_blocks)
     requests = sample_requests(table, num_queued(setting), setting, num_samples)
-    limits = setting.limits(paper.VLLM)
+    limits = limits_of(paper.VLLM)
     unexplained = 0
 
     def each(scheduler: Scheduler) -> None:
@@ -332,4 +328,4 @@ def _saving(
     mean = steady_state(
         manager, requests, limits, times * WARMUP, times * ITERATIONS, each, progress=progress
     )
-    return mean.saving, mean.batch, unexplained
+    return 100.0 * mean.saving, mean.batch, unexplained

@@ -15,8 +15,9 @@ import paged_attention
 from paged_attention import PagedKVCache, check_device_memory
 from vllm_sim import paper
 from vllm_sim.reporting.tables import counted
-from vllm_sim.serving.scheduler import Limits
+from vllm_sim.serving.scheduler import Manager
 from vllm_sim.serving.steady_state import UsageMean, steady_state
+from vllm_sim.serving.systems import new_manager
 from vllm_sim.workload.requests import LengthTable, Request
 from vllm_sim.workload.traces import Trace
 
@@ -131,12 +132,10 @@ class Setting:
             fused=self.kernel == paged_attention.TRITON,
         )
 
-    def limits(self, system: str) -> Limits:
-        """The artifact's limits on an iteration, for one of paper.SYSTEMS."""
-        return Limits(
-            paper.MAX_BATCHED_TOKENS,
-            paper.MAX_SEQUENCES.get(system, paper.MAX_SEQUENCES[paper.ORCA_MAX]),
-        )
+    def new_manager(self, policy: str, **options) -> Manager:
+        """An empty pool of the setting's size (see serving.systems.new_manager)."""
+        options.setdefault("max_len", self.max_len)
+        return new_manager(policy, self.num_blocks, self.block_size, **options)
 
 
 def check_setting(setting: Setting) -> None:

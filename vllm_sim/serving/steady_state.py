@@ -9,7 +9,7 @@ arrival rates and latencies. Bookkeeping only; run by the scenarios of main.py a
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
@@ -29,19 +29,29 @@ class UsageMean:
     def __init__(self) -> None:
         self.count = 0
         self.agreed = 0  # iterations whose slots were also counted sequence by sequence
-        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._slots: Counter[str] = Counter()  # by part, in slots
+        self._capacity = self._groups = self._in_use = 0
+        self._sharing = 0.0
 
     def add(self, usage: MemoryUsage, batch: int) -> None:
+        """One more iteration, with so many batched requests."""
         self.count += 1
         for part in MemoryUsage.PARTS:
-            self._sums[part] += usage.share(part)
-        self._sums["batch"] += batch
+            self._slots[part] += getattr(usage, part)
+        self._capacity += usage.capacity
+        self._groups += batch
         if usage.physical_blocks:
-            self._sums["sharing"] += usage.logical_blocks / usage.physical_blocks
-            self._sums["in use"] += 1
+            self._sharing += usage.logical_blocks / usage.physical_blocks
+            self._in_use += 1
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Every part as a share of all slots (0 to 1); empty before the first iteration."""
+        return {part: slots / self._capacity for part, slots in self._slots.items()}
 
     def percent(self, part: str) -> float:
-        return 100.0 * self._sums[part] / self.count
+        """A part in percent of all slots."""
+        return 100.0 * self._slots[part] / self._capacity
 
     @property
     def percents(self) -> dict[str, float]:
@@ -56,12 +66,15 @@ class UsageMean:
     @property
     def batch(self) -> float:
         """Mean number of batched requests."""
-        return self._sums["batch"] / self.count
+        return self._groups / self.count
 
     @property
     def saving(self) -> float:
-        """Fig. 15's saving in percent as the artifact has it: 1 - 1 / mean(logical / physical)."""
-        return 100.0 * (1.0 - self._sums["in use"] / self._sums["sharing"])
+        """Fig. 15's share of blocks saved as the artifact has it: 1 - 1 / mean(logical / physical).
+
+        0 where no sequence ever held a block.
+        """
+        return 1.0 - self._in_use / self._sharing if self._sharing else 0.0
 
 
 def _sequence_by_sequence(scheduler: Scheduler) -> tuple[int, int]:

@@ -18,8 +18,9 @@ from vllm_sim.paper import GIB
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import counted
 from vllm_sim.scenarios.report import Cell, Table
+from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.case import Case, Section, is_papers
-from vllm_sim.sizing.concurrency import ALL_POLICIES, Holding, Means, hold, means
+from vllm_sim.sizing.concurrency import Holding, Means, hold, means
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # as in Fig. 18
 TABLE_ENTRY_BYTES = 4  # int32
@@ -48,9 +49,9 @@ def sections(case: Case, progress: Progress = SILENT) -> Iterator[Section]:
             case.plan.block_size,
             case.max_len,
             case.seed,
-            progress.part(number, len(ALL_POLICIES), f"steady state, {policy}"),
+            progress.part(number, len(POLICIES), f"steady state, {policy}"),
         )
-        for number, policy in enumerate(ALL_POLICIES)
+        for number, policy in enumerate(POLICIES)
     ]
     found = means(case.workload, case.max_len, case.seed)
     yield concurrency(case, found, holdings)

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kv_cache_manager import POLICIES, BaselineCacheManager, MemoryUsage, PagedKVCacheManager
+from kv_cache_manager import MemoryUsage
 from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import counted
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.steady_state import QueueTooShortError, steady_state
+from vllm_sim.serving.systems import new_manager
 from vllm_sim.workload.requests import ALPACA, SHAREGPT, LengthTable, Request
 
-ALL_POLICIES = (*POLICIES, "paged")
 NO_LIMIT = 10**9  # on an iteration's tokens and sequences: memory alone decides
 # A larger pool is simulated by a part of it: that many requests of the workload say enough.
 ENOUGH_REQUESTS = 1000
@@ -142,10 +142,11 @@ def hold(
     span = int(mean_output * max(3.0, COMPLETIONS / batch)) + 1
     every = max(1, span // LOOKS)
     count = int(2 * batch * (1 + (warmup + span) / mean_output)) + 64
+    limit = max_len if policy == "max" else longest
     while True:
         try:
             mean = steady_state(
-                _manager(policy, pool, block_size, max_len, longest),
+                new_manager(policy, pool, block_size, max_len=limit),
                 _requests(workload, count, longest, seed),
                 Limits(NO_LIMIT, NO_LIMIT),
                 warmup,
@@ -185,12 +186,3 @@ def _requests(workload: Workload, count: int, longest: int, seed: int) -> list[R
     prompts, outputs = workload.sample(count, longest, seed)
     pairs = zip(prompts.tolist(), outputs.tolist())
     return [Request(i, 0.0, prompt, output) for i, (prompt, output) in enumerate(pairs)]
-
-
-def _manager(
-    policy: str, num_blocks: int, block_size: int, max_len: int, longest: int
-) -> PagedKVCacheManager | BaselineCacheManager:
-    if policy == "paged":
-        return PagedKVCacheManager(num_blocks, block_size, watermark=paper.WATERMARK)
-    limit = max_len if policy == "max" else longest
-    return BaselineCacheManager(num_blocks, block_size, policy=policy, max_len=limit)

@@ -20,9 +20,9 @@ from vllm_sim.paper import GIB
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import counted
 from vllm_sim.scenarios.report import Cell, Table
+from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import blocks_and_slots, bytes_by_length, bytes_per_token, memory
 from vllm_sim.sizing.case import Section, TraceCase
-from vllm_sim.sizing.concurrency import ALL_POLICIES
 from vllm_sim.sizing.trace_needs import Need, servers_needed, smallest_pool
 from vllm_sim.sizing.trace_serving import Served, serve, unbounded
 from vllm_sim.workload.trace_formats import HASH_BLOCK
@@ -55,7 +55,7 @@ def survey(asked: TraceCase, step: Callable[[str], None] = lambda text: None) ->
     needs: list[Need] = []
     for rate in dict.fromkeys((0.0, asked.rate)):
         servers = 1
-        for policy in ALL_POLICIES:
+        for policy in POLICIES:
             (old,) = [need for need in needs if need.policy == policy] or [None]
             share = f"{policy}, {100 * rate:g} % held up"
             step(f"searching the smallest memory, {share}")
@@ -70,7 +70,7 @@ def survey(asked: TraceCase, step: Callable[[str], None] = lambda text: None) ->
     if asked.trace.hash_blocks:
         sections.append(prefixes(asked))
     step("serving the trace with the memory that one server has")
-    own = {policy: serve(columns, server, policy, plan.num_blocks) for policy in ALL_POLICIES}
+    own = {policy: serve(columns, server, policy, plan.num_blocks) for policy in POLICIES}
     sections += [
         concurrency(asked, free),
         as_it_is(asked, own),
@@ -98,7 +98,7 @@ def answer_trace(
 
 def steps_of(progress: Progress, rate: float) -> Callable[[str], None]:
     """A `step` for `survey` that shows which one begins, of all."""
-    count = 2 + 2 * len(ALL_POLICIES) * len({0.0, rate})
+    count = 2 + 2 * len(POLICIES) * len({0.0, rate})
     number = itertools.count()
     return lambda text: progress.at(next(number), count, text)
 
@@ -359,7 +359,7 @@ def gpus(asked: TraceCase, needs: list[Need]) -> Section:
     none = [need.policy for need in found.values() if need.servers is None]
     answer = ", ".join(
         f"{NAMES[policy]} {found[policy].servers * plan.num_gpus:,}"
-        for policy in reversed(ALL_POLICIES)
+        for policy in reversed(POLICIES)
         if policy not in none
     )
     answer = f"GPUs for none held up: {answer}" if answer else "no number of GPUs will do"

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, RequestTooLargeError
+from kv_cache_manager import RequestTooLargeError
 from sequence import Sequence, SequenceGroup
-from vllm_sim import paper
 from vllm_sim.serving.latency import LatencyModel
 from vllm_sim.serving.scheduler import Iteration, Limits, Manager, Scheduler
 from vllm_sim.serving.simulator import simulate
+from vllm_sim.serving.systems import new_manager
 
 Columns = tuple[list[float], list[int], list[int]]  # arrivals in order (s), prompts, outputs
 # Blocks of the first guess at an unbounded memory, which doubles, and of the last.
@@ -55,11 +55,7 @@ class Server:
 
     def manager(self, policy: str, num_blocks: int) -> Manager:
         """An empty pool under a policy."""
-        if policy == "paged":
-            return PagedKVCacheManager(num_blocks, self.block_size, watermark=paper.WATERMARK)
-        return BaselineCacheManager(
-            num_blocks, self.block_size, policy=policy, max_len=self.max_len
-        )
+        return new_manager(policy, num_blocks, self.block_size, max_len=self.max_len)
 
     def chunks(self, policy: str, prompts: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         """Blocks of the chunk that each request reserves; under paged, what it ends with."""
