@@ -1,8 +1,18 @@
-"""What tests share: one way to run a script. Without a GPU Triton's kernels are interpreted."""
+"""What tests share: one way to run a script, and how searches tell what they went through.
 
+Without a CUDA device Triton's kernels run through its interpreter.
+A long search tells its figures through one fixture, and --figures writes those of the last run)
+
+A long search tells what it went through with `figure(name, states=..., seconds=...)`: one line for
+each stands at the end of the run, and `--figures FILE` writes those of the last run as JSON.
+"""
+
+import json
 import os
+import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -46,3 +56,30 @@ def few_bytes():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def figure(request):
+    """figure(name, **numbers): what a search went through, shown at the end if its test passes."""
+    return lambda name, **numbers: request.node.user_properties.append((name, numbers))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--figures", type=Path, help="write the figures of the searches here, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Reports come from all processes of the run; a line for each search that passed."""
+    passed = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
+    told = [pair for report in passed for pair in report.user_properties]
+    searches = {name: numbers for name, numbers in told if isinstance(numbers, dict)}
+    if searches:
+        terminalreporter.section("figures")
+    for name, numbers in searches.items():
+        shown = (f"{value:,} {key}" for key, value in numbers.items())
+        terminalreporter.write_line(f"{name}: {', '.join(shown)}")
+    if path := config.getoption("--figures"):
+        command = shlex.join(["pytest", *sys.argv[1:]])
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        document = {"command": command, "date": date, "searches": searches}
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
