@@ -1,7 +1,6 @@
 """What tests share: one way to run a script, and how searches tell what they went through.
 
 Without a CUDA device Triton's kernels run through its interpreter.
-A long search tells its figures through one fixture, and --figures writes those of the last run)
 
 A long search tells what it went through with `figure(name, states=..., seconds=...)`: one line for
 each stands at the end of the run, and `--figures FILE` writes those of the last run as JSON.
