@@ -340,16 +340,14 @@ def test_n_samples_cost_what_a_count_by_hand_says(block_size, prompt_len, monkey
         for sample in range(1, n):
             samples.fork(sample)
         copied = sum(samples.generate(s) for _ in range(output_len) for s in range(n))
-        blocks, repeated = set(), 0
+        blocks = set()
         for sample in range(n):
             for position in range(prompt_len + output_len):
                 block = position // block_size
                 shared = (block + 1) * block_size <= prompt_len
                 blocks.add((0 if shared else sample, block))
-                repeated += not shared and position < prompt_len and sample > 0
         usage = samples.manager.usage()
         assert usage.physical_blocks == len(blocks)
-        assert samples.manager.duplicates() == repeated
         assert copied == (n - 1) * (prompt_len % block_size > 0)
         assert usage.logical_tokens == n * (prompt_len + output_len)
         assert all(samples.holds(sample) for sample in range(n))
@@ -535,10 +533,6 @@ def copies_for_all(mp):
     mp.setattr(PagedKVCacheManager, "check_invariants", lambda self: None)
 
 
-def duplicates_not_counted(mp):
-    mp.setattr(PagedKVCacheManager, "duplicates", lambda self: 0)
-
-
 def prompts_not_shared(mp):
     """The second sample gets a prompt of its own wherever there is room for it."""
     admit = PagedKVCacheManager.admit
@@ -598,7 +592,7 @@ def swapped_to_the_wrong_place(mp):
 
 SAMPLES_OF_ONE = scenario_sampling._one_prompt
 FIG_8 = "Fig. 8: exactly one block copied, both samples intact"
-CLOSED = "copies, blocks and duplicates equal their closed forms"
+CLOSED = "copies and blocks equal their closed forms"
 INTACT = "every sample's K and V intact through its table"
 IDENTICAL = "paged attention bit-identical to contiguous"
 BUDGET = "within the error budget of dense float64"
@@ -644,7 +638,6 @@ BREAKS = [
     (no_copy_on_write, SAMPLES_OF_ONE, {CLOSED, INTACT}),
     (copies_not_made, SAMPLES_OF_ONE, {INTACT}),
     (copies_too_late, SAMPLES_OF_ONE, {INTACT}),
-    (duplicates_not_counted, SAMPLES_OF_ONE, {CLOSED}),
     (prompts_not_shared, scenario_sampling._figure_15, {f"Alpaca: {SAVED}", f"ShareGPT: {SAVED}"}),
     (copies_not_made, scenario_mixed.run, {f"paged, swap: {OWN}", f"paged, recompute: {OWN}"}),
     (swapped_to_the_wrong_place, scenario_mixed.run, {f"paged, swap: {OWN}"}),
