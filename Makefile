@@ -30,17 +30,22 @@ python_problem = $(shell \
     fi)
 check_python = $(if $(python_problem),$(error $(python_problem)))
 
-.PHONY: help run figures test coverage mutants lint clean
+# Each is a target of `make mutants`: make -j8 takes eight at a time.
+MODULES := $(shell bash tools/mutants.sh)
+MODULE ?= $(MODULES)
+
+.PHONY: help run figures test slow coverage mutants $(MODULES) lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make run   run main.py, all four scenarios; ARGS="--scenario 2 --seed 1" passes arguments'
-	@echo 'make figures  run reproduce.py, every figure; ARGS=--quick for what takes seconds'
-	@echo 'make test  run the tests but the slow ones; ARGS="-k cli" passes arguments to pytest'
-	@echo 'make coverage  the same tests, and which branches of the root modules they take'
-	@echo 'make mutants  mutation testing of the manager and the simulator; hours, ARGS="--sample 30"'
-	@echo 'make lint  ruff check'
-	@echo 'make clean remove .venv and caches'
+	@echo 'make run       main.py, all four scenarios; ARGS="--scenario 2 --seed 1" passes arguments'
+	@echo 'make figures   reproduce.py, every figure; ARGS=--quick for what takes seconds'
+	@echo 'make test      the tests but the slow ones; ARGS="-k cli" passes arguments to pytest'
+	@echo 'make slow      the long searches, an hour; writes their figures to results/searches.json'
+	@echo 'make coverage  make test, and which branches of the root modules and vllm_sim it takes'
+	@echo 'make mutants   mutation testing, hours; MODULE=allocators.py is one module'
+	@echo 'make lint      ruff check and ruff format --check'
+	@echo 'make clean     remove .venv and caches'
 	@echo
 	@echo 'PYTHON=python3.12 chooses the Python (3.11 or later) that makes .venv, WORKERS=4 the'
 	@echo 'number of test processes. The first run installs torch, which takes a few minutes.'
@@ -55,6 +60,10 @@ figures: $(RUN_STAMP)
 test: $(TEST_STAMP)
 	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
 
+slow: $(TEST_STAMP)
+	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m slow -n $(WORKERS) \
+	    --figures results/searches.json $(ARGS)
+
 # Takes about twice as long. Every process that a test starts is counted as well, workers too.
 coverage: $(TEST_STAMP)
 	@rm -f .coverage .coverage.*
@@ -65,13 +74,17 @@ coverage: $(TEST_STAMP)
 	@$(RUN_PYTHON) -c 'import json; totals = json.load(open(".coverage.json"))["totals"]; \
 	    print("branches: %(covered_branches)d of %(num_branches)d, %(percent_branches_covered).1f %%" % totals)'
 
-# Goes on where it was ended; ARGS=--fresh begins again, ARGS=--again runs the survivors once more,
-# ARGS="--module serving.py" is a part.
-mutants: $(TEST_STAMP)
-	@$(RUN_PYTHON) tools/mutants.py $(ARGS)
+# A run that was ended goes on where it was. On a large machine, kv_cache_manager.py being the
+# longest: make -j4 -k mutants MUTANT_WORKERS=8
+MUTANT_WORKERS ?= 1
+mutants: $(MODULE)
+
+$(MODULES): $(TEST_STAMP)
+	@PYTHON=$(abspath $(RUN_PYTHON)) WORKERS=$(MUTANT_WORKERS) bash tools/mutants.sh $@
 
 lint: $(TEST_STAMP)
 	@$(RUN_PYTHON) -m ruff check .
+	@$(RUN_PYTHON) -m ruff format --check .
 
 $(RUN_STAMP):
 	@$(check_python)echo 'Installing requirements.txt into $(VENV): a few minutes, once'

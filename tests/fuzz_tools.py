@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 from collections import Counter
@@ -31,12 +30,8 @@ import bench_manager  # noqa: E402
 import bench_paging_cost  # noqa: E402
 import bench_serving  # noqa: E402
 import fit_latency  # noqa: E402
-import hunt  # noqa: E402
 import make_length_tables  # noqa: E402
-import mutants  # noqa: E402
 import profile_attention  # noqa: E402
-import record  # noqa: E402
-import update_readme  # noqa: E402
 
 import capacity  # noqa: E402
 import main  # noqa: E402
@@ -415,17 +410,6 @@ OPTIONS = {
     },
     fit_latency: {"--check": "flag", "--model": "word"},
     make_length_tables: {"--data": "input folder", "--out": "folder"},
-    mutants: {
-        "--module": "word",
-        "--sample": "number",
-        "--fresh": "flag",
-        "--again": "flag",
-        "--report": "flag",
-        "--json": "output",
-    },
-    record: {"result": "output", "script": "script"},
-    hunt: {"hunt": "word", "--json": "output"},
-    update_readme: {"--check": "flag"},
     bench_serving: {
         "--repeats": "number",
         "--traces": "input folder",
@@ -460,7 +444,6 @@ EVERY = [(script, option) for script, options in OPTIONS.items() for option in o
 HARMLESS = dict.fromkeys(OPTIONS, ()) | {
     main: ("--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"),
     reproduce: ("--figure", "table1"),
-    hunt: ("fuzz",),
 }
 
 
@@ -493,15 +476,6 @@ def values_of(rng, kind, room):
 def bad_arguments(rng, script, option, room):
     """Arguments of a script, at least one of them bad: that of `option`, mostly."""
     kind = OPTIONS[script][option]
-    if script is record:
-        result, name = rng.choice(
-            (
-                ("folder", "main.py"),
-                ("new.json", "none.py"),
-                (rng.choice(BAD_OUTPUTS[:-3]), "main.py"),
-            )
-        )
-        return rng.choice(([result, name], [name], [], ["", rng.choice(WORDS)]))
     value = values_of(rng, kind, room)
     if not option.startswith("-"):
         return [*rng.choice(([], ["--json", "new.json"])), value]
@@ -778,43 +752,3 @@ def fuzz_configs(count, seed, room):
         ] += 1
         (folder / name).unlink()
     return codes
-
-
-def fuzz_results(count, seed, folder):
-    """How many of `count` malformed files of results/ tools/update_readme.py refused."""
-    rng = random.Random(seed)
-    shutil.copy(ROOT / "README.md", folder)
-    shutil.copytree(ROOT / "docs", folder / "docs")
-    shutil.copytree(ROOT / "results", folder / "results")
-    paths = sorted((folder / "results").glob("*.json"))
-    sound = {path: path.read_bytes() for path in paths}
-    refused = 0
-    for _ in range(count):
-        path = rng.choice(paths)
-        data, kind = bytearray(sound[path]), rng.randrange(6)
-        at = rng.randrange(len(data))
-        if kind == 0:
-            del data[at:]
-        elif kind == 1:
-            data[at : at + 5] = rng.randbytes(5)
-        elif kind == 2:
-            data = bytearray(rng.choice((b"", b"[]", b"{}", b"NaN", b"null", b"[" * 10**5, b"1")))
-        elif kind == 3:
-            whole = json.loads(data)
-            del whole[rng.choice(list(whole))]
-            data = bytearray(json.dumps(whole).encode())
-        elif kind == 4:
-            whole = json.loads(data)
-            whole["output"] = rng.choice((None, 1, "x", [], {}, {"rows": [{}]}, {"rows": None}))
-            data = bytearray(json.dumps(whole).encode())
-        else:
-            whole = json.loads(data)
-            whole[rng.choice(list(whole))] = rng.choice((None, 1, [], [1], {}))
-            data = bytearray(json.dumps(whole).encode())
-        path.write_bytes(data)
-        arguments = rng.choice(([], ["--check"]))
-        try:
-            refused += check(update_readme, arguments, folder, may_be=(0, 1)) == 2
-        finally:
-            path.write_bytes(sound[path])
-    return refused

@@ -50,7 +50,6 @@ from fuzz_tools import (
     fuzz_lists,
     fuzz_options,
     fuzz_readers,
-    fuzz_results,
     fuzz_variables,
     no_longer_than,
 )
@@ -61,13 +60,8 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 import bench_beam_step  # noqa: E402
 import bench_manager  # noqa: E402
 import bench_serving  # noqa: E402
-import committed  # noqa: E402
 import fit_latency  # noqa: E402
-import hunt  # noqa: E402
 import make_length_tables  # noqa: E402
-import mutants  # noqa: E402
-import record  # noqa: E402
-import update_readme  # noqa: E402
 
 import capacity  # noqa: E402
 import main  # noqa: E402
@@ -108,19 +102,6 @@ def room():
         yield inputs, outputs
 
 
-class NothingChanged(mutants.Session):
-    """A session of one mutant, killed long ago."""
-
-    def __init__(self, folder, module):
-        self.module, self.facts = module, {"test_seconds": {}, "sample": True}
-
-    changed, lines_gone = False, lambda self: 0
-    run = sample = lambda *_, **__: None
-
-    def found(self):
-        return mutants.Found(1, 1, 0, [])
-
-
 @pytest.fixture
 def no_work(monkeypatch, room):
     """The scripts without what they are for; what they read, check and write is all there."""
@@ -139,10 +120,6 @@ def no_work(monkeypatch, room):
     row = {"workload": "a", "tokens": 1, "ns_per_token": ns, "blocks": [1]}
     monkeypatch.setattr(bench_manager, "measure", lambda *_: row)
     monkeypatch.setattr(bench_beam_step.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(mutants, "begin", lambda *_: None)
-    monkeypatch.setattr(mutants, "Session", NothingChanged)
-    monkeypatch.setattr(hunt, "run_tests", lambda *_: ([], 0))
-    monkeypatch.setattr(hunt, "run_coverage", lambda: ([], 0))
     monkeypatch.setattr(make_length_tables, "table_lines", lambda *_: [])
     for name in ("LENGTHS_DIR", sweep.TASK):
         monkeypatch.delenv(name, raising=False)
@@ -242,14 +219,6 @@ def test_json_readers_refuse_what_is_another_file(tmp_path, record_property):
     assert refused.total() > 190  # one line of a trace is a JSON object
 
 
-def test_results_that_are_malformed_leave_the_readme(tmp_path, monkeypatch, record_property):
-    for module in (update_readme, committed):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    refused = fuzz_results(60, 0, tmp_path)
-    record_property("inputs", refused)
-    assert refused > 30
-
-
 # ---- what a mutation does not find -------------------------------------------------------------
 
 
@@ -347,12 +316,8 @@ def test_no_reader_is_left_out():
         "config_file",
         "sweep_files",
         "workload",  # READERS and JSON_READERS
-        "committed",
         "update_readme",
-        "json_blocks",  # fuzz_results: our own files
-        "record",
-        "hunt",
-        "mutant_sessions",  # what a script of ours has written: left below
+        "record",  # our own files
         "timeline",
         "command_line",
         "paged_attention",
@@ -427,11 +392,7 @@ SCRIPTS = (
     "report.py",
     "sweep.py",
     "tools/make_length_tables.py",
-    "tools/hunt.py",
-    "tools/record.py",
-    "tools/update_readme.py",
     "tools/fit_latency.py",
-    "tools/mutants.py",
     "benchmarks/bench_manager.py",
     "benchmarks/bench_serving.py",
 )
@@ -637,20 +598,6 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
 
 
-@pytest.mark.parametrize("left", ["{", "NaN", "[" * 10_000, "\u00e9", "[Infinity]"])
-def test_a_script_that_leaves_no_json_is_not_recorded(tmp_path, monkeypatch, capfd, left):
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import pathlib, sys\nsys.stdout.buffer.write(bytes(range(128, 256)))\n"
-        f"pathlib.Path(sys.argv[-1]).write_text({left!a}, encoding='utf-8')\n"
-    )
-    assert record.main([str(tmp_path / "result.json"), "script.py"]) == 2
-    errors = capfd.readouterr().err
-    assert errors.startswith("record.py: error: script.py: ") and errors.count("\n") == 1
-    assert not (tmp_path / "result.json").exists()
-
-
 # ---- planted faults ----------------------------------------------------------------------------
 
 
@@ -709,7 +656,7 @@ def test_a_planted_half_written_file_is_noticed(room, no_work, monkeypatch, left
 
 
 @pytest.mark.slow
-def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, monkeypatch, record_property):
+def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, record_property):
     refused, taken = fuzz_readers(6000, 1000, tmp_path)
     others, _ = fuzz_readers(1000, 1009, tmp_path, JSON_READERS)
     refused += others
@@ -720,16 +667,12 @@ def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, monkeypatch, rec
     files += by_script("capacity", fuzz_configs(2000, 1005, room))
     files += fuzz_cells(500, 1006, room)
     variables = fuzz_variables(300, 1007, room)
-    for module in (update_readme, committed):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    results = fuzz_results(400, 1008, tmp_path)
     kinds = {
         "files, by reader": refused.total(),
         "files, by script": with_code_2(files),
         "options": with_code_2(codes),
         "lists of values": with_code_2(lists),
         "variables": with_code_2(variables),
-        "results": results,
     }
     bad = sum(kinds.values())
     print(f"files: {refused.total()} refused, {taken.total()} of use after all")

@@ -1,14 +1,10 @@
-"""Run a script with --json and keep what it found in results/, with where and on what it ran.
+"""Runs a script with --json and keeps what it found in results/, with where and on what it ran.
 
-    python tools/record.py results/main_cpu.json main.py --device cpu
-    python tools/record.py results/bench_manager.json benchmarks/bench_manager.py
+    python tools/record.py results/main_cpu.json main.py --device cpu --format github
 
-The file holds the command, the commit, the machine, the versions, the script's own JSON under
-"output" and the lines it printed under "printed". The variable COMMIT says which commit it is where
-git cannot: on a machine that was handed the files alone, or with the history of another day.
+The file holds the command, the commit, the machine, the versions, the script's own JSON ("output")
+and its lines ("printed"). The variable COMMIT says which commit it is where git cannot.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -16,33 +12,19 @@ import platform
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code  # noqa: E402
-from vllm_sim.reporting.documents import versions  # noqa: E402
-from vllm_sim.scenarios.report import check_writable, write_json  # noqa: E402
+
+def git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def commit() -> str:
-    """The commit that is checked out, '+' behind it if files differ from it, results/ aside."""
-    if told := os.environ.get("COMMIT"):
-        return told
-    try:
-        head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no", ":!results")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changed else "")
-
-
-def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    """What is checked out, with '+' behind it if files differ from it, results/ aside."""
+    changed = git("status", "--porcelain", "--untracked-files=no", ":!results")
+    return os.environ.get("COMMIT") or git("rev-parse", "HEAD") + ("+" if changed else "")
 
 
 def device() -> str:
@@ -57,60 +39,31 @@ def device() -> str:
     return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The script's own exit code, or 2 with one line on stderr."""
-    return exit_code("record.py", partial(parse_and_record, argv))
-
-
-def parse_and_record(argv: list[str] | None) -> int:
-    """Raises UsageError for a script that there is not, or that leaves no JSON."""
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("result", type=Path, help="the file to write")
-    parser.add_argument("script", help="the script to run, from the root")
-    args, arguments = parser.parse_known_args(argv)
-    check_writable(args.result)
-    if not (ROOT / args.script).is_file():
-        raise UsageError(f"there is no script {args.script}")
+def main(result: str, *command: str) -> int:
+    """The script's own exit code. Nothing is written if it leaves no JSON."""
     started_at = commit()  # a long run may see others come
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "out.json"
-        command = [sys.executable, args.script, *arguments, "--json", str(found)]
+        run = [sys.executable, *command, "--json", str(found)]
         printed = []
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, errors="backslashreplace"
-        ) as running:
-            assert running.stdout is not None
+        with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
             for line in running.stdout:
                 print(line, end="", flush=True)
                 printed.append(line.rstrip("\n"))
         if not found.exists():
             return running.returncode or 2
-        output = load(found, args.script)
-    write_json(
-        args.result,
-        {
-            "command": " ".join(["python", args.script, *arguments]),
-            "commit": started_at,
-            "device": device(),
-            "versions": versions(),
-            "output": output,
-            "printed": printed,
-        },
-    )
+        output = json.loads(found.read_text(encoding="ascii"))
+    document = {
+        "command": " ".join(["python", *command]),
+        "commit": started_at,
+        "device": device(),
+        "versions": output["versions"],
+        "output": output,
+        "printed": printed,
+    }
+    Path(result).write_text(json.dumps(document, indent=1) + "\n", encoding="ascii")
     return running.returncode
 
 
-def load(path: Path, script: str) -> object:
-    """What the script wrote with --json. Raises UsageError if that is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="ascii"), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{script}: its --json cannot be read: {error}") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]) if len(sys.argv) > 2 else __doc__)

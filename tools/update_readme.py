@@ -1,123 +1,141 @@
-"""Put the committed results into README.md and docs/*.md, between their markers.
+"""Puts the committed results into docs/results/ and the README's table of five rows.
 
-    python tools/update_readme.py            # rewrite them from results/
-    python tools/update_readme.py --check    # exit 1 if that would change one
+    python tools/update_readme.py            # write them anew from results/
+    python tools/update_readme.py --check    # exit code 1 if that would change one
 
-A marker pair is `<!-- result: NAME -->` ... `<!-- end -->`; NAME is a function of the blocks below,
-a word behind it its argument. What has not been recorded yet leaves nothing between its markers.
+Reproduces nothing. A page shows what the commands printed, as tools/record.py kept it, each with
+its command, commit and machine. The README's rows stand between two marks.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import sys
-from functools import partial
+from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import figure_blocks as f
-import hunt_blocks as h
-import json_blocks as j
-import reliability_blocks as r
-import scenario_blocks as s
-import speed_blocks as v
-from committed import ROOT, machine
-
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code
-from vllm_sim.scenarios.report import write_whole
-
-BLOCK = re.compile(r"(<!-- result: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-PARTS = {
-    part.__name__: part
-    for part in (
-        machine,
-        s.quickstart,
-        s.tail,
-        s.answers,
-        s.scenarios,
-        s.checks,
-        f.headline,
-        f.ratios,
-        f.figures,
-        f.rows,
-        f.seeds,
-        f.differences,
-        f.explained,
-        f.beams_hour,
-        f.beam_step,
-        v.serving,
-        v.manager,
-        v.gpu,
-        v.gpu_attention,
-        v.gpu_aims,
-        v.gpu_gaps,
-        v.gpu_others,
-        v.gpu_profile,
-        v.gpu_paging,
-        j.envelope,
-        j.keys,
-        s.sweep,
-        h.hunts,
-        h.small,
-        h.coverage,
-        h.reliability,
-        r.mutants,
-        r.survivors,
-    )
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {  # page: its title, one sentence, the results
+    "scenarios": (
+        "The four scenarios of main.py",
+        "On a CPU, then on a GPU, then with K and V of all 40 layers.",
+        ("main_cpu", "main_h100", "main_h100_all_layers"),
+    ),
+    "figures": (
+        "Every row of reproduce.py",
+        "All figures at seed 0; then Fig. 2 and Fig. 12 over several seeds, and Fig. 14's beam "
+        "search over the paper's hour. A D-number is one of the [differences](../differences.md).",
+        ("reproduce", "reproduce_fig2_seeds", "reproduce_fig12_seeds", "reproduce_beams_hour"),
+    ),
+    "gpu": (
+        "Kernels on a GPU",
+        "What each number means, and which aims are missed: [Kernels on a GPU](../gpu.md).",
+        ("bench_attention", "profile_attention", "bench_paging_cost", "bench_beam_step"),
+    ),
+    "speed": (
+        "Speed of the bookkeeping and of the simulator",
+        "Python on one core; what is timed: [Speed](../speed.md).",
+        ("bench_manager", "bench_serving"),
+    ),
+    "sweep": (
+        "A sweep: three block sizes, three seeds",
+        "How to run one: [Sweeps](../sweeps.md).",
+        ("sweep_block_size",),
+    ),
 }
+RATE = "rate, ratio at 0.5 s/token"
+FIVE = (  # what, figure, setting of the 13B model, how its metric begins
+    ("% of the KV cache that holds tokens: vLLM", "Fig. 2", "ShareGPT, vLLM", "tokens"),
+    ("the same: Orca (Max)", "Fig. 2", "ShareGPT, Orca (Max)", "tokens"),
+    ("requests at a time, vLLM / Orca (Max)", "Sec. 6.2", "ShareGPT, vLLM / Orca (Max)", "batch"),
+    ("requests a second, vLLM / Orca (Max)", "Fig. 12", "ShareGPT, vLLM / Orca (Max)", RATE),
+    ("% of blocks saved, 6 samples of a prompt", "Fig. 15", "Alpaca, parallel 6", "% of blocks"),
+)
+BLOCK = re.compile(r"(<!-- headline -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+def load(name: str) -> dict:
+    """A file of results/."""
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="ascii"))
 
 
-def from_docs(text: str) -> str:
-    """Links as a file of docs/ must write them; the blocks write them as README.md does."""
-    return text.replace("](docs/", "](").replace("](results/", "](../results/")
+def section(name: str) -> str:
+    """One result: where it comes from, and the lines that its command printed."""
+    found = load(name)
+    printed = "\n".join(found["printed"]).strip()
+    if "--format github" in found["command"]:
+        printed = re.sub("^#", "##", printed, flags=re.MULTILINE)
+    else:
+        printed = f"```\n{printed}\n```"
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    return (
+        f"## `{found['command']}`\n\nAt commit {found['commit'][:7]}, whose command this is, on "
+        f"{found['device']} ({versions}): [{name}.json](../../results/{name}.json)\n\n{printed}\n"
+    )
 
 
-def updated(path: Path) -> str:
-    """The text of a document with its blocks made anew. Raises UsageError."""
-
-    def block(match: re.Match[str]) -> str:
-        text = made(match[2], *([match[3]] if match[3] else []))
-        text = from_docs(text) if path.parent.name == "docs" else text
-        return match[1] + (text + "\n" if text else "") + match[4]
-
-    try:
-        old = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    return BLOCK.sub(block, old)
+def page(title: str, sentence: str, names: tuple[str, ...]) -> str:
+    """A whole page of docs/results/."""
+    head = f"# {title}\n\n{sentence} Made by `tools/update_readme.py` from `results/`.\n"
+    return "\n".join([head, *(section(name) for name in names)])
 
 
-def made(name: str, *words: str) -> str:
-    """What stands between the markers of this name. Raises UsageError."""
-    try:
-        return PARTS[name](*words)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UsageError(f"the results do not give the part {name}: {what}") from None
+def rows(output: dict) -> list[dict]:
+    """The rows of reproduce.py; before its JSON had tables they stood by themselves."""
+    if "rows" in output:
+        return output["rows"]
+    return next(table["rows"] for table in output["tables"] if table["id"] == "rows")
+
+
+def headline(found: list[dict]) -> str:
+    """Five rows, ours beside the paper's, and how many of all were held."""
+    lines = ["| | where | paper | ours |", "|---|---|---|---|"]
+    for what, figure, setting, metric in FIVE:
+        (row,) = (
+            row
+            for row in found
+            if (row["figure"], row["setting"]) == (figure, f"13B {setting}")
+            and row["metric"].startswith(metric)
+        )
+        lines.append(f"| {what} | {figure} | {row['paper']:.3g} | {row['ours']:.3g} |")
+    count = Counter(row["held"] for row in found)
+    fitted = sum(row["held"] is True and row["fitted"] for row in found)
+    return "\n".join(lines) + (
+        f"\n\nOf all {len(found)} rows {count[True]} are held ({fitted} of them fitted), "
+        f"{count['explained']} are explained, {count[False]} are neither.\n"
+    )
+
+
+def texts() -> dict[Path, str]:
+    """Every generated file, as it has to be."""
+    made = {ROOT / f"docs/results/{name}.md": page(*parts) for name, parts in PAGES.items()}
+    readme = ROOT / "README.md"
+    block = headline(rows(load("reproduce")["output"]))
+    made[readme] = BLOCK.sub(
+        lambda match: match[1] + block + match[2], readme.read_text(encoding="utf-8")
+    )
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, 1 if --check finds a difference, or 2 with one line on stderr."""
-    return exit_code("update_readme.py", partial(parse_and_update, argv))
-
-
-def parse_and_update(argv: list[str] | None) -> int:
-    """All texts are made before the first is written. Raises UsageError."""
-    parser = OneLineParser(description=__doc__.split("\n")[0])
+    """0, or 1 if --check finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
-    args = parser.parse_args(argv)
-    texts = {path: updated(path) for path in documents()}
-    changed = {p: new for p, new in texts.items() if new != p.read_text(encoding="utf-8")}
-    if args.check:
-        return int(bool(changed))
+    check = parser.parse_args(argv).check
+    changed = {
+        path: text
+        for path, text in texts().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
     for path, text in changed.items():
-        write_whole(path, text.encode("utf-8"))
-    return 0
+        if check:
+            print(f"{path.relative_to(ROOT)} is not what results/ give", file=sys.stderr)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    return int(check and bool(changed))
 
 
 if __name__ == "__main__":

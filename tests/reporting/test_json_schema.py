@@ -20,12 +20,8 @@ import bench_attention  # noqa: E402
 import bench_manager  # noqa: E402
 import bench_paging_cost  # noqa: E402
 import bench_serving  # noqa: E402
-import committed  # noqa: E402
 import gpu_timing  # noqa: E402
-import hunt  # noqa: E402
-import hunt_blocks  # noqa: E402
 import measure_paging  # noqa: E402
-import speed_blocks  # noqa: E402
 from attention_contenders import CAT_SHAPE  # noqa: E402
 from published_models import PUBLISHED  # noqa: E402
 
@@ -38,7 +34,7 @@ from paged_attention import paged_attention_kernel  # noqa: E402
 from vllm_sim import paper  # noqa: E402
 from vllm_sim.evaluation import figures_memory  # noqa: E402
 from vllm_sim.evaluation.experiments import Run  # noqa: E402
-from vllm_sim.reporting.documents import SCHEMA, document, measured, told  # noqa: E402
+from vllm_sim.reporting.documents import SCHEMA, document, told  # noqa: E402
 from vllm_sim.reporting.sweep_table import (
     CHOSEN,
     read_document,
@@ -329,104 +325,6 @@ def test_benchmarks_of_the_kernels(monkeypatch, tmp_path):
     )
     assert bench_paging_cost.main(["--json", str(path)]) == 0
     assert [table["id"] for table in checked(path)["tables"]] == [*bench_paging_cost.PARTS]
-
-
-# ---- files from before the schema -------------------------------------------------------------
-
-INDEX = {
-    "bench_manager.json": {"rows": 1},
-    "bench_serving.json": {"rows": 1},
-    "bench_beam_step.json": {"groups": 2, "copies": 1},
-    "bench_attention.json": {"shapes": 1},
-    "bench_paging_cost.json": bench_paging_cost.INDEX,
-    "mutants.json": {},
-}
-
-
-@pytest.mark.parametrize("name", INDEX)
-def test_what_was_recorded_is_a_document_once_it_has_the_envelope(name):
-    found = committed.find(name)
-    if found is None:
-        pytest.skip("not recorded yet")
-    if "schema" not in found["output"]:
-        script = f"benchmarks/{name.replace('.json', '.py')}"
-        found["output"] = measured(script, {}, found["output"], INDEX[name], 0, 1.0)
-    assert faults(found["output"]) == []
-
-
-@pytest.mark.parametrize("name", [*hunt.HUNTS, hunt.COVERAGE])
-def test_what_a_hunt_left_is_a_document(name):
-    found = committed.find(hunt_blocks.file_of(name))
-    if found is None:
-        pytest.skip("not recorded yet")
-    assert faults(found["output"]) == []
-    assert found["output"]["exit_code"] == 0, "a hunt that failed is no result"
-
-
-def with_envelope(found):
-    """A recorded file as it would be today."""
-    old, script = found["output"], found["command"].split()[1]
-    if "schema" in old:
-        return found
-    if script.startswith("benchmarks"):
-        name = f"{Path(script).stem}.json"
-        return found | {"output": measured(script, {}, old, INDEX[name], 0, 1.0)}
-    more = {"notes": old["notes"]} if "notes" in old else {}
-    checks, tables = [], []
-    if "rows" in old:
-        tables = [{"id": "rows", "rows": old["rows"]}]
-    for one in old.get("scenarios", []):
-        checks += [{"scenario": one["number"], **check} for check in one["checks"]]
-    if "scenarios" in old:
-        keys = ("number", "name", "answer")
-        more["scenarios"] = [{key: one[key] for key in keys} for one in old["scenarios"]]
-    new = document(
-        script,
-        {},
-        setting=old["setting"],
-        tables=tables,
-        checks=checks,
-        exit_code=0,
-        elapsed_s=old["elapsed_s"],
-        **more,
-    )
-    return found | {"output": new}
-
-
-def test_the_tools_read_files_from_before_and_after_alike(monkeypatch):
-    import figure_blocks
-    import scenario_blocks
-
-    parts = [
-        scenario_blocks.quickstart,
-        scenario_blocks.tail,
-        scenario_blocks.checks,
-        figure_blocks.headline,
-        figure_blocks.ratios,
-        figure_blocks.figures,
-        figure_blocks.rows,
-        figure_blocks.seeds,
-        figure_blocks.differences,
-        figure_blocks.beams_hour,
-        figure_blocks.beam_step,
-        speed_blocks.serving,
-        speed_blocks.manager,
-        speed_blocks.gpu,
-        speed_blocks.gpu_attention,
-        speed_blocks.gpu_paging,
-    ]
-    before = [part() for part in parts]
-    load, find = committed.load, committed.find
-    new = {
-        "load": lambda name: with_envelope(load(name)),
-        "find": lambda name: with_envelope(find(name)) if find(name) else None,
-    }
-    for module in (committed, scenario_blocks, figure_blocks, speed_blocks):
-        for name, way in new.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, way)
-    assert "schema" in scenario_blocks.load("main_cpu.json")["output"]
-    assert [part() for part in parts] == before
 
 
 # ---- a sweep and what report.py makes of it -----------------------------------------------------
