@@ -33,8 +33,7 @@ from vllm_sim.reporting.command_line import (
 )
 
 if __name__ == "__main__":
-    command_line.end_on_interrupt()
-    command_line.require_packages("capacity.py", "numpy", "tabulate")
+    command_line.begin("capacity.py", "numpy", "tabulate")
 
 from vllm_sim import paper
 from vllm_sim.models.gpus import GPUS

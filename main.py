@@ -37,8 +37,7 @@ from vllm_sim.reporting.command_line import (
 )
 
 if __name__ == "__main__":
-    command_line.end_on_interrupt()
-    command_line.require_packages("main.py", "torch", "numpy", "tabulate")
+    command_line.begin("main.py", "torch", "numpy", "tabulate")
 
 from vllm_sim import paper
 from vllm_sim.reporting.progress import Progress

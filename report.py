@@ -8,8 +8,7 @@ import sys
 from vllm_sim.reporting import command_line
 
 if __name__ == "__main__":
-    command_line.end_on_interrupt()
-    command_line.require_packages("report.py", "tabulate")
+    command_line.begin("report.py", "tabulate")
 
 
 def main(argv: list[str] | None = None) -> int:

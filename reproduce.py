@@ -29,12 +29,10 @@ from vllm_sim.reporting.command_line import (
     exit_code,
     folder,
     positive,
-    print_then,
 )
 
 if __name__ == "__main__":
-    command_line.end_on_interrupt()
-    command_line.require_packages("reproduce.py", "numpy", "tabulate")
+    command_line.begin("reproduce.py", "numpy", "tabulate")
 
 from vllm_sim import paper
 from vllm_sim.reporting.progress import Progress
@@ -114,7 +112,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     """Simulate, compare, show; returns the exit code."""
     from vllm_sim.evaluation.runner import choose, reproduce, rows_json
     from vllm_sim.reporting.documents import document
-    from vllm_sim.scenarios.report import check_writable, write_json
+    from vllm_sim.reporting.files import check_writable, print_then, write_json
     from vllm_sim.workload.data_sets import DATASETS, find_lengths
     from vllm_sim.workload.requests import WorkloadError
 

@@ -27,7 +27,7 @@ from vllm_sim.reporting import command_line
 from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder
 
 if __name__ == "__main__":
-    command_line.end_on_interrupt()
+    command_line.begin("sweep.py", "tabulate")
 
 from vllm_sim.reporting.documents import document
 from vllm_sim.reporting.files import OutputError, check_writable, write_json

@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,23 +16,19 @@ from vllm_sim.reporting.command_line import (
     file_name,
     folder,
     positive,
-    print_then,
     raise_on_interrupt,
+    seed,
 )
-from vllm_sim.scenarios.report import OutputError
+from vllm_sim.reporting.files import OutputError, print_then
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
-    ROOT / name
-    for name in (
-        "main.py",
-        "reproduce.py",
-        "capacity.py",
-        "benchmarks/bench_manager.py",
-        "benchmarks/bench_serving.py",
-        "benchmarks/bench_beam_step.py",
-        "tools/fit_latency.py",
-    )
+    "main.py",
+    "reproduce.py",
+    "capacity.py",
+    "benchmarks/bench_manager.py",
+    "benchmarks/bench_serving.py",
+    "benchmarks/bench_beam_step.py",
+    "tools/fit_latency.py",
 ]
 
 
@@ -73,33 +68,20 @@ def test_an_interrupt_is_130_without_a_word(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "errors"),
-    [
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
-        (
-            OSError(errno.ENOSPC, "No space left on device"),
-            2,
-            "a.py: error: cannot write the output: No space left on device\n",
-        ),
-    ],
-)
-def test_output_that_fails_is_dropped(error, code, errors, capfd):
+@pytest.mark.parametrize("printed", ["half a table", "a table\n" * 9999])
+@pytest.mark.parametrize("full", [False, True])
+def test_output_that_fails_is_dropped(full, printed, monkeypatch, capsys):
     """What is still in the buffer would fail again when Python ends."""
-    kept = os.dup(1)
-    try:
-        with os.fdopen(os.dup(1), "w") as out, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "stdout", out)
-
-            def run():
-                out.write("half a table")
-                raise error
-
-            assert exit_code("a.py", run) == code
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-    assert capfd.readouterr() == ("", errors)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone, open("/dev/full", "w") as disk:
+        out = disk if full else gone
+        monkeypatch.setattr(sys, "stdout", out)
+        assert exit_code("a.py", lambda: print(printed)) == (2 if full else 141)
+        out.flush()
+        assert os.path.samestat(os.fstat(out.fileno()), os.stat(os.devnull))
+    told = "a.py: error: cannot write the output: No space left on device\n"
+    assert capsys.readouterr().err == told * full
 
 
 def test_without_any_output_a_run_still_has_its_code(monkeypatch):
@@ -150,26 +132,20 @@ def test_interrupts_raise_again_unless_someone_else_has_them():
         signal.signal(signal.SIGINT, old)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_refuses_a_file_that_it_cannot_write(script, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_refuses_a_file_that_it_cannot_write(run_script, script, tmp_path):
     target = tmp_path / "none" / "out.json"
     arguments = ["--json", target]
-    if script.name == "fit_latency.py":  # it writes none: a folder that it cannot read
+    if script == "tools/fit_latency.py":  # it writes none: a folder that it cannot read
         arguments = ["--check"]
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"LENGTHS_DIR": str(target)},
-    )
+    done = run_script(script, *arguments, env={"LENGTHS_DIR": target})
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"{script.name}: error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{Path(script).name}: error: ") and done.stderr.count("\n") == 1
     assert "none" in done.stderr
 
 
 @pytest.mark.parametrize("error", ["UsageError('no')", "SystemExit(0)"])
-def test_what_was_printed_before_a_refusal_fails_in_one_line(error):
+def test_what_was_printed_before_a_refusal_fails_in_one_line(run_script, error):
     """And not at Python's end, in several lines and with code 120."""
     code = f"""if True:
         import sys
@@ -181,50 +157,29 @@ def test_what_was_printed_before_a_refusal_fails_in_one_line(error):
 
         sys.exit(exit_code("a.py", run))
     """
-    env = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=env,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    with open("/dev/full", "w") as full:
+        done = run_script("-c", code, env={"PYTHONUNBUFFERED": None}, stdout=full)
     assert done.returncode == 2
     assert done.stderr == "a.py: error: cannot write the output: No space left on device\n"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_help_into_a_full_disk_fails_however_it_is_buffered(unbuffered):
+def test_help_into_a_full_disk_fails_however_it_is_buffered(run_script, unbuffered):
     """argparse by itself passes over it, and where nothing is buffered nobody else is told."""
-    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            [sys.executable, "report.py", "--help"],
-            cwd=ROOT,
-            env=env,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    with open("/dev/full", "w") as full:
+        done = run_script("sweep.py", "--help", env={"PYTHONUNBUFFERED": unbuffered}, stdout=full)
     assert done.returncode == 2
-    assert done.stderr == "report.py: error: cannot write the output: No space left on device\n"
+    assert done.stderr == "sweep.py: error: cannot write the output: No space left on device\n"
 
 
-@pytest.mark.parametrize("script", ["main.py", "capacity.py", "reproduce.py", "report.py"])
-def test_a_package_that_is_not_there_takes_one_line(script):
+@pytest.mark.parametrize("script", ["main.py", "capacity.py", "reproduce.py", "sweep.py"])
+def test_a_package_that_is_not_there_takes_one_line(run_script, script):
     """Whoever did not install the requirements: -S leaves out all but the standard library."""
-    env = {name: v for name, v in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
-    done = subprocess.run(
-        [sys.executable, "-S", script, "--help"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(
-        rf"{script}: error: (torch and )?(numpy and )?tabulate (is|are) not installed: pip install "
-        r"-r requirements\.txt \(README, Quick start\)\n",
-        done.stderr,
-    )
+    env = {name: None for name in os.environ if name.startswith(("PYTHON", "COV"))}
+    done = run_script("-S", script, "--help", env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    told = rf"{script}: error: no (torch and )?(numpy and )?tabulate: pip install -r requirements"
+    assert re.fullmatch(rf"{told}\.txt\n", done.stderr)
 
 
 def test_what_was_found_is_kept_where_its_reader_has_gone_but_not_on_a_full_disk(capsys):
@@ -243,48 +198,31 @@ def test_what_was_found_is_kept_where_its_reader_has_gone_but_not_on_a_full_disk
         assert len(calls) == kept
 
 
-def test_a_value_that_argparse_drops_is_refused(capsys):
-    parser = OneLineParser(prog="a.py")
-    parser.add_argument("--number", type=int)
-    assert exit_code("a.py", lambda: parser.parse_args(["--number=--"]).number) == 2
-    assert capsys.readouterr().err == "a.py: error: argument --number: expected one argument\n"
-
-
-def test_an_empty_name_is_no_folder(capsys):
-    """`--figures "$PICTURES"` with a variable that is not set would fill the current one."""
-    parser = OneLineParser(prog="a.py")
-    parser.add_argument("--figures", type=folder)
-    assert exit_code("a.py", lambda: parser.parse_args(["--figures", ""]).figures) == 2
-    told = "a.py: error: argument --figures: '' names no folder ('.' is the current one)\n"
-    assert capsys.readouterr().err == told
-    assert parser.parse_args(["--figures", "."]).figures == Path(".")
-
-
 @pytest.mark.parametrize(
-    ("value", "told"),
-    [("", "argument --trace: '' names no file"), (" ", "argument --trace: ' ' names no file")],
-)
-def test_an_empty_name_is_no_file(capsys, value, told):
-    """Path makes the current folder of it, and the mistake would be said to be there."""
-    parser = OneLineParser(prog="a.py")
-    parser.add_argument("--trace", type=file_name)
-    assert exit_code("a.py", lambda: parser.parse_args(["--trace", value]).trace) == 2
-    assert capsys.readouterr().err == f"a.py: error: {told}\n"
-    assert parser.parse_args(["--trace", "a.csv"]).trace == Path("a.csv")
-
-
-@pytest.mark.parametrize(
-    ("value", "told"),
+    ("kind", "value", "told"),
     [
-        ("0", "'0' is not a positive integer"),
-        ("000", "'000' is not a positive integer"),
-        ("9" * 13, "'9999999999999' is too large: at most 12 digits"),
-        ("\u0663", "'\\\\u0663' is not a positive integer"),
+        (int, "--", "expected one argument"),  # argparse by itself drops it
+        # `--figures "$PICTURES"` with a variable that is not set would fill the current folder.
+        (folder, "", "'' names no folder ('.' is the current one)"),
+        (file_name, "", "'' names no file"),
+        (file_name, " ", "' ' names no file"),
+        (positive, "0", "'0' is not a positive integer of at most 12 digits"),
+        (positive, "000", "'000' is not a positive integer of at most 12 digits"),
+        (positive, "9" * 13, "'9999999999999' is not a positive integer of at most 12 digits"),
+        (positive, "\u0663", r"'\\u0663' is not a positive integer of at most 12 digits"),
+        (seed, "1" + "0" * 5000, f"'1{'0' * 39}' is not an integer from 0 to 2**32 - 1"),
+        (seed, "4294967296", "'4294967296' is not an integer from 0 to 2**32 - 1"),
+        (seed, "-1", "'-1' is not an integer from 0 to 2**32 - 1"),
     ],
 )
-def test_a_count_that_is_none_or_too_large(capsys, value, told):
+def test_values_that_are_refused(capsys, kind, value, told):
     parser = OneLineParser(prog="a.py")
-    parser.add_argument("--count", type=positive)
-    assert exit_code("a.py", lambda: parser.parse_args(["--count", value]).count) == 2
-    assert capsys.readouterr().err == f"a.py: error: argument --count: {told}\n"
-    assert parser.parse_args(["--count", "9" * 12]).count == 10**12 - 1
+    parser.add_argument("--option", type=kind)
+    assert exit_code("a.py", lambda: parser.parse_args([f"--option={value}"]).option) == 2
+    assert capsys.readouterr().err == f"a.py: error: argument --option: {told}\n"
+
+
+def test_values_that_are_taken():
+    assert (positive("1"), positive("9" * 12)) == (1, 10**12 - 1)
+    assert (seed("0"), seed("4294967295")) == (0, 2**32 - 1)
+    assert (folder("."), file_name("a.csv")) == (Path("."), Path("a.csv"))

@@ -29,7 +29,6 @@ from vllm_sim.reporting.drawing import (
     PLATE,
     RED,
     SMALL,
-    SYSTEMS,
     YELLOW,
     block_size_axis,
     check_folder,
@@ -48,7 +47,11 @@ if TYPE_CHECKING:
 
 TOP = 1.0  # s/token, where the paper's latency axes end
 LOOKS = {  # colour and marker
-    **SYSTEMS,
+    paper.FASTER_TRANSFORMER: (GREY, "D"),
+    paper.ORCA_MAX: (RED, "^"),
+    paper.ORCA_POW2: (YELLOW, "v"),
+    paper.ORCA_ORACLE: (GREEN, "s"),
+    paper.VLLM: (BLUE, "o"),
     "ShareGPT": (BLUE, "o"),
     "Alpaca": (RED, "s"),
     "recompute": (BLUE, "o"),

@@ -1,108 +1,53 @@
-"""What `--json` of every script writes: one envelope (docs/json.md, docs/schema.json).
+"""What `--json` of every script writes: one envelope around its tables (docs/json.md).
 
-Reproduces nothing. A document says which script wrote it, with which options, seeds and versions,
-and holds tables (an id, a title, rows under keys that stay), checks and the exit code.
-
-    write_json(path, document("main.py", vars(args), seeds=[0], setting={...}, tables=[...],
-                              exit_code=0, elapsed_s=10.2))
+write_json(path, document("main.py", vars(args), seeds=[0], setting={...}, tables=[...],
+                          exit_code=0, elapsed_s=10.2))
 """
 
-from __future__ import annotations
-
-import math
+import json
 import platform
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 
-# The number goes up when a key loses its meaning or goes; a new key or table is no new version.
-SCHEMA = "pagedattention-sim/1"
+Json = dict[str, object]
+SCHEMA = "pagedattention-sim/1"  # the number goes up when a key goes or changes its meaning
 PACKAGES = ("torch", "numpy", "triton", "flashinfer-python", "nvidia-cudnn-cu13")
 # Options that say where output goes and how it looks, not what is found.
-PRESENTATION = frozenset({"json", "figures", "timeline", "format", "quiet", "jobs"})
-Json = dict[str, object]
+PRESENTATION = {"json", "figures", "timeline", "format", "quiet", "jobs"}
 
 
-def document(
-    script: str,
-    options: Mapping[str, object],
-    *,
-    seeds: Sequence[int] = (),
-    setting: Mapping[str, object],
-    tables: Sequence[Mapping[str, object]],
-    checks: Sequence[Mapping[str, object]] = (),
-    exit_code: int,
-    elapsed_s: float,
-    **more: object,
-) -> Json:
-    """One document. `script` is its path from the root, `options` are argparse's, `elapsed_s` is in
-    seconds; `more` are keys that one script alone has. ValueError for two tables of one id."""
-    ids = [table["id"] for table in tables]
+def document(script: str, options: Json, *, elapsed_s: float, **found: object) -> Json:
+    """One document. `script` is its path from the root, `options` are argparse's; `found` has
+    setting, tables, exit_code, seeds and checks if there are any, and keys of this script alone.
+    """
+    ids = [table["id"] for table in found["tables"]]
     if len(set(ids)) < len(ids):
         raise ValueError(f"{script}: two tables have one id: {sorted(map(str, ids))}")
-    return {
-        "schema": SCHEMA,
-        "script": script,
-        "options": told(options),
-        "seeds": list(seeds),
-        "versions": versions(),
-        "setting": dict(setting),
-        **more,
-        "tables": list(tables),
-        "checks": list(checks),
-        "exit_code": exit_code,
-        "elapsed_s": round(elapsed_s, 3),
-    }
+    head = {"schema": SCHEMA, "script": script, "options": told(options), "versions": versions()}
+    lists = {key: [*found.get(key, ())] for key in ("seeds", "tables", "checks")}
+    return {**head, **found, **lists, "elapsed_s": round(elapsed_s, 3)}
 
 
-def told(options: Mapping[str, object]) -> Json:
+def told(options: Json) -> Json:
     """The options that decide what is found, as JSON; None is an option that was not given."""
-    return {name: _plain(value) for name, value in options.items() if name not in PRESENTATION}
+    kept = {name: value for name, value in options.items() if name not in PRESENTATION}
+    # A path is its name, and infinity, which JSON has not, the text inf.
+    return json.loads(json.dumps(kept, default=str), parse_constant=lambda one: str(float(one)))
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity
-    return str(value) if isinstance(value, Path) else value
+def rows_table(name: str, title: str, rows: list[Json], index: int = 1) -> Json:
+    """A table of rows that have their keys already, and perhaps not all the same."""
+    keys = [*dict.fromkeys(key for row in rows for key in row)]
+    table = {"id": name, "title": title, "setting": "", "headers": keys, "index": keys[:index]}
+    return {**table, "rows": [*rows]}
 
 
-def rows_table(name: str, title: str, rows: Sequence[Mapping[str, object]], index: int = 1) -> Json:
-    """A table of rows that have their keys already, a benchmark's mostly. Keys may differ."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    return {
-        "id": name,
-        "title": title,
-        "setting": "",
-        "headers": keys,
-        "index": keys[:index],
-        "rows": [dict(row) for row in rows],
-    }
-
-
-def measured(
-    script: str,
-    options: Mapping[str, object],
-    found: Mapping[str, object],
-    index: Mapping[str, int],
-    exit_code: int,
-    elapsed_s: float,
-) -> Json:
-    """A benchmark's document: lists of rows in `found` become tables, all else the setting.
-
-    `index` has the ids of the tables with the number of columns that say which row it is.
-    """
+def measured(script: str, options: Json, found: Json, index: Json, code: int, took: float) -> Json:
+    """A benchmark's document, which took so many seconds: what `index` names are tables, with the
+    number of columns that say which row it is; the rest is the setting."""
     tables = [rows_table(name, name, found[name], n) for name, n in index.items() if name in found]
-    setting = {key: value for key, value in found.items() if key not in index}
-    return document(
-        script,
-        options,
-        seeds=[0],
-        setting=setting,
-        tables=tables,
-        exit_code=exit_code,
-        elapsed_s=elapsed_s,
-    )
+    rest = {key: value for key, value in found.items() if key not in index}
+    what = {"seeds": [0], "setting": rest, "tables": tables, "exit_code": code}
+    return document(script, options, elapsed_s=took, **what)
 
 
 def versions() -> dict[str, str]:
@@ -111,8 +56,6 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found

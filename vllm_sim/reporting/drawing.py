@@ -1,7 +1,7 @@
 """What all pictures have in common: colours, sizes, and files that are written whole or not at all.
 
-Reproduces nothing: pictures.py draws the paper's figures, pictures_memory.py the scenarios,
-pictures_capacity.py an answer of capacity.py, pictures_bench.py what was measured on a GPU.
+`pictures.py` of evaluation/ draws the paper's figures, that of scenarios/ what main.py shows, that
+of sizing/ an answer of capacity.py, and that of benchmarks/ what was measured on a GPU.
 
     check_folder(Path("pictures"), ["fig2.png"])        # before a long run
     save(figures, Path("pictures"))                     # after it: file name -> how to draw it
@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, VLLM
-from vllm_sim.scenarios.report import OutputError, check_writable, write_whole
+from vllm_sim.reporting.files import OutputError, check_writable, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,13 +24,6 @@ if TYPE_CHECKING:
 
 BLUE, RED, GREEN = "#0072b2", "#d55e00", "#009e73"  # these differ for the colour-blind too
 YELLOW, GREY, PURPLE, SKY, PALE = "#cc9a00", "#808080", "#cc79a7", "#56b4e9", "#e4e4e4"
-SYSTEMS = {  # colour and marker
-    FASTER_TRANSFORMER: (GREY, "D"),
-    ORCA_MAX: (RED, "^"),
-    ORCA_POW2: (YELLOW, "v"),
-    ORCA_ORACLE: (GREEN, "s"),
-    VLLM: (BLUE, "o"),
-}
 PARTS = {  # of the slot identity, from the bottom
     "tokens": BLUE,
     "reserved": YELLOW,

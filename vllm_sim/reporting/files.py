@@ -1,36 +1,43 @@
-"""Files that scripts write: whole or not at all, and refused before the work if they cannot be.
+"""Files: those that a user names are opened with care, those that scripts write are whole.
 
-Reproduces nothing. One line says which file and why (OutputError).
+A pipe or a device may never end, and opening a pipe may already hang: what is no regular file is
+refused before a byte of it is read. What cannot be written is refused before the work.
 
-    check_writable(path)            # before a run of minutes
-    write_json(path, found)         # after it
-
-[input_files] Files that a user names, opened with care: regular files alone, and without ever waiting.
-
-Reproduces nothing. A pipe or a device may never end, and opening a pipe may already hang: what is
-no regular file is refused before a byte of it is read, and its size is known.
-
-    with open_regular("trace.csv") as file:
-        size = os.fstat(file.fileno()).st_size
-    text = read_bounded("config.json", 4 << 20)     # None if there is more
+    data = read_bounded("config.json", 4 << 20)     # None if there is more
+    check_writable(path)                            # before a run of minutes
+    write_json(path, found)                         # after it
 """
 
-from __future__ import annotations
-
+import argparse
 import errno
 import json
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.reporting.command_line import UsageError, folder
+
+
+class OutputError(UsageError):
+    """A file cannot be written; one line says which and why."""
+
+
+def add_output_options(parser: argparse.ArgumentParser, written: str, drawn: str) -> None:
+    """--json, --figures, --format and --quiet; their help says what is written and drawn."""
+    add, needed = parser.add_argument, "(needs matplotlib: requirements-dev.txt)"
+    add("--json", type=Path, metavar="FILE", help=f"write {written} here")
+    add("--figures", type=folder, metavar="DIR", help=f"draw {drawn} there {needed}")
+    add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
+    add("--quiet", action="store_true", help="no progress on stderr")
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """The file, open. Raises OSError, for anything but a regular file too; ValueError for a NUL."""
-    file = open(path, "rb", opener=_at_once)  # noqa: SIM115 - whoever called closes it
+    # Without waiting for somebody to write to a pipe.
+    file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115 - whoever called closes it
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "it is not a regular file")
@@ -48,15 +55,6 @@ def read_bounded(path: str | os.PathLike[str], most: int) -> bytes | None:
     return data if len(data) <= most else None
 
 
-def _at_once(path: str, flags: int) -> int:
-    """For open(): without waiting for somebody to write to a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-class OutputError(UsageError):
-    """A file cannot be written; one line says which and why."""
-
-
 def write_json(path: Path, data: object) -> None:
     """Write JSON as `write_whole` does. Raises OutputError, ValueError for NaN and infinity."""
     write_whole(path, f"{json.dumps(data, indent=1, allow_nan=False)}\n".encode("ascii"))
@@ -72,7 +70,9 @@ def write_whole(path: Path, content: bytes) -> None:
             try:
                 file.write(content)
                 file.flush()
-                os.chmod(temporary, 0o666 & ~current_umask())
+                mask = os.umask(0o077)  # which can only be read by setting it
+                os.umask(mask)
+                os.chmod(temporary, 0o666 & ~mask)
                 os.replace(temporary, target)
             except BaseException:
                 temporary.unlink(missing_ok=True)
@@ -84,35 +84,34 @@ def write_whole(path: Path, content: bytes) -> None:
 def check_writable(path: Path) -> None:
     """OutputError unless `path` could be written: asked before a long run, not only after it."""
     target = Path(os.path.realpath(path))
-    reason = None
     try:
-        target.stat()
-        exists = True
-    except (FileNotFoundError, NotADirectoryError):
-        exists = False
-    except OSError as error:  # a name that is too long, say
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    if target.is_dir():
-        reason = "it is a directory"
-    elif not target.parent.is_dir():
-        reason = f"there is no directory {path.parent}"
-    elif exists and not target.is_file():
-        # Replaced by a file, a device such as /dev/null would be gone for everybody.
-        reason = "it is not a regular file"
-    elif exists and not os.access(target, os.W_OK):
-        reason = "permission denied"
-    else:
-        try:
+        exists = os.path.lexists(target) and target.stat()
+        if target.is_dir():
+            reason = "it is a directory"
+        elif not target.parent.is_dir():
+            reason = f"there is no directory {path.parent}"
+        elif exists and not target.is_file():
+            # Replaced by a file, a device such as /dev/null would be gone for everybody.
+            reason = "it is not a regular file"
+        elif exists and not os.access(target, os.W_OK):
+            reason = "permission denied"
+        else:
             with tempfile.TemporaryFile(dir=target.parent):  # asking for permission is not enough
-                pass
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-    if reason is not None:
-        raise OutputError(f"cannot write {path}: {reason}")
+                return
+    except OSError as error:  # of a name that is too long, say
+        reason = (error.strerror or str(error)).lower()
+    raise OutputError(f"cannot write {path}: {reason}")
 
 
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def print_then(keep: Callable[[], None], show: Callable[[], None]) -> None:
+    """Print what was found, then keep it: also if its reader has gone, but not on a full disk.
+
+    For what is printed when all of it is found: a reader that has seen enough loses nothing.
+    """
+    try:
+        show()
+        print(end="", flush=True)
+    except BrokenPipeError:
+        keep()
+        raise
+    keep()

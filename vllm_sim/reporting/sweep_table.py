@@ -28,9 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, print_then
+from vllm_sim.reporting.command_line import OneLineParser, UsageError
 from vllm_sim.reporting.documents import SCHEMA, Json, document
-from vllm_sim.reporting.files import check_writable, read_bounded, write_json
+from vllm_sim.reporting.files import check_writable, print_then, read_bounded, write_json
 from vllm_sim.reporting.sweep_cells import SCRIPTS
 from vllm_sim.reporting.tables import FORMATS, Cell, Table, counted, render
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from vllm_sim.reporting.files import (
     OutputError,
     check_writable,
-    current_umask,
     write_json,
     write_whole,
 )
@@ -29,7 +28,6 @@ __all__ = [
     "cell_text",
     "check_writable",
     "checks_table",
-    "current_umask",
     "render",
     "render_scenario",
     "write_json",
