@@ -138,10 +138,9 @@ def causal_mask(num_queries, seq_lens, num_slots=None, device=None):
         seq_lens = torch.tensor([seq_lens], device=device)
     check_shape(seq_lens.dim() == 1, f"seq_lens must be (B,), not {tuple(seq_lens.shape)}")
     check_shape(num_slots is not None, "seq_lens as a tensor needs num_slots as well")
-    device = seq_lens.device
-    steps = torch.arange(1 - num_queries, 1, device=device)  # 0 for the newest token
+    steps = torch.arange(1 - num_queries, 1, device=seq_lens.device)  # 0 for the newest token
     last = seq_lens[:, None].long() - 1 + steps  # (B, T_q): the last position that each may see
-    return torch.arange(num_slots, device=device) <= last[:, :, None]
+    return torch.arange(num_slots, device=last.device) <= last[:, :, None]
 
 
 def _scores(rows, k):

@@ -1,16 +1,17 @@
-"""The paged KV cache on tensors, and decode attention over its blocks.
+"""The paged KV cache on tensors, decode attention over its blocks, and the choice of its kernel.
 
 What it is: the worker's side of the paper. A pool of equal blocks holds K and V (section 4.2);
 tokens go to the slots that a block table names (4.3); blocks are copied for copy-on-write (4.4)
 and moved to the host and back (4.5). The three fused kernels of section 5 are indexed operations
 here: `write`, `paged_attention_kernel` (section 4.1, Eq. 4) and `copy_blocks`. On CUDA, where
-triton is installed, the cache has its two from paged_attention_triton.py instead, one launch each.
+triton is installed, those of paged_attention_triton.py take their place, one launch each.
 
 How to use it: a manager decides, this obeys. It is given block numbers, never a manager.
     cache = PagedKVCache(num_blocks, block_size, num_kv_heads, head_size, num_layers=L)
     cache.write(layer, slot_mapping(table, start, num_tokens, block_size), k, v)
+    kernel, why_not_triton = choose_kernel("auto", device, num_heads, num_kv_heads, head_size)
     tables = pad_block_tables([table_a, table_b])
-    out, lse = paged_attention_kernel(q, cache.k_pool(layer), cache.v_pool(layer), tables, lens)
+    out, lse = attention_kernel(kernel)(q, cache.k_pool(layer), cache.v_pool(layer), tables, lens)
 
 Shapes: B sequences, L layers, H query heads, H_kv K/V heads, D head size, N blocks, S slots per
 block, T tokens. Slot number = block number * S + offset in the block.
@@ -30,102 +31,8 @@ import torch
 from attention import attention, check_shape, length_mask
 
 STAGING_BYTES = 256 << 20  # of device memory that a swap takes at a time, or one block if larger
-
-
-class HostPool:
-    """num_blocks host blocks for a device pool (L, 2, N, S, H_kv, D); pinned if that is on CUDA."""
-
-    def __init__(self, num_blocks, pool, kernels=None):
-        """Allocate it, uninitialised. kernels: the module paged_attention_triton, None for plain torch."""
-        shape = (num_blocks, *pool.shape[:2], *pool.shape[3:])
-        pinned = pool.device.type == "cuda" and num_blocks > 0
-        self._pool = torch.empty(shape, dtype=pool.dtype, pin_memory=pinned)
-        self._rows = self._pool.flatten(3).flatten(1, 2)  # (num_blocks, L * 2, S * H_kv * D)
-        self._device_rows = pool.flatten(3).flatten(0, 1)  # (L * 2, N, S * H_kv * D)
-        self._kernels = kernels
-        self._moved = None  # a CUDA event: the last swap is done
-
-    @property
-    def tensor(self):
-        """The host blocks (num_blocks, L, 2, S, H_kv, D), after waiting for all swaps so far.
-
-        Swaps do not wait for their transfers, and the host waits for no stream by itself.
-        """
-        if self._moved is not None:
-            self._moved.synchronize()
-        return self._pool
-
-    @torch.no_grad()
-    def swap(self, pairs, out):
-        """Copy blocks to the host (out) or to the device. pairs: (device, host) block numbers.
-
-        On CUDA it waits for nothing: the stream orders it before what comes next. The caller has
-        checked the pairs.
-        """
-        device = self._device_rows.device
-        if device.type == "cpu" and self._kernels is None:  # both are here: nothing to stage
-            for block, host in pairs:
-                if out:
-                    self._rows[host].copy_(self._device_rows[:, block])
-                else:
-                    self._device_rows[:, block].copy_(self._rows[host])
-            return
-        pairs = sorted(pairs, key=lambda pair: pair[1])  # for long runs of host blocks
-        step = max(1, STAGING_BYTES // max(1, self._rows[:1].nbytes))
-        for first in range(0, len(pairs), step):
-            self._swap_staged(pairs[first : first + step], out)
-        if pairs and device.type == "cuda":
-            self._moved = torch.cuda.current_stream(device).record_event()
-
-    def _swap_staged(self, pairs, out):
-        """The same for pairs in the order of their host blocks, by way of device memory."""
-        blocks, hosts = zip(*pairs)
-        shape = (len(pairs), *self._rows.shape[1:])
-        staged = self._rows.new_empty(shape, device=self._device_rows.device)
-        if out:
-            self._gather(blocks, staged)
-        for at, host, length in runs(hosts):
-            here, there = staged[at : at + length], self._rows[host : host + length]
-            if out:
-                there.copy_(here, non_blocking=True)
-            else:
-                here.copy_(there, non_blocking=True)
-        if not out:
-            self._scatter(staged, blocks)
-
-    def _gather(self, blocks, staged):
-        """Device blocks into staged (len(blocks), L * 2, S * H_kv * D)."""
-        staged = staged.transpose(0, 1)
-        if self._kernels is None:
-            index = upload(blocks, staged.device)
-            staged.copy_(self._device_rows.index_select(1, index))
-        else:
-            pairs = [(block, at) for at, block in enumerate(blocks)]
-            self._kernels.move_blocks(self._device_rows, staged, upload(pairs, staged.device))
-
-    def _scatter(self, staged, blocks):
-        """staged (len(blocks), L * 2, S * H_kv * D) into device blocks."""
-        staged = staged.transpose(0, 1)
-        if self._kernels is None:
-            self._device_rows.index_copy_(1, upload(blocks, staged.device), staged)
-        else:
-            pairs = list(enumerate(blocks))
-            self._kernels.move_blocks(staged, self._device_rows, upload(pairs, staged.device))
-
-
-def runs(numbers):
-    """The runs of consecutive numbers in a list: (index of the first, the first, how many)."""
-    starts = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
-    ends = [*starts[1:], len(numbers)]
-    return [(start, numbers[start], end - start) for start, end in zip(starts, ends)]
-
-
-def upload(numbers, device):
-    """Integers as an int64 tensor on the device, without waiting for the device."""
-    tensor = torch.tensor(numbers, dtype=torch.int64)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # from pageable memory the transfer would block
-    return tensor.to(device, non_blocking=True)
+GATHER, TRITON = "gather", "triton"  # the kernels
+CHOICES = ("auto", GATHER, TRITON)
 
 
 class BlockMapError(ValueError):
@@ -134,6 +41,10 @@ class BlockMapError(ValueError):
 
 class DeviceMemoryError(RuntimeError):
     """A pool that does not fit in the memory that is available."""
+
+
+class KernelError(ValueError):
+    """A kernel that was asked for by name and does not run on this device or model."""
 
 
 class PagedKVCache:
@@ -156,8 +67,8 @@ class PagedKVCache:
         """Allocate the pools, uninitialised; with poison, filled with NaN.
 
         dtype: float16 on CUDA and float32 on a CPU if None. fused: whether to move blocks with
-        paged_attention_triton.py; None: on CUDA where triton runs. Raises ShapeError for a size that
-        makes no sense or a device without kernels, DeviceMemoryError if the pools do not fit.
+        paged_attention_triton.py; None: on CUDA where triton runs. Raises ShapeError for a size
+        that makes no sense or a device without kernels, DeviceMemoryError if the pools do not fit.
         """
         pinned = torch.device(device).type == "cuda"
         dtype = dtype or (torch.float16 if pinned else torch.float32)
@@ -229,14 +140,6 @@ class PagedKVCache:
         k, v = (self._slots(layer, part).index_select(0, slots) for part in (0, 1))
         return k.unflatten(1, self.pool.shape[4:]), v.unflatten(1, self.pool.shape[4:])
 
-    def gather(self, layer, block_tables):
-        """K and V of a batch as if contiguous: two copies (B, max_blocks * S, H_kv, D).
-
-        block_tables: (B, max_blocks) integers. One indexed read each. Slots beyond a
-        sequence's length hold whatever their blocks hold. Raises ShapeError, BlockMapError.
-        """
-        return tuple(gather_blocks(self.pool[layer, part], block_tables) for part in (0, 1))
-
     def copy_blocks(self, pairs):
         """Copy blocks, all layers, K and V, in one call (section 5, third kernel).
 
@@ -297,48 +200,6 @@ class PagedKVCache:
         check_shape(have == want, f"slot_mapping: (dim, dtype, device) is {have}, not {want}")
         _check_numbers(slots, self.num_blocks * self.block_size, "slot")
         return slots
-
-
-def gather_blocks(pool, block_tables):
-    """The blocks of a batch, one indexed read: (B, max_blocks * S, H_kv, D).
-
-    pool: (N, S, H_kv, D); block_tables: (B, max_blocks) int32 or int64 on the same device.
-    Raises ShapeError, and BlockMapError for a block outside the pool (CPU only).
-    """
-    check_shape(pool.dim() == 4, f"pool must be (N, S, H_kv, D), not {tuple(pool.shape)}")
-    good = block_tables.dim() == 2 and block_tables.dtype in (torch.int32, torch.int64)
-    check_shape(good, "block_tables must be (B, max_blocks), int32 or int64")
-    check_shape(block_tables.device == pool.device, f"block_tables must be on {pool.device}")
-    _check_numbers(block_tables, pool.shape[0], "block")
-    batch, max_blocks = block_tables.shape
-    # As rows of one block each: index_select then copies whole blocks, not heads.
-    blocks = pool.flatten(1).index_select(0, block_tables.flatten())
-    return blocks.view(batch, max_blocks * pool.shape[1], *pool.shape[2:])
-
-
-def gather_bytes(pool, block_tables):
-    """Extra bytes that gathering a batch needs: copies of K and of V, padded to max_blocks."""
-    return 2 * block_tables.numel() * pool[0].numel() * pool.dtype.itemsize
-
-
-def paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens, scale=None):
-    """Decode attention over scattered blocks (paper, Eq. 4): gather them, then `attention`.
-
-    q: (B, H, D), the newest token's queries; k_pool, v_pool: (N, S, H_kv, D); block_tables:
-    (B, max_blocks) int32; seq_lens: (B,) integers, tokens in the cache, the newest included.
-    Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
-    0 and -inf. Raises ShapeError and, on a CPU, BlockMapError.
-    """
-    check_shape(q.dim() == 3, f"q must be (B, H, D), not {tuple(q.shape)}")
-    check_shape(
-        block_tables.shape[:1] == seq_lens.shape == q.shape[:1],
-        f"B differs: q {tuple(q.shape)}, block_tables {tuple(block_tables.shape)}, "
-        f"seq_lens {tuple(seq_lens.shape)}",
-    )
-    k, v = gather_blocks(k_pool, block_tables), gather_blocks(v_pool, block_tables)
-    _check_numbers(seq_lens, k.shape[1] + 1, "sequence length")
-    out, lse = attention(q[:, None], k, v, length_mask(seq_lens, k.shape[1]), scale)
-    return out[:, 0], lse[:, 0]
 
 
 def pad_block_tables(tables, device="cpu"):
@@ -419,25 +280,145 @@ def _checked_pairs(pairs, num_sources, num_targets, chains=True):
 
 
 def _block_kernels(device, fused):
-    """The module paged_attention_triton, or None if plain torch is to move the blocks (fused: see above)."""
+    """paged_attention_triton, or None if plain torch is to move the blocks; see PagedKVCache."""
     maybe = fused is None and device.type == "cuda" and importlib.util.find_spec("triton")
     if not fused and not maybe:
         return None
-    import paged_attention_triton  # only here: it needs triton
+    import paged_attention_triton as kernels  # here and below alone: triton may be missing
 
     if fused is None:
-        return paged_attention_triton if paged_attention_triton.works_on(device) else None
-    usable = device.type == "cuda" or paged_attention_triton.INTERPRETED
+        return kernels if kernels.works_on(device) else None
+    usable = device.type == "cuda" or kernels.INTERPRETED
     check_shape(usable, f"no fused kernels run on {device}")
-    return paged_attention_triton
+    return kernels
 
 
-GATHER, TRITON = "gather", "triton"
-CHOICES = ("auto", GATHER, TRITON)
+class HostPool:
+    """num_blocks host blocks for a device pool (L, 2, N, S, H_kv, D); pinned if that is on CUDA."""
+
+    def __init__(self, num_blocks, pool, kernels=None):
+        """Allocate it, uninitialised. kernels: what moves blocks, see `_block_kernels`."""
+        shape = (num_blocks, *pool.shape[:2], *pool.shape[3:])
+        pinned = pool.device.type == "cuda" and num_blocks > 0
+        self._pool = torch.empty(shape, dtype=pool.dtype, pin_memory=pinned)
+        self._rows = self._pool.flatten(3).flatten(1, 2)  # (num_blocks, L * 2, S * H_kv * D)
+        self._device_rows = pool.flatten(3).flatten(0, 1)  # (L * 2, N, S * H_kv * D)
+        self._kernels = kernels
+        self._moved = None  # a CUDA event: the last swap is done
+
+    @property
+    def tensor(self):
+        """The host blocks (num_blocks, L, 2, S, H_kv, D), after waiting for all swaps so far.
+
+        Swaps do not wait for their transfers, and the host waits for no stream by itself.
+        """
+        if self._moved is not None:
+            self._moved.synchronize()
+        return self._pool
+
+    @torch.no_grad()
+    def swap(self, pairs, out):
+        """Copy blocks to the host (out) or to the device. pairs: (device, host) block numbers.
+
+        On CUDA it waits for nothing: the stream orders it before what comes next. The caller has
+        checked the pairs.
+        """
+        device = self._device_rows.device
+        if device.type == "cpu" and self._kernels is None:  # both are here: nothing to stage
+            for block, host in pairs:
+                here, there = self._device_rows[:, block], self._rows[host]
+                target, source = (there, here) if out else (here, there)
+                target.copy_(source)
+            return
+        pairs = sorted(pairs, key=lambda pair: pair[1])  # for long runs of host blocks
+        step = max(1, STAGING_BYTES // max(1, self._rows[:1].nbytes))
+        for first in range(0, len(pairs), step):
+            self._swap_staged(pairs[first : first + step], out)
+        if pairs and device.type == "cuda":
+            self._moved = torch.cuda.current_stream(device).record_event()
+
+    def _swap_staged(self, pairs, out):
+        """The same for pairs in the order of their host blocks, by way of device memory."""
+        blocks, hosts = zip(*pairs)
+        shape = (len(pairs), *self._rows.shape[1:])
+        staged = self._rows.new_empty(shape, device=self._device_rows.device)
+        if out:
+            self._move(blocks, staged, out)
+        for at, host, length in runs(hosts):
+            here, there = staged[at : at + length], self._rows[host : host + length]
+            target, source = (there, here) if out else (here, there)
+            target.copy_(source, non_blocking=True)
+        if not out:
+            self._move(blocks, staged, out)
+
+    def _move(self, blocks, staged, out):
+        """Device blocks into staged (len(blocks), L * 2, S * H_kv * D) (out), or from there."""
+        rows, staged = self._device_rows, staged.transpose(0, 1)
+        if self._kernels is not None:
+            pairs = [(block, at) if out else (at, block) for at, block in enumerate(blocks)]
+            source, target = (rows, staged) if out else (staged, rows)
+            self._kernels.move_blocks(source, target, upload(pairs, staged.device))
+        elif out:
+            staged.copy_(rows.index_select(1, upload(blocks, staged.device)))
+        else:
+            rows.index_copy_(1, upload(blocks, staged.device), staged)
 
 
-class KernelError(ValueError):
-    """A kernel that was asked for by name and does not run on this device or model."""
+def runs(numbers):
+    """The runs of consecutive numbers in a list: (index of the first, the first, how many)."""
+    starts = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
+    ends = [*starts[1:], len(numbers)]
+    return [(start, numbers[start], end - start) for start, end in zip(starts, ends)]
+
+
+def upload(numbers, device):
+    """Integers as an int64 tensor on the device, without waiting for the device."""
+    tensor = torch.tensor(numbers, dtype=torch.int64)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from pageable memory the transfer would block
+    return tensor.to(device, non_blocking=True)
+
+
+def gather_blocks(pool, block_tables):
+    """The blocks of a batch, one indexed read: (B, max_blocks * S, H_kv, D).
+
+    pool: (N, S, H_kv, D); block_tables: (B, max_blocks) int32 or int64 on the same device.
+    Raises ShapeError, and BlockMapError for a block outside the pool (CPU only).
+    """
+    check_shape(pool.dim() == 4, f"pool must be (N, S, H_kv, D), not {tuple(pool.shape)}")
+    good = block_tables.dim() == 2 and block_tables.dtype in (torch.int32, torch.int64)
+    check_shape(good, "block_tables must be (B, max_blocks), int32 or int64")
+    check_shape(block_tables.device == pool.device, f"block_tables must be on {pool.device}")
+    _check_numbers(block_tables, pool.shape[0], "block")
+    batch, max_blocks = block_tables.shape
+    # As rows of one block each: index_select then copies whole blocks, not heads.
+    blocks = pool.flatten(1).index_select(0, block_tables.flatten())
+    return blocks.view(batch, max_blocks * pool.shape[1], *pool.shape[2:])
+
+
+def gather_bytes(pool, block_tables):
+    """Extra bytes that gathering a batch needs: copies of K and of V, padded to max_blocks."""
+    return 2 * block_tables.numel() * pool[0].numel() * pool.dtype.itemsize
+
+
+def paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens, scale=None):
+    """Decode attention over scattered blocks (paper, Eq. 4): gather them, then `attention`.
+
+    q: (B, H, D), the newest token's queries; k_pool, v_pool: (N, S, H_kv, D); block_tables:
+    (B, max_blocks) int32; seq_lens: (B,) integers, tokens in the cache, the newest included.
+    Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
+    0 and -inf. Raises ShapeError and, on a CPU, BlockMapError.
+    """
+    check_shape(q.dim() == 3, f"q must be (B, H, D), not {tuple(q.shape)}")
+    check_shape(
+        block_tables.shape[:1] == seq_lens.shape == q.shape[:1],
+        f"B differs: q {tuple(q.shape)}, block_tables {tuple(block_tables.shape)}, "
+        f"seq_lens {tuple(seq_lens.shape)}",
+    )
+    k, v = gather_blocks(k_pool, block_tables), gather_blocks(v_pool, block_tables)
+    _check_numbers(seq_lens, k.shape[1] + 1, "sequence length")
+    out, lse = attention(q[:, None], k, v, length_mask(seq_lens, k.shape[1]), scale)
+    return out[:, 0], lse[:, 0]
 
 
 def choose_kernel(
@@ -473,19 +454,12 @@ def attention_kernel(kernel: str) -> Callable[..., tuple[torch.Tensor, torch.Ten
 def _problem(device: torch.device, group: int, head_size: int) -> str | None:
     """Why Triton's kernels cannot be used, in one line, or None."""
     try:
-        import paged_attention_triton
         import paged_attention_triton as module
     except ImportError as error:
         return f"{error}"
-    if group > module.MAX_GROUP or head_size > module.MAX_HEAD_SIZE:
-        return (
-            f"{group} query heads for each K/V head, of size {head_size}: the kernel has "
-            f"{module.MAX_GROUP} and {module.MAX_HEAD_SIZE} at most"
-        )
-    problem = paged_attention_triton.problem_on(device)
-    if problem is None:  # so it can launch something; now the kernel itself, at this size
-        try:
-            module.try_launch(device, group, head_size)
-        except Exception as error:  # triton, the compiler and the driver each raise their own
-            problem = f"{error}".partition("\n")[0]
-    return None if problem is None else f"it does not run on {device}: {problem}"
+    try:
+        module.try_launch(device, group, head_size)
+    except Exception as error:  # triton, the compiler and the driver each raise their own
+        told = f"{error}".partition("\n")[0] or type(error).__name__
+        return f"it does not run on {device}: {told}"
+    return None

@@ -13,14 +13,10 @@ import pytest
 import torch
 
 import main
-import paged_attention
-import paged_attention as host_pool
-import paged_attention as kernels
-import paged_attention_triton as block_kernels
 import reproduce
 from allocators import DuplicateSequenceError
 from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
-from paged_attention import DeviceMemoryError, check_device_memory
+from paged_attention import DeviceMemoryError
 from sequence import BlockTable, Clock, Sequence, SequenceGroup
 from vllm_sim.evaluation import experiments, pictures
 from vllm_sim.evaluation import runner as reproduction
@@ -244,59 +240,6 @@ def test_a_sequence_that_has_a_reservation_is_not_admitted_again():
     for admit in (manager.admit, manager.try_admit):
         with pytest.raises(DuplicateSequenceError, match="sequence 1 exists already"):
             admit(group)
-
-
-def test_a_machine_that_does_not_tell_its_memory(monkeypatch):
-    check_device_memory(0, "cpu")
-    with pytest.raises(DeviceMemoryError):
-        check_device_memory(2**60, "cpu")
-
-    def absent(*_, **__):
-        raise FileNotFoundError("/proc/meminfo")
-
-    for found in (absent, lambda *_, **__: io.StringIO("MemTotal: 5 kB\n")):
-        monkeypatch.setattr(paged_attention, "open", found, raising=False)
-        check_device_memory(2**60, "cpu")
-
-
-def test_the_memory_of_a_machine_is_counted_in_kib(monkeypatch):
-    there = lambda *_, **__: io.StringIO("MemTotal: 9 kB\nMemAvailable: 5 kB\n")  # noqa: E731
-    monkeypatch.setattr(paged_attention, "open", there, raising=False)
-    check_device_memory(5 * 1024, "cpu")
-    with pytest.raises(DeviceMemoryError, match="cpu: 5121 bytes needed, 5120 available"):
-        check_device_memory(5 * 1024 + 1, "cpu")
-
-
-@pytest.mark.parametrize("out", [True, False])
-def test_a_staged_swap_moves_what_a_swap_on_the_host_moves(out):
-    """Without block_kernels, and not on CUDA: the two ways are for the same K and V."""
-    pairs = [(3, 1), (0, 2), (1, 0)]
-    found = []
-    for staged in (False, True):
-        values = torch.arange(2 * 2 * 5 * 2 * 1 * 3, dtype=torch.float32)
-        device = values.view(2, 2, 5, 2, 1, 3).clone()
-        pool = host_pool.HostPool(4, device)
-        pool.tensor.fill_(-1.0)
-        if staged:
-            pool._swap_staged(sorted(pairs, key=lambda pair: pair[1]), out)
-        else:
-            pool.swap(pairs, out)
-        found.append((device, pool.tensor))
-    for ours, theirs in zip(*found):
-        assert torch.equal(ours, theirs)
-
-
-def test_no_blocks_are_no_launch():
-    blocks = torch.arange(16.0).view(1, 2, 8)
-    block_kernels.move_blocks(blocks, blocks, torch.zeros(0, 2, dtype=torch.int64))
-    assert torch.equal(blocks, torch.arange(16.0).view(1, 2, 8))
-
-
-def test_a_kernel_that_does_not_run_is_told_why(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(block_kernels, "problem_on", lambda device: "no compiler")
-    assert kernels._problem(cpu, 1, 64) == "it does not run on cpu: no compiler"
-    assert "query heads" in kernels._problem(cpu, 1, 10**6)
 
 
 def test_a_report_of_nothing_that_went_wrong_has_no_checks():

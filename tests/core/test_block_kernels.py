@@ -1,4 +1,4 @@
-"""Regime item 8: block_kernels.py and the cache that uses it, bit for bit against plain torch.
+"""Regime item 8: Triton's block writes and copies, bit for bit against plain torch.
 
 On a CUDA device; through Triton's interpreter where there is none (see conftest.py).
 """
@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from test_paged_attention import REFUSED, bits, block_major, stamped
 
 import paged_attention
-import paged_attention as host_pool
 from attention import ShapeError
 from paged_attention import BlockMapError, PagedKVCache
 
-kernels = pytest.importorskip("block_kernels", reason="needs triton", exc_type=ImportError)
+kernels = pytest.importorskip("paged_attention_triton", reason="needs triton", exc_type=ImportError)
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CUDA else "cpu"
@@ -212,6 +211,12 @@ def test_a_launch_for_each_part_and_one_where_nothing_is_read_and_then_written(m
     assert launches == []
 
 
+def test_no_blocks_are_no_launch():
+    blocks = torch.arange(16.0).view(1, 2, 8)
+    kernels.move_blocks(blocks, blocks, torch.zeros(0, 2, dtype=torch.int64))
+    assert torch.equal(blocks, torch.arange(16.0).view(1, 2, 8))
+
+
 def test_blocks_that_do_not_lie_whole_are_refused():
     pool = torch.zeros(2, 4, 6, device=DEVICE)
     pairs = torch.tensor([[0, 1]], device=DEVICE)
@@ -228,7 +233,7 @@ def test_blocks_that_do_not_lie_whole_are_refused():
 @pytest.mark.parametrize("staged_blocks", [1, 2, 100])
 def test_swaps_give_the_bits_of_the_plain_path(monkeypatch, sizes, dtype, staged_blocks):
     fused, plain = twins(sizes, dtype, seed=15, num_cpu_blocks=6)
-    monkeypatch.setattr(host_pool, "STAGING_BYTES", staged_blocks * fused.bytes_per_block)
+    monkeypatch.setattr(paged_attention, "STAGING_BYTES", staged_blocks * fused.bytes_per_block)
     rng = random.Random(staged_blocks)
     for count in (1, min(5, sizes[0])):
         pairs = list(zip(rng.sample(range(sizes[0]), count), rng.sample(range(6), count)))
@@ -241,12 +246,6 @@ def test_swaps_give_the_bits_of_the_plain_path(monkeypatch, sizes, dtype, staged
         for cache in (fused, plain):
             cache.swap_in(back)
         assert same(fused, plain)
-
-
-def test_runs_are_the_list_cut_where_it_does_not_count_on():
-    assert host_pool.runs([]) == []
-    assert host_pool.runs([4]) == [(0, 4, 1)]
-    assert host_pool.runs([1, 2, 3, 5, 6, 6, 9]) == [(0, 1, 3), (3, 5, 2), (5, 6, 1), (6, 9, 1)]
 
 
 @pytest.mark.parametrize("operation", REFUSED)

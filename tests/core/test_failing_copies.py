@@ -12,16 +12,15 @@ from functools import partial
 import pytest
 import torch
 
-import paged_attention as host_pool
+import paged_attention
 from kv_cache_manager import PagedKVCacheManager
 from paged_attention import BlockMapError, PagedKVCache, slot_mapping
 from vllm_sim.serving.simulator import Observer, make_groups, simulate
 from vllm_sim.workload.requests import Request
 
+kernels = None
 if importlib.util.find_spec("triton"):
-    import paged_attention_triton as block_kernels
-else:
-    block_kernels = None
+    import paged_attention_triton as kernels
 
 SIZE, LAYERS = 4, 2
 
@@ -35,8 +34,8 @@ class Launches:
 
     def __init__(self, monkeypatch, name, k):
         self.calls, self.name, self.k = 0, name, k
-        self.real = getattr(block_kernels, name)
-        monkeypatch.setattr(block_kernels, name, self)
+        self.real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, self)
 
     def __getitem__(self, grid):
         def launch(*args, **options):
@@ -72,7 +71,7 @@ def world():
 @pytest.fixture
 def fused_world():
     """The same, with the blocks moved by Triton's kernels."""
-    if block_kernels is None or torch.cuda.is_available():
+    if kernels is None or torch.cuda.is_available():
         pytest.skip("needs Triton's interpreter")
     return make_world(fused=True)
 
@@ -150,7 +149,7 @@ def test_a_staged_swap_that_fails_can_be_made_again(world, monkeypatch):
     """The way that a GPU's blocks take: gathered, transferred in runs, scattered."""
     manager, pool, contents, _ = world
     host = pool._host
-    monkeypatch.setattr(host_pool, "STAGING_BYTES", 1)  # a block at a time
+    monkeypatch.setattr(paged_attention, "STAGING_BYTES", 1)  # a block at a time
 
     def swap(pairs, out):
         for pair in sorted(pairs, key=lambda pair: pair[1]):

@@ -1,6 +1,11 @@
-"""Regime item 8: paged_attention.py, where every byte lies, what is refused, contiguous bits."""
+"""Regime item 8: paged_attention.py, where every byte lies, what is refused, contiguous bits.
 
+And which kernel a run takes: the right one by default, a clear refusal by name.
+"""
+
+import io
 import random
+import sys
 
 import pytest
 import torch
@@ -19,16 +24,25 @@ from test_attention import (  # noqa: F401 (two of them are fixtures)
 import paged_attention
 from attention import ShapeError, attention, causal_mask, length_mask, merge_attention
 from paged_attention import (
+    GATHER,
+    TRITON,
     BlockMapError,
     DeviceMemoryError,
+    HostPool,
+    KernelError,
     PagedKVCache,
+    attention_kernel,
     check_device_memory,
+    choose_kernel,
     gather_blocks,
     gather_bytes,
     pad_block_tables,
     paged_attention_kernel,
+    runs,
     slot_mapping,
 )
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def scattered(lens, block_size, num_blocks, seed):
@@ -278,6 +292,27 @@ def test_a_pool_that_makes_no_sense_or_does_not_fit_is_refused(monkeypatch):
             PagedKVCache(block_size=2, num_kv_heads=1, head_size=4, **sizes)
 
 
+def test_a_machine_that_does_not_tell_its_memory(monkeypatch):
+    check_device_memory(0, "cpu")
+    with pytest.raises(DeviceMemoryError):
+        check_device_memory(2**60, "cpu")
+
+    def absent(*_, **__):
+        raise FileNotFoundError("/proc/meminfo")
+
+    for found in (absent, lambda *_, **__: io.StringIO("MemTotal: 5 kB\n")):
+        monkeypatch.setattr(paged_attention, "open", found, raising=False)
+        check_device_memory(2**60, "cpu")
+
+
+def test_the_memory_of_a_machine_is_counted_in_kib(monkeypatch):
+    there = lambda *_, **__: io.StringIO("MemTotal: 9 kB\nMemAvailable: 5 kB\n")  # noqa: E731
+    monkeypatch.setattr(paged_attention, "open", there, raising=False)
+    check_device_memory(5 * 1024, "cpu")
+    with pytest.raises(DeviceMemoryError, match="cpu: 5121 bytes needed, 5120 available"):
+        check_device_memory(5 * 1024 + 1, "cpu")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_stamps_written_through_tables_come_back(device):
     lens, layers, block_size = [1, 3, 4, 5, 13], 2, 4
@@ -301,7 +336,8 @@ def test_stamps_written_through_tables_come_back(device):
     for layer in range(layers):
         fill(cache, tables, *values[layer], lens, layer)
     for layer in range(layers):
-        whole = cache.gather(layer, pad_block_tables(tables, device=device))
+        padded = pad_block_tables(tables, device=device)
+        whole = [gather_blocks(pool, padded) for pool in (cache.k_pool(layer), cache.v_pool(layer))]
         for part in (0, 1):
             for b, length in enumerate(lens):
                 want = values[layer, part, b, :length]
@@ -358,13 +394,12 @@ def test_write_and_read_refuse_what_does_not_fit():
 def test_gather_equals_a_loop_over_blocks_and_its_bytes_are_known(device):
     cache = stamped(device)
     tables = torch.tensor([[6, 0, 6], [2, 5, 1]], dtype=torch.int32, device=device)
-    for layer in (0, 1):
-        k, v = cache.gather(layer, tables)
-        for got, pool in ((k, cache.k_pool(layer)), (v, cache.v_pool(layer))):
-            assert torch.equal(got, gather_blocks(pool, tables.long()))
-            for b, table in enumerate(tables.tolist()):
-                assert torch.equal(got[b], torch.cat([pool[block] for block in table]))
-    assert gather_bytes(cache.k_pool(0), tables) == k.nbytes + v.nbytes
+    for pool in (pool(layer) for layer in (0, 1) for pool in (cache.k_pool, cache.v_pool)):
+        got = gather_blocks(pool, tables)
+        assert torch.equal(got, gather_blocks(pool, tables.long()))
+        for b, table in enumerate(tables.tolist()):
+            assert torch.equal(got[b], torch.cat([pool[block] for block in table]))
+        assert gather_bytes(pool, tables) == 2 * got.nbytes, "of K and V"
 
 
 # --- copies and swaps -----------------------------------------------------------------------
@@ -450,6 +485,31 @@ def test_a_cache_without_cpu_blocks_cannot_swap():
             swap([(0, 0)])
 
 
+@pytest.mark.parametrize("out", [True, False])
+def test_a_staged_swap_moves_what_a_swap_on_the_host_moves(out):
+    """In plain torch on a CPU: the two ways are for the same K and V."""
+    pairs = [(3, 1), (0, 2), (1, 0)]
+    found = []
+    for staged in (False, True):
+        values = torch.arange(2 * 2 * 5 * 2 * 1 * 3, dtype=torch.float32)
+        device = values.view(2, 2, 5, 2, 1, 3).clone()
+        pool = HostPool(4, device)
+        pool.tensor.fill_(-1.0)
+        if staged:
+            pool._swap_staged(sorted(pairs, key=lambda pair: pair[1]), out)
+        else:
+            pool.swap(pairs, out)
+        found.append((device, pool.tensor))
+    for ours, theirs in zip(*found):
+        assert torch.equal(ours, theirs)
+
+
+def test_runs_are_the_list_cut_where_it_does_not_count_on():
+    assert runs([]) == []
+    assert runs([4]) == [(0, 4, 1)]
+    assert runs([1, 2, 3, 5, 6, 6, 9]) == [(0, 1, 3), (3, 5, 2), (5, 6, 1), (6, 9, 1)]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_poison(device):
     new = PagedKVCache(2, 2, 1, 4, num_cpu_blocks=1, device=device, poison=True)
@@ -494,3 +554,65 @@ def test_slot_mapping():
     for start, num_tokens in ((-1, 2), (0, 13), (12, 1), (3, -1)):
         with pytest.raises(BlockMapError):
             slot_mapping(table, start, num_tokens, 4)
+
+
+# --- which kernel a run takes ---------------------------------------------------------------
+
+
+@pytest.fixture
+def problem(monkeypatch):
+    """What is wrong with Triton: None, or a text, whatever this machine has."""
+    found = {"text": None}
+    monkeypatch.setattr(paged_attention, "_problem", lambda device, group, size: found["text"])
+    return found
+
+
+def test_auto_takes_triton_on_a_gpu_where_it_runs(problem):
+    assert choose_kernel("auto", CUDA, 8, 2, 64) == (TRITON, "")
+    assert choose_kernel("auto", CPU, 8, 2, 64) == (GATHER, "triton needs a GPU")
+    problem["text"] = "no compiler"
+    assert choose_kernel("auto", CUDA, 8, 2, 64) == (GATHER, "no compiler")
+
+
+def test_a_kernel_by_name_is_taken_or_refused(problem):
+    assert choose_kernel(GATHER, CUDA, 8, 2, 64) == (GATHER, "")
+    assert choose_kernel(TRITON, CUDA, 8, 2, 64) == (TRITON, "")
+    problem["text"] = "no compiler"
+    with pytest.raises(KernelError, match="no compiler; use --kernel gather"):
+        choose_kernel(TRITON, CUDA, 8, 2, 64)
+
+
+def test_what_the_kernel_cannot_do_is_named():
+    pytest.importorskip("triton", exc_type=ImportError)
+    for heads, size in ((17, 64), (1, 257)):
+        with pytest.raises(KernelError, match="up to 16, and at most 256"):
+            choose_kernel(TRITON, CPU, heads, 1, size)
+
+
+def test_without_triton_there_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "paged_attention_triton", None)
+    with pytest.raises(
+        KernelError, match="--kernel triton: import of paged_attention_triton halted"
+    ):
+        choose_kernel(TRITON, CPU, 4, 4, 64)
+
+
+def test_a_kernel_that_cannot_be_launched_at_this_size_is_found_before_the_run(monkeypatch):
+    module = pytest.importorskip("paged_attention_triton", exc_type=ImportError)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_kernel(TRITON, device, 8, 2, 64) == (TRITON, "")
+
+    def too_much(device, group, head_size):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(module, "try_launch", too_much)
+    told = f"it does not run on {device}: out of resource: shared memory"
+    with pytest.raises(KernelError, match=f"{told}; use"):
+        choose_kernel(TRITON, device, 8, 2, 64)
+    assert choose_kernel("auto", device, 8, 2, 64)[1] in (told, "triton needs a GPU")
+
+
+def test_each_name_has_its_kernel():
+    assert attention_kernel(GATHER) is paged_attention.paged_attention_kernel
+    module = pytest.importorskip("paged_attention_triton", exc_type=ImportError)
+    assert attention_kernel(TRITON) is module.paged_attention_kernel
