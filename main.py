@@ -39,7 +39,7 @@ from vllm_sim.reporting.command_line import (
 if __name__ == "__main__":
     command_line.begin("main.py", "torch", "numpy", "tabulate")
 
-from vllm_sim import paper
+from vllm_sim import models, paper
 from vllm_sim.reporting.progress import Progress
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--model",
-        choices=tuple(paper.MODELS),
+        choices=tuple(models.MODELS),
         default="opt-13b",
         metavar="NAME",
-        help=f"default opt-13b; one of {', '.join(paper.MODELS)}",
+        help=f"default opt-13b; one of {', '.join(models.MODELS)}",
     )
     add(
         "--layers",
@@ -151,7 +151,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
     if args.device == "cuda" and not cuda:
         raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
     device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    model = paper.MODELS[args.model]
+    model = models.MODELS[args.model]
     num_layers = model.num_layers if args.layers is None else args.layers
     if num_layers > model.num_layers:
         raise UsageError(f"--layers {num_layers}: {model.name} has {model.num_layers}")
@@ -160,8 +160,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
     num_blocks = args.num_blocks
     if num_blocks is None:
         # Models that the paper does not use get as many slots as its smallest.
-        deployment = paper.DEPLOYMENTS.get(args.model, paper.DEPLOYMENTS["opt-13b"])
-        num_blocks = paper.kv_blocks(deployment, args.block_size)
+        deployment = models.DEPLOYMENTS.get(args.model, models.DEPLOYMENTS["opt-13b"])
+        num_blocks = models.kv_blocks(deployment, args.block_size)
     try:
         heads = model.num_heads, model.num_kv_heads, model.head_size
         kernel, why = choose_kernel(args.kernel, device, *heads)

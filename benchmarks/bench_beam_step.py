@@ -39,7 +39,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vllm_sim.paper import MODELS
+from vllm_sim.models import MODELS
 from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, positive
 from vllm_sim.reporting.documents import measured
 from vllm_sim.reporting.progress import Progress

@@ -29,7 +29,8 @@ import gpu_timing
 from opt_prefill import RandomOPT
 
 from paged_attention import PagedKVCache, paged_attention_kernel, slot_mapping
-from vllm_sim.paper import BLOCK_SIZE, MODELS, ModelConfig
+from vllm_sim.models import MODELS, Model
+from vllm_sim.paper import BLOCK_SIZE
 from vllm_sim.paper.figures import BLOCK_SIZES, FIG18A
 
 Row = dict[str, float | int | str | None]
@@ -47,7 +48,7 @@ class WrongResult(RuntimeError):
 class Setting:
     """What is measured. The defaults are OPT-13B's, as the figures are."""
 
-    model: ModelConfig = MODELS["opt-13b"]
+    model: Model = MODELS["opt-13b"]
     dtype: torch.dtype = torch.float16
     device: str = "cuda"
     repeats: int = 50

@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paged_attention import PagedKVCache
-from vllm_sim.paper import ModelConfig
+from vllm_sim.models import Model
 
 STD = 0.02  # of OPT's initialisation
 UNUSED_POSITIONS = 2  # OPT's position table starts with two rows that no token uses
@@ -49,7 +49,7 @@ class RandomOPT:
     """Random weights of one OPT model on one device."""
 
     def __init__(
-        self, model: ModelConfig, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+        self, model: Model, dtype: torch.dtype, device: str | torch.device, seed: int = 0
     ) -> None:
         assert model.family == "opt" and model.num_heads == model.num_kv_heads
         self.model = model
@@ -57,7 +57,7 @@ class RandomOPT:
         self._like = torch.empty(0, dtype=dtype, device=device)
         hidden, ffn = model.hidden_size, model.ffn_size
         self.embedding = self._random(model.vocab_size, hidden)
-        self.positions = self._random(model.max_positions + UNUSED_POSITIONS, hidden)
+        self.positions = self._random(model.max_len + UNUSED_POSITIONS, hidden)
         self.layers = [
             Layer(
                 self._norm(),

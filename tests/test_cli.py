@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import main
-from vllm_sim import paper
+from vllm_sim import models
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = str(ROOT / "main.py")
@@ -319,7 +319,7 @@ def test_number_of_blocks_that_it_asks_for_is_enough(capfd):
 
     for block_size in (1, 3, 16, 100, 256, 2047, 2048, 5000):
         setting = scenario.Setting(
-            paper.MODELS["opt-125m"], torch.device("cpu"), 1, 1, block_size, 0
+            models.MODELS["opt-125m"], torch.device("cpu"), 1, 1, block_size, 0
         )
         with pytest.raises(ValueError) as caught:
             scenario.check_setting(setting)

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from allocators import CacheError  # noqa: E402
-from vllm_sim import paper  # noqa: E402
+from vllm_sim import models, paper  # noqa: E402
 from vllm_sim.evaluation.curves import fitted_points  # noqa: E402
 from vllm_sim.evaluation.experiments import Run, groups_for, manager_for  # noqa: E402
 from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code  # noqa: E402
@@ -88,7 +88,7 @@ def decode_throughput(batch_size: int, software: Software) -> float:
     """Tokens/s of a decode step, each at the context with which Fig. 1's fill Table 1's slots."""
     slots = 1000.0 * paper.TABLE1[FIG1_MODEL]["kilo_slots"]
     context = slots / paper.FIG1_FULL_AT[paper.VLLM + "_requests"]  # of a request: 409 tokens
-    model = latency_model(paper.DEPLOYMENTS[FIG1_MODEL], paper.BLOCK_SIZE, software)
+    model = latency_model(models.DEPLOYMENTS[FIG1_MODEL], paper.BLOCK_SIZE, software)
     return batch_size / model.decode_steps(1, batch_size, round(batch_size * context))
 
 
@@ -98,7 +98,7 @@ def ours(source: Run | int, lengths: Lengths, software: Software) -> float:
         return decode_throughput(source, software)
     run, static = source, source.system == paper.FASTER_TRANSFORMER
     columns = lengths.columns(run.dataset, run.rate, run.seconds, run.seed)
-    model = latency_model(paper.DEPLOYMENTS[run.model], run.block_size, software, static=static)
+    model = latency_model(models.DEPLOYMENTS[run.model], run.block_size, software, static=static)
     if static:
         batch_size = paper.FT_BATCH_SIZE[run.dataset][run.model]
         result = simulate_static(*columns, batch_size, paper.FT_MAX_TOTAL_LEN, model)

@@ -17,7 +17,7 @@ import torch
 
 from attention import attention, causal_mask
 from paged_attention import PagedKVCache, paged_attention_kernel, slot_mapping
-from vllm_sim.paper import ModelConfig
+from vllm_sim.models import opt
 from vllm_sim.paper import figures as paper_figures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ import gpu_timing  # noqa: E402
 import measure_paging as measure  # noqa: E402
 from opt_prefill import UNUSED_POSITIONS, RandomOPT  # noqa: E402
 
-TINY = ModelConfig("tiny", "opt", 2, 32, 2, 2, 16, 64, 50, 300)
+TINY = opt("tiny", 2, 32, 2, ffn_size=64, vocab_size=50, max_len=300)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run: conftest.py
 SETTING = measure.Setting(
     model=TINY,

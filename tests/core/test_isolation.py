@@ -47,7 +47,7 @@ from paged_attention import (
     pad_block_tables,
 )
 from sequence import BlockTable
-from vllm_sim import paper
+from vllm_sim import models
 from vllm_sim.scenarios.setting import Setting
 from vllm_sim.scenarios.stamped_cache import StampedCache
 from vllm_sim.serving.simulator import make_groups, simulate
@@ -55,7 +55,7 @@ from vllm_sim.workload.requests import Request
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-TINY = paper.ModelConfig("tiny", "opt", 2, 32, 2, 1, 16, 64, 100, 256)
+TINY = models.Model("tiny", "opt", 2, 32, 2, 1, 16, 64, 100, 256)
 TOKENS = 1 << 16  # different K and V in a run; no run has more tokens
 LIFETIMES = int(os.environ.get("ISOLATION_LIFETIMES", "10000"))
 BLOCK_SIZES = (1, 2, 3, 4, 8)

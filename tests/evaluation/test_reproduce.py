@@ -16,7 +16,7 @@ import allocators as allocator
 import kv_cache_manager as paged_tables
 import reproduce
 from kv_cache_manager import PagedKVCacheManager
-from vllm_sim import paper
+from vllm_sim import models, paper
 from vllm_sim.evaluation import experiments
 from vllm_sim.evaluation import runner as reproduction
 from vllm_sim.evaluation.comparison import EXPLAINED
@@ -453,7 +453,7 @@ def test_a_simulator_too_slow_from_the_first_rate_on_is_found(monkeypatch, tmp_p
 
 
 def test_one_row_that_is_not_held_is_exit_code_1(monkeypatch, capsys):
-    monkeypatch.setattr(paper, "kv_blocks", lambda *args, **options: 900)
+    monkeypatch.setattr(models, "kv_blocks", lambda *args, **options: 900)
     assert reproduce.main(["--figure", "table1"]) == 1
     assert " 3 not held" in capsys.readouterr().out
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 from published_models import PUBLISHED
+from vllm_sim.models.decoder import Decoder, Experts
+from vllm_sim.models.load import FAMILIES, NO_PLAIN_CACHE, load_model, model_of
 
 from vllm_sim import paper
 from vllm_sim.models.config_file import MAX_BYTES, Config, ConfigError, quantisation, read_config
-from vllm_sim.models.decoder import Decoder, Experts
-from vllm_sim.models.load import FAMILIES, NO_PLAIN_CACHE, load_model, model_of
 from vllm_sim.models.memory_plan import PlanError, heads_per_gpu, slot_bytes
 from vllm_sim.reporting import files as input_files
 

@@ -31,7 +31,7 @@ import report  # noqa: E402
 import reproduce  # noqa: E402
 import sweep  # noqa: E402
 from paged_attention import paged_attention_kernel  # noqa: E402
-from vllm_sim import paper  # noqa: E402
+from vllm_sim import models, paper  # noqa: E402
 from vllm_sim.evaluation import figures_memory  # noqa: E402
 from vllm_sim.evaluation.experiments import Run  # noqa: E402
 from vllm_sim.reporting.documents import SCHEMA, document, told  # noqa: E402
@@ -268,7 +268,7 @@ def test_benchmarks_of_the_kernels(monkeypatch, tmp_path):
     (row,) = checked(path)["tables"][0]["rows"]
     assert "triton_us" in row and "cudnn_error" in row
 
-    tiny = paper.ModelConfig("tiny", "opt", 2, 32, 2, 2, 16, 64, 100, 2048)
+    tiny = models.Model("tiny", "opt", 2, 32, 2, 2, 16, 64, 100, 2048)
     setting = measure_paging.Setting(
         tiny,
         torch.float32,

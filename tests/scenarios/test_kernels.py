@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paged_attention import GATHER, TRITON, choose_kernel
-from vllm_sim.paper import MODELS
+from vllm_sim.models import MODELS
 from vllm_sim.scenarios import paged as scenario_paged
 from vllm_sim.scenarios.setting import Setting
 

@@ -19,7 +19,7 @@ import torch
 import capacity
 import main
 from kv_cache_manager import MemoryUsage
-from vllm_sim import paper
+from vllm_sim import models, paper
 from vllm_sim.paper.figures import BLOCK_SIZES, FASTER_TRANSFORMER, FIG18A, FIG19A, VLLM
 from vllm_sim.reporting import drawing
 from vllm_sim.scenarios import baseline as scenario_baseline
@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_attention  # noqa: E402
 import bench_paging_cost  # noqa: E402
 
-TINY = paper.ModelConfig("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
+TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
 PARTS = MemoryUsage.PARTS
 MAIN = ["--model", "opt-125m", "--device", "cpu", "--num-blocks", "140"]
 

@@ -15,7 +15,7 @@ import paged_attention
 from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager, PagedTables
 from paged_attention import PagedKVCache
 from sequence import BlockTable
-from vllm_sim import paper
+from vllm_sim import models, paper
 from vllm_sim.scenarios import baseline as scenario_baseline
 from vllm_sim.scenarios import mixed as scenario_mixed
 from vllm_sim.scenarios import paged as scenario_paged
@@ -35,9 +35,9 @@ from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import make_groups
 from vllm_sim.workload.requests import ALPACA, SHAREGPT, Request
 
-TINY = paper.ModelConfig("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
-SHORT = paper.ModelConfig("short", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
-GROUPED = paper.ModelConfig("grouped", "opt", 3, 32, 4, 2, 8, 64, 100, 2048)
+TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
+SHORT = models.Model("short", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
+GROUPED = models.Model("grouped", "opt", 3, 32, 4, 2, 8, 64, 100, 2048)
 SCENARIOS = (scenario_baseline, scenario_paged, scenario_sampling, scenario_mixed)
 
 

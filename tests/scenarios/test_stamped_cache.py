@@ -15,14 +15,14 @@ from allocators import BlockAllocator
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import BlockMapError, PagedKVCache
 from sequence import BeamHistory, BlockTable, Sequence, SequenceGroup
-from vllm_sim import paper
+from vllm_sim import models
 from vllm_sim.scenarios.setting import Setting
 from vllm_sim.scenarios.stamped_cache import PIECE, StampedCache, Stamps
 from vllm_sim.serving.scheduler import Limits, Scheduler
 from vllm_sim.serving.simulator import make_groups, simulate
 from vllm_sim.workload.requests import Request
 
-TINY = paper.ModelConfig("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
+TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
 PREFIX_ID, PREFIX_LEN = 10**6, 7
 LIMITS = Limits(400, 32)
 
@@ -100,7 +100,7 @@ def test_stamps_are_exact_in_fp16(seed):
 @pytest.mark.parametrize("head_size", [2, 7, 8])
 def test_no_two_stamps_are_alike(head_size):
     """Over tokens, layers, K or V and heads: a vector tells all four, and so does each half."""
-    model = paper.ModelConfig("tiny", "llama", 3, 16, 2, 2, head_size, 64, 100, 64)
+    model = models.Model("tiny", "llama", 3, 16, 2, 2, head_size, 64, 100, 64)
     for seed in range(3):
         stamps = Stamps(setting_of(num_layers=3, seed=seed, model=model))
         numbers = torch.cat([torch.arange(300), 1024 * torch.arange(1, 100)])
@@ -543,7 +543,7 @@ def test_the_same_k_and_v_whatever_the_memory():
 
 def test_caches_on_other_layouts_verify_the_same(monkeypatch):
     """Grouped queries: K and V have fewer heads than the model."""
-    model = paper.ModelConfig("tiny", "opt", 2, 32, 4, 2, 8, 64, 100, 256)
+    model = models.Model("tiny", "opt", 2, 32, 4, 2, 8, 64, 100, 256)
     requests = requests_of(4)
     stamped, _ = serve(requests, setting_of(32, 4, model=model))
     assert stamped.cache.num_kv_heads == 2

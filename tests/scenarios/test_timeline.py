@@ -19,7 +19,7 @@ from browser import Browser, find_chromium
 
 import main
 from kv_cache_manager import PagedKVCacheManager
-from vllm_sim import paper
+from vllm_sim import models
 from vllm_sim.scenarios import mixed as scenario_mixed
 from vllm_sim.scenarios import sampling as scenario_sampling
 from vllm_sim.scenarios import timeline
@@ -32,7 +32,7 @@ from vllm_sim.serving.simulator import Observer, make_groups, simulate
 from vllm_sim.workload.requests import Request
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = paper.ModelConfig("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
+TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
 SWAP, RECOMPUTE = scenario_mixed.RUNS[-2:]
 CHROMIUM = find_chromium()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sim import paper
+from vllm_sim import models, paper
 from vllm_sim.evaluation.curves import fitted_points, left_end
 from vllm_sim.evaluation.experiments import Outcome, Run, execute
 from vllm_sim.evaluation.figures_rates import SHORT, Fig12
@@ -97,7 +97,7 @@ def test_points_are_those_of_the_model_and_only_13b_has_fig_1():
 
 def test_decode_throughput_by_hand():
     software = Software(5e-3, 1.0, 1.0)
-    opt = paper.MODELS["opt-13b"]
+    opt = models.MODELS["opt-13b"]
     tokens = 40 * 15_700 / 38.4
     step = (
         5e-3

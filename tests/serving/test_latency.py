@@ -9,7 +9,7 @@ import pytest
 
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from sequence import Sequence, SequenceGroup
-from vllm_sim.paper import DEPLOYMENTS, GPU, GPUS, MODELS, Deployment
+from vllm_sim.models import DEPLOYMENTS, GPU, GPUS, MODELS, Deployment
 from vllm_sim.serving.latency import FITTED, UNIT, LatencyModel, Software, latency_model
 from vllm_sim.serving.scheduler import Completion, Iteration, Limits
 from vllm_sim.serving.simulator import simulate
@@ -310,7 +310,7 @@ def test_each_gpu_reads_and_computes_its_part(name, gpus, bytes_per_s):
     assert deployment.num_gpus == gpus
     model = latency_model(deployment, 16, SOFTWARE)
     # Norms, biases and positions are on every GPU: well below a thousandth of a part.
-    part = config.matrix_params / gpus + config.replicated_params
+    part = config.weights().split / gpus + config.weights().whole
     assert config.num_params / gpus < part < config.num_params / gpus * 1.003
     assert model.step_s == pytest.approx(3e-3 + 2 * part / (0.8 * bytes_per_s), rel=1e-9)
     assert model.token_s == pytest.approx(2 * part / 156e12, rel=1e-9)

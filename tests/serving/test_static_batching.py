@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from vllm_sim.paper import DEPLOYMENTS
+from vllm_sim.models import DEPLOYMENTS
 from vllm_sim.serving.latency import UNIT, LatencyModel, latency_model
 from vllm_sim.serving.static_batching import simulate_static
 

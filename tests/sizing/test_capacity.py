@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from published_models import PUBLISHED
+from vllm_sim.models.load import load_model, model_of, read_config
 
 import capacity
 from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
 from vllm_sim import paper
 from vllm_sim.models.gpus import GPUS, DataGPU
-from vllm_sim.models.load import load_model, model_of, read_config
 from vllm_sim.models.memory_plan import (
     PlanError,
     Sizes,

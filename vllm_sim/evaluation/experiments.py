@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from sequence import BeamHistory, Sequence, SequenceGroup
+from vllm_sim.models import DEPLOYMENTS, kv_blocks
 from vllm_sim.paper import (
     BLOCK_SIZE,
-    DEPLOYMENTS,
     FASTER_TRANSFORMER,
     FT_BATCH_SIZE,
     FT_MAX_TOTAL_LEN,
@@ -27,7 +27,6 @@ from vllm_sim.paper import (
     SYSTEMS,
     VLLM,
     WATERMARK,
-    kv_blocks,
 )
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.serving.beam_search import beam_histories

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from vllm_sim import paper
+from vllm_sim import models, paper
 from vllm_sim.evaluation import comparison as why
 from vllm_sim.evaluation.comparison import Row, absolute, as_printed, between, relative
 from vllm_sim.evaluation.curves import Done
@@ -44,13 +44,13 @@ class Table1:
     def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
         rows = []
         for model, printed in paper.TABLE1.items():
-            deployment = paper.DEPLOYMENTS[model]
-            memory = paper.memory_per_gpu(deployment)
+            deployment = models.DEPLOYMENTS[model]
+            memory = models.paper_plan(deployment)
             gpus = deployment.num_gpus
-            slots = paper.kv_blocks(deployment) * paper.BLOCK_SIZE
+            slots = models.kv_blocks(deployment) * paper.BLOCK_SIZE
             measured = {
-                "total_gb": gpus * _nominal_gb(deployment.gpu.memory_bytes),
-                "parameters_gb": gpus * memory.parameters / 1e9,
+                "total_gb": gpus * deployment.gpu.sold_gb,
+                "parameters_gb": gpus * memory.weights / 1e9,
                 "kv_cache_gb": gpus * memory.kv_cache / GIB,
                 "kilo_slots": slots / 1000.0,
             }
@@ -58,7 +58,7 @@ class Table1:
                 reason = KNOWN.get((model, what), "")
                 metric = what.replace("_gb", ", GB").replace("_", " ")
                 rows.append(as_printed(self.name, model, metric, value, measured[what], reason))
-        slot_bytes = paper.MODELS[MODEL].kv_bytes_per_token
+        slot_bytes = models.MODELS[MODEL].kv_bytes_per_token
         text = paper.TEXT
         for key, unit, value in (
             ("kv_bytes_per_token", "bytes of K/V a token", slot_bytes),
@@ -66,10 +66,10 @@ class Table1:
         ):
             rows.append(as_printed(text[key].figure, MODEL, unit, text[key].value, value))
         left = paper.FIG1_MEMORY
-        deployment = paper.DEPLOYMENTS[MODEL]
-        memory = paper.memory_per_gpu(deployment)
-        total = _nominal_gb(deployment.gpu.memory_bytes) * 1e9
-        share = 100.0 * paper.MODELS[MODEL].param_bytes / total
+        deployment = models.DEPLOYMENTS[MODEL]
+        memory = models.paper_plan(deployment)
+        total = deployment.gpu.sold_gb * 1e9
+        share = 100.0 * 2 * models.MODELS[MODEL].num_params / total
         rows.append(
             absolute(
                 "Fig. 1", MODEL, "parameters, % of the GPU", left["parameters_percent"], share, 1.0
@@ -89,11 +89,6 @@ class Table1:
 
     def notes(self, done: Done, seed: int) -> list[str]:
         return []
-
-
-def _nominal_gb(memory_bytes: int) -> int:
-    """The size on the box: a multiple of 8 'GB', which are GiB less what the driver keeps."""
-    return 8 * math.ceil(memory_bytes / GIB / 8)
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ class Fig2:
                         2.5 if several else 1.0,
                     )
                 )
-        blocks = paper.kv_blocks(paper.DEPLOYMENTS[MODEL])
+        blocks = models.kv_blocks(models.DEPLOYMENTS[MODEL])
         rows.append(
             between(
                 "Sec. 4.5",
@@ -155,7 +150,7 @@ class Fig2:
 
     def notes(self, done: Done, seed: int) -> list[str]:
         run = self._run(VLLM, seed)
-        slots = paper.kv_blocks(paper.DEPLOYMENTS[MODEL]) * paper.BLOCK_SIZE
+        slots = models.kv_blocks(models.DEPLOYMENTS[MODEL]) * paper.BLOCK_SIZE
         padding = done[run].shares["padding"] * slots / done[run].mean_batch
         return [
             f"vLLM leaves {padding:.1f} slots unfilled per request: under one block of 16 (Sec. 4)."

@@ -1,6 +1,6 @@
 """A Hugging Face `config.json`, read with care: what it must say, and how it is quantised.
 
-Reproduces nothing. `model_families` asks a `Config` for what a family needs; what is missing or no
+Reproduces nothing. families.py asks a `Config` for what a family needs; what is missing or no
 number is refused by name, in one line. The file is text that anybody may have written: its size
 is bounded, and so is each number in it.
 
@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vllm_sim.models.model import Quantisation
 from vllm_sim.reporting.files import read_bounded
 
 MAX_BYTES = 4 * 2**20
@@ -132,15 +133,6 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: holds no JSON object, so no config.json")
     return Config(where, values)
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How a checkpoint's matrices are stored: bytes a parameter, scales included."""
-
-    method: str
-    bytes_per_param: float
-    experts_only: bool = False
 
 
 def quantisation(config: Config) -> Quantisation | None:

@@ -1,26 +1,11 @@
-"""Dense models by the `model_type` of their config.json: what their layers are made of.
+"""Models by the `model_type` of their config.json: what their layers are made of.
 
 Reproduces nothing of the paper, whose OPT and LLaMA are families like others here. Each function
-reads what its family's configuration says and returns a `Decoder`; expert_families.py has the
-mixtures of experts.
+reads what its family's configuration says and returns a `Model`. A key that a configuration may
+leave out has the default of the transformers library's class, all others are required. All experts
+of a mixture count for memory; DeepSeek's have a latent cache (MLA).
 
     FAMILIES["llama"](read_config("config.json"), "Llama-3-8B")
-
-[family_fields] What the families of models have in common in a config.json: dimensions, and sliding windows.
-
-Reproduces nothing of the paper. Used by model_families.py and expert_families.py, which say what
-differs; a key that a configuration may leave out has the default of the transformers library's
-class, all others are required.
-
-    found = rotary(config, "Mistral-7B")
-    layer_windows(config, found["num_layers"], config.optional("sliding_window"), all_layers)
-
-[expert_families] Mixtures of experts by the `model_type` of their config.json: all experts count for memory.
-
-Reproduces nothing of the paper. As model_families.py, for the models whose feed-forward layers are
-experts that a router chooses from; DeepSeek's are among them with their latent cache (MLA).
-
-    FAMILIES["mixtral"](read_config("config.json"), "Mixtral-8x7B")
 """
 
 from __future__ import annotations
@@ -28,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vllm_sim.models.config_file import Config
-from vllm_sim.models.decoder import Decoder, Experts, Latent
+from vllm_sim.models.model import Experts, Latent, Model
 
 MAX_LAYERS = 10_000
 Windows = tuple[int | None, ...]
@@ -65,9 +50,9 @@ def dimensions(config: Config, name: str, **defaults: int) -> dict:
     }
 
 
-def make_decoder(config: Config, **values: object) -> Decoder:
+def make_model(config: Config, **values: object) -> Model:
     try:
-        return Decoder(**values)
+        return Model(**values)
     except ValueError as error:
         raise config.fail(str(error)) from None
 
@@ -117,7 +102,7 @@ def late_layers(config: Config) -> tuple[int | None, Callable]:
     return config.optional("sliding_window"), lambda index: index >= first
 
 
-def _mixtral(config: Config, name: str) -> Decoder:
+def _mixtral(config: Config, name: str) -> Model:
     found = rotary(config, name)
     windows = layer_windows(
         config, found["num_layers"], config.optional("sliding_window"), all_layers
@@ -128,7 +113,7 @@ def _mixtral(config: Config, name: str) -> Decoder:
         config.count("num_experts_per_tok"),
         found["ffn_size"],
     )
-    return make_decoder(config, **found, windows=windows, experts=experts)
+    return make_model(config, **found, windows=windows, experts=experts)
 
 
 def _sparse_layers(config: Config, num_layers: int) -> int:
@@ -144,7 +129,7 @@ def _routed(config: Config, num_layers: int) -> tuple[int, int, int, int]:
     return _sparse_layers(config, num_layers), *(config.count(name) for name in names)
 
 
-def _qwen2_moe(config: Config, name: str) -> Decoder:
+def _qwen2_moe(config: Config, name: str) -> Model:
     found = rotary(config, name)
     experts = Experts(
         *_routed(config, found["num_layers"]),
@@ -152,15 +137,15 @@ def _qwen2_moe(config: Config, name: str) -> Decoder:
         shared_gate=True,
     )
     windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_decoder(config, **found, windows=windows, qkv_bias=True, experts=experts)
+    return make_model(config, **found, windows=windows, qkv_bias=True, experts=experts)
 
 
-def _qwen3_moe(config: Config, name: str) -> Decoder:
+def _qwen3_moe(config: Config, name: str) -> Model:
     found = rotary(config, name)
     experts = Experts(*_routed(config, found["num_layers"]))
     bias = config.flag("attention_bias", False)
     windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_decoder(
+    return make_model(
         config,
         **found,
         windows=windows,
@@ -171,7 +156,7 @@ def _qwen3_moe(config: Config, name: str) -> Decoder:
     )
 
 
-def _deepseek(config: Config, name: str) -> Decoder:
+def _deepseek(config: Config, name: str) -> Model:
     """V2 and V3: a latent cache, dense layers first, then experts with shared ones."""
     for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
         config.count(key)  # named before anything else is asked for
@@ -203,10 +188,10 @@ def _deepseek(config: Config, name: str) -> Decoder:
         notes = ("the layers that predict further tokens (MTP) are not counted",)
     if config.flag("attention_bias", False):
         raise config.fail("attention_bias true cannot be sized with a latent cache")
-    return make_decoder(config, **found, latent=latent, experts=experts, notes=notes)
+    return make_model(config, **found, latent=latent, experts=experts, notes=notes)
 
 
-def _gpt_oss(config: Config, name: str) -> Decoder:
+def _gpt_oss(config: Config, name: str) -> Model:
     found = rotary(config, name)
     bias = config.flag("attention_bias", True)
     experts = Experts(
@@ -219,7 +204,7 @@ def _gpt_oss(config: Config, name: str) -> Decoder:
     )
     window = config.count("sliding_window", default=128)
     windows = layer_windows(config, found["num_layers"], window, every_other)
-    return make_decoder(
+    return make_model(
         config,
         **found,
         windows=windows,
@@ -230,24 +215,14 @@ def _gpt_oss(config: Config, name: str) -> Decoder:
     )
 
 
-EXPERTS: dict[str, Callable[[Config, str], Decoder]] = {
-    "mixtral": _mixtral,
-    "qwen2_moe": _qwen2_moe,
-    "qwen3_moe": _qwen3_moe,
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
-    "gpt_oss": _gpt_oss,
-}
-
-
-def _opt(config: Config, name: str) -> Decoder:
+def _opt(config: Config, name: str) -> Model:
     found = dimensions(config, name)
     bias = config.flag("enable_bias", True)
     if not config.flag("layer_norm_elementwise_affine", True):
         raise config.fail("layer_norm_elementwise_affine false cannot be sized")
     positions = config.count("max_position_embeddings")
     final = config.flag("do_layer_norm_before", True)
-    return make_decoder(
+    return make_model(
         config,
         **found,
         ffn_size=config.count("ffn_dim"),
@@ -264,10 +239,10 @@ def _opt(config: Config, name: str) -> Decoder:
     )
 
 
-def _gpt2(config: Config, name: str) -> Decoder:
+def _gpt2(config: Config, name: str) -> Model:
     found = dimensions(config, name)
     positions = config.count("n_positions", "n_ctx", "max_position_embeddings")
-    return make_decoder(
+    return make_model(
         config,
         **found,
         ffn_size=config.count("n_inner", default=4 * found["hidden_size"]),
@@ -282,9 +257,9 @@ def _gpt2(config: Config, name: str) -> Decoder:
     )
 
 
-def _gpt_neox(config: Config, name: str) -> Decoder:
+def _gpt_neox(config: Config, name: str) -> Model:
     bias = config.flag("attention_bias", True)
-    return make_decoder(
+    return make_model(
         config,
         **rotary(config, name),
         gated=False,
@@ -295,9 +270,9 @@ def _gpt_neox(config: Config, name: str) -> Decoder:
     )
 
 
-def _bloom(config: Config, name: str) -> Decoder:
+def _bloom(config: Config, name: str) -> Model:
     found = dimensions(config, name)
-    return make_decoder(
+    return make_model(
         config,
         **found,
         ffn_size=4 * found["hidden_size"],
@@ -312,7 +287,7 @@ def _bloom(config: Config, name: str) -> Decoder:
     )
 
 
-def _falcon(config: Config, name: str) -> Decoder:
+def _falcon(config: Config, name: str) -> Model:
     found = dimensions(config, name)
     new = config.flag("new_decoder_architecture", False)
     if new:
@@ -324,7 +299,7 @@ def _falcon(config: Config, name: str) -> Decoder:
     bias = config.flag("bias", False)
     # A configuration without positions is of a rotary model with the class's 2048, or of ALiBi.
     positions = config.count("max_position_embeddings", default=2048)
-    return make_decoder(
+    return make_model(
         config,
         **(found | {"num_kv_heads": kv_heads}),
         ffn_size=config.count("ffn_hidden_size", default=4 * found["hidden_size"]),
@@ -339,9 +314,9 @@ def _falcon(config: Config, name: str) -> Decoder:
     )
 
 
-def _llama(config: Config, name: str) -> Decoder:
+def _llama(config: Config, name: str) -> Model:
     bias = config.flag("attention_bias", False)
-    return make_decoder(
+    return make_model(
         config,
         **rotary(config, name),
         qkv_bias=bias,
@@ -350,46 +325,46 @@ def _llama(config: Config, name: str) -> Decoder:
     )
 
 
-def _mistral(config: Config, name: str) -> Decoder:
+def _mistral(config: Config, name: str) -> Model:
     found = rotary(config, name)
     windows = layer_windows(
         config, found["num_layers"], config.optional("sliding_window"), all_layers
     )
-    return make_decoder(config, **found, windows=windows)
+    return make_model(config, **found, windows=windows)
 
 
-def _qwen2(config: Config, name: str) -> Decoder:
+def _qwen2(config: Config, name: str) -> Model:
     found = rotary(config, name)
     windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_decoder(config, **found, windows=windows, qkv_bias=True)
+    return make_model(config, **found, windows=windows, qkv_bias=True)
 
 
-def _qwen3(config: Config, name: str) -> Decoder:
+def _qwen3(config: Config, name: str) -> Model:
     found = rotary(config, name, head_dim=128)
     bias = config.flag("attention_bias", False)
     windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_decoder(
+    return make_model(
         config, **found, windows=windows, qkv_bias=bias, output_bias=bias, head_norms=True
     )
 
 
-def _gemma(config: Config, name: str) -> Decoder:
+def _gemma(config: Config, name: str) -> Model:
     bias = config.flag("attention_bias", False)
     found = rotary(config, name, tied=True, head_dim=256)
-    return make_decoder(config, **found, qkv_bias=bias, output_bias=bias)
+    return make_model(config, **found, qkv_bias=bias, output_bias=bias)
 
 
-def _gemma2(config: Config, name: str) -> Decoder:
+def _gemma2(config: Config, name: str) -> Model:
     bias = config.flag("attention_bias", False)
     found = rotary(config, name, tied=True, head_dim=256)
     window = config.count("sliding_window", default=4096)
     windows = layer_windows(config, found["num_layers"], window, every_other)
-    return make_decoder(
+    return make_model(
         config, **found, windows=windows, qkv_bias=bias, output_bias=bias, norms_per_layer=4
     )
 
 
-def _gemma3(config: Config, name: str) -> Decoder:
+def _gemma3(config: Config, name: str) -> Model:
     # The published multimodal configurations leave these out where the class has them.
     class_defaults = {
         "num_attention_heads": 8,
@@ -407,7 +382,7 @@ def _gemma3(config: Config, name: str) -> Decoder:
     )
     missing = [key for key in class_defaults if not config.has(key)]
     notes = (f"class defaults for {', '.join(missing)}",) if missing else ()
-    return make_decoder(
+    return make_model(
         config,
         **found,
         windows=windows,
@@ -419,7 +394,13 @@ def _gemma3(config: Config, name: str) -> Decoder:
     )
 
 
-FAMILIES: dict[str, Callable[[Config, str], Decoder]] = EXPERTS | {
+FAMILIES: dict[str, Callable[[Config, str], Model]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek,
+    "gpt_oss": _gpt_oss,
     "opt": _opt,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,

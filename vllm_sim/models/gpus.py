@@ -1,9 +1,7 @@
-"""GPUs by name: what the datasheet sells in GB, and what CUDA reports in bytes.
+"""What a GPU is: its memory as sold and as CUDA reports it, its bandwidth and its FLOPS.
 
-Reproduces nothing: the paper's two GPUs are in paper.py and are taken from there, the others are
-not in the paper. Used by capacity.py:
+Reproduces nothing: of the paper are only the names of its two A100s.
 
-    from __SELF__ import GPUS
     GPUS["h100"].memory_bytes
 
 A datasheet's GB is marketing for what is on the board: 80 GB on an A100 are 80 GiB of memory less
@@ -15,49 +13,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_sim import paper
 from vllm_sim.paper import GIB
 
 
 @dataclass(frozen=True)
-class DataGPU:
-    """One GPU. `sold_gb` as in `datasheet`; `memory_bytes` as CUDA reports it, of the whole GPU.
-
-    `memory_bytes` differs by up to 1 % from one driver release or board to the next.
-    """
+class GPU:
+    """One GPU, whole. `memory_bytes` as CUDA reports it: it differs by up to 1 % from one driver
+    release or board to the next. None: not known."""
 
     name: str
-    sold_gb: int
     memory_bytes: int
-    datasheet: str
+    sold_gb: int | None = None
+    bytes_per_s: float | None = None  # of its memory
+    flops_per_s: float | None = None  # in 16 bits with tensor cores, dense
+    datasheet: str = ""
 
     def __post_init__(self) -> None:
-        if self.memory_bytes < 1 or self.sold_gb < 1:
-            raise ValueError(f"{self.name}: sizes must be positive")
+        if type(self.memory_bytes) is not int or self.memory_bytes < 1:
+            raise ValueError(
+                f"{self.name}: memory_bytes must be a whole number from 1, "
+                f"not {self.memory_bytes!r}"
+            )
 
 
-def _reported(name: str, sold_gb: int, gib: float, datasheet: str) -> DataGPU:
-    """`gib`: the 'total capacity' that torch prints when it is out of memory, two decimals."""
-    return DataGPU(name, sold_gb, int(gib * GIB), datasheet)
-
-
-def _of_the_paper(name: str, sold_gb: int) -> DataGPU:
-    memory = paper.GPUS[name].memory_bytes
-    return DataGPU(name, sold_gb, memory, "NVIDIA A100 datasheet (bytes: paper.py)")
-
-
+# Bytes: `int(... * GIB)` is the 'total capacity' that torch prints when it is out of memory, with
+# two decimals. The two A100s' are an assumption (DERIVED): paper and artifact give no byte count.
+# FLOPS: half of what a datasheet prints where it prints them with sparsity.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _reported("t4", 16, 14.56, "NVIDIA T4 datasheet, 16 GB GDDR6"),
-        _reported("l4", 24, 22.03, "NVIDIA L4 datasheet, 24 GB GDDR6"),
-        _reported("a10g", 24, 22.06, "NVIDIA A10 datasheet, 24 GB GDDR6 (A10G: AWS G5)"),
-        _of_the_paper("a100-40gb", 40),
-        _of_the_paper("a100-80gb", 80),
-        _reported("h100", 80, 79.18, "NVIDIA H100 datasheet, SXM, 80 GB HBM3"),
-        _reported("h200", 141, 139.80, "NVIDIA H200 datasheet, 141 GB HBM3e"),
-        _reported("b200", 180, 178.35, "NVIDIA DGX B200 datasheet, 1,440 GB HBM3e in 8"),
-        _reported("mi300x", 192, 191.69, "AMD Instinct MI300X data sheet, 192 GB HBM3"),
-        _reported("rtx4090", 24, 23.65, "NVIDIA GeForce RTX 4090 specifications, 24 GB GDDR6X"),
+        GPU("t4", int(14.56 * GIB), 16, 320e9, 65e12, "NVIDIA T4 datasheet, 16 GB GDDR6"),
+        GPU("l4", int(22.03 * GIB), 24, 300e9, 121e12, "NVIDIA L4 datasheet, 24 GB GDDR6"),
+        GPU("a10g", int(22.06 * GIB), 24, 600e9, 70e12, "NVIDIA A10 datasheet (A10G: AWS G5)"),
+        GPU("a100-40gb", 42_298_834_944, 40, 1555e9, 312e12, "NVIDIA A100 datasheet, SXM"),
+        GPU("a100-80gb", 84_987_740_160, 80, 2039e9, 312e12, "NVIDIA A100 datasheet, SXM"),
+        GPU("h100", int(79.18 * GIB), 80, 3350e9, 989.5e12, "NVIDIA H100 datasheet, SXM, HBM3"),
+        GPU("h200", int(139.80 * GIB), 141, 4800e9, 989.5e12, "NVIDIA H200 datasheet, HBM3e"),
+        GPU("b200", int(178.35 * GIB), 180, 8000e9, 2250e12, "NVIDIA DGX B200 datasheet, of 8"),
+        GPU("mi300x", int(191.69 * GIB), 192, 5300e9, 1307.4e12, "AMD Instinct MI300X data sheet"),
+        GPU("rtx4090", int(23.65 * GIB), 24, 1008e9, 165.2e12, "NVIDIA GeForce RTX 4090 specs"),
     )
 }

@@ -1,9 +1,9 @@
-"""The curves of Figs. 12, 14, 16 and 17, point by point. Import them from `paper`.
+"""The curves of Figs. 12, 14, 16 and 17, point by point.
 
 F-VEC: read from the vector paths of the paper's figures (axis residual below 0.002 of a unit). A
 point is (requests/s, normalized latency in s/token), in the order in which the line is drawn; the
 drawing ends near 1 s/token, and vertices on a straight line may be missing from it. `FIG12_CURVES`,
-... are keyed by panel, then system. The settings are those of the figures in `paper_figures`.
+... are keyed by panel, then system. The settings are those of the figures in figures.py.
 """
 
 from vllm_sim.paper.figures import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, VLLM

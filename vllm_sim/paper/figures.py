@@ -1,9 +1,8 @@
-"""The numbers in the paper's figures. Import them from `paper`, which re-exports all of this.
+"""The numbers in the paper's figures.
 
 `FIG2`, `FIG12_RATES`, ... are plain dicts in the order of the paper; the comment above each says
-unit, setting and mark. `FIGURES` gives the same values as `Published` records, keyed by figure,
-for code that prints a setting line above its table. The systems are called what the paper calls
-them; data sets 'ShareGPT', 'Alpaca', 'WMT16'; models as in `paper.MODELS`.
+unit, setting and mark. Systems have the paper's names; data sets are 'ShareGPT', 'Alpaca', 'WMT16';
+models have the names of settings.RUNS_ON.
 
 Ratios are printed beside rates only where they were read or published with them; they are not
 needed to use the rates, and the tests check that the two agree.
@@ -56,26 +55,19 @@ def _by_block_size(*values: float) -> dict[int, float]:
     return dict(zip(BLOCK_SIZES, values, strict=True))
 
 
+def _spread(*values: int | None) -> dict[str, int]:
+    names = ("min", "p10", "p25", "p50", "p75", "p90", "p95", "p99", "max", "sd")
+    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
+
+
 # Fig. 1. OPT-13B on one A100-40GB. Left: GB and shares, F-PDF (the text says "close to 30%" where
 # the figure says ">30%"). Right: F-VEC; GB used at that many batched requests, and tokens/s.
 FIG1_MEMORY = {"parameters_gb": 26, "parameters_percent": 65, "kv_cache_percent_over": 30}
-FIG1_FULL_AT = {  # both curves start at the parameters' 26 GB and end at 39 GB
-    "gb": 39,
-    "existing_systems_requests": 8,
-    VLLM + "_requests": 38.4,
-}
-FIG1_THROUGHPUT = {  # batch size -> tokens/s
-    4: 147,
-    8: 267,
-    12: 379,
-    16: 483,
-    20: 577,
-    24: 660,
-    28: 741,
-    32: 811,
-    36: 882,
-    40: 922,
-}
+# Both curves start at the parameters' 26 GB and end at 39 GB.
+FIG1_FULL_AT = {"gb": 39, "existing_systems_requests": 8, VLLM + "_requests": 38.4}
+FIG1_THROUGHPUT = dict(  # batch size -> tokens/s
+    zip(range(4, 41, 4), (147, 267, 379, 483, 577, 660, 741, 811, 882, 922), strict=True)
+)
 
 # Fig. 2. % of all KV-cache slots, average; printed labels F-PDF, the drawn lengths F-VEC.
 # The label-less parts of the vLLM bar are the drawn ones; Oracle's internal part has no label
@@ -132,54 +124,13 @@ FIG11_ALPACA_PAIRS = {"pairs": 52_002, "input": 19.312, "output": 58.452}
 # Alpaca: F-VEC from bars 3.92 (input) and 11.48 (output) tokens wide, so no finer than those.
 FIG11_SPREAD = {
     "ShareGPT": {
-        "input": {
-            "p10": 9,
-            "p25": 15,
-            "p50": 35,
-            "p75": 133,
-            "p90": 506,
-            "p95": 863,
-            "p99": 1460,
-            "max": 2028,
-            "sd": 299,
-        },
-        "output": {
-            "p10": 45,
-            "p25": 128,
-            "p50": 271,
-            "p75": 458,
-            "p90": 754,
-            "p95": 899,
-            "p99": 1280,
-            "max": 2009,
-            "sd": 284,
-        },
+        "input": _spread(None, 9, 15, 35, 133, 506, 863, 1460, 2028, 299),
+        "output": _spread(None, 45, 128, 271, 458, 754, 899, 1280, 2009, 284),
         "sum": {"mean": 499, "p50": 369, "p90": 1118, "p99": 1874},
     },
     "Alpaca": {
-        "input": {
-            "min": 6,
-            "p10": 11,
-            "p50": 16,
-            "p75": 22,
-            "p90": 31,
-            "p95": 40,
-            "p99": 74,
-            "max": 508,
-            "sd": 13,
-        },
-        "output": {
-            "min": 1,
-            "p10": 6,
-            "p25": 15,
-            "p50": 43,
-            "p75": 87,
-            "p90": 125,
-            "p95": 159,
-            "p99": 270,
-            "max": 1470,
-            "sd": 59,
-        },
+        "input": _spread(6, 11, None, 16, 22, 31, 40, 74, 508, 13),
+        "output": _spread(1, 6, 15, 43, 87, 125, 159, 270, 1470, 59),
     },
 }
 
@@ -313,81 +264,9 @@ FIG19A = {
 }
 # recompute / (swap in + out)
 FIG19A_RATIO = _by_block_size(0.26, 0.42, 0.61, 0.82, 0.96, 1.07, 1.10, 1.13, 1.17)
-FIG19A_PLOT_FACTOR = 0.9
 
 # Fig. 19b. Normalized latency (s/token) by block size, OPT-13B, ShareGPT, same rate. F-VEC.
 FIG19B = {
     "recompute": _by_block_size(2.011, 1.638, 1.616, 0.510, 0.073, 0.063, 0.067, 0.169, 1.119),
     "swap": _by_block_size(2.564, 1.966, 1.791, 0.552, 0.072, 0.059, 0.064, 0.119, 0.663),
-}
-
-_13B = "OPT-13B, one A100-40GB"
-_RATE = "requests/s at 0.5 s/token"
-FIGURES = {
-    record.figure: record
-    for record in (
-        Published(FIG1_THROUGHPUT, "tokens/s by batch size", "Fig. 1", _13B, "F-VEC"),
-        Published(
-            FIG2,
-            "% of KV-cache slots",
-            "Fig. 2",
-            f"{_13B}, ShareGPT, basic sampling; 4 req/s in the artifact",
-            "F-PDF + F-VEC",
-        ),
-        Published(FIG11_MEANS, "tokens", "Fig. 11", "OPT tokenizer", "F-PDF"),
-        Published(
-            FIG12_RATES,
-            _RATE,
-            "Fig. 12",
-            "Table 1's deployments, basic sampling, 1 h (175B: 15 min)",
-            "F-VEC",
-        ),
-        Published(
-            FIG13,
-            "mean batched requests",
-            "Fig. 13",
-            f"{_13B}, ShareGPT 2 req/s, Alpaca 30 req/s",
-            "F-PDF",
-        ),
-        Published(
-            FIG14_RATES,
-            _RATE,
-            "Fig. 14",
-            f"{_13B}, Alpaca, parallel sampling and beam search",
-            "F-VEC",
-        ),
-        Published(
-            FIG15,
-            "% of blocks saved",
-            "Fig. 15",
-            f"{_13B}, Alpaca; 20 req/s in the artifact",
-            "F-PDF",
-        ),
-        Published(
-            FIG16, _RATE, "Fig. 16", "LLaMA-13B, WMT16 En->De, shared prefix", "F-PDF + F-VEC"
-        ),
-        Published(FIG17_RATES, _RATE, "Fig. 17", f"{_13B}, ShareGPT chatbot", "F-VEC"),
-        Published(FIG18A, "us", "Fig. 18a", "attention kernel, model shape not stated", "F-VEC"),
-        Published(
-            FIG18B,
-            "s/token by block size",
-            "Fig. 18b",
-            "basic sampling; Alpaca at 30.1 req/s in the artifact",
-            "F-VEC",
-        ),
-        Published(
-            FIG19A,
-            "ms by block size",
-            "Fig. 19a",
-            "OPT-13B shape, 256 tokens, fp16, pinned CPU memory",
-            "F-VEC",
-        ),
-        Published(
-            FIG19B,
-            "s/token by block size",
-            "Fig. 19b",
-            f"{_13B}, ShareGPT; 2.01 req/s in the artifact",
-            "F-VEC",
-        ),
-    )
 }

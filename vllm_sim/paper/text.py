@@ -1,22 +1,10 @@
-"""Rules and claims in the paper's text, and what is only said elsewhere.
+"""Claims in the paper's text, and what is only said elsewhere.
 
 Sections 1 to 7.3 of the paper, the launch blog's claims (F-BLOG, not in the paper), and where the
-paper disagrees with itself. Import everything from paper.py; the marks are those of
-paper_figures.MARKS.
+paper disagrees with itself. The marks are those of figures.MARKS.
 """
 
 from vllm_sim.paper.figures import FASTER_TRANSFORMER, Published
-
-# Sec. 4.5, in our words. F-PDF.
-SCHEDULING_RULES = (
-    "requests are served first come, first served",
-    "the request that arrived last is preempted first",
-    "all blocks of a sequence are evicted, or none",
-    "the sequences of one request are scheduled and preempted together",
-    "no new request is admitted while a preempted one waits to be completed",
-    "CPU blocks in use for swapping never exceed the GPU blocks",
-    "recomputation takes prompt and generated tokens as one new prompt, in one prefill",
-)
 
 TEXT = {  # a pair is a range, from lowest to highest
     "kv_bytes_per_token": Published(

@@ -13,7 +13,7 @@ import torch
 
 import paged_attention
 from paged_attention import PagedKVCache, check_device_memory
-from vllm_sim import paper
+from vllm_sim import models, paper
 from vllm_sim.reporting.tables import counted
 from vllm_sim.serving.scheduler import Manager
 from vllm_sim.serving.steady_state import UsageMean, steady_state
@@ -44,7 +44,7 @@ LARGEST_GROUP = 6  # sequences of one request, in any steady state or mix
 class Setting:
     """What is measured on what. One K/V pool of `num_layers` layers stands for the model's."""
 
-    model: paper.ModelConfig
+    model: models.Model
     device: torch.device
     num_layers: int
     num_blocks: int
@@ -72,7 +72,7 @@ class Setting:
     @property
     def max_len(self) -> int:
         """The longest request: what the policy `max` reserves."""
-        return min(paper.MAX_MODEL_LEN, self.model.max_positions)
+        return min(paper.MAX_MODEL_LEN, self.model.max_len)
 
     @property
     def line(self) -> str:

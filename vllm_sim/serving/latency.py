@@ -25,22 +25,11 @@ import math
 from dataclasses import dataclass, field
 
 from kv_cache_manager import BaselineCacheManager
-from vllm_sim.paper import BLOCK_SIZE, Deployment
+from vllm_sim.models import Deployment
+from vllm_sim.paper import BLOCK_SIZE
 from vllm_sim.serving.scheduler import Completion, Iteration, Manager
 
 BANDWIDTH_USED, FLOPS_USED = 0.8, 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Accelerator:
-    """What a GPU's data sheet says: bytes/s of its memory, FLOP/s in fp16 (dense)."""
-
-    bytes_per_s: float
-    flops_per_s: float
-
-
-# NVIDIA's data sheet of the A100 (SXM): 1,555 and 2,039 GB/s, 312 TFLOPS.
-ACCELERATORS = {"a100-40gb": Accelerator(1555e9, 312e12), "a100-80gb": Accelerator(2039e9, 312e12)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,18 +142,20 @@ def latency_model(
     """The model of a deployment; `software` as fitted unless given, `static` for
     FasterTransformer's. KeyError for a model or GPU of which nothing is known."""
     model, gpus = deployment.model, deployment.num_gpus
-    gpu = ACCELERATORS[deployment.gpu.name]
+    gpu = deployment.gpu
+    if gpu.bytes_per_s is None or gpu.flops_per_s is None:
+        raise KeyError(gpu.name)
     software = software or FITTED[FITTED_LIKE.get(model.name, model.name)]
-    params = model.matrix_params // gpus + model.replicated_params
+    weights = model.weights()
+    params = weights.split // gpus + weights.whole
     bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
     slot_bytes = model.kv_bytes_per_token / gpus
     return LatencyModel(
-        step_s=(software.static_step_s if static else software.step_s)
-        + params * model.dtype_bytes / bandwidth,
+        step_s=(software.static_step_s if static else software.step_s) + 2 * params / bandwidth,
         token_s=2 * params / (FLOPS_USED * gpu.flops_per_s),
         context_s=slot_bytes / bandwidth,
         prompt_s=0.0 if static else software.prompt_s,
-        weights_s=params * model.dtype_bytes / bandwidth if static else 0.0,
+        weights_s=2 * params / bandwidth if static else 0.0,
         copy_s=2 * slot_bytes / bandwidth,
         swap_out_s=SWAP_OUT.call_s + SWAP_OUT.slot_s * block_size,
         swap_in_s=SWAP_IN.call_s + SWAP_IN.slot_s * block_size,

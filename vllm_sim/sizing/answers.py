@@ -61,7 +61,7 @@ def sections(case: Case, progress: Progress = SILENT) -> Iterator[Section]:
 
 def bytes_per_token(case: Case) -> Section:
     """The formula with its inputs, all GPUs together and on each."""
-    d, size = case.model.decoder, case.sizes.kv_bytes
+    d, size = case.model, case.plan.sizes.kv_bytes
     rows: list[tuple[Cell, ...]]
     if d.latent:
         rows = [
@@ -116,7 +116,7 @@ def _gpus(case: Case) -> str:
 
 
 def _split(case: Case) -> str:
-    d, gpus, heads = case.model.decoder, case.plan.num_gpus, case.plan.kv_heads
+    d, gpus, heads = case.model, case.plan.num_gpus, case.plan.deployment.kv_heads
     if gpus == 1:
         return ""
     if d.latent:
@@ -128,7 +128,7 @@ def _split(case: Case) -> str:
 
 def bytes_by_length(case: Case) -> Section:
     """What windows save, by length."""
-    d, size = case.model.decoder, case.sizes.kv_bytes
+    d, size = case.model, case.plan.sizes.kv_bytes
     windows = sorted({layers.window for layers in d.cache_layers if layers.window})
     lengths = sorted(
         {*windows, *(1 << n for n in range(7, case.max_len.bit_length())), case.max_len}
@@ -163,7 +163,7 @@ def bytes_by_length(case: Case) -> Section:
 
 def memory(case: Case) -> Section:
     """The parts of each GPU's memory, in GiB and in GB."""
-    p, w = case.plan, case.model.decoder.weights()
+    p, w = case.plan, case.model.weights()
     parts = [
         ("held back", p.held_back),
         ("weights", p.weights),
@@ -174,9 +174,9 @@ def memory(case: Case) -> Section:
     ]
     rows = [(what, n, n / GIB, n / GB, 100 * n / p.memory) for what, n in parts if n]
     params = f"{w.total / 1e9:.2f} B parameters"
-    if case.model.decoder.experts:
+    if case.model.experts:
         params += f" (a token passes {w.active / 1e9:.2f} B of them, memory holds all)"
-    sold = f"; sold as {case.gpu.sold_gb} GB" if case.gpu else ""
+    sold = f"; sold as {case.gpu.sold_gb} GB" if case.gpu.sold_gb else ""
     answer = (
         f"{p.kv_cache / GIB:.2f} GiB ({p.kv_cache / GB:.2f} GB) of each GPU's "
         f"{p.memory / GIB:.2f} GiB ({p.memory / GB:.2f} GB{sold}) are left for K and V beside "
@@ -213,19 +213,19 @@ def blocks_and_slots(case: Case) -> Section:
 
 
 def _table1(case: Case) -> float | None:
-    papers = is_papers(case.model, case.gpu, case.plan.num_gpus)
+    papers = is_papers(case.plan.deployment)
     published = paper.TABLE1.get(case.model.name)
     return published["kilo_slots"] if published and papers and case.plan.name == "paper" else None
 
 
 def concurrency(case: Case, found: Means, holdings: list[Holding]) -> Section:
     """Requests at once: by division, and by simulation."""
-    plan, d = case.plan, case.model.decoder
+    plan = case.plan
     final, held = round(found.final), round(found.held)
     rows: list[tuple[Cell, ...]] = [
-        ("all at full length", case.max_len, requests_of_length(plan, d, case.max_len)),
-        ("all at the workload's mean final length", final, requests_of_length(plan, d, final)),
-        ("all at the mean length while running", held, requests_of_length(plan, d, held)),
+        ("all at full length", case.max_len, requests_of_length(plan, case.max_len)),
+        ("all at the workload's mean final length", final, requests_of_length(plan, final)),
+        ("all at the mean length while running", held, requests_of_length(plan, held)),
     ]
     rows += [(SIMULATED + h.policy, None, h.requests) for h in holdings]
     by_policy = {h.policy: h.requests for h in holdings}

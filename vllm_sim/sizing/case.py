@@ -1,86 +1,40 @@
-"""One case of capacity.py: a model on GPUs under a workload, and the form of an answer about it.
+"""What capacity.py is asked: a case, and with --trace the requests that it serves.
 
-Reproduces nothing by itself: capacity.py makes a Case of its arguments, capacity_tables.py asks it
-one question after the other, and each answer is a Section.
+Reproduces nothing by itself. A `Case` is a model on GPUs under a workload; a `TraceCase` adds a
+request trace and the speed of the server. answers.py and trace_answers.py ask them one question
+after the other; each answer is a `Section`.
 
-[server_speed] Seconds of an iteration for any model and GPU that capacity.py sizes: what --trace serves at.
-
-Reproduces: latency.py's model of bytes and FLOPs (section 6's experiments) beyond the paper's
-deployments, with the same shares of bandwidth and FLOPS. What was fitted for the paper's models is
-used for them; other models run with OPT-13B's constants, and every answer says so.
-
-    speed = speed_of(case, ACCELERATORS["h100"])
-    speed.latency.decode_steps(100, num_seqs=32, context_tokens=16_000), speed.assumed
-
-[trace_case] One trace on one case of capacity.py: the requests, the server and its speed.
-
-Reproduces nothing by itself: trace_options.py makes a TraceCase of the arguments, trace_tables.py
-answers for it.
+    case = make_case(args)
+    asked = make_trace_case(args, case)
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from vllm_sim import paper
-from vllm_sim.models.decoder import Decoder
-from vllm_sim.models.gpus import DataGPU
-from vllm_sim.models.load import Model
-from vllm_sim.models.memory_plan import BATCHED_TOKENS, Plan, Sizes
-from vllm_sim.paper import GIB
-from vllm_sim.scenarios.report import Table
-from vllm_sim.serving import latency
-from vllm_sim.serving.latency import (
-    BANDWIDTH_USED,
-    FITTED,
-    FITTED_LIKE,
-    FLOPS_USED,
-    Accelerator,
-    LatencyModel,
+from vllm_sim.models import DEPLOYMENTS, GPU, GPUS, Deployment, Model, PlanError, load_model
+from vllm_sim.models.memory_plan import (
+    BATCHED_TOKENS,
+    UTILIZATION,
+    Plan,
+    Sizes,
+    paper_plan,
+    serving_plan,
 )
+from vllm_sim.models.presets import MODELS, is_preset
+from vllm_sim.paper import GIB
+from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.reporting.tables import Table
 from vllm_sim.serving.scheduler import Limits
-from vllm_sim.sizing.concurrency import NO_LIMIT, Workload
+from vllm_sim.sizing.concurrency import NO_LIMIT, Workload, parse_workload
+from vllm_sim.sizing.options import KV_BYTES, MATRIX_BITS, MAX_LEN, PREEMPTION_RATE
+from vllm_sim.sizing.speed import Speed, speed_of
 from vllm_sim.sizing.trace_serving import Columns, Server
-from vllm_sim.workload.traces import Trace
+from vllm_sim.workload.traces import Trace, read_trace
 
 PLANS = {"paper": "the paper's memory plan", "serving": "a serving system's memory plan"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model on one kind of GPU under one workload. Lengths in tokens."""
-
-    model: Model
-    gpu: DataGPU | None  # None: a memory size was given
-    plan: Plan
-    sizes: Sizes
-    weight_type: str
-    kv_type: str
-    max_len: int
-    workload: Workload
-    prefix_len: int
-    seed: int
-
-    @property
-    def line(self) -> str:
-        """The line above each table."""
-        memory = f"{self.plan.memory / GIB:.2f} GiB"
-        gpu = f"{self.gpu.name} of {memory}" if self.gpu else f"GPU of {memory}"
-        return (
-            f"{self.model.name}, {self.weight_type} weights, {self.kv_type} K/V, "
-            f"{self.plan.num_gpus} x {gpu}, {PLANS[self.plan.name]}, "
-            f"block size {self.plan.block_size}, up to {self.max_len:,} tokens"
-        )
-
-    @property
-    def windowed(self) -> bool:
-        """Whether a window is shorter than the longest request."""
-        windows = (layers.window for layers in self.model.decoder.cache_layers)
-        return any(window and window < self.max_len for window in windows)
-
-    @property
-    def workload_line(self) -> str:
-        return f"{self.line}, {self.workload.name}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -99,94 +53,131 @@ class Section:
         return {**self.table.to_json(), "answer": self.answer}
 
 
-def is_papers(model: Model, gpu: DataGPU | None, num_gpus: int) -> bool:
-    """Whether these are one of the paper's deployments."""
-    deployment = paper.DEPLOYMENTS.get(model.preset.name) if model.preset and gpu else None
-    return deployment is not None and (gpu.name, num_gpus) == (
-        deployment.gpu.name,
-        deployment.num_gpus,
-    )
-
-
-def describe(decoder: Decoder) -> dict[str, object]:
-    """A decoder's sizes for --json."""
-    weights = decoder.weights()
-    return {
-        "family": decoder.family,
-        "parameters": weights.total,
-        "active_parameters": weights.active,
-        "layers": decoder.num_layers,
-        "hidden_size": decoder.hidden_size,
-        "heads": decoder.num_heads,
-        "kv_heads": decoder.num_kv_heads,
-        "head_size": decoder.head_size,
-    }
-
-
-# Bytes/s of memory and FLOP/s in 16 bits with tensor cores, dense, of the sheets named in gpus.py
-# (half of what they print where they print it with sparsity); the paper's two are latency.py's.
-ACCELERATORS = latency.ACCELERATORS | {
-    "t4": Accelerator(320e9, 65e12),
-    "l4": Accelerator(300e9, 121e12),
-    "a10g": Accelerator(600e9, 70e12),
-    "h100": Accelerator(3350e9, 989.5e12),
-    "h200": Accelerator(4800e9, 989.5e12),
-    "b200": Accelerator(8000e9, 2250e12),
-    "mi300x": Accelerator(5300e9, 1307.4e12),
-    "rtx4090": Accelerator(1008e9, 165.2e12),
-}
-UNFITTED = "opt-13b"  # whose constants other models take
-
-
 @dataclass(frozen=True)
-class Speed:
-    """A latency model, and in one line what was assumed to get it."""
+class Case:
+    """One model on one kind of GPU under one workload. Lengths in tokens."""
 
-    latency: LatencyModel
-    assumed: str
+    plan: Plan
+    weight_type: str
+    kv_type: str
+    max_len: int
+    workload: Workload
+    prefix_len: int
+    seed: int
+
+    @property
+    def model(self) -> Model:
+        return self.plan.deployment.model
+
+    @property
+    def gpu(self) -> GPU:
+        return self.plan.deployment.gpu
+
+    @property
+    def line(self) -> str:
+        """The line above each table."""
+        return (
+            f"{self.model.name}, {self.weight_type} weights, {self.kv_type} K/V, "
+            f"{self.plan.num_gpus} x {self.gpu.name} of {self.plan.memory / GIB:.2f} GiB, "
+            f"{PLANS[self.plan.name]}, block size {self.plan.block_size}, "
+            f"up to {self.max_len:,} tokens"
+        )
+
+    @property
+    def workload_line(self) -> str:
+        return f"{self.line}, {self.workload.name}, seed {self.seed}"
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a window is shorter than the longest request."""
+        windows = (layers.window for layers in self.model.cache_layers)
+        return any(window and window < self.max_len for window in windows)
+
+    def to_json(self) -> dict[str, object]:
+        """What was asked, and what it came to: the setting of --json."""
+        model, plan, weights = self.model, self.plan, self.model.weights()
+        return {
+            "model": model.name,
+            "family": model.family,
+            "parameters": weights.total,
+            "active_parameters": weights.active,
+            "layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "heads": model.num_heads,
+            "kv_heads": model.num_kv_heads,
+            "head_size": model.head_size,
+            "gpu": self.gpu.name if self.gpu.name in GPUS else None,
+            "gpus": plan.num_gpus,
+            "memory_bytes": plan.memory,
+            "plan": plan.name,
+            "dtype": self.weight_type,
+            "kv_dtype": self.kv_type,
+            "kv_bytes_per_token": model.slot_elements * plan.sizes.kv_bytes,
+            "weight_bytes_per_gpu": plan.weights,
+            "kv_cache_bytes_per_gpu": plan.kv_cache,
+            "num_blocks": plan.num_blocks,
+            "block_size": plan.block_size,
+            "num_slots": plan.num_slots,
+            "max_model_len": self.max_len,
+            "workload": self.workload.name,
+            "prefix_len": self.prefix_len,
+            "seed": self.seed,
+            "notes": list(model.notes),
+        }
 
 
-def speed_of(case: Case, accelerator: str) -> Speed:
-    """The speed of one server of `case.plan.num_gpus` such GPUs; KeyError for an unknown one.
-
-    For the paper's models on the paper's GPUs in 16 bits it is `latency.latency_model`. For others
-    every iteration reads all weights, experts included, but the table of input embeddings; a token
-    computes with those that are active for it, at the speed of 16 bits; nothing is counted for
-    communication beyond the constants.
-    """
-    gpu, plan = ACCELERATORS[accelerator], case.plan
-    preset = case.model.preset
-    like = FITTED_LIKE.get(preset.name, preset.name) if preset else ""
-    like = like if like in FITTED else UNFITTED
-    own = f"the constants of {like}" if not preset or like != preset.name else "its own constants"
-    where = f"at the speed of {plan.num_gpus} x {accelerator}, {own} (latency.py)"
-    plain = case.sizes.matrix_bits == 16 and case.sizes.kv_bytes == 2
-    if preset and plain and accelerator in paper.GPUS:
-        deployment = paper.Deployment(preset, paper.GPUS[accelerator], plan.num_gpus)
-        model = latency.latency_model(deployment, plan.block_size, FITTED[like])
-        return Speed(model, where)
-    weights = case.model.decoder.weights()
-    looked_up = _input_embedding(case)
-    read = plan.weights * (1.0 - looked_up / weights.total)
-    bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
-    per_gpu = (weights.active - looked_up) / plan.num_gpus
-    model = LatencyModel(
-        step_s=FITTED[like].step_s + read / bandwidth,
-        token_s=2 * per_gpu / (FLOPS_USED * gpu.flops_per_s),
-        context_s=plan.slot_bytes / bandwidth,
-        prompt_s=FITTED[like].prompt_s,
-        copy_s=2 * plan.slot_bytes / bandwidth,
-        block_size=plan.block_size,
-    )
-    return Speed(model, where)
+def make_case(args: argparse.Namespace) -> Case:
+    """The case that the options describe. UsageError or ValueError if it cannot be had."""
+    workload = parse_workload("sharegpt" if args.workload is None else args.workload)
+    model = load_model(args.model)
+    weight_type = args.dtype or "fp16"
+    kv_type = args.kv_dtype or ("bf16" if weight_type == "bf16" else "fp16")
+    if model.quantisation and args.dtype == "fp8":
+        raise UsageError(
+            f"--dtype fp8: {model.name} is quantised already, as {model.quantisation.method}"
+        )
+    sizes = Sizes(MATRIX_BITS[weight_type], KV_BYTES[kv_type], args.block_size)
+    gpu = GPUS[args.gpu or "a100-40gb"]
+    if args.gpu_memory:
+        gpu = GPU("GPU", int(args.gpu_memory * GIB))
+    plan = _plan(args, Deployment(model, gpu, args.gpus), sizes)
+    if model.quantisation:
+        weight_type = model.quantisation.method
+    longest = _longest(args, model)
+    return Case(plan, weight_type, kv_type, longest, workload, args.prefix_len, args.seed)
 
 
-def _input_embedding(case: Case) -> int:
-    """Parameters of which a token reads one row: none where the output head is the same table."""
-    decoder = case.model.decoder
-    if decoder.tied:
-        return 0
-    return decoder.vocab_size * (decoder.embedding_size or decoder.hidden_size)
+def _plan(args: argparse.Namespace, deployment: Deployment, sizes: Sizes) -> Plan:
+    """The paper's plan for its deployments or if asked for, otherwise a serving system's."""
+    tuned = args.gpu_memory_utilization is not None or args.allowance is not None
+    plain = is_preset(deployment.model) and (sizes.matrix_bits, sizes.kv_bytes) == (16, 2)
+    chosen = args.plan or ("paper" if plain and not tuned and is_papers(deployment) else "serving")
+    if chosen == "paper":
+        if tuned:
+            raise UsageError("--plan paper has its own utilization and allowance")
+        if not plain:
+            raise PlanError(f"--plan paper is for {', '.join(MODELS)} in 16 bits alone")
+        return paper_plan(deployment, sizes.block_size)
+    allowance = None if args.allowance is None else int(args.allowance * GIB)
+    return serving_plan(deployment, sizes, args.gpu_memory_utilization or UTILIZATION, allowance)
+
+
+def is_papers(deployment: Deployment) -> bool:
+    """Whether this is one of the paper's deployments."""
+    return is_preset(deployment.model) and deployment == DEPLOYMENTS.get(deployment.model.name)
+
+
+def _longest(args: argparse.Namespace, model: Model) -> int:
+    """The longest request: as asked for, or the model's own maximum."""
+    own = model.max_len
+    if own is None and args.max_model_len is None:
+        raise UsageError(f"{model.name} says no longest request: give --max-model-len")
+    asked = args.max_model_len or own
+    if own is not None and asked > own:
+        raise UsageError(f"--max-model-len {asked}: {model.name} goes up to {own:,} tokens")
+    if not 2 <= asked <= MAX_LEN:
+        raise UsageError(f"a longest request of {asked:,} tokens is not 2 to {MAX_LEN:,}")
+    return asked
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,9 +213,9 @@ class TraceCase:
         return f"{self.trace.name}{arrivals}; {self.case.line}; {self.speed.assumed}{windows}"
 
     def to_json(self) -> dict[str, object]:
-        """For the setting."""
+        """The setting of the case, and the trace."""
         trace = self.trace
-        return {
+        told = {
             "file": trace.name,
             "format": trace.form,
             "rows_read": trace.rows_read,
@@ -236,3 +227,19 @@ class TraceCase:
             "preemption_rate": self.rate,
             "speed": self.speed.assumed,
         }
+        return self.case.to_json() | {"workload": trace.name, "trace": told}
+
+
+def make_trace_case(args: argparse.Namespace, case: Case) -> TraceCase:
+    """The trace that the options name, for this case. UsageError, WorkloadError."""
+    trace = read_trace(args.trace, args.trace_rows)
+    if args.rate is None and trace.arrivals is None:
+        raise UsageError(
+            f"{args.trace}: no column of times: give --rate, requests a second, or --rate inf"
+        )
+    trace = trace.up_to(case.max_len)
+    if args.rate is not None:
+        trace = trace.arriving(args.rate, args.seed)
+    rate = PREEMPTION_RATE if args.preemption_rate is None else args.preemption_rate
+    speed = speed_of(case.plan, args.speed_of or case.gpu.name)
+    return TraceCase(case, trace, speed, rate, args.rate)

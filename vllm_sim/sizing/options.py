@@ -1,25 +1,155 @@
-"""The options of capacity.py about a request trace, and the case that they make.
+"""The options of capacity.py, and the combinations of them that are refused.
 
-Reproduces nothing by itself: capacity.py adds the options, reads the trace with them and hands it
-to trace_tables.py. It loads nothing else until a trace is there, so that `--help` starts at once.
+Reproduces nothing by itself. It loads models and published numbers alone, so that `--help` starts
+at once; case.py makes a Case of what was parsed.
+
+    args = build_parser().parse_args(["--model", "opt-66b", "--gpus", "4"])
+    check_options(args)
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
-from vllm_sim.reporting.command_line import UsageError, file_name, positive
+from vllm_sim import paper
+from vllm_sim.models import GPUS, MODELS
+from vllm_sim.reporting.command_line import (
+    OneLineParser,
+    UsageError,
+    file_name,
+    folder,
+    positive,
+    seed,
+)
 
-if TYPE_CHECKING:
-    from vllm_sim.sizing.case import Case, TraceCase
-
+MATRIX_BITS = {"fp16": 16, "bf16": 16, "fp8": 8}
+KV_BYTES = {"fp16": 2, "bf16": 2, "fp8": 1}
+MAX_GPUS, MAX_BLOCK_SIZE, MAX_LEN = 1024, 4096, 10**7
+MAX_GIB = 10**5
+PREFIX_LEN = paper.FIG16["5-shot"]["prefix"]
 PREEMPTION_RATE = 0.01
 HIGHEST_RATE = 10**6
 
 
-def add_trace_options(parser: argparse.ArgumentParser) -> None:
+def _number(accepts: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    """A type for argparse: a number that is accepted, or '... is not <what>'."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text) if text.isascii() and "_" not in text else math.nan
+        except ValueError:
+            value = math.nan
+        if len(text) > 40 or not accepts(value) or (math.isinf(value) and text != "inf"):
+            raise argparse.ArgumentTypeError(f"{text[:40]!a} is {what}")
+        return value
+
+    return parse
+
+
+gib = _number(lambda n: 0.0 < n <= MAX_GIB, f"not a number of GiB up to {MAX_GIB:,}")
+share = _number(lambda n: 0.0 < n <= 1.0, "not a share above 0 and up to 1")
+preemption_rate = _number(lambda n: 0.0 <= n < 1.0, "not a share from 0 and below 1")
+arrival_rate = _number(
+    lambda n: 1.0 / HIGHEST_RATE <= n <= HIGHEST_RATE or n == math.inf,
+    f"neither requests a second from 1e-06 to {HIGHEST_RATE:,} nor inf",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of capacity.py."""
+    parser = OneLineParser(
+        prog="capacity.py",
+        description="How many requests a model on a GPU can hold, in figures.",
+        epilog="Sizes are in GiB (2**30 bytes) where not said otherwise; a GPU sold as 80 GB "
+        "reports about 79 GiB.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        default="opt-13b",
+        metavar="NAME|FILE",
+        help=f"{', '.join(MODELS)}; or a Hugging Face config.json (default opt-13b)",
+    )
+    add(
+        "--gpu",
+        type=str.lower,
+        choices=tuple(GPUS),
+        metavar="NAME",
+        help=f"one of {', '.join(GPUS)} (default a100-40gb)",
+    )
+    add(
+        "--gpu-memory",
+        type=gib,
+        metavar="GIB",
+        help="instead: the memory of one GPU as CUDA reports it, in GiB",
+    )
+    add("--gpus", type=positive, default=1, metavar="N", help="tensor parallel (default 1)")
+    add("--dtype", choices=tuple(MATRIX_BITS), help="of the weights (default fp16)")
+    add("--kv-dtype", choices=tuple(KV_BYTES), help="of K and V (default fp16, or bf16 with it)")
+    add(
+        "--plan",
+        choices=("paper", "serving"),
+        help="whose memory plan (default: the paper's for its own deployments, else that of "
+        "serving systems)",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=share,
+        metavar="SHARE",
+        help="of each GPU's memory that is used (default 0.9)",
+    )
+    add(
+        "--allowance",
+        type=gib,
+        metavar="GIB",
+        help="for activations and workspace on each GPU (default: an estimate and 1 GiB)",
+    )
+    add(
+        "--max-model-len",
+        type=positive,
+        metavar="N",
+        help="longest request in tokens (default: the model's own)",
+    )
+    add(
+        "--block-size",
+        type=positive,
+        default=paper.BLOCK_SIZE,
+        metavar="N",
+        help=f"slots per block (default {paper.BLOCK_SIZE})",
+    )
+    add(
+        "--workload",
+        metavar="NAME|P,O",
+        help="sharegpt, alpaca, or the mean prompt and output in tokens, such as 512,256 "
+        "(geometric lengths; default sharegpt)",
+    )
+    add(
+        "--prefix-len",
+        type=positive,
+        default=PREFIX_LEN,
+        metavar="N",
+        help=f"tokens of a shared prefix, for the table of block sizes alone (default "
+        f"{PREFIX_LEN})",
+    )
+    add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
+    add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add(
+        "--figures",
+        type=folder,
+        metavar="DIR",
+        help="draw slots, requests and block sizes there (needs matplotlib: requirements-dev.txt)",
+    )
+    add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
+    _add_trace_options(parser)
+    add("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+def _add_trace_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("a request trace, and what it needs").add_argument
     add(
         "--trace",
@@ -45,39 +175,24 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--speed-of",
         type=str.lower,
+        choices=tuple(GPUS),
         metavar="GPU",
         help="whose bandwidth and FLOPS, with --gpu-memory (docs/capacity.md)",
     )
 
 
-def preemption_rate(text: str) -> float:
-    """A share from 0, below 1."""
-    value = _number(text)
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a share from 0 and below 1")
-    return value
-
-
-def arrival_rate(text: str) -> float:
-    """Requests a second, or inf."""
-    value = _number(text)
-    if not (1.0 / HIGHEST_RATE <= value <= HIGHEST_RATE or text == "inf"):
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]!a} is neither requests a second from 1e-06 to {HIGHEST_RATE:,} nor inf"
-        )
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        plain = text.isascii() and "_" not in text and len(text) <= 40
-        return float(text) if plain else math.nan
-    except ValueError:
-        return math.nan
-
-
 def check_options(args: argparse.Namespace) -> None:
-    """UsageError for options that contradict each other."""
+    """UsageError for values that are too large and for options that contradict each other."""
+    for name, value, most in (
+        ("--gpus", args.gpus, MAX_GPUS),
+        ("--block-size", args.block_size, MAX_BLOCK_SIZE),
+        ("--max-model-len", args.max_model_len or 1, MAX_LEN),
+        ("--prefix-len", args.prefix_len, MAX_LEN),
+    ):
+        if value > most:
+            raise UsageError(f"{name} {value}: at most {most:,}")
+    if args.gpu and args.gpu_memory:
+        raise UsageError("--gpu and --gpu-memory are two answers to one question: give one of them")
     if args.trace is None:
         for name in ("preemption_rate", "rate", "trace_rows", "speed_of"):
             if getattr(args, name) is not None:
@@ -89,24 +204,3 @@ def check_options(args: argparse.Namespace) -> None:
         raise UsageError("--speed-of is for --gpu-memory: --gpu says the speed itself")
     if args.speed_of is None and args.gpu_memory:
         raise UsageError("--gpu-memory says no speed, which --trace needs: give --speed-of GPU")
-
-
-def make_trace_case(args: argparse.Namespace, case: Case) -> TraceCase:
-    """The trace that the arguments name, for this case. Raises UsageError, WorkloadError."""
-    from vllm_sim.sizing.case import ACCELERATORS, TraceCase, speed_of
-    from vllm_sim.workload.traces import read_trace
-
-    accelerator = args.speed_of or case.gpu.name
-    if accelerator not in ACCELERATORS:
-        known = ", ".join(ACCELERATORS)
-        raise UsageError(f"--speed-of {accelerator[:40]!a}: known are {known}")
-    trace = read_trace(args.trace, args.trace_rows)
-    if args.rate is None and trace.arrivals is None:
-        raise UsageError(
-            f"{args.trace}: no column of times: give --rate, requests a second, or --rate inf"
-        )
-    trace = trace.up_to(case.max_len)
-    if args.rate is not None:
-        trace = trace.arriving(args.rate, args.seed)
-    rate = PREEMPTION_RATE if args.preemption_rate is None else args.preemption_rate
-    return TraceCase(case, trace, speed_of(case, accelerator), rate, args.rate)

@@ -1,18 +1,21 @@
-"""A decoder's dimensions, and what follows from them: bytes of K and V, numbers of parameters.
+"""What a model is: its dimensions, how its checkpoint is stored, and the sizes that follow.
 
-Reproduces: section 3's arithmetic (Sec. 3: 2 x layers x K/V heads x head size x bytes, 800 KB a
-token for OPT-13B) for the decoders that followed the paper's: grouped and multi-query heads,
-mixtures of experts, latent caches (MLA) and sliding windows. model_families.py makes one from a
-configuration, paper.MODELS through `model_config.load_model`.
+Reproduces: section 3's arithmetic (2 x layers x K/V heads x head size x bytes, 800 KB a token for
+OPT-13B), also for the decoders that followed the paper's: grouped and multi-query heads, mixtures
+of experts, latent caches (MLA) and sliding windows. presets.py has the paper's models and makes
+one of a config.json.
 
-    decoder = load_model("opt-13b")
-    decoder.slot_elements * 2           # bytes of one slot in fp16: 819,200
-    decoder.weights().total             # parameters
+    model = load_model("opt-13b")
+    model.kv_bytes_per_token            # one slot in 16 bits: 819,200
+    model.num_params, model.weight_bytes(16)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+COUNTS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size")
+COUNTS += ("vocab_size",)
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,32 @@ class Weights:
     active: int  # of the total, those that one token passes
 
     @property
+    def split(self) -> int:
+        """What tensor parallelism splits over the GPUs."""
+        matrices = self.attention + self.kv_projection + self.feed_forward
+        return matrices + self.experts + self.embeddings
+
+    @property
+    def whole(self) -> int:
+        """What every GPU holds."""
+        return self.latent + self.other
+
+    @property
     def total(self) -> int:
-        return (
-            self.attention
-            + self.kv_projection
-            + self.feed_forward
-            + self.experts
-            + self.latent
-            + self.embeddings
-            + self.other
-        )
+        return self.split + self.whole
 
 
 @dataclass(frozen=True)
-class Decoder:
+class Quantisation:
+    """How a checkpoint's matrices are stored: bytes a parameter, scales included."""
+
+    method: str
+    bytes_per_param: float
+    experts_only: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
     """A decoder-only transformer. Sizes in elements, windows and positions in tokens.
 
     `norm_vectors` is 1 for RMS norms (a weight) and 2 for layer norms (a weight and a bias).
@@ -85,15 +100,15 @@ class Decoder:
 
     name: str
     family: str
-    hidden_size: int
     num_layers: int  # L
+    hidden_size: int
     num_heads: int  # H
     num_kv_heads: int  # H_kv
     head_size: int  # D
     ffn_size: int  # of dense layers
     vocab_size: int
     max_len: int | None  # None: nothing bounds it (ALiBi)
-    tied: bool  # the output head is the input embedding
+    tied: bool = True  # the output head is the input embedding
     gated: bool = True  # three feed-forward matrices, not two
     norm_vectors: int = 1
     norms_per_layer: int = 2
@@ -110,8 +125,14 @@ class Decoder:
     latent: Latent | None = None
     windows: tuple[int | None, ...] = ()  # of each layer; (): no layer has one
     notes: tuple[str, ...] = ()  # what a reader of the sizes must know
+    quantisation: Quantisation | None = None  # of the checkpoint
+    vision_params: int = 0  # of an image encoder, about: its matrices alone, 16 bits each
 
     def __post_init__(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} K/V heads evenly"
@@ -140,6 +161,11 @@ class Decoder:
         return self.num_layers * self.layer_elements
 
     @property
+    def kv_bytes_per_token(self) -> int:
+        """One slot in 16 bits."""
+        return 2 * self.slot_elements
+
+    @property
     def cache_layers(self) -> tuple[CacheLayers, ...]:
         """The layers by window, those without one first."""
         windows = self.windows or (None,) * self.num_layers
@@ -154,6 +180,29 @@ class Decoder:
         )
 
     # -- the parameters -------------------------------------------------------------------------
+
+    @property
+    def num_params(self) -> int:
+        return self.weights().total
+
+    def weight_bytes(self, matrix_bits: int = 16, num_gpus: int = 1) -> int:
+        """Bytes of the weights on one of `num_gpus` GPUs (tensor parallelism), rounded up.
+
+        `matrix_bits` is 16, or 8 for matrices in fp8 (`--dtype`); embeddings, norms, biases and
+        routers stay in 16 bits, as serving systems keep them. A quantised checkpoint has what its
+        configuration says. Matrices are split; what is small is on every GPU; K/V projections are
+        split as far as there are heads.
+        """
+        w = self.weights()
+        dense_bytes = routed_bytes = matrix_bits / 8
+        if self.quantisation:
+            routed_bytes = self.quantisation.bytes_per_param
+            dense_bytes = 2.0 if self.quantisation.experts_only else routed_bytes
+        kv_parts = min(num_gpus, self.num_kv_heads)
+        split = (w.attention + w.feed_forward) / num_gpus + w.kv_projection / kv_parts
+        total = (split + w.latent) * dense_bytes + w.experts / num_gpus * routed_bytes
+        total += 2 * (w.embeddings / num_gpus + w.other + self.vision_params)
+        return int(-(-total // 1))
 
     def weights(self) -> Weights:
         """All parameters, counted from the dimensions."""

@@ -1,25 +1,66 @@
-"""A model by the name of a preset or by its config.json: what it takes to size it.
+"""Models by name: the paper's as presets, others by their config.json.
 
-Reproduces: section 6.1's models as presets (paper.MODELS); others come from the configuration
-that Hugging Face publishes with each. What cannot be sized is refused by name.
+Reproduces: section 6.1's models and the GPUs that they run on. What cannot be sized is refused by
+name.
 
     model = load_model("opt-13b")
     model = load_model("Mixtral-8x7B/config.json")
-    model.decoder.weights().total, model.weight_bytes(16), model.decoder.slot_elements
+    DEPLOYMENTS["opt-66b"].gpu, DEPLOYMENTS["opt-66b"].num_gpus
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import PurePath
 
 from vllm_sim import paper
-from vllm_sim.models import families
-from vllm_sim.models.config_file import Config, ConfigError, Quantisation, quantisation, read_config
-from vllm_sim.models.decoder import Decoder
+from vllm_sim.models.config_file import Config, ConfigError, quantisation, read_config
+from vllm_sim.models.families import FAMILIES
+from vllm_sim.models.gpus import GPUS
+from vllm_sim.models.memory_plan import Deployment
+from vllm_sim.models.model import Model
 
-FAMILIES = families.FAMILIES
+
+def opt(name: str, num_layers: int, hidden_size: int, num_heads: int, **sizes: int) -> Model:
+    """A model of the OPT family. `sizes` replace the family's."""
+    sizes = {"ffn_size": 4 * hidden_size, "vocab_size": 50_272, "max_len": 2048} | sizes
+    return Model(
+        name,
+        "opt",
+        num_layers,
+        hidden_size,
+        num_heads,
+        num_heads,
+        hidden_size // num_heads,
+        gated=False,
+        norm_vectors=2,
+        qkv_bias=True,
+        output_bias=True,
+        ffn_bias=True,
+        position_rows=sizes["max_len"] + 2,  # the table starts with two rows that no token uses
+        **sizes,
+    )
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        # The three below are not in the paper: real OPT models for users with less memory.
+        opt("opt-125m", 12, 768, 12),
+        opt("opt-1.3b", 24, 2048, 32),
+        opt("opt-6.7b", 32, 4096, 32),
+        # The paper's (Sec. 6.1); LLaMA-13B appears in Sec. 6.4 only.
+        opt("opt-13b", 40, 5120, 40),
+        opt("opt-66b", 64, 9216, 72),
+        opt("opt-175b", 96, 12288, 96),
+        Model("llama-13b", "llama", 40, 5120, 40, 40, 128, 13_824, 32_000, 2048, tied=False),
+    )
+}
+DEPLOYMENTS = {
+    name: Deployment(MODELS[name], GPUS[gpu], num_gpus)
+    for name, (gpu, num_gpus) in paper.RUNS_ON.items()
+}
 # Why the best known of the others are not sized; anything else is refused as unknown.
 NO_PLAIN_CACHE = {
     "mamba": "a state-space model has no K/V cache",
@@ -35,77 +76,25 @@ NO_PLAIN_CACHE = {
 }
 
 
-@dataclass(frozen=True)
-class Model:
-    """A decoder, how its checkpoint is stored, and what else its GPUs must hold."""
-
-    decoder: Decoder
-    quantisation: Quantisation | None = None
-    vision_params: int = 0  # of an image encoder, about: its matrices alone, 16 bits each
-    preset: paper.ModelConfig | None = None
-
-    @property
-    def name(self) -> str:
-        return self.decoder.name
-
-    def weight_bytes(self, matrix_bits: int, num_gpus: int = 1) -> int:
-        """Bytes of the weights on one of `num_gpus` GPUs (tensor parallelism), rounded up.
-
-        `matrix_bits` is 16, or 8 for matrices in fp8 (`--dtype`); embeddings, norms, biases and
-        routers stay in 16 bits, as serving systems keep them. A quantised checkpoint has what its
-        configuration says. Matrices are split; what is small is on every GPU; K/V projections are
-        split as far as there are heads.
-        """
-        w = self.decoder.weights()
-        dense_bytes = routed_bytes = matrix_bits / 8
-        if self.quantisation:
-            routed_bytes = self.quantisation.bytes_per_param
-            dense_bytes = 2.0 if self.quantisation.experts_only else routed_bytes
-        kv_parts = min(num_gpus, self.decoder.num_kv_heads)
-        split = (w.attention + w.feed_forward) / num_gpus + w.kv_projection / kv_parts
-        total = (split + w.latent) * dense_bytes + w.experts / num_gpus * routed_bytes
-        total += 2 * (w.embeddings / num_gpus + w.other + self.vision_params)
-        return int(-(-total // 1))
-
-
 def load_model(name: str) -> Model:
     """A preset, or the model of a config.json (or of the folder that holds one).
 
     Raises ConfigError: no such preset or file, a file that is no configuration, an architecture
     that cannot be sized, a key that is missing or no number.
     """
-    if name in paper.MODELS:
-        return _preset(paper.MODELS[name])
+    if name in MODELS:
+        return MODELS[name]
     path = os.path.join(name, "config.json") if os.path.isdir(name) else name
     if not os.path.exists(path):
         if path != name:
             raise ConfigError(f"{name}: a folder without a config.json")
-        raise ConfigError(f"no model {name!a}: neither a file nor one of {', '.join(paper.MODELS)}")
+        raise ConfigError(f"no model {name!a}: neither a file nor one of {', '.join(MODELS)}")
     return model_of(read_config(path), _name_of(path))
 
 
-def _preset(preset: paper.ModelConfig) -> Model:
-    opt = preset.family == "opt"
-    decoder = Decoder(
-        preset.name,
-        preset.family,
-        preset.hidden_size,
-        preset.num_layers,
-        preset.num_heads,
-        preset.num_kv_heads,
-        preset.head_size,
-        preset.ffn_size,
-        preset.vocab_size,
-        preset.max_positions,
-        tied=opt,
-        gated=not opt,
-        norm_vectors=1 + opt,
-        qkv_bias=opt,
-        output_bias=opt,
-        ffn_bias=opt,
-        position_rows=preset.max_positions + 2 if opt else 0,
-    )
-    return Model(decoder, preset=preset)
+def is_preset(model: Model) -> bool:
+    """Whether a model is one of MODELS itself, not of a configuration that says the same."""
+    return MODELS.get(model.name) is model
 
 
 def _name_of(path: str) -> str:
@@ -131,16 +120,12 @@ def model_of(config: Config, name: str) -> Model:
     family = text.text("model_type")
     if family not in FAMILIES:
         raise text.fail(_why_not(text, family))
-    decoder = FAMILIES[family](text, name)
+    model = FAMILIES[family](text, name)
     stored = quantisation(config) or (quantisation(text) if text is not config else None)
     # The wrapper's own flag decides whether the output head is the input embedding.
     if text is not config and config.has("tie_word_embeddings"):
-        decoder = _replaced(decoder, tied=config.flag("tie_word_embeddings", True))
-    return Model(_replaced(decoder, notes=decoder.notes + notes), stored, vision)
-
-
-def _replaced(decoder: Decoder, **changes: object) -> Decoder:
-    return Decoder(**(vars(decoder) | changes))
+        model = replace(model, tied=config.flag("tie_word_embeddings", True))
+    return replace(model, notes=model.notes + notes, quantisation=stored, vision_params=vision)
 
 
 def _why_not(config: Config, family: str) -> str:

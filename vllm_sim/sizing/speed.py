@@ -1,0 +1,71 @@
+"""Seconds of an iteration for any model and GPU that capacity.py sizes: what --trace serves at.
+
+Reproduces: serving/latency.py's model of bytes and FLOPs (section 6's experiments) beyond the
+paper's deployments, with the same shares of bandwidth and FLOPS. What was fitted for the paper's
+models is used for them; other models run with OPT-13B's constants, and every answer says so.
+
+    speed = speed_of(plan, "h100")
+    speed.latency.decode_steps(100, num_seqs=32, context_tokens=16_000), speed.assumed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vllm_sim import paper
+from vllm_sim.models import GPUS
+from vllm_sim.models.memory_plan import Plan
+from vllm_sim.models.presets import is_preset
+from vllm_sim.serving.latency import (
+    BANDWIDTH_USED,
+    FITTED,
+    FITTED_LIKE,
+    FLOPS_USED,
+    LatencyModel,
+    latency_model,
+)
+
+UNFITTED = "opt-13b"  # whose constants other models take
+PAPERS_GPUS = {gpu for gpu, _ in paper.RUNS_ON.values()}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A latency model, and in one line what was assumed to get it."""
+
+    latency: LatencyModel
+    assumed: str
+
+
+def speed_of(plan: Plan, gpu_name: str) -> Speed:
+    """The speed of one server of `plan.num_gpus` such GPUs; KeyError for an unknown one.
+
+    For the paper's models on the paper's GPUs in 16 bits it is `latency.latency_model`. For others
+    every iteration reads all weights, experts included, but the table of input embeddings; a token
+    computes with those that are active for it, at the speed of 16 bits; nothing is counted for
+    communication beyond the constants.
+    """
+    gpu, model, sizes = GPUS[gpu_name], plan.deployment.model, plan.sizes
+    like = FITTED_LIKE.get(model.name, model.name) if is_preset(model) else UNFITTED
+    like = like if like in FITTED else UNFITTED
+    own = is_preset(model) and like == model.name
+    constants = "its own constants" if own else f"the constants of {like}"
+    assumed = f"at the speed of {plan.num_gpus} x {gpu_name}, {constants} (latency.py)"
+    plain = (sizes.matrix_bits, sizes.kv_bytes) == (16, 2)
+    if is_preset(model) and plain and gpu_name in PAPERS_GPUS:
+        deployment = replace(plan.deployment, gpu=gpu)
+        return Speed(latency_model(deployment, plan.block_size, FITTED[like]), assumed)
+    weights = model.weights()
+    # Of the table of input embeddings a token reads one row, unless it is the output head as well.
+    table = 0 if model.tied else model.vocab_size * (model.embedding_size or model.hidden_size)
+    bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
+    per_gpu = (weights.active - table) / plan.num_gpus
+    latency = LatencyModel(
+        step_s=FITTED[like].step_s + plan.weights * (1.0 - table / weights.total) / bandwidth,
+        token_s=2 * per_gpu / (FLOPS_USED * gpu.flops_per_s),
+        context_s=plan.slot_bytes / bandwidth,
+        prompt_s=FITTED[like].prompt_s,
+        copy_s=2 * plan.slot_bytes / bandwidth,
+        block_size=plan.block_size,
+    )
+    return Speed(latency, assumed)
