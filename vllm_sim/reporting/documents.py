@@ -7,6 +7,7 @@ write_json(path, document("main.py", vars(args), seeds=[0], setting={...}, table
 import json
 import platform
 from contextlib import suppress
+from importlib import metadata
 
 Json = dict[str, object]
 SCHEMA = "pagedattention-sim/1"  # the number goes up when a key goes or changes its meaning
@@ -52,8 +53,6 @@ def measured(script: str, options: Json, found: Json, index: Json, code: int, to
 
 def versions() -> dict[str, str]:
     """Python and the packages that matter, where installed."""
-    from importlib import metadata  # takes a while, and only --json asks
-
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
