@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import paged_attention
-from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager, PagedTables
+from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, PagedTables
 from paged_attention import PagedKVCache
 from sequence import BlockTable
 from vllm_sim import models, paper
@@ -25,13 +25,10 @@ from vllm_sim.scenarios.record import RunRecord
 from vllm_sim.scenarios.report import ScenarioReport, Table, render_scenario
 from vllm_sim.scenarios.setting import (
     Setting,
-    UsageMean,
     check_setting,
     sample_requests,
-    steady_state,
 )
 from vllm_sim.scenarios.stamped_cache import StampedCache
-from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import make_groups
 from vllm_sim.workload.requests import ALPACA, SHAREGPT, Request
 
@@ -196,42 +193,6 @@ def test_a_setting_describes_itself():
     assert setting.new_cache().num_bytes == setting.pool_bytes()
     assert Setting(SHORT, torch.device("cpu"), 1, 40, 16, 0).max_len == 256
     assert Setting(SHORT, torch.device("cuda"), 1, 40, 16, 0).dtype is torch.float16
-
-
-# --- the steady state ----------------------------------------------------------------------------
-
-
-def test_a_queue_that_runs_dry_is_an_error():
-    requests = [Request(n, 0.0, 3, 3) for n in range(5)]
-    with pytest.raises(ValueError, match="the queue of 5 ran dry"):
-        steady_state(PagedKVCacheManager(20, 4), requests, Limits(40, 8), 0, 50)
-
-
-def test_means_are_taken_after_the_warmup_only():
-    requests = [Request(n, 0.0, 4, 4) for n in range(60)]
-    manager, seen = PagedKVCacheManager(9, 4, watermark=0.0), []
-
-    def each(running):
-        usage = manager.usage()
-        seen.append((usage, len(running.running)))
-
-    mean = steady_state(manager, requests, Limits(40, 8), 7, 20, each)
-    assert len(seen) == mean.count == 20
-    assert mean.batch == pytest.approx(sum(batch for _, batch in seen) / 20)
-    for part in ("tokens", "padding", "free"):
-        shares = [getattr(usage, part) / 36 for usage, _ in seen]
-        assert mean.percent(part) == pytest.approx(100 * sum(shares) / 20)
-    parts = [mean.percent(part) for part in ("rounding", "padding", "free")]
-    assert mean.external_and_others == pytest.approx(sum(parts))
-    assert mean.saving == pytest.approx(0.0)
-
-
-def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
-    mean = UsageMean()
-    mean.add(MemoryUsage(40, 0, 40), 0)
-    mean.add(MemoryUsage(40, 8, 32, logical_tokens=16, logical_blocks=4, physical_blocks=2), 2)
-    assert (mean.percent("free"), mean.batch) == (90.0, 1.0)
-    assert mean.saving == 0.5  # of the one that holds blocks
 
 
 # --- scenario 1 ----------------------------------------------------------------------------------

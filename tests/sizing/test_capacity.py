@@ -15,7 +15,7 @@ from published_models import PUBLISHED
 from vllm_sim.models.load import load_model, model_of, read_config
 
 import capacity
-from kv_cache_manager import BaselineCacheManager, MemoryUsage, PagedKVCacheManager
+from kv_cache_manager import MemoryUsage
 from vllm_sim import paper
 from vllm_sim.models.gpus import GPUS, DataGPU
 from vllm_sim.models.memory_plan import (
@@ -26,8 +26,6 @@ from vllm_sim.models.memory_plan import (
     serving_plan,
 )
 from vllm_sim.paper import GIB
-from vllm_sim.serving.scheduler import Limits
-from vllm_sim.serving.steady_state import QueueTooShortError, steady_state
 from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import BLOCK_SIZES, FORKS, block_sizes, copies_per_fork
 from vllm_sim.sizing.concurrency import (
@@ -38,7 +36,6 @@ from vllm_sim.sizing.concurrency import (
     means,
     parse_workload,
 )
-from vllm_sim.workload.requests import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--workload", "30,20")  # short requests: simulated in no time
@@ -586,37 +583,6 @@ def test_means_by_hand():
 def test_workloads_that_are_none(text):
     with pytest.raises(WorkloadNameError):
         parse_workload(text)
-
-
-@pytest.mark.parametrize("paged", [True, False])
-def test_looking_at_one_iteration_in_some_sees_what_looking_at_all_sees(paged):
-    """Iterations taken at once leave the same state as iterations taken one by one."""
-    rng = np.random.default_rng(0)
-    requests = [
-        Request(i, 0.0, int(p), int(o)) for i, (p, o) in enumerate(rng.integers(1, 60, (900, 2)))
-    ]
-    seen = {}
-    for every in (1, 7):
-        manager = (
-            PagedKVCacheManager(40, 8)
-            if paged
-            else BaselineCacheManager(40, 8, policy="oracle", max_len=128)
-        )
-        seen[every] = []
-
-        def each(scheduler, manager=manager, log=seen[every]):
-            running = [group.group_id for group in scheduler.running]
-            log.append((running, scheduler.context_tokens, manager.usage()))
-
-        mean = steady_state(manager, requests, Limits(10**6, 10**6), 50, 700 // every, each, every)
-        assert mean.count == mean.agreed == 700 // every
-    assert seen[1][::7] == seen[7]
-
-
-def test_a_queue_that_is_too_short_is_an_error():
-    requests = [Request(i, 0.0, 5, 5) for i in range(50)]
-    with pytest.raises(QueueTooShortError, match="the queue of 50 ran dry after"):
-        steady_state(PagedKVCacheManager(10, 8), requests, Limits(100, 100), 500, 2, every=50)
 
 
 # ---- the block size ---------------------------------------------------------------------------
