@@ -19,191 +19,51 @@ import os
 import sys
 import time
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_sim.reporting import command_line
-from vllm_sim.reporting.command_line import (
-    OneLineParser,
-    UsageError,
-    exit_code,
-    folder,
-    positive,
-)
+from vllm_sim.reporting.command_line import UsageError, exit_code
 
 if __name__ == "__main__":
     command_line.begin("reproduce.py", "numpy", "tabulate")
 
-from vllm_sim import paper
+from vllm_sim.evaluation.options import BEAM_SECONDS, FIGURES, build_parser, check
 from vllm_sim.reporting.progress import Progress
-
-if TYPE_CHECKING:
-    from vllm_sim.evaluation.runner import Found
-
-MAX_SEEDS = 1000
-MAX_JOBS = 1024
-BEAM_SECONDS = paper.ARTIFACT_RUNS["Fig. 12"]["seconds"]
-MAX_BEAM_SECONDS = paper.TRACE_SECONDS["opt-13b"]
-FIGURES = ("table1", "2", "12", "13", "14", "15", "16", "17", "18b", "19b")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="reproduce.py",
-        description="Regenerate the figures of the PagedAttention paper by simulation.",
-        epilog="LENGTHS_DIR names a folder of length files; see README.md.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--figure",
-        choices=FIGURES,
-        action="append",
-        metavar="NAME",
-        help=f"only this one (repeatable): {', '.join(FIGURES)}",
-    )
-    add("--quick", action="store_true", help="only what is cheap to simulate, in seconds")
-    add(
-        "--jobs",
-        type=positive,
-        default=min(_cores(), MAX_JOBS),
-        metavar="N",
-        help="processes (default: one a core)",
-    )
-    add(
-        "--seeds",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="seeds 0 to N - 1: rows are about their mean (default 1, seed 0)",
-    )
-    add(
-        "--beam-seconds",
-        type=positive,
-        default=BEAM_SECONDS,
-        metavar="N",
-        help=f"length of the traces of Fig. 14's beam search (default {BEAM_SECONDS}, the "
-        f"artifact's; {MAX_BEAM_SECONDS}, the paper's, takes long)",
-    )
-    add(
-        "--lengths",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a full length file (repeatable); default LENGTHS_DIR, then tables",
-    )
-    add("--json", type=Path, metavar="FILE", help="write all rows here")
-    add(
-        "--figures",
-        type=folder,
-        metavar="DIR",
-        help="draw the figures there (needs matplotlib: requirements-dev.txt)",
-    )
-    add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
-    add("--quiet", action="store_true", help="no progress on stderr")
-    return parser
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Simulate, compare, show; returns the exit code."""
-    from vllm_sim.evaluation.runner import choose, reproduce, rows_json
-    from vllm_sim.reporting.documents import document
+    from vllm_sim.evaluation import pictures, report
+    from vllm_sim.evaluation.runner import choose, reproduce
     from vllm_sim.reporting.files import check_writable, print_then, write_json
     from vllm_sim.workload.data_sets import DATASETS, find_lengths
-    from vllm_sim.workload.requests import WorkloadError
 
     command_line.raise_on_interrupt()
     if args.json is not None:
         check_writable(args.json)
-    if args.seeds > MAX_SEEDS:
-        raise UsageError(f"--seeds {args.seeds}: at most {MAX_SEEDS}")
-    if args.jobs > MAX_JOBS:  # all are started at once
-        raise UsageError(f"--jobs {args.jobs}: at most {MAX_JOBS}")
-    if args.figures is not None and str(args.figures) in FIGURES:
-        raise UsageError(f"--figures takes a folder; for one figure use --figure {args.figures}")
-    if args.beam_seconds > MAX_BEAM_SECONDS:
-        raise UsageError(f"--beam-seconds {args.beam_seconds}: at most {MAX_BEAM_SECONDS}")
+    check(args)
     figures = choose(args.figure or FIGURES, args.quick, float(args.beam_seconds))
     if not figures:
         raise UsageError(f"--quick: nothing of figure {', '.join(args.figure)} is quick")
     if args.beam_seconds != BEAM_SECONDS and "Fig. 14" not in {f.name for f in figures}:
         raise UsageError("--beam-seconds is for figure 14, which is not among those asked for")
     if args.figures is not None:
-        from vllm_sim.evaluation.pictures import check_pictures
-
-        check_pictures(args.figures)
-    try:
-        lengths = find_lengths(args.lengths, os.environ.get("LENGTHS_DIR"))
-        sources = {dataset: lengths.source(dataset) for dataset in DATASETS}
-    except WorkloadError as error:
-        raise UsageError(str(error)) from None
+        pictures.check_pictures(args.figures)
+    lengths = find_lengths(args.lengths, os.environ.get("LENGTHS_DIR"))
+    sources = {dataset: lengths.source(dataset) for dataset in DATASETS}
     start = time.perf_counter()
     found = reproduce(figures, lengths, args.seeds, args.jobs, progress)
     elapsed = time.perf_counter() - start
     progress.clear()
-    checks = [figure.check_json() for figure in found]
-    code = 0 if all(check["ok"] for check in checks) else 1
 
     def keep() -> None:
         """All that is asked for beside the output. Raises OutputError."""
         if args.json is not None:
-            write_json(
-                args.json,
-                document(
-                    "reproduce.py",
-                    vars(args),
-                    seeds=range(args.seeds),
-                    setting={
-                        "seeds": args.seeds,
-                        "quick": args.quick,
-                        "beam_seconds": args.beam_seconds,
-                        "lengths": sources,
-                    },
-                    notes=[note for figure in found for note in figure.notes],
-                    tables=[rows_json(found)],
-                    checks=checks,
-                    exit_code=code,
-                    elapsed_s=elapsed,
-                ),
-            )
+            write_json(args.json, report.document(args, found, sources, elapsed))
         if args.figures is not None:
-            from vllm_sim.evaluation.pictures import draw
+            pictures.draw(found, args.figures)
 
-            draw(found, args.figures)
-
-    print_then(keep, lambda: show(found, sources, args.format, elapsed))
-    return code
-
-
-def show(found: list[Found], sources: dict[str, str], fmt: str, elapsed: float) -> None:
-    """Print all figures, and how many rows are held, explained or neither."""
-    from vllm_sim.evaluation.comparison import EXPLAINED
-    from vllm_sim.reporting.tables import counted, render
-
-    comment = "% " if fmt == "latex" else ""
-    print(f"{comment}Lengths: " + "; ".join(f"{k}: {v}" for k, v in sources.items()) + "\n")
-    for figure in found:
-        print(render(figure.table(), fmt))
-        print("\n".join(comment + note for note in figure.notes) + "\n", flush=True)
-    rows = [row for figure in found for row in figure.rows]
-    held = sum(row.held is True for row in rows)
-    explained = sum(row.held == EXPLAINED for row in rows)
-    failed = len(rows) - held - explained
-    fitted = sum(row.held is True and row.fitted for row in rows)
-    of_these = f" ({fitted} of them on values that constants were fitted to)" if fitted else ""
-    reasons = sorted(
-        {row.reason for row in rows if row.reason}, key=lambda text: int(text[1 : text.index(":")])
-    )
-    if reasons:
-        print(comment + f"\n{comment}".join(["Explained (README, Differences):", *reasons]))
-    print(
-        f"\n{comment}{counted(len(rows), 'row')}: {held} held{of_these}, {explained} explained, "
-        f"{failed} not held, {elapsed:.1f} s"
-    )
+    print_then(keep, partial(report.show, found, sources, args.format, elapsed))
+    return report.exit_code_of(found)
 
 
 def parse_and_run(argv: list[str] | None) -> int:
@@ -216,7 +76,7 @@ def parse_and_run(argv: list[str] | None) -> int:
     try:
         with Progress.on(sys.stderr, "reproduce.py", quiet=args.quiet) as progress:
             return run(args, progress)
-    except (CacheError, ValueError) as error:  # WorkloadError is a ValueError
+    except (CacheError, ValueError) as error:  # bad lengths are a WorkloadError, a ValueError
         raise UsageError(str(error)) from None
     except BrokenProcessPool:
         raise UsageError("a process was killed, out of memory perhaps; lower --jobs") from None

@@ -6,11 +6,9 @@ no matplotlib.
 
 import errno
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -21,22 +19,12 @@ from vllm_sim.evaluation import pictures
 from vllm_sim.evaluation.comparison import relative
 from vllm_sim.evaluation.experiments import Outcome
 from vllm_sim.evaluation.figures_rates import Fig12
+from vllm_sim.evaluation.options import FIGURES
 from vllm_sim.evaluation.runner import Found, choose
 from vllm_sim.paper import RATE_AT_LATENCY, VLLM
-from vllm_sim.scenarios.report import OutputError
+from vllm_sim.reporting.files import OutputError
 
-ROOT = Path(__file__).resolve().parents[2]
-FILES = [
-    "fig2.png",
-    "fig12.png",
-    "fig13.png",
-    "fig14.png",
-    "fig15.png",
-    "fig16.png",
-    "fig17.png",
-    "fig18b.png",
-    "fig19b.png",
-]
+FILES = [f"fig{name}.png" for name in ("2", "12", "13", "14", "15", "16", "17", "18b", "19b")]
 CURVES = ("12", "14", "16", "17")
 ODD_ONE = (VLLM, "parallel", 2)
 SHARES = {"tokens": 0.7, "padding": 0.1, "free": 0.2}
@@ -59,10 +47,10 @@ class Anything(dict):
 def made_up(figure):
     """The figure with all its rows; curves are the paper's, half as high."""
     if not hasattr(figure, "curves"):
-        return Found(figure, figure.rows(Anything(), 0, False), [], Anything())
+        return Found(figure, figure.rows(Anything()), [], Anything())
     done = {
         curve.at(float(rate)): Outcome(latency / 2.0, 1, 1, 1.0)
-        for curves in figure.curves(0).values()
+        for curves in figure.curves.values()
         for curve in curves.values()
         for rate, latency in curve.paper
     }
@@ -79,7 +67,7 @@ def panels_of(names):
     """(curve, the rate that the picture takes the paper's to reach 0.5 s/token at)."""
     for figure in choose(names, False):
         panel = pictures.PICTURES[figure.name][1].keywords["panel"]
-        for key, curves in figure.curves(0).items():
+        for key, curves in figure.curves.items():
             for system, curve in curves.items():
                 yield curve, panel(key)[1][system]
 
@@ -114,9 +102,9 @@ def test_missing_matplotlib_is_told_before_anything_is_simulated(monkeypatch, tm
     assert errors.count("\n") == 1 and os.listdir(tmp_path) == []
 
 
-def test_module_needs_no_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; import pictures"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_module_needs_no_matplotlib(run_script):
+    code = "import sys; sys.modules['matplotlib'] = None; import vllm_sim.evaluation.pictures"
+    done = run_script("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -182,7 +170,7 @@ def test_every_figure_has_its_picture_and_the_same_bytes_again(tmp_path):
     import matplotlib
 
     settings = dict(matplotlib.rcParams)
-    found = [made_up(figure) for figure in choose(reproduce.FIGURES, False)]
+    found = [made_up(figure) for figure in choose(FIGURES, False)]
     first, second = tmp_path / "first", tmp_path / "second"
     assert pictures.draw(found, first) == [first / file for file in FILES]
     assert sorted(os.listdir(first)) == sorted(FILES)
@@ -202,7 +190,7 @@ def test_every_figure_has_its_picture_and_the_same_bytes_again(tmp_path):
 @pytest.mark.parametrize("name", CURVES)
 def test_curves_are_ours_solid_and_the_papers_dashed_in_one_colour(name):
     found, figure = painted(name)
-    panels = found.figure.curves(0)
+    panels = found.figure.curves
     assert len(figure.axes) == len(panels)
     for axes, curves in zip(figure.axes, panels.values()):
         assert axes.get_ylim() == (0.0, 1.0)

@@ -48,12 +48,12 @@ def test_of_faster_transformer_one_point_and_none_on_alpaca():
 def test_the_rows_marked_as_fitted_are_the_points_of_the_fit(monkeypatch):
     """Fig. 12 with outcomes made by hand: which rows there are depends on the paper alone."""
     figure, done = Fig12(), {}
-    while runs := figure.needed(done, 0):
+    while runs := figure.needed(done):
         for run in runs:
             share = run.rate / paper.FIG12_RATES[run.dataset][run.model][run.system]
             latency = 0.03 / (1.0 - 0.9 * share) if share < 1.1 else 5.0
             done[run] = Outcome(latency, 1, 1, 1.0)
-    rows = figure.rows(done, 0, False)
+    rows = figure.rows(done)
     marked = [(row.setting, row.metric, row.paper) for row in rows if row.fitted]
     used = []
     for model in FITTED:

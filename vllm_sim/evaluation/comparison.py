@@ -1,71 +1,82 @@
-"""The paper's number beside ours: what a row of reproduce.py is, and when it holds.
+"""The paper's number beside ours: what a figure must tell, what a row is, and when it is held.
 
 Reproduces nothing by itself. A row says which figure and setting, what was measured, the paper's
-value, ours, how far apart they are, how far they may be, and whether the row held: true, false, or
-"explained" with the number of the item in the README's 'Differences from the paper' that shows why
-no faithful simulator can hold it. A row on a value to which a constant of ours was fitted says so:
-that it holds shows little.
+value and ours, how far apart they are and how far they may be. It is
+
+- *held* if ours is no further off than that;
+- *explained* if it is further off, but an item of docs/differences.md (D1 to D15) shows why no
+  faithful simulator can hold it, and it is no further off than that item allows;
+- *fitted*, besides, if a constant of ours was fitted to this value: that it holds shows little.
 
     row = relative("Fig. 12", "13B ShareGPT, vLLM", "requests/s at 0.5 s/token", 1.929, 1.98, 12)
     row.held, row.difference                       # True, '+2.6 %'
-
-[explanations] Why a row of reproduce.py differs: one line each, numbered as in docs/differences.md.
-
-Reproduces nothing. docs/differences.md tells each in full, the README's table has these lines; a
-row that is not held carries its line as the reason. A row that holds needs none, whatever stands
-here. D3 is retired.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from typing import ClassVar
 
-TABLE1_SLOTS = "D1: 39.39 GiB a card gives 9,648 slots; 39.40 would give the printed 9.7K"
-TABLE1_PARAMETERS = "D2: the architecture has 350 GB of parameters on 8 GPUs, the paper prints 346"
-CURVE_175B = "D4: 175B runs for 15 minutes: the seed alone moves ShareGPT's rates by a tenth"
-TINY_TRACE = "D5: a trace of fewer than 200 requests: which they are decides"
-BEAM = "D6: beam search runs ten minutes unless --beam-seconds says more, without its software"
-PREFILL = "D7: prefill decides Fig. 16, and no prefill was published that would fix its cost"
-CHATBOT_TEXT = "D8: the paper's own curves show 1.5x, not the 2x of its text"
-CHATBOT_DATA = "D9: the authors' conversations are not published; ours have fewer full prompts"
-SMALL_BLOCKS = "D10: below 16 slots the paper's kernel reads memory badly; no kernel is modelled"
-KNEE_18B = "D11: 30.1 requests/s lies on the knee: a few percent of rate are a factor in latency"
-SAME_RUN_TWICE = "D12: ten minutes at the edge of overload; the paper's two drawings differ"
-TEXT_RANGES = "D13: the text's extreme is not in the paper's own curves at one common latency"
-ANOTHER_DRAW = "D14: the compact tables draw other requests than the authors' files have"
-ONE_SEED = "D15: the paper ran one trace, of seed 0, which is held; the mean of seeds need not be"
+from vllm_sim.evaluation.experiments import Done, Run
 
-# How many tolerances each may explain; what is further off is not held.
-BOUNDS = {
-    TABLE1_SLOTS: 2.0,
-    TABLE1_PARAMETERS: 8.0,
-    CURVE_175B: 2.0,
-    TINY_TRACE: 12.0,
-    BEAM: 6.0,
-    PREFILL: 2.0,
-    CHATBOT_TEXT: 5.0,
-    CHATBOT_DATA: 2.0,
-    SMALL_BLOCKS: 12.0,
-    KNEE_18B: 8.0,
-    SAME_RUN_TWICE: 2.0,
-    TEXT_RANGES: 3.0,
-    ONE_SEED: 2.0,
+# By item of docs/differences.md, which tells each in full: how many tolerances it explains at most,
+# and what a reader is told. D3 is retired.
+REASONS = {
+    "D1": (2.0, "39.39 GiB a card gives 9,648 slots; 39.40 would give the printed 9.7K"),
+    "D2": (8.0, "the architecture has 350 GB of parameters on 8 GPUs, the paper prints 346"),
+    "D4": (2.0, "175B runs for 15 minutes: the seed alone moves ShareGPT's rates by a tenth"),
+    "D5": (12.0, "a trace of fewer than 200 requests: which they are decides"),
+    "D6": (
+        6.0,
+        "beam search runs ten minutes unless --beam-seconds says more, without its software",
+    ),
+    "D7": (2.0, "prefill decides Fig. 16, and no prefill was published that would fix its cost"),
+    "D8": (5.0, "the paper's own curves show 1.5x, not the 2x of its text"),
+    "D9": (2.0, "the authors' conversations are not published; ours have fewer full prompts"),
+    "D10": (12.0, "below 16 slots the paper's kernel reads memory badly; no kernel is modelled"),
+    "D11": (8.0, "30.1 requests/s lies on the knee: a few percent of rate are a factor in latency"),
+    "D12": (2.0, "ten minutes at the edge of overload; the paper's two drawings differ"),
+    "D13": (3.0, "the text's extreme is not in the paper's own curves at one common latency"),
+    "D14": (4.0, "the compact tables draw other requests than the authors' files have"),
+    "D15": (
+        2.0,
+        "the paper ran one trace, of seed 0, which is held; the mean of seeds need not be",
+    ),
 }
-
-
+ONE_SEED = "D15"
 EXPLAINED = "explained"
-MOST_EXPLAINED = 12.0  # tolerances, where a reason has no bound of its own
+Measure = Callable[[float], tuple[str, float]]  # ours -> the difference in words, tolerances off
+
+
+@dataclass(frozen=True)
+class Figure(ABC):
+    """A figure of the paper: the runs that it rests on, and the rows that it makes of them.
+
+    Runs are named without a seed; runner.py repeats all of them for each.
+    """
+
+    name: ClassVar[str]
+
+    def needed(self, done: Done) -> list[Run]:
+        """The runs that can be named now; those already done may be among them."""
+        return []
+
+    @abstractmethod
+    def rows(self, done: Done) -> list[Row]:
+        """The comparisons, once nothing more is needed."""
+
+    def notes(self, done: Done) -> list[str]:
+        """What else the runs show, if anything."""
+        return []
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `held` is True, False or "explained"; `reason` says why if it is the last.
-
-    `fitted` if a constant of ours was fitted to this value of the paper's.
-    """
+    """One comparison. `held` is True, False or "explained"; `reason` says why if it is the last."""
 
     figure: str
     setting: str
@@ -106,58 +117,50 @@ def relative(
     reason: str = "",
 ) -> Row:
     """Held if ours is within so many percent of the paper's."""
-    off = 100.0 * (ours / paper - 1.0)
-    return _row(
-        figure,
-        setting,
-        metric,
-        paper,
-        ours,
-        f"{off:+.1f} %",
-        f"{percent:g} %",
-        abs(off) / percent,
-        reason,
-        partial(relative, figure, setting, metric, paper, percent=percent, reason=reason),
-    )
+
+    def measure(ours: float) -> tuple[str, float]:
+        off = 100.0 * (ours / paper - 1.0)
+        return f"{off:+.1f} %", abs(off) / percent
+
+    return _row(figure, setting, metric, paper, f"{percent:g} %", measure, reason, ours)
 
 
 def absolute(
-    figure: str, setting: str, metric: str, paper: float, ours: float, most: float, reason: str = ""
+    figure: str,
+    setting: str,
+    metric: str,
+    paper: float,
+    ours: float,
+    most: float,
+    reason: str = "",
+    most_of_mean: float = 0.0,
 ) -> Row:
-    """Held if ours is within so many units (percentage points, mostly) of the paper's."""
-    off = ours - paper
-    return _row(
-        figure,
-        setting,
-        metric,
-        paper,
-        ours,
-        f"{off:+.2f}",
-        f"{most:g}",
-        abs(off) / most,
-        reason,
-        partial(absolute, figure, setting, metric, paper, most=most, reason=reason),
-    )
+    """Held if ours is within so many units (percentage points, mostly) of the paper's.
+
+    A mean over seeds may be off by `most_of_mean`, where that is given.
+    """
+
+    def measure(ours: float) -> tuple[str, float]:
+        return f"{ours - paper:+.2f}", abs(ours - paper) / most
+
+    row = _row(figure, setting, metric, paper, f"{most:g}", measure, reason, ours)
+    if not most_of_mean:
+        return row
+    mean = partial(absolute, figure, setting, metric, paper, most=most_of_mean, reason=reason)
+    return replace(row, remake=mean)
 
 
 def factor(
     figure: str, setting: str, metric: str, paper: float, ours: float, most: float, reason: str = ""
 ) -> Row:
     """Held if neither is more than `most` times the other."""
-    times = ours / paper
-    excess = abs(math.log(times)) / math.log(most) if times > 0.0 else math.inf
-    return _row(
-        figure,
-        setting,
-        metric,
-        paper,
-        ours,
-        f"x {times:.2f}",
-        f"factor {most:g}",
-        excess,
-        reason,
-        partial(factor, figure, setting, metric, paper, most=most, reason=reason),
-    )
+
+    def measure(ours: float) -> tuple[str, float]:
+        times = ours / paper
+        excess = abs(math.log(times)) / math.log(most) if times > 0.0 else math.inf
+        return f"x {times:.2f}", excess
+
+    return _row(figure, setting, metric, paper, f"factor {most:g}", measure, reason, ours)
 
 
 def as_printed(
@@ -167,44 +170,30 @@ def as_printed(
     text = f"{paper:g}"
     digits = len(text.split(".")[1]) if "." in text else 0
     # Half a unit of the last digit, and no more than binary fractions need beyond it.
-    excess = abs(ours - paper) / (0.5 * 10.0**-digits * (1 + 1e-9))
-    return _row(
-        figure,
-        setting,
-        metric,
-        paper,
-        ours,
-        f"{ours - paper:+.3g}",
-        "as printed",
-        excess,
-        reason,
-        partial(as_printed, figure, setting, metric, paper, reason=reason),
-    )
+    half = 0.5 * 10.0**-digits * (1 + 1e-9)
+
+    def measure(ours: float) -> tuple[str, float]:
+        return f"{ours - paper:+.3g}", abs(ours - paper) / half
+
+    return _row(figure, setting, metric, paper, "as printed", measure, reason, ours)
 
 
 def between(
     figure: str, setting: str, metric: str, low: float, high: float, ours: float, reason: str = ""
 ) -> Row:
-    """Held if ours lies in the range that the paper states; the infinite end is left open."""
+    """Held if ours lies in the range that the paper states; an infinite end is left open."""
+    paper = f"up to {high:.4g}" if math.isinf(low) else f"{low:.4g} to {high:.4g}"
     if math.isinf(high):
         paper = f"over {low:.4g}"
-    else:
-        paper = f"up to {high:.4g}" if math.isinf(low) else f"{low:.4g} to {high:.4g}"
-    off = max(low - ours, ours - high, 0.0)
-    # Off by a tenth of the nearer end counts as off by a tolerance.
-    excess = 1.0 + off / (0.1 * abs(low if ours < low else high)) if off else 0.0
-    return _row(
-        figure,
-        setting,
-        metric,
-        paper,
-        ours,
-        f"{off:.3g} outside" if off else "inside",
-        "inside",
-        excess,
-        reason,
-        partial(between, figure, setting, metric, low, high, reason=reason),
-    )
+
+    def measure(ours: float) -> tuple[str, float]:
+        off = max(low - ours, ours - high, 0.0)
+        if not off:
+            return "inside", 0.0
+        # Off by a tenth of the nearer end counts as off by a tolerance.
+        return f"{off:.3g} outside", 1.0 + off / (0.1 * abs(low if ours < low else high))
+
+    return _row(figure, setting, metric, paper, "inside", measure, reason, ours)
 
 
 def _row(
@@ -212,38 +201,33 @@ def _row(
     setting: str,
     metric: str,
     paper: float | str,
-    ours: float,
-    difference: str,
     tolerance: str,
-    excess: float,
+    measure: Measure,
     reason: str,
-    remake: Callable[[float], Row],
+    ours: float,
 ) -> Row:
     """A reason given beforehand is only used, and shown, where the row does not hold."""
-    holds = bool(excess <= 1.0 + 1e-9)  # not where it is no number; rounding decides nothing
-    difference = "no value" if math.isnan(ours) else difference
-    explained = not holds and bool(reason) and excess <= BOUNDS.get(reason, MOST_EXPLAINED)
-    held: bool | str = EXPLAINED if explained else holds
-    shown = reason if explained else ""
-    return Row(
+    difference, excess = measure(ours)
+    row = Row(
         figure,
         setting,
         metric,
         paper,
         ours,
-        difference,
+        "no value" if math.isnan(ours) else difference,
         tolerance,
-        held,
-        reason=shown,
+        bool(excess <= 1.0 + 1e-9),  # not where it is no number; rounding decides nothing
         excess=excess,
-        remake=remake,
+        remake=partial(_row, figure, setting, metric, paper, tolerance, measure, reason),
     )
+    return allow(row, reason) if reason else row
 
 
-def allow(row: Row, excess: float, reason: str) -> Row:
-    """Explained, if it is not held but no further off than so many tolerances."""
-    if row.held is False and row.excess <= excess:
-        return replace(row, held=EXPLAINED, reason=reason)
+def allow(row: Row, reason: str) -> Row:
+    """Explained by this item, if it is not held but no further off than the item allows."""
+    most, text = REASONS[reason]
+    if row.held is False and row.excess <= most:
+        return replace(row, held=EXPLAINED, reason=f"{reason}: {text}")
     return row
 
 
@@ -258,8 +242,8 @@ def over_seeds(rows: list[Row]) -> Row:
     if len(values) == 1:
         return rows[0]
     mean = sum(values) / len(values)
-    spread = None if math.isnan(mean) else max(values) - min(values)
     row = rows[0].remake(mean)
-    if rows[0].held is True:
-        row = allow(row, BOUNDS[ONE_SEED], ONE_SEED)
+    if rows[0].remake(values[0]).held is True:
+        row = allow(row, ONE_SEED)
+    spread = None if math.isnan(mean) else max(values) - min(values)
     return replace(row, fitted=rows[0].fitted, spread=spread)

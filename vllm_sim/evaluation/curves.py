@@ -6,33 +6,30 @@ ours has not reached 0.5 s/token at the last of them, further rates follow, 10 %
 crosses it between two rates far apart, between which the paper's does not, the gap is halved until
 it is narrow.
 
-[fitted_points] Which points of Fig. 12 the constants of latency.py were fitted to.
+The left end of a curve of Fig. 12, where nothing waits for memory, is what the constants of
+vllm_sim/serving/latency.py are fitted to: tools/fit_latency.py takes the points that
+`fitted_points` names, and reproduce.py marks the rows on them, which hold nearly by construction.
 
-Reproduces nothing. Section 6's simulation rests on a few constants per model. They were found in
-the left ends of Fig. 12, where nothing waits for memory: tools/fit_latency.py fits them to the
-points named here, and reproduce.py marks the rows that compare these very points, which hold
-nearly by construction.
-
+    Curve(run, ((1, 0.05), (2, 0.07), (2.2, 1.1))).needed({})       # the next runs
     fitted_points("ShareGPT", "opt-13b", VLLM)     # ((1, 0.0371), (1.25, 0.0401), (1.5, 0.0424))
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 
 from vllm_sim import paper
-from vllm_sim.evaluation.experiments import Outcome, Run
-from vllm_sim.paper import FASTER_TRANSFORMER
+from vllm_sim.evaluation.experiments import Done, Run
 
-Done = Mapping[Run, Outcome]
 Point = tuple[float, float]  # requests/s, s/token
 STEP = 1.1  # further rates, where the paper's do not suffice
 WIDE = 0.08  # a gap between rates, over the higher of them, that is halved
 MAX_RATES = 60
 FAR_BELOW = 0.75  # rates up to this share of the highest are simulated without waiting for others
+LEFT_END = 1.25  # times a curve's first latency
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Curve:
     run: Run  # its rate is replaced
     paper: tuple[Point, ...]
     next_rate: float | None = None  # where the drawn line leads when it leaves the axis
-    read_at: float = 0.5  # s/token
+    read_at: float = paper.RATE_AT_LATENCY  # s/token
     knee: float = 0.0  # every drawn point below so many times the first is simulated
 
     @property
@@ -84,15 +81,9 @@ class Curve:
             return [] if gap is None else [self.at(_middle(*gap))]
         rates = self.rates
         # Overloaded runs take longest: only those far below the highest rate go ahead of need.
-        runs = [
-            self.at(rate)
-            for rate in rates
-            if rate <= FAR_BELOW * rates[-1] and self.at(rate) not in done
-        ]
-        if not runs:
-            candidates = self._candidates()
-            runs = [self.at(rate) for rate in candidates if self.at(rate) not in done][:1]
-        return runs
+        ahead = [rate for rate in rates if rate <= FAR_BELOW * rates[-1]]
+        runs = [run for run in map(self.at, ahead) if run not in done]
+        return runs or [run for run in map(self.at, self._candidates()) if run not in done][:1]
 
     def rate_at(self, done: Done, latency: float | None = None) -> float:
         """Requests/s at which our line reaches a latency, by default the one it is read at.
@@ -142,9 +133,6 @@ def _middle(low: float, high: float) -> float:
     return round((low + high) / 2.0, 6)
 
 
-LEFT_END = 1.25  # times a curve's first latency
-
-
 def fitted_points(dataset: str, model: str, system: str) -> tuple[Point, ...]:
     """The points (requests/s, s/token) of one curve of Fig. 12 that the fit uses.
 
@@ -152,7 +140,7 @@ def fitted_points(dataset: str, model: str, system: str) -> tuple[Point, ...]:
     constant. KeyError for a panel or system that the figure does not have.
     """
     curve = paper.FIG12_CURVES[dataset, model][system]
-    if system == FASTER_TRANSFORMER:
+    if system == paper.FASTER_TRANSFORMER:
         return curve[:1] if dataset == "ShareGPT" else ()
     return left_end(curve)
 

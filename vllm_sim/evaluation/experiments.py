@@ -1,7 +1,7 @@
 """One experiment of the paper: a system serves a trace, and what is measured of it.
 
 Reproduces: section 6.1's set-up. A `Run` says everything that decides an outcome; `execute` builds
-its trace, its manager and its latency model and simulates it (serving.py, static_batching.py).
+its trace, its manager and its latency model and simulates it (vllm_sim/serving/).
 
     run = Run(VLLM, "opt-13b", "ShareGPT", rate=2.0, seconds=3600.0)
     execute(run, find_lengths([], None)).normalized_latency
@@ -13,26 +13,19 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 from sequence import BeamHistory, Sequence, SequenceGroup
+from vllm_sim import paper
 from vllm_sim.models import DEPLOYMENTS, kv_blocks
-from vllm_sim.paper import (
-    BLOCK_SIZE,
-    FASTER_TRANSFORMER,
-    FT_BATCH_SIZE,
-    FT_MAX_TOTAL_LEN,
-    SWAP_BYTES_PER_GPU,
-    SYSTEMS,
-    VLLM,
-    WATERMARK,
-)
+from vllm_sim.paper import FASTER_TRANSFORMER, VLLM
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.serving.beam_search import beam_histories
-from vllm_sim.serving.latency import LatencyModel, latency_model
+from vllm_sim.serving.latency import LatencyModel, Software, latency_model
 from vllm_sim.serving.scheduler import Iteration, Manager
-from vllm_sim.serving.simulator import Observer, simulate
+from vllm_sim.serving.simulator import Observer, ServingResult, simulate
 from vllm_sim.serving.static_batching import simulate_static
 from vllm_sim.serving.steady_state import UsageMean
 from vllm_sim.serving.systems import POLICY, limits_of, new_manager
@@ -58,15 +51,15 @@ class Run:
     decoding: str = "single"  # or "parallel", "beam"
     width: int = 1  # samples or beams of a request
     theta: float = 0.25  # of the beam search model (beam_search.py)
-    block_size: int = BLOCK_SIZE
+    block_size: int = paper.BLOCK_SIZE
     preemption: str = "auto"
     max_num_seqs: int = 0  # 0: as the artifact has it for the system
-    watermark: float = WATERMARK
+    watermark: float = paper.WATERMARK
     window_s: tuple[float, float] = (0.0, math.inf)
     memory: bool = False  # measure memory in the window, and stop at its end
 
     def __post_init__(self) -> None:
-        if self.system not in SYSTEMS or self.model not in DEPLOYMENTS:
+        if self.system not in paper.SYSTEMS or self.model not in DEPLOYMENTS:
             raise ValueError(f"unknown system or model: {self.system!r}, {self.model!r}")
         if not 0.0 < self.rate < math.inf or not 0.0 < self.seconds < math.inf:
             raise ValueError(f"rate and duration must be positive, got {self.rate}, {self.seconds}")
@@ -89,6 +82,9 @@ class Outcome:
     least_free: float = 1.0  # share of blocks that were free after an admission, at the least
 
 
+Done = Mapping[Run, Outcome]  # what is known so far
+
+
 class MemoryMeter(Observer):
     """Where the slots are over the iterations, what sharing saves, and the least memory free."""
 
@@ -105,24 +101,23 @@ class MemoryMeter(Observer):
 
 
 def execute(
-    run: Run, lengths: Lengths, *, check: bool = False, progress: Progress = SILENT
+    run: Run,
+    lengths: Lengths,
+    *,
+    software: Software | None = None,
+    check: bool = False,
+    progress: Progress = SILENT,
 ) -> Outcome:
-    """Simulate one run; `check` recomputes all invariants in every iteration.
+    """Simulate one run; `software` are the latency model's constants, as fitted unless given;
+    `check` recomputes all invariants in every iteration.
 
     Raises ValueError, RequestTooLargeError, and WorkloadError for bad length files.
     """
     columns = lengths.columns(run.dataset, run.rate, run.seconds, run.seed)
-    deployment = DEPLOYMENTS[run.model]
+    latency = latency_of(run, software)
     if run.system == FASTER_TRANSFORMER:
-        batch_size = FT_BATCH_SIZE[run.dataset][run.model]
-        latency = latency_model(deployment, run.block_size, static=True)
-        result = simulate_static(*columns, batch_size, FT_MAX_TOTAL_LEN, latency)
-        return Outcome(
-            result.normalized_latency,
-            len(result.finish_s),
-            result.num_iterations,
-            result.mean_batch,
-        )
+        batch_size = paper.FT_BATCH_SIZE[run.dataset][run.model]
+        return _outcome(simulate_static(*columns, batch_size, paper.FT_MAX_TOTAL_LEN, latency))
     limits = limits_of(run.system)
     if run.max_num_seqs:
         limits = replace(limits, max_num_seqs=run.max_num_seqs)
@@ -135,7 +130,7 @@ def execute(
             groups_for(run, columns),
             manager,
             limits,
-            latency_of(run),
+            latency,
             preemption=run.preemption,
             observers=[meter] if run.memory else [],
             window_s=run.window_s,
@@ -146,6 +141,10 @@ def execute(
     finally:
         if collecting:
             gc.enable()
+    return _outcome(result, meter.mean.shares, meter.mean.saving, meter.least_free)
+
+
+def _outcome(result: ServingResult, *memory) -> Outcome:
     return Outcome(
         result.normalized_latency,
         len(result.finish_s),
@@ -153,25 +152,18 @@ def execute(
         result.mean_window_batch,
         result.num_swaps,
         result.num_recomputations,
-        meter.mean.shares,
-        meter.mean.saving,
-        meter.least_free,
+        *memory,
     )
 
 
 def manager_for(run: Run) -> Manager:
     """The memory of the run's system, as Table 1 and the artifact have it."""
     deployment = DEPLOYMENTS[run.model]
-    num_blocks = kv_blocks(deployment, run.block_size)
+    blocks = kv_blocks(deployment, run.block_size)
     slot_bytes = deployment.model.kv_bytes_per_token // deployment.num_gpus
-    swap_blocks = SWAP_BYTES_PER_GPU // (run.block_size * slot_bytes)
-    manager = new_manager(
-        POLICY[run.system],
-        num_blocks,
-        run.block_size,
-        num_cpu_blocks=min(num_blocks, swap_blocks),
-        watermark=run.watermark,
-    )
+    cpu = min(blocks, paper.SWAP_BYTES_PER_GPU // (run.block_size * slot_bytes))
+    options = {"num_cpu_blocks": cpu, "watermark": run.watermark}
+    manager = new_manager(POLICY[run.system], blocks, run.block_size, **options)
     if run.system == VLLM and run.dataset in SHARED_PREFIX:
         manager.allocate_prefix(PREFIX_ID, SHARED_PREFIX[run.dataset])
     return manager
@@ -181,26 +173,22 @@ def groups_for(run: Run, columns: tuple[list[float], list[int], list[int]]) -> l
     """The trace's sequence groups. Only vLLM holds a shared prefix; the others store it."""
     prefix_len = SHARED_PREFIX.get(run.dataset, 0)
     prefix_id = PREFIX_ID if prefix_len and run.system == VLLM else None
-    width = run.width
     groups = []
     for index, (arrival_s, prompt_len, output_len) in enumerate(zip(*columns)):
-        if width == 1:
-            seqs = [Sequence(index, prompt_len, output_len, prefix_len)]
-        else:
-            first = index * width
-            seqs = [Sequence(first + i, prompt_len, output_len, prefix_len) for i in range(width)]
+        ids = range(index * run.width, (index + 1) * run.width)
+        seqs = [Sequence(seq_id, prompt_len, output_len, prefix_len) for seq_id in ids]
         history = None
         if run.decoding == "beam":
-            history = _history(width, run.theta, run.seed, output_len, index)
+            history = _history(run, output_len, index)
         groups.append(SequenceGroup(index, seqs, arrival_s, prefix_id, history))
     return groups
 
 
-def _history(width: int, theta: float, seed: int, output_len: int, index: int) -> BeamHistory:
+def _history(run: Run, output_len: int, index: int) -> BeamHistory:
     """The beam search of one request: the same for every system, manager and policy."""
     for steps, count in BEAM_POOL:
         if output_len <= steps:
-            return _beam_pool(width, theta, seed, steps, count)[index % count]
+            return _beam_pool(run.width, run.theta, run.seed, steps, count)[index % count]
     raise ValueError(f"no beam search of {output_len} steps is drawn")
 
 
@@ -210,6 +198,7 @@ def _beam_pool(width: int, theta: float, seed: int, steps: int, count: int) -> l
     return [BeamHistory(history) for history in drawn]
 
 
-def latency_of(run: Run) -> LatencyModel:
-    """The latency model that `execute` uses for a run of a system with a manager."""
-    return latency_model(DEPLOYMENTS[run.model], run.block_size)
+def latency_of(run: Run, software: Software | None = None) -> LatencyModel:
+    """The latency model of a run; `software` are its constants, as fitted unless given."""
+    static = run.system == FASTER_TRANSFORMER
+    return latency_model(DEPLOYMENTS[run.model], run.block_size, software, static=static)

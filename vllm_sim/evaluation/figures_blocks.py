@@ -6,169 +6,109 @@ inputs of the latency model or GPU measurements, not outcomes of a simulation.)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vllm_sim import paper
-from vllm_sim.evaluation import comparison as why
-from vllm_sim.evaluation.comparison import Row, between, factor
-from vllm_sim.evaluation.curves import Done
-from vllm_sim.evaluation.experiments import Run
-from vllm_sim.paper import FIG18B, FIG19A_RATIO, FIG19B, VLLM
+from vllm_sim.evaluation.comparison import Figure, Row, between, factor
+from vllm_sim.evaluation.experiments import Done, Run
+from vllm_sim.paper import FIG18B, FIG19A_RATIO, FIG19B, TEXT, VLLM
 
 SMALL = 16  # slots; below, the paper's kernel decides
 MOST = 1.4
 
 
-def _latency(
-    figure: str, setting: str, block: int, paper_s: float, ours: float, reason: str
+def _run(figure: str, dataset: str, block: int, preemption: str = "auto") -> Run:
+    """A run as the artifact has it for a figure, with another block size."""
+    setting = paper.ARTIFACT_RUNS[figure]
+    seconds = float(setting["seconds"])
+    options = {"block_size": block, "preemption": preemption}
+    return Run(VLLM, "opt-13b", dataset, setting["rate"], seconds, **options)
+
+
+def _row(
+    figure: str, setting: str, block: int, metric: str, printed: float, ours: float, reason: str
 ) -> Row:
-    return factor(
-        figure,
-        f"{setting}, blocks of {block}",
-        "s/token",
-        paper_s,
-        ours,
-        MOST,
-        why.SMALL_BLOCKS if block < SMALL else reason,
-    )
+    """A row about one block size; small ones have a reason of their own."""
+    reason = "D10" if block < SMALL else reason
+    return factor(figure, f"{setting}, blocks of {block}", metric, printed, ours, MOST, reason)
 
 
 @dataclass(frozen=True)
-class Fig18b:
+class Fig18b(Figure):
     """Normalized latency by block size, ShareGPT and Alpaca, one rate each."""
 
     alpaca: bool = True
     name = "Fig. 18b"
 
-    def _run(self, dataset: str, block: int, seed: int) -> Run:
-        if dataset == "Alpaca":
-            setting = paper.ARTIFACT_RUNS["Fig. 18b"]
-        else:  # its rate is not stated: Fig. 19b's, which the artifact's plots pair with it
-            setting = paper.ARTIFACT_RUNS["Fig. 19b"]
-        return Run(
-            VLLM,
-            "opt-13b",
-            dataset,
-            setting["rate"],
-            float(setting["seconds"]),
-            seed,
-            block_size=block,
-        )
+    def _runs(self) -> dict[tuple[str, int], Run]:
+        """By data set and block size. ShareGPT's rate is not stated: Fig. 19b's, which the
+        artifact's plots pair with it."""
+        figures = {"ShareGPT": "Fig. 19b", "Alpaca": "Fig. 18b"}
+        return {
+            (dataset, block): _run(figures[dataset], dataset, block)
+            for dataset, printed in FIG18B.items()
+            if self.alpaca or dataset != "Alpaca"
+            for block in printed
+        }
 
-    def _datasets(self) -> list[str]:
-        return [dataset for dataset in FIG18B if self.alpaca or dataset != "Alpaca"]
+    def needed(self, done: Done) -> list[Run]:
+        return list(self._runs().values())
 
-    def needed(self, done: Done, seed: int) -> list[Run]:
-        return [self._run(d, block, seed) for d in self._datasets() for block in FIG18B[d]]
-
-    def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
+    def rows(self, done: Done) -> list[Row]:
+        ours = {key: done[run].normalized_latency for key, run in self._runs().items()}
         rows = []
-        ours: dict[tuple[str, int], float] = {}
-        for dataset in self._datasets():
-            for block, printed in FIG18B[dataset].items():
-                latency = done[self._run(dataset, block, seed)].normalized_latency
-                ours[dataset, block] = latency
-                reason = why.KNEE_18B if dataset == "Alpaca" else why.SAME_RUN_TWICE
-                rows.append(_latency(self.name, f"13B {dataset}", block, printed, latency, reason))
-        for dataset in self._datasets():
-            text = paper.TEXT[f"good_blocks_{dataset.lower()}"]
+        for (dataset, block), latency in ours.items():
+            printed, reason = FIG18B[dataset][block], "D11" if dataset == "Alpaca" else "D12"
+            setting = f"13B {dataset}"
+            rows.append(_row(self.name, setting, block, "s/token", printed, latency, reason))
+        for dataset in dict.fromkeys(dataset for dataset, _ in ours):
+            text = TEXT[f"good_blocks_{dataset.lower()}"]
             low, high = text.value
             good = [value for (d, b), value in ours.items() if d == dataset and low <= b <= high]
             larger = [value for (d, b), value in ours.items() if d == dataset and b > high]
-            rows.append(
-                between(
-                    text.figure,
-                    f"13B {dataset}, blocks of {low} to {high}",
-                    "s/token, worst of larger blocks over worst of these (our criterion)",
-                    2.0,
-                    float("inf"),
-                    max(larger) / max(good),
-                )
-            )
+            metric = "s/token, worst of larger blocks over worst of these (our criterion)"
+            where = text.figure, f"13B {dataset}, blocks of {low} to {high}", metric
+            rows.append(between(*where, 2.0, math.inf, max(larger) / max(good)))
         return rows
 
-    def notes(self, done: Done, seed: int) -> list[str]:
-        return []
 
-
-@dataclass(frozen=True)
-class Fig19b:
+class Fig19b(Figure):
     """Recomputation against swapping, ShareGPT, the same rate."""
 
     name = "Fig. 19b"
 
-    def _run(self, preemption: str, block: int, seed: int) -> Run:
-        setting = paper.ARTIFACT_RUNS["Fig. 19b"]
-        # Alone, a sequence is recomputed by default: the same run as Fig. 18b's.
-        mode = "auto" if preemption == "recompute" else preemption
-        return Run(
-            VLLM,
-            "opt-13b",
-            "ShareGPT",
-            setting["rate"],
-            float(setting["seconds"]),
-            seed,
-            block_size=block,
-            preemption=mode,
-        )
-
-    def needed(self, done: Done, seed: int) -> list[Run]:
-        return [self._run(mode, block, seed) for mode in FIG19B for block in FIG19B[mode]]
-
-    def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
-        rows = []
-        ours = {
-            (mode, block): done[self._run(mode, block, seed)].normalized_latency
-            for mode in FIG19B
-            for block in FIG19B[mode]
+    def _runs(self) -> dict[tuple[str, int], Run]:
+        """By mode and block size. Alone, a sequence is recomputed by default: Fig. 18b's runs."""
+        modes = {"recompute": "auto", "swap": "swap"}
+        return {
+            (mode, block): _run(self.name, "ShareGPT", block, modes[mode])
+            for mode, printed in FIG19B.items()
+            for block in printed
         }
-        for (mode, block), latency in ours.items():
-            printed = FIG19B[mode][block]
-            rows.append(
-                _latency(
-                    self.name, f"13B ShareGPT, {mode}", block, printed, latency, why.SAME_RUN_TWICE
-                )
-            )
-        for block in FIG19B["swap"]:
-            printed = FIG19B["recompute"][block] / FIG19B["swap"][block]
-            found = ours["recompute", block] / ours["swap", block]
-            rows.append(
-                factor(
-                    self.name,
-                    f"13B ShareGPT, blocks of {block}",
-                    "recompute over swap",
-                    printed,
-                    found,
-                    MOST,
-                    why.SMALL_BLOCKS if block < SMALL else why.SAME_RUN_TWICE,
-                )
-            )
-        text = paper.TEXT["comparable_blocks"]
-        low, high = text.value
-        blocks = [block for block in FIG19B["swap"] if low <= block <= high]
-        ratios = [ours["recompute", block] / ours["swap", block] for block in blocks]
-        rows.append(
-            between(
-                text.figure,
-                f"13B ShareGPT, blocks of {low} to {high}",
-                "recompute over swap, furthest from 1 (our criterion)",
-                1 / 1.25,
-                1.25,
-                max(ratios, key=lambda ratio: abs(ratio - 1.0)),
-            )
-        )
-        text = paper.TEXT["recompute_over_swap_up_to"]
-        rows.append(
-            between(
-                text.figure,
-                "Fig. 19a as the paper draws it",
-                "recompute over swap in + out, % above",
-                float("-inf"),
-                text.value,
-                100.0 * (max(FIG19A_RATIO.values()) - 1.0),
-            )
-        )
-        return rows
 
-    def notes(self, done: Done, seed: int) -> list[str]:
-        return []
+    def needed(self, done: Done) -> list[Run]:
+        return list(self._runs().values())
+
+    def rows(self, done: Done) -> list[Row]:
+        rows, setting, ratio = [], "13B ShareGPT", "recompute over swap"
+        ours = {key: done[run].normalized_latency for key, run in self._runs().items()}
+        for (mode, block), latency in ours.items():
+            printed, where = FIG19B[mode][block], f"{setting}, {mode}"
+            rows.append(_row(self.name, where, block, "s/token", printed, latency, "D12"))
+        ratios = {b: ours["recompute", b] / ours["swap", b] for b in FIG19B["swap"]}
+        for block, found in ratios.items():
+            printed = FIG19B["recompute"][block] / FIG19B["swap"][block]
+            rows.append(_row(self.name, setting, block, ratio, printed, found, "D12"))
+        text = TEXT["comparable_blocks"]
+        low, high = text.value
+        middle = [found for block, found in ratios.items() if low <= block <= high]
+        furthest = max(middle, key=lambda found: abs(found - 1.0))
+        metric = f"{ratio}, furthest from 1 (our criterion)"
+        where = text.figure, f"{setting}, blocks of {low} to {high}", metric
+        rows.append(between(*where, 1 / 1.25, 1.25, furthest))
+        text = TEXT["recompute_over_swap_up_to"]
+        where = text.figure, "Fig. 19a as the paper draws it", f"{ratio} in + out, % above"
+        most = 100.0 * (max(FIG19A_RATIO.values()) - 1.0)
+        rows.append(between(*where, -math.inf, text.value, most))
+        return rows

@@ -1,37 +1,88 @@
 """Figs. 12, 14, 16 and 17: how many requests per second each system sustains.
 
-Reproduces: sections 6.2 to 6.5. Every curve (panels.py) is simulated at the rates that the paper
-draws and read as the paper's is (curves.py); the rows are the rate at 0.5 s/token, vLLM's ratio to
-the others at 0.5 and 0.2, and every drawn point of Fig. 12: below the knee its latency, above it
-the rate. Points to which the latency model was fitted are marked.
+Reproduces: sections 6.2 to 6.5, with the artifact's settings where the paper does not say. A figure
+is panels, a panel has a curve for each system (curves.py): the paper's points, and the run that
+gives ours at any rate. Every curve is simulated at the rates that the paper draws and read as the
+paper's is; the rows are the rate at 0.5 s/token, vLLM's ratio to the others at 0.5 and 0.2, and
+every drawn point of Fig. 12: below the knee its latency, above it the rate.
+
+    Fig12(("ShareGPT",)).curves["ShareGPT", "opt-13b"]["vLLM"].rates
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from statistics import median
+from typing import Any
 
 from vllm_sim import paper
-from vllm_sim.evaluation import comparison as why
-from vllm_sim.evaluation.comparison import Row, between, relative
-from vllm_sim.evaluation.curves import Curve, Done, Point, fitted_points
-from vllm_sim.evaluation.panels import (
-    BEAM_SECONDS,
-    CurveFigure,
-    Panels,
-    fig12_panels,
-    fig14_panels,
-    fig16_panels,
-    fig17_panels,
-)
-from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, ORCAS, VLLM
+from vllm_sim.evaluation.comparison import Figure, Row, between, relative
+from vllm_sim.evaluation.curves import Curve, Point, fitted_points
+from vllm_sim.evaluation.experiments import Done, Run
+from vllm_sim.evaluation.figures_memory import BATCH_WINDOW_S, THETA
+from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, ORCA_POW2, ORCAS, TEXT, VLLM
 
 AT = f"requests/s at {paper.RATE_AT_LATENCY:g} s/token"
 RATIO = f"rate, ratio at {paper.RATE_AT_LATENCY:g} s/token"
 SHORT = {"opt-13b": "13B", "opt-66b": "66B", "opt-175b": "175B"}
+HOUR = 3600.0
+# Fig. 14's beam search runs the artifact's ten minutes, for the time that the paper's hour takes.
+BEAM_SECONDS = float(paper.ARTIFACT_RUNS["Fig. 12"]["seconds"])
 FEW_REQUESTS = 200
+KNEE = 1.5  # times the first point's latency: a drawn point above it is on the knee or beyond
+# The artifact's scheduler for vLLM with prefixes, and the only reading of the 175B panels that
+# fits, has the older default of 256 sequences instead of 2048 (docs/differences.md).
+OLDER_MAX_SEQUENCES = 256
+Panel = Mapping[str, Curve]  # by system
+Panels = Mapping[Any, Panel]  # by what tells the panels apart
+
+
+class CurveFigure(Figure):
+    """A figure that is nothing but curves."""
+
+    @property
+    @abstractmethod
+    def curves(self) -> Panels:
+        """Its panels."""
+
+    def needed(self, done: Done) -> list[Run]:
+        """The next runs of every curve."""
+        panels = self.curves.values()
+        return [run for panel in panels for curve in panel.values() for run in curve.needed(done)]
+
+
+def panel_of(
+    run: Run, points: Mapping[str, tuple[Point, ...]], next_rates: Mapping[str, float]
+) -> dict[str, Curve]:
+    """Each system's curve, where all of them serve what this run does."""
+    return {
+        system: Curve(replace(run, system=system), line, next_rates.get(system))
+        for system, line in points.items()
+    }
+
+
+def rates_of(panel: Panel, done: Done, latency: float = paper.RATE_AT_LATENCY) -> dict[str, float]:
+    """Requests/s that each system of a panel sustains at a latency."""
+    return {system: curve.rate_at(done, latency) for system, curve in panel.items()}
+
+
+def over(
+    figure: str,
+    panel: str,
+    system: str,
+    printed: float,
+    rates: Mapping[str, float],
+    percent: float,
+    reason: str = "",
+    metric: str = RATIO,
+) -> Row:
+    """The row on vLLM's rate over that of another system of a panel."""
+    ratio = rates[VLLM] / rates[system]
+    return relative(figure, f"{panel}, vLLM / {system}", metric, printed, ratio, percent, reason)
 
 
 @dataclass(frozen=True)
@@ -41,61 +92,50 @@ class Fig12(CurveFigure):
     datasets: tuple[str, ...] = ("ShareGPT", "Alpaca")
     name = "Fig. 12"
 
-    def curves(self, seed: int) -> Panels:
-        return fig12_panels(self.datasets, seed)
+    @cached_property
+    def curves(self) -> Panels:
+        """By data set and model."""
+        panels = {}
+        for (dataset, model), points in paper.FIG12_CURVES.items():
+            if dataset not in self.datasets:
+                continue
+            seconds = float(paper.TRACE_SECONDS[model])
+            run = Run(VLLM, model, dataset, 1.0, seconds, window_s=BATCH_WINDOW_S)
+            panel = panel_of(run, points, paper.FIG12_NEXT_RATES[dataset, model])
+            panel = {system: replace(curve, knee=KNEE) for system, curve in panel.items()}
+            if model == "opt-175b":
+                run = replace(run, max_num_seqs=OLDER_MAX_SEQUENCES)
+                panel[VLLM] = replace(panel[VLLM], run=run)
+            # An hour for every model, as in the artifact; and its curve rises without a knee.
+            static = panel[FASTER_TRANSFORMER]
+            run = replace(static.run, seconds=HOUR)
+            panel[FASTER_TRANSFORMER] = replace(static, run=run, knee=math.inf)
+            panels[dataset, model] = panel
+        return panels
 
-    def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
+    def rows(self, done: Done) -> list[Row]:
         rows: list[Row] = []
-        ratios: list[tuple[float, float]] = []
-        for (dataset, model), curves in self.curves(seed).items():
+        for (dataset, model), curves in self.curves.items():
             panel = f"{SHORT[model]} {dataset}"
-            rates = self.rates(curves, done)
+            rates, rates_02 = rates_of(curves, done), rates_of(curves, done, 0.2)
             for system, printed in paper.FIG12_RATES[dataset][model].items():
-                percent, reason = self._tolerance(model, system)
-                rows.append(
-                    relative(
-                        self.name, f"{panel}, {system}", AT, printed, rates[system], percent, reason
-                    )
-                )
+                most, reason = (12.0 if system == VLLM else 25.0), ""
+                if system == FASTER_TRANSFORMER:
+                    most = 10.0
+                elif model == "opt-175b":
+                    reason = "D4"
+                where = self.name, f"{panel}, {system}", AT
+                rows.append(relative(*where, printed, rates[system], most, reason))
             for system, printed in paper.FIG12_VLLM_OVER[dataset][model].items():
-                ours = rates[VLLM] / rates[system]
-                static = system == FASTER_TRANSFORMER
-                rows.append(
-                    relative(
-                        self.name,
-                        f"{panel}, vLLM / {system}",
-                        RATIO,
-                        printed,
-                        ours,
-                        25.0 if static else 18.0,
-                    )
-                )
-                if not static:
-                    ratios.append((printed, ours))
+                most = 25.0 if system == FASTER_TRANSFORMER else 18.0
+                rows.append(over(self.name, panel, system, printed, rates, most))
+            metric = "rate, ratio at 0.2 s/token"
             for system, printed in paper.FIG12_VLLM_OVER_AT_02[dataset][model].items():
-                ours = curves[VLLM].rate_at(done, 0.2) / curves[system].rate_at(done, 0.2)
-                rows.append(
-                    relative(
-                        self.name,
-                        f"{panel}, vLLM / {system}",
-                        "rate, ratio at 0.2 s/token",
-                        printed,
-                        ours,
-                        18.0,
-                    )
-                )
+                rows.append(over(self.name, panel, system, printed, rates_02, 18.0, metric=metric))
             for system, curve in curves.items():
                 fitted = fitted_points(dataset, model, system)
                 rows += self._points(f"{panel}, {system}", curve, done, fitted)
-        if len(self.datasets) == 2:
-            rows += self._text(ratios, rows)
-        return rows
-
-    def _tolerance(self, model: str, system: str) -> tuple[float, str]:
-        if system == FASTER_TRANSFORMER:
-            return 10.0, ""
-        reason = why.CURVE_175B if model == "opt-175b" else ""
-        return (12.0 if system == VLLM else 25.0), reason
+        return rows + self._text(rows) if len(self.datasets) == 2 else rows
 
     def _points(
         self, setting: str, curve: Curve, done: Done, fitted: tuple[Point, ...]
@@ -109,102 +149,42 @@ class Fig12(CurveFigure):
             if latency < below and rate in seen:
                 continue  # one curve has two points at one rate: the first counts
             seen.add(rate)
-            reason = why.TINY_TRACE if rate * curve.run.seconds < FEW_REQUESTS else ""
+            reason = "D5" if rate * curve.run.seconds < FEW_REQUESTS else ""
+            row = partial(relative, self.name, setting, reason=reason)
             if latency < below:
-                row = relative(
-                    self.name,
-                    setting,
-                    f"s/token at {rate:g} requests/s",
-                    latency,
-                    ours[float(rate)],
-                    20.0,
-                    reason,
-                )
-                rows.append(replace(row, fitted=(rate, latency) in fitted))
+                metric = f"s/token at {rate:g} requests/s"
+                drawn = row(metric, latency, ours[float(rate)], 20.0)
+                rows.append(replace(drawn, fitted=(rate, latency) in fitted))
             else:
-                rows.append(
-                    relative(
-                        self.name,
-                        setting,
-                        f"requests/s at {latency:g} s/token",
-                        float(rate),
-                        curve.rate_at(done, latency),
-                        25.0,
-                        reason,
-                    )
-                )
+                metric = f"requests/s at {latency:g} s/token"
+                rows.append(row(metric, float(rate), curve.rate_at(done, latency), 25.0))
         return rows
 
-    def _text(self, ratios: list[tuple[float, float]], rows: list[Row]) -> list[Row]:
+    def _text(self, rows: list[Row]) -> list[Row]:
         """What the text says of all panels together."""
-        name, text = self.name, paper.TEXT
-        near = sum(abs(ours / printed - 1.0) <= 0.10 for printed, ours in ratios)
-        found = [
-            between(
-                name,
-                "6 panels, vLLM / Orca",
-                "ratios within 10 % (our criterion)",
-                15,
-                18,
-                near,
-                why.CURVE_175B,
-            )
-        ]
-        over = {row.setting: row.ours for row in rows if row.metric == RATIO}
-        sharegpt = {s: v for s, v in over.items() if "ShareGPT" in s}
-
-        def extreme(key: str, system: str, pick: int, reason: str = "") -> None:
-            values = [v for s, v in sharegpt.items() if s.endswith(f"/ {system}")]
-            printed = text[key].value[pick]
-            found.append(
-                relative(
-                    text[key].figure,
-                    f"ShareGPT, vLLM / {system}",
-                    f"rate, {('lowest', 'highest')[pick]} ratio",
-                    printed,
-                    of_all((min, max)[pick], values),
-                    18.0,
-                    reason,
-                )
-            )
-
-        extreme("over_oracle_sharegpt", ORCA_ORACLE, 0)
-        extreme("over_oracle_sharegpt", ORCA_ORACLE, 1, why.TEXT_RANGES)
-        extreme("over_max_sharegpt", ORCA_MAX, 0)
-        extreme("over_max_sharegpt", ORCA_MAX, 1, why.TEXT_RANGES)
-        static = of_all(max, [v for s, v in over.items() if s.endswith(FASTER_TRANSFORMER)])
-        found.append(
-            relative(
-                text["over_ft_up_to"].figure,
-                "vLLM / FasterTransformer",
-                "rate, highest ratio",
-                text["over_ft_up_to"].value,
-                static,
-                18.0,
-            )
-        )
-        low, high = text["overall"].value
-        found.append(
-            between(
-                text["overall"].figure,
-                "6 panels, vLLM / Orca",
-                "rate, median of 18 ratios",
-                low,
-                high,
-                of_all(median, [ours for _, ours in ratios]),
-            )
-        )
-        basic = text["over_oracle_alpaca"]
-        found.append(
-            relative(
-                basic.figure,
-                "13B Alpaca, vLLM / Orca (Oracle)",
-                RATIO,
-                basic.value,
-                over["13B Alpaca, vLLM / Orca (Oracle)"],
-                18.0,
-            )
-        )
+        ratios = [row for row in rows if row.metric == RATIO]
+        ours = {row.setting: row.ours for row in ratios}
+        over_orcas = [row for row in ratios if not row.setting.endswith(FASTER_TRANSFORMER)]
+        near = sum(abs(row.ours / row.paper - 1.0) <= 0.10 for row in over_orcas)
+        where = self.name, "6 panels, vLLM / Orca", "ratios within 10 % (our criterion)"
+        found = [between(*where, 15, 18, near, "D4")]
+        for key, system in (("over_oracle_sharegpt", ORCA_ORACLE), ("over_max_sharegpt", ORCA_MAX)):
+            text = TEXT[key]
+            low, high = text.value
+            values = [v for s, v in ours.items() if "ShareGPT" in s and s.endswith(f"/ {system}")]
+            row = partial(relative, text.figure, f"ShareGPT, vLLM / {system}", percent=18.0)
+            found.append(row("rate, lowest ratio", low, of_all(min, values)))
+            found.append(row("rate, highest ratio", high, of_all(max, values), reason="D13"))
+        text = TEXT["over_ft_up_to"]
+        highest = of_all(max, [v for s, v in ours.items() if s.endswith(FASTER_TRANSFORMER)])
+        where = text.figure, "vLLM / FasterTransformer", "rate, highest ratio"
+        found.append(relative(*where, text.value, highest, 18.0))
+        text = TEXT["overall"]
+        middle = of_all(median, [row.ours for row in over_orcas])
+        where = text.figure, "6 panels, vLLM / Orca", "rate, median of 18 ratios"
+        found.append(between(*where, *text.value, middle))
+        text, setting = TEXT["over_oracle_alpaca"], "13B Alpaca, vLLM / Orca (Oracle)"
+        found.append(relative(text.figure, setting, RATIO, text.value, ours[setting], 18.0))
         return found
 
 
@@ -215,155 +195,96 @@ def of_all(pick: Callable[[list[float]], float], values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Fig14(CurveFigure):
-    """Parallel sampling, and beam search for so many seconds, OPT-13B, Alpaca."""
+    """Parallel sampling, an hour, and beam search for so many seconds, OPT-13B, Alpaca."""
 
     beam_seconds: float = BEAM_SECONDS
     name = "Fig. 14"
 
-    def curves(self, seed: int) -> Panels:
-        return fig14_panels(seed, self.beam_seconds)
+    @cached_property
+    def curves(self) -> Panels:
+        """By decoding and number of sequences."""
+        seconds = {"parallel": float(paper.TRACE_SECONDS["opt-13b"]), "beam": self.beam_seconds}
+        panels = {}
+        for (decoding, width), points in paper.FIG14_CURVES.items():
+            options = {"decoding": decoding, "width": width, "theta": THETA["Alpaca"]}
+            run = Run(VLLM, "opt-13b", "Alpaca", 1.0, seconds[decoding], **options)
+            next_rates = paper.FIG14_NEXT_RATES[decoding, width]
+            panels[decoding, width] = panel_of(run, points, next_rates)
+        return panels
 
-    def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
+    def rows(self, done: Done) -> list[Row]:
         rows = []
-        for (decoding, width), curves in self.curves(seed).items():
+        ratio_most = {
+            "parallel": {ORCA_ORACLE: 10.0, ORCA_POW2: 10.0, ORCA_MAX: 20.0},
+            "beam": {ORCA_ORACLE: 15.0, ORCA_POW2: 20.0, ORCA_MAX: 30.0},
+        }
+        for (decoding, width), curves in self.curves.items():
             panel = f"13B Alpaca, {decoding} {width}"
-            rates = self.rates(curves, done)
-            reason = why.BEAM if decoding == "beam" else ""
+            rates = rates_of(curves, done)
+            reason = "D6" if decoding == "beam" else ""
             for system, printed in paper.FIG14_RATES[decoding][width].items():
-                rows.append(
-                    relative(
-                        self.name, f"{panel}, {system}", AT, printed, rates[system], 20.0, reason
-                    )
-                )
+                where = self.name, f"{panel}, {system}", AT
+                rows.append(relative(*where, printed, rates[system], 20.0, reason))
             for system, printed in paper.FIG14_VLLM_OVER[decoding][width].items():
-                most = {ORCA_ORACLE: 10.0, ORCA_POW2: 10.0, ORCA_MAX: 20.0}[system]
-                if decoding == "beam":
-                    most = {ORCA_ORACLE: 15.0, ORCA_POW2: 20.0, ORCA_MAX: 30.0}[system]
-                rows.append(
-                    relative(
-                        self.name,
-                        f"{panel}, vLLM / {system}",
-                        RATIO,
-                        printed,
-                        rates[VLLM] / rates[system],
-                        most,
-                        reason,
-                    )
-                )
-        curves = self.curves(seed)["beam", 6]
-        text = paper.TEXT["over_oracle_beam6"]
-        rows.append(
-            relative(
-                text.figure,
-                "13B Alpaca, beam 6, vLLM / Orca (Oracle)",
-                RATIO,
-                text.value,
-                curves[VLLM].rate_at(done) / curves[ORCA_ORACLE].rate_at(done),
-                15.0,
-                why.BEAM,
-            )
-        )
+                most = ratio_most[decoding][system]
+                rows.append(over(self.name, panel, system, printed, rates, most, reason))
+        text, rates = TEXT["over_oracle_beam6"], rates_of(self.curves["beam", 6], done)
+        panel = "13B Alpaca, beam 6"
+        rows.append(over(text.figure, panel, ORCA_ORACLE, text.value, rates, 15.0, "D6"))
         return rows
 
 
-@dataclass(frozen=True)
 class Fig16(CurveFigure):
     """A shared prefix: translation with LLaMA-13B."""
 
     name = "Fig. 16"
 
-    def curves(self, seed: int) -> Panels:
-        return fig16_panels(seed)
+    @cached_property
+    def curves(self) -> Panels:
+        """By how many examples the shared prefix holds."""
+        seconds = float(paper.ARTIFACT_RUNS["Fig. 16"]["seconds"])
+        panels = {}
+        for shots, points in paper.FIG16_CURVES.items():
+            run = Run(VLLM, "llama-13b", f"WMT16 {shots}", 1.0, seconds)
+            run = replace(run, max_num_seqs=OLDER_MAX_SEQUENCES)
+            panels[shots] = panel_of(run, points, {})
+        return panels
 
-    def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
+    def rows(self, done: Done) -> list[Row]:
         rows = []
-        for shots, curves in self.curves(seed).items():
-            rates = self.rates(curves, done)
-            printed = paper.FIG16[shots]
+        for shots, curves in self.curves.items():
+            rates, printed = rates_of(curves, done), paper.FIG16[shots]
+            panel = f"LLaMA-13B WMT16 {shots}"
             for system, rate in rates.items():
-                rows.append(
-                    relative(
-                        self.name,
-                        f"LLaMA-13B WMT16 {shots}, {system}",
-                        AT,
-                        printed[system],
-                        rate,
-                        20.0,
-                        why.PREFILL,
-                    )
-                )
-            rows.append(
-                relative(
-                    self.name,
-                    f"LLaMA-13B WMT16 {shots}, vLLM / Orca (Oracle)",
-                    RATIO,
-                    printed["ratio"],
-                    rates[VLLM] / rates[ORCA_ORACLE],
-                    15.0,
-                    why.PREFILL,
-                )
-            )
-            rows.append(
-                relative(
-                    "Sec. 6.4",
-                    f"LLaMA-13B WMT16 {shots}, vLLM / Orca (Oracle)",
-                    RATIO,
-                    printed["text_ratio"],
-                    rates[VLLM] / rates[ORCA_ORACLE],
-                    15.0,
-                    why.PREFILL,
-                )
-            )
+                where = self.name, f"{panel}, {system}", AT
+                rows.append(relative(*where, printed[system], rate, 20.0, "D7"))
+            for figure, ratio in ((self.name, "ratio"), ("Sec. 6.4", "text_ratio")):
+                value = printed[ratio]
+                rows.append(over(figure, panel, ORCA_ORACLE, value, rates, 15.0, "D7"))
         return rows
 
 
-@dataclass(frozen=True)
 class Fig17(CurveFigure):
     """The chatbot: prompts cut to 1024 tokens."""
 
     name = "Fig. 17"
 
-    def curves(self, seed: int) -> Panels:
-        return fig17_panels(seed)
+    @cached_property
+    def curves(self) -> Panels:
+        """One, the chatbot's."""
+        run = Run(VLLM, "opt-13b", "chat", 1.0, float(paper.TRACE_SECONDS["opt-13b"]))
+        return {"chatbot": panel_of(run, paper.FIG17_CURVES, paper.FIG17_NEXT_RATES)}
 
-    def rows(self, done: Done, seed: int, several: bool) -> list[Row]:
-        (curves,) = self.curves(seed).values()
-        rates = self.rates(curves, done)
-        printed = paper.FIG17_RATES
+    def rows(self, done: Done) -> list[Row]:
+        rates, printed = rates_of(self.curves["chatbot"], done), paper.FIG17_RATES
+        panel = "13B chatbot"
         rows = [
-            relative(
-                self.name,
-                f"13B chatbot, {system}",
-                AT,
-                printed[system],
-                rates[system],
-                20.0,
-                why.CHATBOT_DATA,
-            )
-            for system in printed
+            relative(self.name, f"{panel}, {system}", AT, value, rates[system], 20.0, "D9")
+            for system, value in printed.items()
         ]
         for system in ORCAS:
-            rows.append(
-                relative(
-                    self.name,
-                    f"13B chatbot, vLLM / {system}",
-                    RATIO,
-                    printed[VLLM] / printed[system],
-                    rates[VLLM] / rates[system],
-                    8.0,
-                    why.CHATBOT_DATA,
-                )
-            )
-        text = paper.TEXT["chatbot"]
-        rows.append(
-            relative(
-                text.figure,
-                "13B chatbot, vLLM / Orca (Oracle)",
-                RATIO,
-                text.value,
-                rates[VLLM] / rates[ORCA_ORACLE],
-                8.0,
-                why.CHATBOT_TEXT,
-            )
-        )
+            ratio = printed[VLLM] / printed[system]
+            rows.append(over(self.name, panel, system, ratio, rates, 8.0, "D9"))
+        text = TEXT["chatbot"]
+        rows.append(over(text.figure, panel, ORCA_ORACLE, text.value, rates, 8.0, "D8"))
         return rows

@@ -108,7 +108,7 @@ def _panel14(key: tuple[str, int]) -> Panel:
 
 def _curves(found: Found, about: str, panel: Callable[..., Panel]) -> Figure:
     """A panel a setting, three in a row; `panel` tells what its key in the curves means."""
-    panels = found.figure.curves(0)
+    panels = found.figure.curves
     columns = min(3, len(panels))
     figure, grid = _sheet(found, about, columns, -(-len(panels) // columns))
     for number, (axes, (key, curves)) in enumerate(zip(grid, panels.items())):

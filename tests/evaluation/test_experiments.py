@@ -1,0 +1,140 @@
+"""experiments.py: what the simulator may know, what a run serves, and where its memory is."""
+
+import ast
+import gc
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kv_cache_manager import PagedKVCacheManager
+from vllm_sim import paper
+from vllm_sim.evaluation.experiments import MemoryMeter, Run, execute, groups_for, manager_for
+from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, SYSTEMS, VLLM
+from vllm_sim.serving.scheduler import Iteration
+from vllm_sim.workload.data_sets import Lengths
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPACT = Lengths({})
+SHORT = Run(VLLM, "opt-13b", "Alpaca", 1.0, 10.0)
+
+# --- what the simulator may know -----------------------------------------------------------------
+
+SIMULATOR = [
+    *(ROOT / f"{name}.py" for name in ("sequence", "allocators", "kv_cache_manager")),
+    *(ROOT / "vllm_sim" / "serving").glob("*.py"),
+    *(ROOT / "vllm_sim" / "workload").glob("*.py"),
+    ROOT / "vllm_sim" / "evaluation" / "experiments.py",
+]
+# Of the paper: shapes of models and GPUs, the names of the systems, and the artifact's limits.
+SHAPES_AND_LIMITS = (
+    "BLOCK_SIZE DEPLOYMENTS Deployment FASTER_TRANSFORMER FT_BATCH_SIZE FT_MAX_TOTAL_LEN "
+    "MAX_BATCHED_TOKENS MAX_MODEL_LEN MAX_SEQUENCES ORCA_MAX ORCA_ORACLE ORCA_POW2 "
+    "SWAP_BYTES_PER_GPU SYSTEMS VLLM WATERMARK kv_blocks"
+)
+
+
+@pytest.mark.parametrize("path", SIMULATOR, ids=lambda path: path.stem)
+def test_the_simulator_reads_no_published_value(path):
+    read = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="ascii"))):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("vllm_sim.paper") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("vllm_sim.paper"):
+            assert node.module == "vllm_sim.paper"
+            read |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "paper":
+            read.add(node.attr)
+    assert read <= set(SHAPES_AND_LIMITS.split())
+
+
+def test_outcomes_do_not_change_with_the_published_values(monkeypatch):
+    run = Run(VLLM, "opt-13b", "ShareGPT", 2.0, 30.0)
+    before = execute(run, COMPACT)
+    for name in dir(paper):
+        if name.startswith(("FIG", "TABLE1", "TEXT", "BLOG")):
+            monkeypatch.setattr(paper, name, None)
+    assert execute(run, COMPACT) == before
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_serves_all_requests(system):
+    run = Run(system, "opt-13b", "ShareGPT", 1.0, 60.0)
+    outcome = execute(run, COMPACT)
+    arrivals = COMPACT.columns("ShareGPT", 1.0, 60.0, 0)[0]
+    assert outcome.num_requests == len(arrivals) and outcome.normalized_latency > 0.02
+
+
+@pytest.mark.parametrize("system", [system for system in SYSTEMS if system != FASTER_TRANSFORMER])
+@pytest.mark.parametrize(("decoding", "width"), [("single", 1), ("parallel", 3), ("beam", 3)])
+def test_runs_hold_all_invariants_when_checked(system, decoding, width):
+    run = Run(system, "opt-13b", "Alpaca", 8.0, 4.0, decoding=decoding, width=width)
+    checked, quick = execute(run, COMPACT, check=True), execute(run, COMPACT)
+    assert math.isclose(checked.normalized_latency, quick.normalized_latency, rel_tol=1e-9)
+    assert replace(checked, normalized_latency=0.0) == replace(quick, normalized_latency=0.0)
+
+
+def test_only_vllm_holds_the_shared_prefix():
+    ours = Run(VLLM, "llama-13b", "WMT16 5-shot", 1.0, 5.0)
+    assert manager_for(ours).usage().tokens == 336
+    columns = COMPACT.columns("WMT16 5-shot", 1.0, 5.0, 0)
+    shared, stored = (groups_for(run, columns) for run in (ours, replace(ours, system=ORCA_ORACLE)))
+    assert {group.own_prompt_len for group in shared} == set(columns[1])
+    assert {group.own_prompt_len for group in stored} == {336 + p for p in columns[1]}
+
+
+def test_memory_is_measured_in_the_window_alone():
+    run = Run(ORCA_MAX, "opt-13b", "ShareGPT", 4.0, 60.0, window_s=(20.0, 60.0), memory=True)
+    outcome = execute(run, COMPACT)
+    assert abs(sum(outcome.shares.values()) - 1.0) < 1e-9
+    assert outcome.mean_batch == 7.0, "full all the time, as seven reservations fit"
+
+
+def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
+    """They count for where the slots are, and for Fig. 15's saving only those that hold blocks."""
+    manager = PagedKVCacheManager(8, 4, watermark=0.0)
+    meter = MemoryMeter(manager)
+    meter.on_iteration(Iteration(0, 0.0))
+    assert (meter.mean.shares["free"], meter.mean.saving) == (1.0, 0.0)
+    manager.allocate(1, 8)
+    manager.fork(1, 2)
+    meter.on_iteration(Iteration(1, 1.0))
+    assert meter.mean.shares["free"] == (1.0 + 0.75) / 2
+    assert meter.mean.saving == 0.5  # four logical blocks in two
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_a_run_leaves_the_garbage_collector_as_it_was(collecting):
+    was = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        execute(SHORT, COMPACT)
+        assert gc.isenabled() is collecting
+    finally:
+        (gc.enable if was else gc.disable)()
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"system": "vllm 2"}, "unknown system or model"),
+        ({"model": "gpt-2"}, "unknown system or model"),
+        ({"rate": 0.0}, "positive"),
+        ({"rate": -1.0}, "positive"),
+        ({"seconds": 0.0}, "positive"),
+        ({"width": 0}, "width"),
+    ],
+)
+def test_runs_that_make_no_sense_are_refused(bad, says):
+    with pytest.raises(ValueError, match=says):
+        replace(SHORT, **bad)
+
+
+def test_a_beam_search_that_is_longer_than_any():
+    beam = replace(SHORT, decoding="beam", width=2)
+    with pytest.raises(ValueError, match="no beam search of 1000000 steps"):
+        groups_for(beam, ([0.0], [5], [10**6]))
