@@ -18,6 +18,7 @@ import argparse
 import os
 import sys
 import time
+from concurrent.futures import BrokenExecutor
 from functools import partial
 
 from vllm_sim.reporting import command_line
@@ -26,6 +27,7 @@ from vllm_sim.reporting.command_line import UsageError, exit_code
 if __name__ == "__main__":
     command_line.begin("reproduce.py", "numpy", "tabulate")
 
+from allocators import CacheError
 from vllm_sim.evaluation.options import BEAM_SECONDS, FIGURES, build_parser, check
 from vllm_sim.reporting.progress import Progress
 
@@ -69,16 +71,12 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
 def parse_and_run(argv: list[str] | None) -> int:
     """The exit code. Raises UsageError for what cannot be used."""
     args = build_parser().parse_args(argv)
-    from concurrent.futures.process import BrokenProcessPool
-
-    from allocators import CacheError
-
     try:
         with Progress.on(sys.stderr, "reproduce.py", quiet=args.quiet) as progress:
             return run(args, progress)
     except (CacheError, ValueError) as error:  # bad lengths are a WorkloadError, a ValueError
         raise UsageError(str(error)) from None
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise UsageError("a process was killed, out of memory perhaps; lower --jobs") from None
 
 
