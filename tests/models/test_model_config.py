@@ -1,4 +1,4 @@
-"""model_config.py and what it stands on: published counts, and what is refused by name."""
+"""Models by their config.json: published counts, and what is refused by name."""
 
 import io
 import json
@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 from published_models import PUBLISHED
-from vllm_sim.models.decoder import Decoder, Experts
-from vllm_sim.models.load import FAMILIES, NO_PLAIN_CACHE, load_model, model_of
 
-from vllm_sim import paper
+from vllm_sim.models import GPUS, MODELS, Deployment, Model, load_model
 from vllm_sim.models.config_file import MAX_BYTES, Config, ConfigError, quantisation, read_config
-from vllm_sim.models.memory_plan import PlanError, heads_per_gpu, slot_bytes
+from vllm_sim.models.families import FAMILIES
+from vllm_sim.models.memory_plan import PlanError
+from vllm_sim.models.model import Experts
+from vllm_sim.models.presets import NO_PLAIN_CACHE, model_of
 from vllm_sim.reporting import files as input_files
 
 LLAMA = PUBLISHED["Llama-3-8B"][1]
@@ -40,7 +41,7 @@ def refused(values, **changes):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts_to_the_last_one(name):
     count, values = PUBLISHED[name]
-    assert model(values).decoder.weights().total == count
+    assert model(values).weights().total == count
 
 
 def test_every_family_has_a_published_model():
@@ -48,12 +49,10 @@ def test_every_family_has_a_published_model():
     assert tested | {"gemma3"} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", paper.MODELS)
-def test_presets_are_the_papers_models(name):
-    preset, decoder = paper.MODELS[name], load_model(name).decoder
-    assert decoder.weights().total == preset.num_params
-    assert decoder.slot_elements * 2 == preset.kv_bytes_per_token
-    assert (decoder.max_len, decoder.family) == (preset.max_positions, preset.family)
+@pytest.mark.parametrize(("name", "released"), [("opt-125m", "OPT-125M"), ("opt-13b", "OPT-13B")])
+def test_a_preset_is_what_its_configuration_says(name, released):
+    found = model_of(Config("config.json", PUBLISHED[released][1]), name)
+    assert replace(found, embedding_size=None) == load_model(name) == MODELS[name]
 
 
 @pytest.mark.parametrize(
@@ -68,13 +67,13 @@ def test_presets_are_the_papers_models(name):
 )
 def test_active_parameters_of_a_token(name, billions):
     """Those of the layers, the embeddings counted whole (makers leave one or both out)."""
-    active = model(PUBLISHED[name][1]).decoder.weights().active
+    active = model(PUBLISHED[name][1]).weights().active
     assert active / 1e9 == pytest.approx(billions, abs=0.05)
 
 
 def test_counting_by_hand_a_small_model():
     """Each part of a decoder with everything switched on, from its tensors' shapes."""
-    d = Decoder(
+    d = Model(
         "small",
         "none",
         hidden_size=6,
@@ -140,7 +139,7 @@ def test_counting_by_hand_a_small_model():
 )
 def test_what_an_option_adds(values, changes, difference):
     before, after = model(values), model(values, **changes)
-    assert after.decoder.weights().total - before.decoder.weights().total == difference
+    assert after.weights().total - before.weights().total == difference
 
 
 # ---- the cache --------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def test_what_an_option_adds(values, changes, difference):
     ],
 )
 def test_elements_of_a_slot(name, elements):
-    assert model(PUBLISHED[name][1]).decoder.slot_elements == elements
+    assert model(PUBLISHED[name][1]).slot_elements == elements
 
 
 @pytest.mark.parametrize(
@@ -176,46 +175,47 @@ def test_elements_of_a_slot(name, elements):
     ],
 )
 def test_which_layers_slide(name, kinds):
-    layers = model(PUBLISHED[name][1]).decoder.cache_layers
+    layers = model(PUBLISHED[name][1]).cache_layers
     assert [(kind.count, kind.window) for kind in layers] == kinds
 
 
 def test_qwens_windows_start_late():
     values = PUBLISHED["Qwen2-7B"][1] | {"use_sliding_window": True, "sliding_window": 4096}
-    assert not model(values).decoder.windows  # max_window_layers is 28, of 28
-    windows = model(values, max_window_layers=20).decoder.windows
+    assert not model(values).windows  # max_window_layers is 28, of 28
+    windows = model(values, max_window_layers=20).windows
     assert windows == (None,) * 20 + (4096,) * 8
 
 
 def test_layer_types_go_before_the_familys_pattern():
     types = ["full_attention"] * 25 + ["sliding_attention"]
-    windows = model(PUBLISHED["Gemma-3-1B"][1], layer_types=types).decoder.windows
+    windows = model(PUBLISHED["Gemma-3-1B"][1], layer_types=types).windows
     assert windows == (None,) * 25 + (512,)
 
 
 def test_what_is_cached_by_length_token_by_token():
-    decoder = model(PUBLISHED["Gemma-3-1B"][1]).decoder
+    decoder = model(PUBLISHED["Gemma-3-1B"][1])
     for length in (1, 511, 512, 513, 5000):
         kept = sum(min(length, window or length) for window in decoder.windows)
         assert decoder.cached_elements(length) == kept * 2 * 1 * 256
 
 
 def test_heads_are_split_or_copied():
-    decoder = model(LLAMA).decoder  # 32 query heads, 8 K/V heads
-    whole = decoder.slot_elements * 2
-    assert [heads_per_gpu(decoder, n) for n in (1, 2, 4, 8, 16, 32)] == [8, 4, 2, 1, 1, 1]
-    assert [slot_bytes(decoder, n, 2) * n // whole for n in (1, 2, 8, 16, 32)] == [1, 1, 1, 2, 4]
-    for num_gpus, said in ((3, "32 query heads"), (64, "32 query heads")):
-        with pytest.raises(PlanError, match=said):
-            heads_per_gpu(decoder, num_gpus)
-    odd = model(LLAMA, num_attention_heads=48, num_key_value_heads=12, head_dim=128).decoder
+    found = model(LLAMA)  # 32 query heads, 8 K/V heads
+    split = {n: Deployment(found, GPUS["h100"], n) for n in (1, 2, 4, 8, 16, 32)}
+    assert [one.kv_heads for one in split.values()] == [8, 4, 2, 1, 1, 1]
+    copies = [n * one.slot_bytes() / found.kv_bytes_per_token for n, one in split.items()]
+    assert copies == [1, 1, 1, 1, 2, 4]
+    for num_gpus in (3, 64):
+        with pytest.raises(PlanError, match=f"32 query heads cannot be split over {num_gpus}"):
+            Deployment(found, GPUS["h100"], num_gpus)
+    odd = model(LLAMA, num_attention_heads=48, num_key_value_heads=12, head_dim=128)
     with pytest.raises(PlanError, match="12 K/V heads can neither be split over 8 GPUs"):
-        heads_per_gpu(odd, 8)
+        Deployment(odd, GPUS["h100"], 8)
 
 
 def test_a_latent_cache_is_whole_on_every_gpu():
-    decoder = model(PUBLISHED["DeepSeek-V3"][1]).decoder
-    assert {slot_bytes(decoder, n, 1) for n in (1, 8, 16)} == {61 * 576}
+    found = model(PUBLISHED["DeepSeek-V3"][1])
+    assert {Deployment(found, GPUS["h200"], n).slot_bytes(1) for n in (1, 8, 16)} == {61 * 576}
 
 
 # ---- bytes of the weights ---------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_a_latent_cache_is_whole_on_every_gpu():
 
 def test_bytes_of_weights_by_type():
     found = model(LLAMA)
-    w = found.decoder.weights()
+    w = found.weights()
     assert found.weight_bytes(16) == 2 * w.total
     matrices = w.attention + w.kv_projection + w.feed_forward
     assert found.weight_bytes(8) == matrices + 2 * (w.embeddings + w.other)
@@ -232,13 +232,13 @@ def test_bytes_of_weights_by_type():
 def test_tensor_parallel_weights():
     """The parts over the GPUs are the whole, and more where something is on each."""
     found = model(LLAMA)
-    w = found.decoder.weights()
+    w = found.weights()
     extra = 7 * 2 * w.other
     assert 8 * found.weight_bytes(16, 8) == pytest.approx(2 * w.total + extra, abs=16)
     copied = 31 * 2 * w.other + 3 * 2 * w.kv_projection  # 8 K/V heads on 32 GPUs: 4 copies
     assert 32 * found.weight_bytes(16, 32) == pytest.approx(2 * w.total + copied, abs=64)
     deepseek = model(PUBLISHED["DeepSeek-V3"][1])
-    w = deepseek.decoder.weights()
+    w = deepseek.weights()
     extra = 7 * 2 * (w.other + w.latent)
     assert 8 * deepseek.weight_bytes(16, 8) == pytest.approx(2 * w.total + extra, abs=16)
 
@@ -272,7 +272,7 @@ def test_tensor_parallel_weights():
 )
 def test_quantised_checkpoints_are_sized_as_they_say(section, bytes_per_param):
     found = model(LLAMA, quantization_config=section)
-    w = found.decoder.weights()
+    w = found.weights()
     matrices = w.attention + w.kv_projection + w.feed_forward
     expected = matrices * bytes_per_param + 2 * (w.embeddings + w.other)
     assert found.weight_bytes(16) == math.ceil(expected)
@@ -282,7 +282,7 @@ def test_mxfp4_is_for_experts_alone():
     """gpt-oss-20b's checkpoint is 12.8 GiB, as its makers say; ours is within 0.5 %: expert
     biases count as 4-bit here, and are 16-bit there."""
     found = model(PUBLISHED["gpt-oss-20b"][1], quantization_config={"quant_method": "mxfp4"})
-    assert found.weight_bytes(16) / paper.GIB == pytest.approx(12.8, abs=0.07)
+    assert found.weight_bytes(16) / 2**30 == pytest.approx(12.8, abs=0.07)
 
 
 @pytest.mark.parametrize(
@@ -336,26 +336,26 @@ def test_the_text_model_of_a_multimodal_configuration():
         "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27},
     }
     found = model(values)
-    assert found.decoder.weights().total == 4_300_079_472 - 419_816_304
+    assert found.weights().total == 4_300_079_472 - 419_816_304
     assert found.vision_params == pytest.approx(419_816_304, rel=0.025)
-    assert found.weight_bytes(16) == 2 * (found.decoder.weights().total + found.vision_params)
-    assert found.decoder.slot_elements == 2 * 34 * 4 * 256
-    said = " ".join(found.decoder.notes)
+    assert found.weight_bytes(16) == 2 * (found.weights().total + found.vision_params)
+    assert found.slot_elements == 2 * 34 * 4 * 256
+    said = " ".join(found.notes)
     assert "num_key_value_heads" in said and "image encoder" in said
 
 
 def test_the_wrapper_decides_whether_the_head_is_tied():
     values = {"model_type": "llava", "text_config": LLAMA, "tie_word_embeddings": True}
-    assert model(values).decoder.tied
-    assert model(values).decoder.notes == ("only the text model is counted",)
-    assert not model(values, tie_word_embeddings=None).decoder.tied
+    assert model(values).tied
+    assert model(values).notes == ("only the text model is counted",)
+    assert not model(values, tie_word_embeddings=None).tied
 
 
 def test_what_is_not_counted_is_said():
-    (note,) = model(PUBLISHED["DeepSeek-V3"][1]).decoder.notes
+    (note,) = model(PUBLISHED["DeepSeek-V3"][1]).notes
     assert "MTP" in note
     unsized = {"model_type": "llava", "text_config": LLAMA, "vision_config": {"depth": 3}}
-    assert "not counted" in model(unsized).decoder.notes[0]
+    assert "not counted" in model(unsized).notes[0]
 
 
 # ---- what is refused --------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def test_each_key_that_is_missing_is_named_or_has_a_default(name):
     for key in set(values) - {"model_type"}:
         rest = {k: v for k, v in values.items() if k != key}
         try:
-            found = model(rest).decoder.weights().total
+            found = model(rest).weights().total
         except ConfigError as error:
             assert key in str(error), (key, error)
             needed += 1
@@ -448,7 +448,7 @@ def test_what_only_one_family_can_say_and_nobody_can_size(name, changes, said):
     values = PUBLISHED[name][1]
     assert refused(values, **changes) == f"config.json: {said}"
     for key, value in changes.items():
-        assert model(values, **{key: not value}).decoder == model(values).decoder
+        assert model(values, **{key: not value}) == model(values)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_what_only_one_family_can_say_and_nobody_can_size(name, changes, said):
     ],
 )
 def test_a_decoder_of_layers_that_it_has_not_is_refused(changes, said):
-    decoder = model(PUBLISHED["Gemma-3-1B"][1]).decoder
+    decoder = model(PUBLISHED["Gemma-3-1B"][1])
     with pytest.raises(ValueError, match=said):
         replace(decoder, **changes)
 
@@ -577,7 +577,7 @@ def test_no_configuration_gets_anything_but_a_model_or_an_error():
             assert "\n" not in str(error)
             errors += 1
         else:
-            assert 0 < found.decoder.weights().active <= found.decoder.weights().total
-            assert found.weight_bytes(8, 2) > 0 and found.decoder.cached_elements(10**4) > 0
+            assert 0 < found.weights().active <= found.weights().total
+            assert found.weight_bytes(8, 2) > 0 and found.cached_elements(10**4) > 0
             models += 1
     assert models > 200 and errors > 200

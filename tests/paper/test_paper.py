@@ -1,4 +1,4 @@
-"""Regime item 7: the published numbers against each other, the models against known sizes."""
+"""The published numbers against each other."""
 
 import dataclasses
 import math
@@ -6,23 +6,10 @@ import math
 import pytest
 
 from vllm_sim import paper
-from vllm_sim.paper import (
-    BLOCK_SIZE,
-    DEPLOYMENTS,
-    GIB,
-    GPU,
-    GPUS,
-    MODELS,
-    TABLE1,
-    TABLE1_DERIVED,
-    Deployment,
-    ModelConfig,
-    Published,
-    kv_blocks,
-    memory_per_gpu,
-)
+from vllm_sim.models import MODELS
+from vllm_sim.paper import TABLE1_DERIVED, Published
 
-COLUMNS = tuple(TABLE1)
+COLUMNS = tuple(paper.TABLE1)
 
 
 def half_unit(printed, decimals=None):
@@ -41,143 +28,12 @@ def check_quotient(top, bottom, printed, decimals, printed_decimals=None):
     assert low - slack <= printed <= high + slack, (top, bottom, printed)
 
 
-# ---- models, GPUs, Table 1 --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "params"),
-    [  # element counts of the released checkpoints
-        ("opt-125m", 125_239_296),
-        ("opt-1.3b", 1_315_758_080),
-        ("opt-6.7b", 6_658_473_984),
-        ("opt-13b", 12_853_473_280),
-        ("llama-13b", 13_015_864_320),
-    ],
-)
-def test_parameters_are_those_of_the_released_models(name, params):
-    assert MODELS[name].num_params == params
-    assert MODELS[name].param_bytes == 2 * params
-
-
-def test_grouped_queries_shrink_the_cache_and_the_projections():
-    full = MODELS["llama-13b"]
-    grouped = dataclasses.replace(full, num_kv_heads=10)
-    assert grouped.kv_bytes_per_token * 4 == full.kv_bytes_per_token
-    saved = 40 * 2 * 30 * 128 * 5120  # layers x (K and V) x heads x D x hidden
-    assert full.num_params - grouped.num_params == saved
-
-
 def test_one_token_and_one_request_of_opt_13b():
-    model = MODELS["opt-13b"]
-    assert model.kv_bytes_per_token == 800 * 1024 == paper.TEXT["kv_bytes_per_token"].value
-    request_gb = model.kv_bytes_per_token * paper.MAX_MODEL_LEN / 1e9
+    text, slot = paper.TEXT, MODELS["opt-13b"].kv_bytes_per_token
+    assert slot == 800 * 1024 == text["kv_bytes_per_token"].value
     # 1.68: the paper takes 800 KB times 2048 tokens as 1.6 GB
-    assert abs(request_gb - paper.TEXT["kv_gb_per_request"].value) < 0.1
-    assert math.floor(800e3 * 2048 / 1e8) / 10 == paper.TEXT["kv_gb_per_request"].value
-
-
-@pytest.mark.parametrize("name", COLUMNS)
-def test_table1_derived(name):
-    deployment, derived = DEPLOYMENTS[name], TABLE1_DERIVED[name]
-    blocks = kv_blocks(deployment)
-    assert blocks == derived["blocks"]
-    assert blocks * BLOCK_SIZE == derived["slots"]
-    gib = derived["slots"] * deployment.model.kv_bytes_per_token / GIB
-    assert abs(gib - derived["kv_cache_gib"]) <= half_unit(derived["kv_cache_gib"])
-    gb = memory_per_gpu(deployment).parameters * deployment.num_gpus / 1e9
-    assert abs(gb - derived["parameters_gb"]) <= half_unit(derived["parameters_gb"])
-
-
-@pytest.mark.parametrize("name", COLUMNS)
-def test_table1_printed(name):
-    printed, derived = TABLE1[name], TABLE1_DERIVED[name]
-    gpu_gb = 80 if DEPLOYMENTS[name].gpu.name == "a100-80gb" else 40
-    assert printed["total_gb"] == gpu_gb * DEPLOYMENTS[name].num_gpus
-    assert round(derived["kv_cache_gib"]) == printed["kv_cache_gb"]
-    # The two known exceptions are in DOES_NOT_ADD_UP: 66B's slots, 175B's parameters.
-    assert (round(derived["slots"] / 1000, 1) == printed["kilo_slots"]) == (name != "opt-66b")
-    assert derived["slots"] / 1000 == pytest.approx(printed["kilo_slots"], rel=0.006)
-    assert (round(derived["parameters_gb"]) == printed["parameters_gb"]) == (name != "opt-175b")
-    assert derived["parameters_gb"] == pytest.approx(printed["parameters_gb"], rel=0.012)
-
-
-@pytest.mark.parametrize("gib", [39.40, 39.41])
-def test_a_slightly_larger_gpu_gives_both_printed_slot_counts(gib):
-    gpu = GPU("a100-40gb", int(gib * GIB))
-    for name in ("opt-13b", "opt-66b"):
-        deployment = dataclasses.replace(DEPLOYMENTS[name], gpu=gpu)
-        assert round(kv_blocks(deployment) * BLOCK_SIZE / 1000, 1) == TABLE1[name]["kilo_slots"]
-
-
-@pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_memory_parts_sum_to_the_gpu(name):
-    deployment = DEPLOYMENTS[name]
-    memory = memory_per_gpu(deployment)
-    assert sum(dataclasses.astuple(memory)) == deployment.gpu.memory_bytes
-    block_bytes = BLOCK_SIZE * deployment.model.kv_bytes_per_token // deployment.num_gpus
-    assert 0 <= memory.kv_cache - kv_blocks(deployment) * block_bytes < block_bytes
-
-
-def test_block_count_scales_with_block_size_and_memory():
-    deployment = DEPLOYMENTS["opt-13b"]
-    assert kv_blocks(deployment, block_size=1) // 16 == kv_blocks(deployment)
-    assert kv_blocks(deployment, utilization=0.9) < kv_blocks(deployment)
-    assert kv_blocks(deployment, max_batched_tokens=512) > kv_blocks(deployment)
-
-
-def test_opt_13b_takes_the_share_of_memory_that_fig1_shows():
-    printed = paper.FIG1_MEMORY
-    assert round(MODELS["opt-13b"].param_bytes / 1e9) == printed["parameters_gb"]
-    assert 100 * printed["parameters_gb"] / 40 == printed["parameters_percent"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_layers": 0},
-        {"vocab_size": -1},
-        {"hidden_size": 5120.0},
-        {"dtype_bytes": True},
-        {"num_kv_heads": 7},
-        {"num_kv_heads": 80},
-        {"head_size": 64},
-        {"family": "gpt"},
-    ],
-)
-def test_bad_model(change):
-    with pytest.raises(ValueError, match="opt-13b"):
-        dataclasses.replace(MODELS["opt-13b"], **change)
-
-
-def test_model_needs_no_square_projection_unless_opt():
-    model = ModelConfig("wide", "llama", 2, 64, 4, 2, 32, 128, 100, 64)
-    assert model.matrix_params == 2 * (2 * (4 + 2) * 32 * 64 + 3 * 64 * 128) + 2 * 100 * 64
-
-
-@pytest.mark.parametrize("memory", [0, -1, 4e10, None])
-def test_bad_gpu(memory):
-    with pytest.raises(ValueError, match="memory_bytes"):
-        GPU("a100-40gb", memory)
-
-
-@pytest.mark.parametrize("num_gpus", [0, 3, 80])
-def test_bad_deployment(num_gpus):
-    with pytest.raises(ValueError, match="opt-13b"):
-        Deployment(MODELS["opt-13b"], GPUS["a100-40gb"], num_gpus)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{"block_size": 0}, {"max_batched_tokens": 0}, {"utilization": 0}, {"utilization": 1.01}],
-)
-def test_bad_memory_plan(arguments):
-    with pytest.raises(ValueError, match="must be"):
-        kv_blocks(DEPLOYMENTS["opt-13b"], **arguments)
-
-
-def test_model_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"opt-66b leaves no memory.*missing"):
-        kv_blocks(Deployment(MODELS["opt-66b"], GPUS["a100-80gb"], 1))
+    assert abs(slot * paper.MAX_MODEL_LEN / 1e9 - text["kv_gb_per_request"].value) < 0.1
+    assert math.floor(800e3 * 2048 / 1e8) / 10 == text["kv_gb_per_request"].value
 
 
 # ---- worked examples --------------------------------------------------------------------------

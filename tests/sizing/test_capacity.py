@@ -12,22 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from published_models import PUBLISHED
-from vllm_sim.models.load import load_model, model_of, read_config
 
 import capacity
 from kv_cache_manager import MemoryUsage
 from vllm_sim import paper
-from vllm_sim.models.gpus import GPUS, DataGPU
-from vllm_sim.models.memory_plan import (
-    PlanError,
-    Sizes,
-    paper_plan,
-    requests_of_length,
-    serving_plan,
-)
-from vllm_sim.paper import GIB
+from vllm_sim.models import DEPLOYMENTS, MODELS
 from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import BLOCK_SIZES, FORKS, block_sizes, copies_per_fork
+from vllm_sim.sizing.case import make_case
 from vllm_sim.sizing.concurrency import (
     SAMPLE,
     WorkloadNameError,
@@ -36,6 +28,7 @@ from vllm_sim.sizing.concurrency import (
     means,
     parse_workload,
 )
+from vllm_sim.sizing.options import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--workload", "30,20")  # short requests: simulated in no time
@@ -81,7 +74,7 @@ def section(found, start):
 
 @pytest.mark.parametrize("name", paper.TABLE1)
 def test_table_1_comes_out_as_published(run, name):
-    deployment = paper.DEPLOYMENTS[name]
+    deployment = DEPLOYMENTS[name]
     args = ("--model", name, "--gpu", deployment.gpu.name, "--gpus", deployment.num_gpus)
     printed, found = run(*args, *QUICK)
     setting, derived = found["setting"], paper.TABLE1_DERIVED[name]
@@ -138,49 +131,16 @@ def test_same_seed_same_output_and_another_seed_differs(run):
 
 def test_json_has_exactly_the_promised_keys(run):
     _, found = run(*QUICK)
-    assert list(found) == [
-        "schema",
-        "script",
-        "options",
-        "seeds",
-        "versions",
-        "setting",
-        "tables",
-        "checks",
-        "exit_code",
-        "elapsed_s",
-    ]
-    assert list(found["setting"]) == [
-        "model",
-        "family",
-        "parameters",
-        "active_parameters",
-        "layers",
-        "hidden_size",
-        "heads",
-        "kv_heads",
-        "head_size",
-        "gpu",
-        "gpus",
-        "memory_bytes",
-        "plan",
-        "dtype",
-        "kv_dtype",
-        "kv_bytes_per_token",
-        "weight_bytes_per_gpu",
-        "kv_cache_bytes_per_gpu",
-        "num_blocks",
-        "block_size",
-        "num_slots",
-        "max_model_len",
-        "workload",
-        "prefix_len",
-        "seed",
-        "notes",
-    ]
+    keys = "schema script options versions setting tables exit_code seeds checks elapsed_s"
+    assert set(found) == set(keys.split())
+    keys = "model family parameters active_parameters layers hidden_size heads kv_heads head_size"
+    keys += " gpu gpus memory_bytes plan dtype kv_dtype kv_bytes_per_token weight_bytes_per_gpu"
+    keys += " kv_cache_bytes_per_gpu num_blocks block_size num_slots max_model_len workload"
+    keys += " prefix_len seed notes"
+    assert list(found["setting"]) == keys.split()
     for part in found["tables"]:
         assert list(part) == ["id", "title", "setting", "headers", "index", "rows", "answer"]
-    assert found["setting"]["parameters"] == paper.MODELS["opt-13b"].num_params
+    assert found["setting"]["parameters"] == MODELS["opt-13b"].num_params
 
 
 def test_formats(run):
@@ -352,7 +312,7 @@ def test_value_that_cannot_be_used_is_named_in_one_line(option, values, capfd):
         ("--model README.md", "not JSON"),
         ("--gpu t4", "opt-13b does not fit: 0.9 of the 14.56 GiB of a GPU are 13.10 GiB, of which"),
         ("--model opt-175b --gpus 8", "does not fit: 0.9 of the 39.39 GiB of each of 8 GPUs"),
-        ("--plan paper --gpu t4", "opt-13b leaves no memory for a KV cache on 1 x t4"),
+        ("--plan paper --gpu t4", "opt-13b does not fit: 0.95 of the 14.56 GiB of a GPU are"),
         ("--plan paper --dtype fp8", "--plan paper is for opt-125m"),
         ("--plan paper --kv-dtype fp8", "--plan paper is for opt-125m"),
         ("--plan paper --allowance 2", "--plan paper has its own"),
@@ -361,7 +321,7 @@ def test_value_that_cannot_be_used_is_named_in_one_line(option, values, capfd):
         ("--gpus 3", "40 query heads cannot be split over 3 GPUs"),
         ("--gpus 2000", "--gpus 2000: at most 1,024"),
         ("--block-size 5000", "--block-size 5000: at most 4,096"),
-        ("--block-size 4096 --plan paper --gpu-memory 28", "not one block of 4096 slots is left"),
+        ("--block-size 4096 --plan paper --gpu-memory 28", "one block of 4096 slots 3.12 GiB"),
         ("--max-model-len 2049", "opt-13b goes up to 2,048 tokens"),
         ("--max-model-len 1", "a longest request of 1 tokens is not 2 to"),
         ("--max-model-len 99999999", "--max-model-len 99999999: at most 10,000,000"),
@@ -410,71 +370,6 @@ def test_a_model_without_a_longest_request_asks_for_one(run, config, capfd):
     assert "give --max-model-len" in capfd.readouterr().err
     _, found = run("--model", path, "--max-model-len", 4096, *QUICK)
     assert found["setting"]["max_model_len"] == 4096
-
-
-# ---- the plan ---------------------------------------------------------------------------------
-
-
-def test_gpus_are_a_little_less_than_they_are_sold_as():
-    for gpu in GPUS.values():
-        assert 0.88 < gpu.memory_bytes / (gpu.sold_gb * GIB) < 1.0, gpu.name
-        assert gpu.datasheet
-    for name, gpu in paper.GPUS.items():
-        assert GPUS[name].memory_bytes == gpu.memory_bytes
-
-
-@pytest.mark.parametrize("sizes", [(0, 2**30), (1, 0), (1, -1)])
-def test_a_gpu_without_memory_is_refused(sizes):
-    with pytest.raises(ValueError, match="none: sizes must be positive"):
-        DataGPU("none", *sizes, "no datasheet")
-
-
-def test_the_parts_of_a_plan_sum_to_the_memory():
-    model = load_model("opt-13b")
-    for name, gpu in GPUS.items():
-        if gpu.sold_gb < 40:
-            continue
-        plan = serving_plan(model, gpu.memory_bytes, 1, Sizes())
-        assert plan.memory == gpu.memory_bytes and plan.weights == model.weight_bytes(16)
-        assert plan.held_back == pytest.approx(0.1 * gpu.memory_bytes, abs=1)
-        assert paper_plan(model, name, gpu.memory_bytes, 1, Sizes()).memory == gpu.memory_bytes
-
-
-def test_a_plan_by_hand():
-    model = load_model("opt-125m")
-    plan = serving_plan(model, 2 * GIB, 2, Sizes(16, 1, 32), 0.5, GIB // 4)
-    w = model.decoder.weights()
-    split = w.attention + w.kv_projection + w.feed_forward + w.embeddings
-    assert plan.weights == split + 2 * w.other  # half of two bytes each, and whole
-    assert plan.kv_cache == GIB - plan.weights - GIB // 4
-    assert plan.slot_bytes == 2 * 12 * 6 * 64  # six of twelve heads, one byte
-    assert plan.num_blocks == plan.kv_cache // (32 * plan.slot_bytes)
-    assert plan.num_slots == 32 * plan.num_blocks
-    assert requests_of_length(plan, model.decoder, 33) == plan.num_blocks / 2
-
-
-def test_the_smallest_memory_that_fits_holds_one_block():
-    model = load_model("opt-125m")
-    one = 16 * model.decoder.slot_elements * 2
-    least = model.weight_bytes(16) + 1000 + one
-    assert serving_plan(model, least, 1, Sizes(), 1.0, 1000).num_blocks == 1
-    with pytest.raises(PlanError, match="opt-125m does not fit"):
-        serving_plan(model, least - 1, 1, Sizes(), 1.0, 1000)
-
-
-def test_fp8_cache_has_twice_the_slots():
-    model = load_model("opt-13b")
-    memory = GPUS["h100"].memory_bytes
-    wide, narrow = (serving_plan(model, memory, 1, Sizes(16, n)) for n in (2, 1))
-    assert abs(narrow.num_blocks - 2 * wide.num_blocks) <= 1
-
-
-def test_windows_make_room_for_more(config):
-    model = model_of(read_config(config("gpt-oss-20b")), "gpt-oss-20b")
-    plan = serving_plan(model, GPUS["h100"].memory_bytes, 1, Sizes())
-    layer = 2 * 8 * 64 * 2
-    expected = plan.kv_cache / (layer * (12 * 10_016 + 12 * 128))  # whole blocks of 16
-    assert requests_of_length(plan, model.decoder, 10_001) == pytest.approx(expected)
 
 
 # ---- the simulation ---------------------------------------------------------------------------
@@ -619,7 +514,7 @@ def test_the_answer_says_how_much_of_the_workload_was_cut(run):
 
 
 def test_without_a_prefix_nothing_is_said_of_one():
-    case = capacity.make_case(capacity.build_parser().parse_args([*QUICK]))
+    case = make_case(build_parser().parse_args([*QUICK]))
     found = [
         block_sizes(replace(case, prefix_len=length), means(case.workload, case.max_len, 0))
         for length in (100, 0)

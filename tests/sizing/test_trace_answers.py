@@ -1,4 +1,4 @@
-"""`--trace FILE` of capacity.py and main.py, as a user meets it."""
+"""`capacity.py --trace FILE` as a user meets it."""
 
 import json
 import math
@@ -15,18 +15,18 @@ from published_models import PUBLISHED
 from test_traces import AZURE, BURSTGPT, MOONCAKE, needs_data
 
 import capacity
-import main
-from vllm_sim import paper
-from vllm_sim.models.gpus import GPUS
+from vllm_sim.models import DEPLOYMENTS
 from vllm_sim.paper import GIB
 from vllm_sim.reporting import progress
-from vllm_sim.scenarios import mixed as scenario_trace
 from vllm_sim.serving import latency
 from vllm_sim.serving.systems import POLICIES
-from vllm_sim.sizing.case import ACCELERATORS, TraceCase, speed_of
+from vllm_sim.sizing import speed
+from vllm_sim.sizing.case import TraceCase, make_case
+from vllm_sim.sizing.options import build_parser
+from vllm_sim.sizing.speed import speed_of
 from vllm_sim.sizing.trace_needs import EXACT
 from vllm_sim.sizing.trace_serving import serve
-from vllm_sim.workload.traces import Trace, read_trace
+from vllm_sim.workload.traces import read_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = (
@@ -82,7 +82,7 @@ def rows_of(found, start):
 
 
 def case_of(*args):
-    return capacity.make_case(capacity.build_parser().parse_args([*map(str, args)]))
+    return make_case(build_parser().parse_args([*map(str, args)]))
 
 
 # ---- what capacity.py says --------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_the_figures_are_those_of_the_parts(run, write):
     assert prompt["mean"] == trace.prompts.mean() and output["mean"] == trace.outputs.mean()
     assert both["p100"] == (trace.prompts + trace.outputs).max()
     assert prompt["p50"] == np.sort(trace.prompts)[29]  # the smallest with half at or below it
-    asked = TraceCase(case_of(), trace, speed_of(case_of(), "a100-40gb"), 0.1, None)
+    asked = TraceCase(case_of(), trace, speed_of(case_of().plan, "a100-40gb"), 0.1, None)
     columns, server = asked.columns, asked.server
     free = serve(columns, server, "paged", 10**6)
     one = {row["what"]: row["number"] for row in rows_of(found, "How many requests run")}
@@ -265,20 +265,14 @@ def test_a_slow_run_says_which_step_it_is_at(write, capfd, monkeypatch):
 # ---- the speed --------------------------------------------------------------------------------
 
 
-def test_every_gpu_has_a_speed():
-    assert set(ACCELERATORS) == set(GPUS)
-    for name, gpu in ACCELERATORS.items():
-        assert 100 < gpu.flops_per_s / gpu.bytes_per_s < 450, name
-
-
-@pytest.mark.parametrize("name", sorted(paper.DEPLOYMENTS))
+@pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
 def test_the_papers_deployments_have_the_papers_speed(name, monkeypatch):
-    deployment = paper.DEPLOYMENTS[name]
+    deployment = DEPLOYMENTS[name]
     case = case_of("--model", name, "--gpu", deployment.gpu.name, "--gpus", deployment.num_gpus)
-    own = speed_of(case, deployment.gpu.name)
+    own = speed_of(case.plan, deployment.gpu.name)
     assert own.latency == latency.latency_model(deployment, 16)
-    monkeypatch.setattr(paper, "GPUS", {})  # as if it were any other GPU
-    derived = speed_of(case, deployment.gpu.name)
+    monkeypatch.setattr(speed, "PAPERS_GPUS", ())  # as if it were any other GPU
+    derived = speed_of(case.plan, deployment.gpu.name)
     for part in ("step_s", "token_s", "context_s", "prompt_s"):
         want = getattr(own.latency, part)
         assert getattr(derived.latency, part) == pytest.approx(want, rel=0.015), part
@@ -288,23 +282,23 @@ def test_a_speed_by_hand(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(PUBLISHED["Llama-3-8B"][1]))
     case = case_of("--model", config, "--gpu", "h100", "--kv-dtype", "fp8")
-    found = speed_of(case, "h100")
+    found = speed_of(case.plan, "h100")
     assert "the constants of opt-13b" in found.assumed
     embedding = 128_256 * 4096
-    params = case.model.decoder.weights().total - embedding
+    params = case.model.weights().total - embedding
     bandwidth, flops = 0.8 * 3350e9, 0.5 * 989.5e12
     assert found.latency.step_s == pytest.approx(6.5e-3 + 2 * params / bandwidth)
     assert found.latency.token_s == pytest.approx(2 * params / flops)
     assert found.latency.context_s == pytest.approx(2 * 32 * 8 * 128 / bandwidth)
     with pytest.raises(KeyError):
-        speed_of(case, "a100")
+        speed_of(case.plan, "a100")
 
 
 def test_only_active_experts_compute_but_all_are_read(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(PUBLISHED["Mixtral-8x7B"][1]))
     case = case_of("--model", config, "--gpu", "h200")
-    weights, model = case.model.decoder.weights(), speed_of(case, "h200").latency
+    weights, model = case.model.weights(), speed_of(case.plan, "h200").latency
     flops, bandwidth = 0.5 * 989.5e12, 0.8 * 4800e9
     assert model.token_s == pytest.approx(2 * weights.active / flops, rel=0.02)
     assert model.step_s == pytest.approx(6.5e-3 + 2 * weights.total / bandwidth, rel=0.01)
@@ -326,7 +320,7 @@ def test_only_active_experts_compute_but_all_are_read(tmp_path):
         ("--trace good --workload alpaca", "--workload and --trace are two answers"),
         ("--trace good --gpu-memory 40", "--gpu-memory says no speed, which --trace needs: give"),
         ("--trace good --speed-of t4", "--speed-of is for --gpu-memory"),
-        ("--trace good --gpu-memory 40 --speed-of t5", "--speed-of 't5': known are a100-40gb, "),
+        ("--trace good --gpu-memory 40 --speed-of t5", "argument --speed-of: invalid choice: 't5'"),
         ("--rate 3", "--rate is about a trace: give --trace"),
         ("--preemption-rate 0.1", "--preemption-rate is about a trace: give --trace"),
         ("--trace-rows 3", "--trace-rows is about a trace: give --trace"),
@@ -385,119 +379,6 @@ def test_help_has_every_option_and_the_page(script, options):
     for option in options:
         assert f"--{option} " in done.stdout
     assert "docs/capacity.md" in done.stdout
-
-
-def test_every_option_is_in_the_page():
-    page = (ROOT / "docs" / "capacity.md").read_text(encoding="ascii")
-    table = page.split("## Options")[1].split("\n## ")[0]
-    options = {
-        action.option_strings[-1]
-        for action in capacity.build_parser()._actions
-        if action.option_strings[-1] != "--help"
-    }
-    assert {option for option in options if f"`{option}" not in table} == set()
-
-
-# ---- main.py ----------------------------------------------------------------------------------
-
-SMALL = ("--scenario", "4", "--device", "cpu", "--model", "opt-125m", "--num-blocks", "160")
-
-
-def test_scenario_4_serves_a_trace(capfd, tmp_path, write):
-    path = tmp_path / "out.json"
-    trace = write(requests(200) + "1,5,0\n", "real.csv")
-    assert main.main([*SMALL, "--trace", trace, "--json", str(path), "--quiet"]) == 0
-    printed, errors = capfd.readouterr()
-    found = json.loads(path.read_text())
-    assert errors == "" and found["setting"]["trace"] == "real.csv"
-    told = re.search(
-        r"lengths, order and bursts of the first (\d+) requests of real.csv, 1 of 201 rows refused;"
-        r" (\d+) cut to fit the pool, or to 320 tokens of output; decoding methods dealt at random",
-        printed,
-    )
-    kinds = re.findall(r"(\d+) (?:single|with|behind)", printed.split(told[0])[0])
-    count = sum(map(int, kinds))
-    assert int(told[1]) == count and 0 < int(told[2]) < count
-    assert all(check["ok"] for check in found["checks"])
-
-
-def test_without_a_trace_nothing_is_said_of_one(capfd, tmp_path):
-    path = tmp_path / "out.json"
-    assert main.main([*SMALL, "--json", str(path)]) == 0
-    assert "trace" not in json.loads(path.read_text())["setting"]
-    assert "dealt at random" not in capfd.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("args", "told"),
-    [
-        ("--scenario 1 --trace good", "--trace is for scenario 4: add --scenario 4"),
-        ("--scenario 4 --trace none", "none: cannot be read: No such file"),
-        ("--trace bad", "bad: no request can be served: 1 a prompt of 0 tokens"),
-        ("--trace", "argument --trace: expected one argument"),
-    ],
-)
-def test_a_trace_that_main_cannot_use_takes_one_line(args, told, capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "good").write_text("input_len,output_len\n9,9\n")
-    (tmp_path / "bad").write_text("input_len,output_len\n0,9\n")
-    code = main.main(["--device", "cpu", *args.split(), "--json", "out.json"])
-    printed, errors = capfd.readouterr()
-    assert (code, printed) == (2, "") and told in errors
-    assert errors.startswith("main.py: error: ") and errors.count("\n") == 1
-    assert sorted(os.listdir(tmp_path)) == ["bad", "good"]
-
-
-def test_requests_too_short_for_pressure_take_one_line(capfd, write, tmp_path):
-    trace = write("input_len,output_len\n1,1\n")
-    args = [*SMALL[:-1], "3000", "--trace", trace, "--json", str(tmp_path / "out.json")]
-    assert main.main(args) == 2
-    errors = capfd.readouterr().err
-    assert "are too short to fill 3,000 blocks" in errors and errors.count("\n") == 1
-    assert not (tmp_path / "out.json").exists()
-
-
-def made(trace, count=40, gap=0.5, longest=100, seed=0):
-    options = [{}] * (count // 2) + [{"prefix_len": 30}] * (count // 4)
-    options += [{"num_samples": 4}] * (count - len(options))
-    rng = np.random.default_rng(seed)
-    return scenario_trace.requests_of(trace, options, longest, 50, gap, rng), options
-
-
-def test_lengths_and_order_are_the_traces_and_cut_to_fit():
-    prompts, outputs = np.array([10, 500, 20, 95, 3]), np.array([5, 5, 60, 80, 1])
-    trace = Trace("t", "plain CSV", 5, prompts, outputs)
-    requests, options = made(trace)
-    for i, request in enumerate(requests):
-        room = 100 - request.prefix_len
-        assert request.prompt_len == min(prompts[i % 5], room - 2)
-        wanted = max(2, min(outputs[i % 5], 50, room - request.prompt_len))
-        assert request.output_len == wanted
-    dealt = [{"prefix_len": r.prefix_len, "num_samples": r.num_samples} for r in requests]
-    assert sum(d["prefix_len"] == 30 for d in dealt) == sum(d["num_samples"] == 4 for d in dealt)
-    assert dealt != [{"prefix_len": 0, "num_samples": 1} | option for option in options]
-    told = scenario_trace.told_of(trace, requests, 50)
-    assert "the first 40 requests of t, the 5 there are from the top again; " in told
-    cut = sum(
-        (r.prompt_len, r.output_len) != (prompts[i % 5], outputs[i % 5])
-        for i, r in enumerate(requests)
-    )
-    assert f"; {cut} cut to fit" in told and 0 < cut < 40
-    assert made(trace)[0] == requests != made(trace, seed=1)[0]
-
-
-def test_arrivals_keep_the_traces_bursts():
-    lengths = np.full(100, 10)
-    times = np.cumsum(np.tile([0.0, 0.0, 0.0, 12.0], 25))
-    requests, _ = made(Trace("t", "plain CSV", 100, lengths, lengths, times), 100, gap=0.5)
-    gaps = np.diff([request.arrival_s for request in requests])
-    assert gaps.mean() == pytest.approx(0.5)
-    assert (gaps > 0).tolist() == (np.diff(times) > 0).tolist()
-    requests, _ = made(Trace("t", "plain CSV", 100, lengths, lengths), 4000)
-    gaps = np.diff([request.arrival_s for request in requests])
-    assert gaps.mean() == pytest.approx(0.5, rel=0.1) and gaps.min() > 0
-    requests, _ = made(Trace("t", "plain CSV", 4, lengths[:4], lengths[:4], times[3:7]), 40)
-    assert np.diff([request.arrival_s for request in requests]).max() > 0
 
 
 # ---- a real one -------------------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""`main.py --trace FILE`: scenario 4 on the requests of a trace."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+
+import main
+from vllm_sim.scenarios import mixed as scenario_trace
+from vllm_sim.workload.traces import Trace
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="trace"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def requests(count, gap=0.05, seed=0):
+    """A plain CSV of a burst."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(gap, count))
+    tokens = rng.integers(1, 500, (count, 2))
+    rows = [f"{at:.4f},{prompt},{output}" for at, (prompt, output) in zip(times, tokens)]
+    return "\n".join(["time,input_len,output_len", *rows]) + "\n"
+
+
+SMALL = ("--scenario", "4", "--device", "cpu", "--model", "opt-125m", "--num-blocks", "160")
+
+
+def test_scenario_4_serves_a_trace(capfd, tmp_path, write):
+    path = tmp_path / "out.json"
+    trace = write(requests(200) + "1,5,0\n", "real.csv")
+    assert main.main([*SMALL, "--trace", trace, "--json", str(path), "--quiet"]) == 0
+    printed, errors = capfd.readouterr()
+    found = json.loads(path.read_text())
+    assert errors == "" and found["setting"]["trace"] == "real.csv"
+    told = re.search(
+        r"lengths, order and bursts of the first (\d+) requests of real.csv, 1 of 201 rows refused;"
+        r" (\d+) cut to fit the pool, or to 320 tokens of output; decoding methods dealt at random",
+        printed,
+    )
+    kinds = re.findall(r"(\d+) (?:single|with|behind)", printed.split(told[0])[0])
+    count = sum(map(int, kinds))
+    assert int(told[1]) == count and 0 < int(told[2]) < count
+    assert all(check["ok"] for check in found["checks"])
+
+
+def test_without_a_trace_nothing_is_said_of_one(capfd, tmp_path):
+    path = tmp_path / "out.json"
+    assert main.main([*SMALL, "--json", str(path)]) == 0
+    assert "trace" not in json.loads(path.read_text())["setting"]
+    assert "dealt at random" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ("--scenario 1 --trace good", "--trace is for scenario 4: add --scenario 4"),
+        ("--scenario 4 --trace none", "none: cannot be read: No such file"),
+        ("--trace bad", "bad: no request can be served: 1 a prompt of 0 tokens"),
+        ("--trace", "argument --trace: expected one argument"),
+    ],
+)
+def test_a_trace_that_main_cannot_use_takes_one_line(args, told, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good").write_text("input_len,output_len\n9,9\n")
+    (tmp_path / "bad").write_text("input_len,output_len\n0,9\n")
+    code = main.main(["--device", "cpu", *args.split(), "--json", "out.json"])
+    printed, errors = capfd.readouterr()
+    assert (code, printed) == (2, "") and told in errors
+    assert errors.startswith("main.py: error: ") and errors.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["bad", "good"]
+
+
+def test_requests_too_short_for_pressure_take_one_line(capfd, write, tmp_path):
+    trace = write("input_len,output_len\n1,1\n")
+    args = [*SMALL[:-1], "3000", "--trace", trace, "--json", str(tmp_path / "out.json")]
+    assert main.main(args) == 2
+    errors = capfd.readouterr().err
+    assert "are too short to fill 3,000 blocks" in errors and errors.count("\n") == 1
+    assert not (tmp_path / "out.json").exists()
+
+
+def made(trace, count=40, gap=0.5, longest=100, seed=0):
+    options = [{}] * (count // 2) + [{"prefix_len": 30}] * (count // 4)
+    options += [{"num_samples": 4}] * (count - len(options))
+    rng = np.random.default_rng(seed)
+    return scenario_trace.requests_of(trace, options, longest, 50, gap, rng), options
+
+
+def test_lengths_and_order_are_the_traces_and_cut_to_fit():
+    prompts, outputs = np.array([10, 500, 20, 95, 3]), np.array([5, 5, 60, 80, 1])
+    trace = Trace("t", "plain CSV", 5, prompts, outputs)
+    requests, options = made(trace)
+    for i, request in enumerate(requests):
+        room = 100 - request.prefix_len
+        assert request.prompt_len == min(prompts[i % 5], room - 2)
+        wanted = max(2, min(outputs[i % 5], 50, room - request.prompt_len))
+        assert request.output_len == wanted
+    dealt = [{"prefix_len": r.prefix_len, "num_samples": r.num_samples} for r in requests]
+    assert sum(d["prefix_len"] == 30 for d in dealt) == sum(d["num_samples"] == 4 for d in dealt)
+    assert dealt != [{"prefix_len": 0, "num_samples": 1} | option for option in options]
+    told = scenario_trace.told_of(trace, requests, 50)
+    assert "the first 40 requests of t, the 5 there are from the top again; " in told
+    cut = sum(
+        (r.prompt_len, r.output_len) != (prompts[i % 5], outputs[i % 5])
+        for i, r in enumerate(requests)
+    )
+    assert f"; {cut} cut to fit" in told and 0 < cut < 40
+    assert made(trace)[0] == requests != made(trace, seed=1)[0]
+
+
+def test_arrivals_keep_the_traces_bursts():
+    lengths = np.full(100, 10)
+    times = np.cumsum(np.tile([0.0, 0.0, 0.0, 12.0], 25))
+    requests, _ = made(Trace("t", "plain CSV", 100, lengths, lengths, times), 100, gap=0.5)
+    gaps = np.diff([request.arrival_s for request in requests])
+    assert gaps.mean() == pytest.approx(0.5)
+    assert (gaps > 0).tolist() == (np.diff(times) > 0).tolist()
+    requests, _ = made(Trace("t", "plain CSV", 100, lengths, lengths), 4000)
+    gaps = np.diff([request.arrival_s for request in requests])
+    assert gaps.mean() == pytest.approx(0.5, rel=0.1) and gaps.min() > 0
+    requests, _ = made(Trace("t", "plain CSV", 4, lengths[:4], lengths[:4], times[3:7]), 40)
+    assert np.diff([request.arrival_s for request in requests]).max() > 0
