@@ -34,7 +34,8 @@ fi
 
 root=$PWD module=$1
 PYTHON=$(command -v "$PYTHON")
-export PYTHON PATH="$(dirname "$PYTHON"):$PATH" PYTHONPATH=
+PATH=$(dirname "$PYTHON"):$PATH
+export PYTHON PATH PYTHONPATH=
 folder=$root/.mutants/${module//\//-}
 session=$folder/session.sqlite
 tests=$(sed -n "s|^\"$module\" = \"\(.*\)\"|\1|p" tools/mutants.toml)
