@@ -85,15 +85,20 @@ def test_every_system_has_the_manager_of_its_policy():
 
 
 def test_swap_space_and_watermark_are_the_paged_managers():
-    manager = new_manager("paged", 10, 4, num_cpu_blocks=3, watermark=0.5)
+    manager = new_manager("".join(("pag", "ed")), 10, 4, num_cpu_blocks=3, watermark=0.5)
     assert isinstance(manager, PagedKVCacheManager)
     assert manager.can_allocate(20) and not manager.can_allocate(24)
     manager.allocate(0, 12)
     assert manager.can_swap_out([0])
     manager.append(0)  # a fourth block
     assert not manager.can_swap_out([0])
+    small = new_manager("paged", 10, 4)
+    small.allocate(0, 1)
+    assert not small.can_swap_out([0])  # no swap space unless asked for
     with pytest.raises(ValueError):
         new_manager("fifo", 10, 4)
+    with pytest.raises(TypeError):
+        new_manager("paged", 10, 4, 64)
 
 
 def test_limits_are_the_artifacts():
