@@ -69,9 +69,10 @@ def section(name: str) -> str:
         printed = re.sub("^#", "##", printed, flags=re.MULTILINE)
     else:
         printed = f"```\n{printed}\n```"
+    command = re.sub(r"\.\./\S+", "DIR", found["command"])  # a folder of the machine's
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     return (
-        f"## `{found['command']}`\n\nAt commit {found['commit'][:7]}, whose command this is, on "
+        f"## `{command}`\n\nAt commit {found['commit'][:7]}, whose command this is, on "
         f"{found['device']} ({versions}): [{name}.json](../../results/{name}.json)\n\n{printed}\n"
     )
 
