@@ -1,13 +1,13 @@
-"""Finds the fitted constants of latency.py, FITTED and SWAP_*, in results of the paper.
+"""Finds the fitted constants of vllm_sim/serving/latency.py, FITTED and SWAP_*, in the paper.
 
-    LENGTHS_DIR=../shared/data python tools/fit_latency.py            # minutes
-    LENGTHS_DIR=../shared/data python tools/fit_latency.py --check --model opt-175b
+    LENGTHS_DIR=data python tools/fit_latency.py            # minutes
+    LENGTHS_DIR=data python tools/fit_latency.py --check --model opt-175b
 
-Serves section 6, whose simulation rests on these constants. They rest on no more than
+Serves section 6. These constants rest on no more than
 
 - the left ends of Fig. 12: the first points of each curve of Orca and vLLM, while their latency is
   below 1.25 times the first one's; and the first point of FasterTransformer on ShareGPT
-  (fitted_points.py, where reproduce.py looks too, to mark its rows on them);
+  (`fitted_points` of curves.py, where reproduce.py looks too, to mark its rows on them);
 - Fig. 1 (right): tokens/s of OPT-13B by batch size, where each request is taken to have the context
   with which Fig. 1's requests fill Table 1's slots;
 - Fig. 19a's swapping, for SWAP_*: least squares of the relative error.
@@ -31,22 +31,17 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from allocators import CacheError  # noqa: E402
-from vllm_sim import models, paper  # noqa: E402
-from vllm_sim.evaluation.curves import fitted_points  # noqa: E402
-from vllm_sim.evaluation.experiments import Run, groups_for, manager_for  # noqa: E402
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code  # noqa: E402
-from vllm_sim.scenarios.report import Table, render  # noqa: E402
-from vllm_sim.serving import latency  # noqa: E402
-from vllm_sim.serving.latency import Software, Swap, latency_model  # noqa: E402
-from vllm_sim.serving.simulator import simulate  # noqa: E402
-from vllm_sim.serving.static_batching import simulate_static  # noqa: E402
-from vllm_sim.serving.systems import limits_of  # noqa: E402
-from vllm_sim.workload.data_sets import Lengths, find_lengths  # noqa: E402
-from vllm_sim.workload.requests import WorkloadError  # noqa: E402
+from allocators import CacheError
+from vllm_sim import models, paper
+from vllm_sim.evaluation.curves import fitted_points
+from vllm_sim.evaluation.experiments import Run, execute
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code
+from vllm_sim.reporting.tables import Table, render
+from vllm_sim.serving import latency
+from vllm_sim.serving.latency import Software, Swap, latency_model
+from vllm_sim.workload.data_sets import Lengths, find_lengths
 
 GRID_S, STATIC_GRID_S = 0.25e-3, 0.05e-3
 STRIDES = (64, 8, 1)  # grid steps
@@ -73,12 +68,9 @@ def points_of(model: str) -> list[Point]:
     points = []
     for dataset, longest_s in LONGEST_S.items():
         seconds = min(float(paper.TRACE_SECONDS[model]), longest_s)
-        for system in paper.FIG12_CURVES[dataset, model]:
-            if system != paper.FASTER_TRANSFORMER:
-                points += [
-                    Point(Run(system, model, dataset, float(rate), seconds), at)
-                    for rate, at in fitted_points(dataset, model, system)
-                ]
+        for system in (*paper.ORCAS, paper.VLLM):
+            for rate, at in fitted_points(dataset, model, system):
+                points.append(Point(Run(system, model, dataset, float(rate), seconds), at))
     if model == FIG1_MODEL:
         points += [Point(batch, at) for batch, at in paper.FIG1_THROUGHPUT.items()]
     return points
@@ -93,19 +85,10 @@ def decode_throughput(batch_size: int, software: Software) -> float:
 
 
 def ours(source: Run | int, lengths: Lengths, software: Software) -> float:
-    """What these constants give in place of a point: of a run, as experiments.execute has it."""
+    """What these constants give in place of a point."""
     if isinstance(source, int):
         return decode_throughput(source, software)
-    run, static = source, source.system == paper.FASTER_TRANSFORMER
-    columns = lengths.columns(run.dataset, run.rate, run.seconds, run.seed)
-    model = latency_model(models.DEPLOYMENTS[run.model], run.block_size, software, static=static)
-    if static:
-        batch_size = paper.FT_BATCH_SIZE[run.dataset][run.model]
-        result = simulate_static(*columns, batch_size, paper.FT_MAX_TOTAL_LEN, model)
-    else:
-        limits = limits_of(run.system)
-        result = simulate(groups_for(run, columns), manager_for(run), limits, model)
-    return result.normalized_latency
+    return execute(source, lengths, software=software).normalized_latency
 
 
 def log_ratios(points: Sequence[Point], lengths: Lengths, software: Software) -> list[float]:
@@ -159,13 +142,15 @@ def on_grid(step: int, prompt: int, static: int = 0) -> Software:
 
 def fit_static(model: str, lengths: Lengths) -> float:
     """The static_step_s nearest to FasterTransformer's leftmost point on ShareGPT."""
-    system, seconds = paper.FASTER_TRANSFORMER, 3600.0  # the artifact's hour
-    ((rate, at),) = fitted_points("ShareGPT", model, system)
-    points, static = [Point(Run(system, model, "ShareGPT", rate, seconds), at)], 0
+    ((rate, at),) = fitted_points("ShareGPT", model, paper.FASTER_TRANSFORMER)
+    run = Run(paper.FASTER_TRANSFORMER, model, "ShareGPT", rate, 3600.0)  # the artifact's hour
+
+    def score(static: int) -> float:
+        return rms(log_ratios([Point(run, at)], lengths, on_grid(0, 0, static)))
+
+    static = 0
     for stride in STRIDES:
-        static = descend(
-            lambda n: rms(log_ratios(points, lengths, on_grid(0, 0, n))), static, stride
-        )
+        static = descend(score, static, stride)
     return on_grid(0, 0, static).static_step_s
 
 
@@ -182,11 +167,11 @@ def fit_swap(milliseconds: dict[int, float]) -> tuple[Swap, list[float]]:
 def row(name: str, software: Software, points: Sequence[Point], lengths: Lengths) -> tuple:
     """A row of the table: the constants of a model, and how far they are from its points."""
     ratios = log_ratios(points, lengths, software)
-    fig1 = [ratio for at, ratio in zip(points, ratios) if isinstance(at.source, int)]
-    errors = (ratios[: len(ratios) - len(fig1)], fig1, ratios)  # as points are ordered
+    fig12 = sum(isinstance(at.source, Run) for at in points)  # the first of them
     worst, at = max(zip(ratios, points), key=lambda pair: abs(pair[0]))
     in_ms = [1e3 * seconds for seconds in astuple(software)]
-    percent = (100.0 * rms(part) if part else None for part in errors)
+    parts = ratios[:fig12], ratios[fig12:], ratios
+    percent = (100.0 * rms(part) if part else None for part in parts)
     return (name, *in_ms, len(points), *percent, f"{at}: {math.expm1(worst):+.1%}")
 
 
@@ -194,12 +179,12 @@ def check_software(names: Iterable[str], lengths: Lengths) -> list[str]:
     """Fit these models and print what is found; a line for each that latency.py has otherwise."""
     rows, other = [], []
     for name in names:
-        points, held = points_of(name), latency.FITTED[name]
+        points, present = points_of(name), latency.FITTED[name]
         found = replace(fit_software(points, lengths), static_step_s=fit_static(name, lengths))
         rows.append(row(name, found, points, lengths))
-        if found != held:
-            rows.append(row("(latency.py)", held, points, lengths))
-            other.append(f"FITTED[{name!r}] is {held}, found {found}")
+        if found != present:
+            rows.append(row("(latency.py)", present, points, lengths))
+            other.append(f"FITTED[{name!r}] is {present}, found {found}")
     headers = "", "step ms", "prompt ms", "static ms", "points", "Fig. 12", "Fig. 1", "all", "worst"
     table = Table("Constants; rms of log(ours / paper) in %", headers, rows, decimals=2)
     print(render(table, "plain") + "\n", flush=True)
@@ -210,11 +195,11 @@ def check_swaps() -> list[str]:
     """The same for SWAP_IN and SWAP_OUT."""
     rows, other = [], []
     for name, figure in (("SWAP_IN", "swap in"), ("SWAP_OUT", "swap out")):
-        (found, errors), held = fit_swap(paper.FIG19A[figure]), getattr(latency, name)
+        (found, errors), present = fit_swap(paper.FIG19A[figure]), getattr(latency, name)
         in_ms, worst = (1e3 * found.call_s, 1e3 * found.slot_s), max(errors, key=abs)
         rows.append((name, *in_ms, 100.0 * rms(errors), f"{worst:+.1%}"))
-        if found != held:
-            other.append(f"{name} is {held}, found {found}")
+        if found != present:
+            other.append(f"{name} is {present}, found {found}")
     headers = ("", "call ms", "slot ms", "rms %", "worst")
     print(render(Table("Swapping", headers, rows, decimals=4), "plain"))
     return other
@@ -234,13 +219,10 @@ def parse_and_fit(arguments: list[str] | None) -> int:
     try:
         lengths = find_lengths([], os.environ.get("LENGTHS_DIR"))
         if options.check and not set(LONGEST_S) <= set(lengths.files):
-            raise WorkloadError("--check needs LENGTHS_DIR, a folder of the full length files")
+            raise UsageError("--check needs LENGTHS_DIR, a folder of the full length files")
         print(*(f"{name}: {lengths.source(name)}" for name in LONGEST_S), "", sep="\n", flush=True)
-    except WorkloadError as error:
-        raise UsageError(str(error)) from None
-    try:
         other = check_software(dict.fromkeys(options.model or latency.FITTED), lengths)
-    except (CacheError, ValueError) as error:  # a request that no memory holds, say
+    except (CacheError, ValueError) as error:  # bad lengths, or a request that no memory holds
         raise UsageError(str(error)) from None
     other += check_swaps()
     if options.check:

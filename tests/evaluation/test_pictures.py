@@ -60,16 +60,15 @@ def made_up(figure):
 def painted(name, quick=False):
     (figure,) = choose([name], quick)
     found = made_up(figure)
-    return found, pictures.PICTURES[figure.name][1](found)
+    return found, pictures.paint(found)
 
 
 def panels_of(names):
     """(curve, the rate that the picture takes the paper's to reach 0.5 s/token at)."""
     for figure in choose(names, False):
-        panel = pictures.PICTURES[figure.name][1].keywords["panel"]
         for key, curves in figure.curves.items():
             for system, curve in curves.items():
-                yield curve, panel(key)[1][system]
+                yield curve, pictures.panel_of(figure.name, key)[1][system]
 
 
 def one_line(error):
@@ -232,7 +231,7 @@ def test_quick_draws_three_panels_of_fig_12():
 @needs_matplotlib
 def test_curve_of_which_nothing_is_known_leaves_the_papers():
     (figure,) = choose(["17"], False)
-    (axes,) = pictures.PICTURES["Fig. 17"][1](Found(figure, [SOME_ROW], [], {})).axes
+    (axes,) = pictures.paint(Found(figure, [SOME_ROW], [], {})).axes
     assert [line.get_linestyle() for line in axes.get_lines()] == ["--"] * 4
 
 

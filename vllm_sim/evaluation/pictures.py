@@ -17,7 +17,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from string import ascii_lowercase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_sim import paper
 from vllm_sim.evaluation.runner import Found
@@ -72,22 +72,29 @@ Panel = tuple[str, Mapping[str, float]]  # title, the paper's rates at its RATE_
 
 def check_pictures(directory: Path) -> None:
     """OutputError unless pictures can be drawn and written there; makes the directory."""
-    check_folder(directory, [file for file, _ in PICTURES.values()])
+    check_folder(directory, map(_file, PICTURES))
 
 
 def draw(found: list[Found], directory: Path) -> list[Path]:
     """Draw what has a picture; returns the files written. Raises OutputError."""
-    chosen = [
-        (one, *PICTURES[one.figure.name])
-        for one in found
-        if one.rows and one.figure.name in PICTURES
-    ]
-    return save({file: partial(paint, one) for one, file, paint in chosen}, directory)
+    chosen = [one for one in found if one.rows and one.figure.name in PICTURES]
+    return save({_file(one.figure.name): partial(paint, one) for one in chosen}, directory)
 
 
-def _sheet(found: Found, about: str, columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
+def paint(found: Found) -> Figure:
+    """The picture of one figure."""
+    return PICTURES[found.figure.name][0](found)
+
+
+def _file(name: str) -> str:
+    """'Fig. 18b' is drawn in fig18b.png."""
+    return name.lower().replace(". ", "") + ".png"
+
+
+def _sheet(found: Found, columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty figure under its title, and its panels in reading order."""
-    return sheet(f"{found.figure.name}: {about}", columns, rows)
+    name = found.figure.name
+    return sheet(f"{name}: {PICTURES[name][1]}", columns, rows)
 
 
 def _read(found: Found, pattern: str, metric: str) -> list[tuple[tuple[str, ...], float, float]]:
@@ -100,19 +107,27 @@ def _read(found: Found, pattern: str, metric: str) -> list[tuple[tuple[str, ...]
     ]
 
 
-def _panel14(key: tuple[str, int]) -> Panel:
-    decoding, width = key
-    words = {"parallel": "Parallel sampling, {} outputs", "beam": "Beam search, width {}"}
-    return words[decoding].format(width), paper.FIG14_RATES[decoding][width]
+def panel_of(figure: str, key: Any) -> Panel:
+    """What a key of a figure's curves means."""
+    if figure == "Fig. 12":
+        dataset, model = key
+        return f"{model.upper()}, {dataset}", paper.FIG12_RATES[dataset][model]
+    if figure == "Fig. 14":
+        decoding, width = key
+        words = {"parallel": "Parallel sampling, {} outputs", "beam": "Beam search, width {}"}
+        return words[decoding].format(width), paper.FIG14_RATES[decoding][width]
+    if figure == "Fig. 16":
+        return f"{key} prefix", paper.FIG16[key]
+    return "", paper.FIG17_RATES
 
 
-def _curves(found: Found, about: str, panel: Callable[..., Panel]) -> Figure:
-    """A panel a setting, three in a row; `panel` tells what its key in the curves means."""
+def _curves(found: Found) -> Figure:
+    """A panel a setting, three in a row."""
     panels = found.figure.curves
     columns = min(3, len(panels))
-    figure, grid = _sheet(found, about, columns, -(-len(panels) // columns))
+    figure, grid = _sheet(found, columns, -(-len(panels) // columns))
     for number, (axes, (key, curves)) in enumerate(zip(grid, panels.items())):
-        title, rates = panel(key)
+        title, rates = panel_of(found.figure.name, key)
         right = 0.0
         for system, curve in curves.items():
             lines = curve.line(found.done), _beyond_top(curve.paper, rates[system])
@@ -143,9 +158,10 @@ def _leaves(line: Sequence[Point]) -> float:
     return line[-1][0]
 
 
-def _blocks(found: Found, about: str, pattern: str) -> Figure:
-    """Latency over block size, both axes logarithmic."""
-    figure, (axes,) = _sheet(found, about, 1)
+def _blocks(found: Found) -> Figure:
+    """Latency over block size, both axes logarithmic; a line a data set, or a way to preempt."""
+    figure, (axes,) = _sheet(found, 1)
+    pattern = r"13B (?:ShareGPT, )?(\w+), blocks of (\d+)"
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for (name, block), *values in _read(found, pattern, "s/token"):
         lines.setdefault(name, []).append((int(block), *values))
@@ -161,7 +177,7 @@ def _blocks(found: Found, about: str, pattern: str) -> Figure:
 
 def _fig2(found: Found) -> Figure:
     """Shares of the slots, stacked; each system's two bars side by side."""
-    figure, (axes,) = _sheet(found, "where the KV cache goes, OPT-13B, ShareGPT", 1)
+    figure, (axes,) = _sheet(found, 1)
     systems: dict[str, int] = {}
     bottoms: dict[float, float] = {}
     for part, (label, colour) in PARTS.items():
@@ -190,7 +206,7 @@ def _fig13(found: Found) -> Figure:
     bars: dict[str, list[Bar]] = {}
     for (data, system), *values in _read(found, r"13B (\w+), (.+)", "mean batched requests"):
         bars.setdefault(data, []).append((system.replace(" ", "\n"), system, *values))
-    return _bars(found, "batched requests, OPT-13B", bars, "Mean batched requests")
+    return _bars(found, bars, "Mean batched requests")
 
 
 def _fig15(found: Found) -> Figure:
@@ -198,23 +214,21 @@ def _fig15(found: Found) -> Figure:
     for (name, width), *values in _read(found, r"13B Alpaca, (\w+) (\d+)", "% of blocks saved"):
         title = {"parallel": "Parallel sampling", "beam": "Beam search"}[name]
         bars.setdefault(title, []).append((f"{width} sequences", name, *values))
-    return _bars(found, "memory saved by sharing, OPT-13B, Alpaca", bars, "Blocks saved (%)")
+    return _bars(found, bars, "Blocks saved (%)")
 
 
-def _bars(found: Found, about: str, panels: Mapping[str, Sequence[Bar]], unit: str) -> Figure:
+def _bars(found: Found, panels: Mapping[str, Sequence[Bar]], unit: str) -> Figure:
     """A panel a title, with ours and the paper's side by side."""
     from matplotlib.patches import Patch
 
     dashed = {"fill": False, "linestyle": "--", "linewidth": 1.5}
-    figure, grid = _sheet(found, about, len(panels))
+    figure, grid = _sheet(found, len(panels))
     for number, (axes, (title, bars)) in enumerate(zip(grid, panels.items())):
         for x, (_, name, theirs, ours) in enumerate(bars):
-            colour = LOOKS[name][0]
-            for bar in (
-                axes.bar(x - BAR / 2, ours, 0.94 * BAR, color=colour),
-                axes.bar(x + BAR / 2, theirs, 0.94 * BAR, edgecolor=colour, **dashed),
-            ):
-                axes.bar_label(bar, fmt="{:.3g}", padding=2, fontsize=SMALL)
+            colour, label = LOOKS[name][0], {"fmt": "{:.3g}", "padding": 2, "fontsize": SMALL}
+            axes.bar_label(axes.bar(x - BAR / 2, ours, 0.94 * BAR, color=colour), **label)
+            hollow = axes.bar(x + BAR / 2, theirs, 0.94 * BAR, edgecolor=colour, **dashed)
+            axes.bar_label(hollow, **label)
         axes.set_title(f"({ascii_lowercase[number]}) {title}")
         axes.set_xticks(range(len(bars)), [label for label, *_ in bars])
         axes.margins(y=0.12)
@@ -227,50 +241,14 @@ def _bars(found: Found, about: str, panels: Mapping[str, Sequence[Bar]], unit: s
     return figure
 
 
-PICTURES = {
-    "Fig. 2": ("fig2.png", _fig2),
-    "Fig. 12": (
-        "fig12.png",
-        partial(
-            _curves,
-            about="latency by request rate, basic sampling",
-            panel=lambda key: (f"{key[1].upper()}, {key[0]}", paper.FIG12_RATES[key[0]][key[1]]),
-        ),
-    ),
-    "Fig. 13": ("fig13.png", _fig13),
-    "Fig. 14": (
-        "fig14.png",
-        partial(
-            _curves, about="parallel sampling and beam search, OPT-13B, Alpaca", panel=_panel14
-        ),
-    ),
-    "Fig. 15": ("fig15.png", _fig15),
-    "Fig. 16": (
-        "fig16.png",
-        partial(
-            _curves,
-            about="shared prefix, LLaMA-13B, WMT16 English to German",
-            panel=lambda shots: (f"{shots} prefix", paper.FIG16[shots]),
-        ),
-    ),
-    "Fig. 17": (
-        "fig17.png",
-        partial(
-            _curves, about="chatbot, OPT-13B, ShareGPT", panel=lambda _: ("", paper.FIG17_RATES)
-        ),
-    ),
-    "Fig. 18b": (
-        "fig18b.png",
-        partial(
-            _blocks, about="latency by block size, OPT-13B", pattern=r"13B (\w+), blocks of (\d+)"
-        ),
-    ),
-    "Fig. 19b": (
-        "fig19b.png",
-        partial(
-            _blocks,
-            about="recomputation and swapping, OPT-13B, ShareGPT",
-            pattern=r"13B ShareGPT, (\w+), blocks of (\d+)",
-        ),
-    ),
+PICTURES: dict[str, tuple[Callable[[Found], Figure], str]] = {  # what draws it, its title
+    "Fig. 2": (_fig2, "where the KV cache goes, OPT-13B, ShareGPT"),
+    "Fig. 12": (_curves, "latency by request rate, basic sampling"),
+    "Fig. 13": (_fig13, "batched requests, OPT-13B"),
+    "Fig. 14": (_curves, "parallel sampling and beam search, OPT-13B, Alpaca"),
+    "Fig. 15": (_fig15, "memory saved by sharing, OPT-13B, Alpaca"),
+    "Fig. 16": (_curves, "shared prefix, LLaMA-13B, WMT16 English to German"),
+    "Fig. 17": (_curves, "chatbot, OPT-13B, ShareGPT"),
+    "Fig. 18b": (_blocks, "latency by block size, OPT-13B"),
+    "Fig. 19b": (_blocks, "recomputation and swapping, OPT-13B, ShareGPT"),
 }
