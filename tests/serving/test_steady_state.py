@@ -11,22 +11,28 @@ from vllm_sim.serving.systems import CONTIGUOUS, POLICIES, POLICY, limits_of, ne
 from vllm_sim.workload.requests import Request
 
 
-@pytest.mark.parametrize(("count", "every"), [(5, 1), (50, 50)])
-def test_a_queue_that_runs_dry_is_an_error(count, every):
+def observed(warmup, iterations, *every):
+    """The mean, usage and batch at each iteration that counts, and the manager at the end."""
+    requests = [Request(n, 0.0, 4, 4) for n in range(60)]
+    manager, seen = PagedKVCacheManager(9, 4, watermark=0.0), []
+
+    def each(scheduler):
+        seen.append((manager.usage(), len(scheduler.running)))
+
+    mean = steady_state(manager, requests, Limits(40, 8), warmup, iterations, each, *every)
+    return mean, seen, manager
+
+
+@pytest.mark.parametrize(("count", "every", "after"), [(5, 1, 0), (50, 1, 28), (50, 50, 28)])
+def test_a_queue_that_runs_dry_is_an_error(count, every, after):
     requests = [Request(n, 0.0, 5, 5) for n in range(count)]
-    with pytest.raises(QueueTooShortError, match=f"the queue of {count} ran dry after"):
+    with pytest.raises(QueueTooShortError, match=f"of {count} ran dry after {after} iterations"):
         steady_state(PagedKVCacheManager(10, 8), requests, Limits(100, 100), 500, 2, every=every)
 
 
 def test_means_are_taken_after_the_warmup_only():
-    requests = [Request(n, 0.0, 4, 4) for n in range(60)]
-    manager, seen = PagedKVCacheManager(9, 4, watermark=0.0), []
-
-    def each(running):
-        usage = manager.usage()
-        seen.append((usage, len(running.running)))
-
-    mean = steady_state(manager, requests, Limits(40, 8), 7, 20, each)
+    mean, seen, _ = observed(7, 20)
+    assert seen == observed(0, 27)[1][7:] == observed(7, 20, 1)[1]
     assert len(seen) == mean.count == 20
     assert mean.batch == pytest.approx(sum(batch for _, batch in seen) / 20)
     for part in ("tokens", "padding", "free"):
@@ -38,6 +44,12 @@ def test_means_are_taken_after_the_warmup_only():
     assert mean.saving == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize("iterations", range(1, 9))
+def test_it_ends_within_the_last_iteration_with_all_in_place(iterations):
+    _, seen, manager = observed(3, iterations)
+    assert manager.usage() == seen[-1][0]
+
+
 def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
     mean = UsageMean()
     assert mean.saving == 0.0
@@ -45,8 +57,8 @@ def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
     mean.add(MemoryUsage(40, 8, 32, logical_tokens=16, logical_blocks=4, physical_blocks=2), 2)
     assert (mean.percent("free"), mean.batch) == (90.0, 1.0)
     assert mean.saving == 0.5  # of the one that holds blocks
-    mean.add(MemoryUsage(40, 8, 32, logical_tokens=8, logical_blocks=2, physical_blocks=2), 1)
-    assert mean.saving == pytest.approx(1 / 3)  # twice and once the blocks: 1.5 times in the mean
+    mean.add(MemoryUsage(40, 8, 32, logical_tokens=8, logical_blocks=3, physical_blocks=2), 1)
+    assert mean.saving == pytest.approx(1 - 1 / 1.75)  # 2 and 1.5 times the blocks, in the mean
 
 
 @pytest.mark.parametrize("policy", ["paged", "oracle"])
@@ -67,10 +79,12 @@ def test_looking_at_one_iteration_in_some_sees_what_looking_at_all_sees(policy):
     assert seen[1][::7] == seen[7]
 
 
-def test_iterations_whose_slots_do_not_add_up_are_told():
+@pytest.mark.parametrize("tokens", [0, 1000])
+def test_iterations_whose_slots_do_not_add_up_are_told(tokens):
     requests = [Request(n, 0.0, 4, 4) for n in range(60)]
     manager = PagedKVCacheManager(9, 4)
-    manager.usage, manager.check_invariants = lambda: MemoryUsage(36, 0, 36), lambda: None
+    manager.usage = lambda: MemoryUsage(36, 0, 36, logical_tokens=tokens)
+    manager.check_invariants = lambda: None
     assert steady_state(manager, requests, Limits(40, 8), 0, 5).agreed == 0
 
 
