@@ -7,7 +7,7 @@
 #
 # Works in .mutants/MODULE/, on a copy of the checkout for each worker. Prints how many mutants there
 # are and how many tests noticed, and exits with 1 if that is under 95 %. Every survivor counts, also
-# one that behaves as the code does: `cr-report --surviving-only --show-diff SESSION` lists them.
+# one that behaves as the code does: `cr-report --surviving-only --show-diff .mutants/*/last.sqlite`.
 # (cr-rate would count the operators that are left out as noticed.)
 set -euo pipefail
 
@@ -77,7 +77,7 @@ for ((i = 0; i < WORKERS; i++)); do
     (cd "$folder/worker-$i" && exec cosmic-ray http-worker --port "$port") >"$folder/worker-$i.log" 2>&1 &
     workers+=($!)
     urls+=("http://localhost:$port")
-    until (exec 3<>"/dev/tcp/localhost/$port") 2>/dev/null; do
+    until grep -q "Running on .*:$port" "$folder/worker-$i.log"; do
         kill -0 $! || { tail -n 1 "$folder/worker-$i.log" >&2; exit 1; }
         sleep 0.2
     done
@@ -94,8 +94,9 @@ if [ ! -e "$session" ]; then
     mv ../new.sqlite "$session"
 fi
 cosmic-ray exec ../mutants.toml "$session"
+mv "$session" ../last.sqlite # the next run begins again
 
-"$PYTHON" - "$module" "$session" <<'END'
+"$PYTHON" - "$module" ../last.sqlite <<'END'
 import sys
 
 from cosmic_ray.work_db import WorkDB, use_db
