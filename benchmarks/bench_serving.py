@@ -37,7 +37,7 @@ from vllm_sim.scenarios.report import Table, check_writable, render, write_json
 from vllm_sim.serving.simulator import ServingResult, simulate
 from vllm_sim.serving.systems import limits_of
 from vllm_sim.workload.data_sets import find_lengths
-from vllm_sim.workload.requests import WorkloadError
+from vllm_sim.workload.text_files import WorkloadError
 from vllm_sim.workload.traces import read_trace
 
 AZURE = "AzureLLMInferenceTrace_conv.csv.gz"

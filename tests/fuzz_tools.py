@@ -48,9 +48,11 @@ from vllm_sim.workload.data_sets import (  # noqa: E402
     DATASETS,
     chat_rounds,
     find_lengths,
+    read_columns,
+    read_lengths,
     read_pairs,
 )
-from vllm_sim.workload.requests import WorkloadError, read_columns, read_lengths  # noqa: E402
+from vllm_sim.workload.text_files import WorkloadError  # noqa: E402
 from vllm_sim.workload.traces import read_trace  # noqa: E402
 
 SECONDS = 10  # that one input may take before it counts as a hang
@@ -561,7 +563,7 @@ def fuzz_files_of_scripts(count, seed, room):
         if script is bench_serving and name.startswith("azure"):
             name = bench_serving.AZURE
         elif script is make_length_tables:
-            name = rng.choice(make_length_tables.SPECS).filename
+            name = rng.choice(list(make_length_tables.SPECS.values())).filename
         (data / name).write_bytes(content)
         arguments = {
             reproduce: ["--figure", "table1", "--lengths", str(data / name)],

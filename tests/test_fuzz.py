@@ -77,8 +77,9 @@ from vllm_sim.scenarios import report  # noqa: E402
 from vllm_sim.scenarios.report import ScenarioReport  # noqa: E402
 from vllm_sim.sizing import answers as capacity_tables  # noqa: E402
 from vllm_sim.sizing import trace_answers as trace_tables  # noqa: E402
-from vllm_sim.workload import requests as workload  # noqa: E402
-from vllm_sim.workload.requests import WorkloadError, read_lengths  # noqa: E402
+from vllm_sim.workload import data_sets, text_files  # noqa: E402
+from vllm_sim.workload.data_sets import read_lengths  # noqa: E402
+from vllm_sim.workload.text_files import WorkloadError  # noqa: E402
 
 # ---- malformed options -------------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ def test_a_gzip_bomb_is_bounded(tmp_path, text, times, says):
 
 @pytest.mark.parametrize("line", [b"\n", b"1,1\n"])
 def test_a_file_of_too_many_lines_is_not_read_to_its_end(tmp_path, monkeypatch, line):
-    monkeypatch.setattr(workload, "MAX_LINES", 5000)
+    monkeypatch.setattr(text_files, "MAX_LINES", 5000)
     path = bomb(tmp_path / "sharegpt.csv.gz", b"input_len,output_len\n1,1\n", line, 4999)
     with pytest.raises(WorkloadError, match="line 5001: the file"):
         read_lengths(path)
@@ -606,7 +607,7 @@ def trip(*_, **__):
 
 
 def test_a_planted_traceback_is_noticed(room, no_work, tmp_path, monkeypatch):
-    monkeypatch.setattr(workload, "whole_number", trip)
+    monkeypatch.setattr(data_sets, "whole_number", trip)
     with pytest.raises(Fault, match="KeyError"):
         fuzz_readers(100, 0, tmp_path)
     with pytest.raises(Fault, match="KeyError"):

@@ -12,7 +12,8 @@ import pytest
 from kv_cache_manager import PagedKVCacheManager
 from vllm_sim.reporting.progress import FIRST_S, LOG_S, NEXT_S, SILENT, Progress
 from vllm_sim.serving.simulator import simulate
-from vllm_sim.workload.requests import SHAREGPT, make_trace
+from vllm_sim.workload.length_tables import SHAREGPT
+from vllm_sim.workload.requests import make_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -30,7 +30,8 @@ from vllm_sim.scenarios.setting import (
 )
 from vllm_sim.scenarios.stamped_cache import StampedCache
 from vllm_sim.serving.simulator import make_groups
-from vllm_sim.workload.requests import ALPACA, SHAREGPT, Request
+from vllm_sim.workload.length_tables import ALPACA, SHAREGPT
+from vllm_sim.workload.requests import Request
 
 TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
 SHORT = models.Model("short", "opt", 2, 16, 2, 2, 8, 64, 100, 256)

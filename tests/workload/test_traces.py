@@ -3,14 +3,13 @@
 import gzip
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+from test_data_sets import DATA, needs_data
 
-from vllm_sim.workload import requests as workload
-from vllm_sim.workload import trace_formats
-from vllm_sim.workload.requests import WorkloadError
+from vllm_sim.workload import text_files, trace_formats
+from vllm_sim.workload.text_files import WorkloadError
 from vllm_sim.workload.trace_formats import COLUMNS, FAILED
 from vllm_sim.workload.traces import Trace, prefix_hits, read_trace, why
 
@@ -32,9 +31,6 @@ MOONCAKE = (
     '{"timestamp": 30535, "input_length": 6472, "output_length": 26, "hash_ids": [46, 47, 2366]}\n'
     '{"timestamp": 30536, "input_length": 100, "output_length": 7, "hash_ids": [9, 47]}\n'
 )
-DATA = os.environ.get("LENGTHS_DIR")
-HAS_DATA = DATA and (Path(DATA) / "AzureLLMInferenceTrace_conv.csv.gz").exists()
-needs_data = pytest.mark.skipif(not HAS_DATA, reason="LENGTHS_DIR names no folder with traces")
 
 
 @pytest.fixture
@@ -197,48 +193,34 @@ def test_a_row_that_cannot_be_served_is_refused_alone(read, row, reason):
         assert str(caught.value).endswith(f"no request can be served: 1 {reason} (first in line 2)")
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ("[1, 2]", "not a JSON object"),
-        ('{"timestamp": 1', "not a JSON object"),
-        ("[" * 60_000, "not a JSON object"),
-        ('{"timestamp": 1, "input_length": %s}' % ("9" * 6000), "not a JSON object"),
-        ('{"timestamp": 1, "input_length": 5}', "the output is not a number of tokens"),
-        (
-            '{"timestamp": 1, "input_length": true, "output_length": 5}',
-            "the prompt is not a number of tokens",
-        ),
-        (
-            '{"timestamp": 1, "input_length": NaN, "output_length": 5}',
-            "the prompt is not a number of tokens",
-        ),
-        (
-            '{"timestamp": 1, "input_length": [], "output_length": 5}',
-            "the prompt is not a number of tokens",
-        ),
-        ('{"timestamp": null, "input_length": 5, "output_length": 5}', "the time is not one"),
-        ('{"timestamp": true, "input_length": 5, "output_length": 5}', "the time is not one"),
-        ('{"timestamp": Infinity, "input_length": 5, "output_length": 5}', "the time is not one"),
-        (
-            '{"timestamp": %s, "input_length": 5, "output_length": 5}' % ("9" * 400),
-            "the time is not one",
-        ),
-        ('{"input_length": 5, "output_length": 5}', "the time is not one"),
-        (
-            '{"timestamp": 1, "input_length": 5, "output_length": 5, "hash_ids": 7}',
-            "hash_ids are not whole numbers",
-        ),
-        (
-            '{"timestamp": 1, "input_length": 5, "output_length": 5, "hash_ids": [1.5]}',
-            "hash_ids are not whole numbers",
-        ),
-        (
-            '{"timestamp": 1, "input_length": 5, "output_length": 5, "hash_ids": [true]}',
-            "hash_ids are not whole numbers",
-        ),
-    ],
+NO_OBJECT, NO_TOKENS, NO_TIME = (
+    "not a JSON object",
+    "is not a number of tokens",
+    "the time is not one",
 )
+WHOLE_ROW = '{"timestamp": 1, "input_length": 5, "output_length": 5, "hash_ids": '
+NO_HASHES = "hash_ids are not whole numbers"
+WRONG_JSON = [
+    ("[1, 2]", NO_OBJECT),
+    ('{"timestamp": 1', NO_OBJECT),
+    ("[" * 60_000, NO_OBJECT),
+    ('{"timestamp": 1, "input_length": %s}' % ("9" * 6000), NO_OBJECT),
+    ('{"timestamp": 1, "input_length": 5}', f"the output {NO_TOKENS}"),
+    ('{"timestamp": 1, "input_length": true, "output_length": 5}', f"the prompt {NO_TOKENS}"),
+    ('{"timestamp": 1, "input_length": NaN, "output_length": 5}', f"the prompt {NO_TOKENS}"),
+    ('{"timestamp": 1, "input_length": [], "output_length": 5}', f"the prompt {NO_TOKENS}"),
+    ('{"timestamp": null, "input_length": 5, "output_length": 5}', NO_TIME),
+    ('{"timestamp": true, "input_length": 5, "output_length": 5}', NO_TIME),
+    ('{"timestamp": Infinity, "input_length": 5, "output_length": 5}', NO_TIME),
+    ('{"timestamp": %s, "input_length": 5, "output_length": 5}' % ("9" * 400), NO_TIME),
+    ('{"input_length": 5, "output_length": 5}', NO_TIME),
+    (f"{WHOLE_ROW}7}}", NO_HASHES),
+    (f"{WHOLE_ROW}[1.5]}}", NO_HASHES),
+    (f"{WHOLE_ROW}[true]}}", NO_HASHES),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), WRONG_JSON)
 def test_a_json_row_that_cannot_be_served_is_refused_alone(read, row, reason):
     trace = read(MOONCAKE + row + "\n")
     assert len(trace) == 3 and reasons(trace) == {reason: 1}
@@ -337,7 +319,7 @@ def test_files_that_are_not_there_or_not_files(tmp_path):
 
 
 def test_a_gzip_bomb_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(workload, "MAX_FILE_BYTES", 10**6)
+    monkeypatch.setattr(text_files, "MAX_FILE_BYTES", 10**6)
     path = tmp_path / "x"
     row = b'{"timestamp": 1, "input_length": 5, "output_length": 5}\n'
     path.write_bytes(gzip.compress(row * 20_000))
@@ -381,13 +363,9 @@ def test_prefix_hits_by_hand_and_by_brute_force():
 
 @needs_data
 def test_the_azure_conversations_of_2023():
-    trace = read_trace(Path(DATA) / "AzureLLMInferenceTrace_conv.csv.gz")
-    assert (trace.form, len(trace), trace.rows_read, trace.refused) == (
-        "Azure CSV",
-        19_366,
-        19_366,
-        {},
-    )
+    trace = read_trace(DATA / "AzureLLMInferenceTrace_conv.csv.gz")
+    assert (trace.form, trace.refused) == ("Azure CSV", {})
+    assert len(trace) == trace.rows_read == 19_366
     assert int(trace.outputs.sum()) == 4_088_665 and trace.rows_sorted == 0
     assert trace.prompts.mean() == pytest.approx(1154.7, abs=0.05)
     assert trace.span_s == pytest.approx(3501.72, abs=0.01)
@@ -395,7 +373,7 @@ def test_the_azure_conversations_of_2023():
 
 @needs_data
 def test_mooncakes_bound_on_the_reuse_of_prefixes():
-    trace = read_trace(Path(DATA) / "mooncake_fast25_synthetic_trace.jsonl.gz")
+    trace = read_trace(DATA / "mooncake_fast25_synthetic_trace.jsonl.gz")
     assert len(trace) == trace.rows_read == 3993
     assert round(100 * trace.hash_hits / trace.hash_blocks, 1) == 64.0
     lengths = -(-trace.prompts // trace_formats.HASH_BLOCK)
@@ -404,7 +382,7 @@ def test_mooncakes_bound_on_the_reuse_of_prefixes():
 
 @needs_data
 def test_length_files_are_traces_without_times():
-    trace = read_trace(Path(DATA) / "sharegpt_sosp23_opt_lengths.csv.gz", 1000)
+    trace = read_trace(DATA / "sharegpt_sosp23_opt_lengths.csv.gz", 1000)
     assert trace.arrivals is None and len(trace) == 1000
 
 

@@ -30,7 +30,7 @@ from vllm_sim.serving.static_batching import simulate_static
 from vllm_sim.serving.steady_state import UsageMean
 from vllm_sim.serving.systems import POLICY, limits_of, new_manager
 from vllm_sim.workload.data_sets import Lengths
-from vllm_sim.workload.requests import WMT16_PROMPTS
+from vllm_sim.workload.length_tables import WMT16_PROMPTS
 
 SHARED_PREFIX = {"WMT16 1-shot": WMT16_PROMPTS[1][0], "WMT16 5-shot": WMT16_PROMPTS[5][0]}
 PREFIX_ID = -2  # no request has it

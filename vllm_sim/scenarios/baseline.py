@@ -25,7 +25,8 @@ from vllm_sim.scenarios.setting import (
 )
 from vllm_sim.serving.scheduler import Scheduler
 from vllm_sim.serving.systems import CONTIGUOUS, limits_of
-from vllm_sim.workload.requests import SHAREGPT, Request
+from vllm_sim.workload.length_tables import SHAREGPT
+from vllm_sim.workload.requests import Request
 
 PARTS = MemoryUsage.PARTS
 LEGEND = "T tokens, r reserved, i internal, o rounding, . free"

@@ -38,7 +38,8 @@ from vllm_sim.scenarios.stamped_cache import StampedCache
 from vllm_sim.serving.scheduler import Iteration, Manager
 from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
 from vllm_sim.serving.systems import PAGED, limits_of
-from vllm_sim.workload.requests import ALPACA, SHAREGPT, WMT16, LengthTable, Request
+from vllm_sim.workload.length_tables import ALPACA, SHAREGPT, WMT16, LengthTable
+from vllm_sim.workload.requests import Request
 from vllm_sim.workload.traces import Trace
 
 

@@ -49,7 +49,8 @@ from vllm_sim.scenarios.setting import (
 )
 from vllm_sim.serving.scheduler import Scheduler
 from vllm_sim.serving.systems import PAGED, POLICY, limits_of
-from vllm_sim.workload.requests import SHAREGPT, Request
+from vllm_sim.workload.length_tables import SHAREGPT
+from vllm_sim.workload.requests import Request
 
 BANK = 1021  # different random K and V vectors of a token
 CUDA_GRANULE = 2 << 20  # torch rounds large allocations up to a multiple of this

@@ -24,7 +24,7 @@ from vllm_sim.scenarios.setting import Setting, num_queued, sample_requests, ste
 from vllm_sim.scenarios.stamped_cache import Stamps
 from vllm_sim.serving.scheduler import Scheduler
 from vllm_sim.serving.systems import PAGED, limits_of
-from vllm_sim.workload.requests import ALPACA, SHAREGPT, LengthTable
+from vllm_sim.workload.length_tables import ALPACA, SHAREGPT, LengthTable
 
 SAMPLES = (2, 4, 6, 10)
 OUTPUT_LEN = 100  # tokens that each sample generates

@@ -18,7 +18,8 @@ from vllm_sim.reporting.tables import counted
 from vllm_sim.serving.scheduler import Manager
 from vllm_sim.serving.steady_state import UsageMean, steady_state
 from vllm_sim.serving.systems import new_manager
-from vllm_sim.workload.requests import LengthTable, Request
+from vllm_sim.workload.length_tables import LengthTable
+from vllm_sim.workload.requests import Request
 from vllm_sim.workload.traces import Trace
 
 __all__ = [

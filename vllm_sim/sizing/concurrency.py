@@ -20,7 +20,8 @@ from vllm_sim.reporting.tables import counted
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.steady_state import QueueTooShortError, steady_state
 from vllm_sim.serving.systems import new_manager
-from vllm_sim.workload.requests import ALPACA, SHAREGPT, LengthTable, Request
+from vllm_sim.workload.length_tables import ALPACA, SHAREGPT, LengthTable
+from vllm_sim.workload.requests import Request
 
 NO_LIMIT = 10**9  # on an iteration's tokens and sequences: memory alone decides
 # A larger pool is simulated by a part of it: that many requests of the workload say enough.

@@ -2,8 +2,8 @@
 
 A trace of the authors' artifact takes the first requests of a data set in their order, so it
 has means of its own. It can be repeated request by request with the full length files, which
-are not shipped. Without them the compact tables of workload.py stand in: same distribution, no
-order.
+are not shipped. Without them the compact tables of length_tables.py stand in: same
+distribution, no order.
 
     lengths = find_lengths(["lengths.csv.gz"], os.environ.get("LENGTHS_DIR"))
     print(lengths.source("ShareGPT"))
@@ -20,25 +20,26 @@ A file is told by the columns that its header names (CSV, plain or gzipped, any 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_sim.workload import requests
-from vllm_sim.workload.requests import WMT16_PROMPTS, Pair, WorkloadError
+from vllm_sim.workload import length_tables
+from vllm_sim.workload.length_tables import WMT16_PROMPTS
+from vllm_sim.workload.requests import MAX_LENGTH, Pair, first_pairs, poisson_arrivals
+from vllm_sim.workload.text_files import Row, WorkloadError, read_csv, read_text
 
 DATASETS = ("ShareGPT", "Alpaca", "WMT16 1-shot", "WMT16 5-shot", "chat")
 WMT16_SHOTS = {"WMT16 1-shot": 1, "WMT16 5-shot": 5}
-# Table, tokens to add to its inputs, and the module that has its rows.
-COMPACT = {
-    "ShareGPT": (requests.SHAREGPT, 0, "length_tables.py"),
-    "Alpaca": (requests.ALPACA, 0, "length_tables.py"),
-    "WMT16 1-shot": (requests.WMT16, WMT16_PROMPTS[1][1], "length_tables.py"),
-    "WMT16 5-shot": (requests.WMT16, WMT16_PROMPTS[5][1], "length_tables.py"),
-    "chat": (requests.CHAT, 0, "chat_lengths.py"),
+COMPACT = {  # table, and tokens to add to its inputs
+    "ShareGPT": (length_tables.SHAREGPT, 0),
+    "Alpaca": (length_tables.ALPACA, 0),
+    "WMT16 1-shot": (length_tables.WMT16, WMT16_PROMPTS[1][1]),
+    "WMT16 5-shot": (length_tables.WMT16, WMT16_PROMPTS[5][1]),
+    "chat": (length_tables.CHAT, 0),
 }
-
 PAIR_COLUMNS = ("input_len", "output_len")
 ALPACA_COLUMNS = (*PAIR_COLUMNS, "input_len_llama")
 WMT16_OUTPUT = "output_llama_tokens"
@@ -52,6 +53,44 @@ CHAT_OUTPUT = MODEL_LEN - CHAT_PROMPT - 8  # the artifact's 8 spare tokens
 # The artifact encodes each turn as 'human: text' or 'gpt: text', with a BOS token of its own.
 # The file counts the text alone. Three tokens for the speaker are our estimate.
 CHAT_TURN = 1 + 3
+
+
+def read_lengths(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, outputs) in tokens, int64 (rows,) each, in file order: input_len, output_len."""
+    return tuple(read_columns(path, PAIR_COLUMNS))
+
+
+def read_columns(path: str | os.PathLike[str], names: Sequence[str]) -> np.ndarray:
+    """The columns `names` of a length file, whole numbers from 1, int64 (columns, rows)."""
+    lengths = array("q")  # flat, row by row
+    for place, cells in read_cells(path, names):
+        lengths.extend([whole_number(place, cell) for cell in cells])
+    if not lengths:
+        raise WorkloadError(f"{path}: no rows after the header")
+    return np.array(lengths, dtype=np.int64).reshape(-1, len(names)).T.copy()
+
+
+def read_cells(path: str | os.PathLike[str], names: Sequence[str]) -> Iterator[Row]:
+    """('file, line n', cells of the columns `names`) of each row; the first line names columns."""
+    lines = read_csv(read_text(path))
+    place, header = next(lines, (os.fspath(path), []))
+    if any(header.count(name) != 1 for name in names):
+        raise WorkloadError(f"{place}: the header must name {', '.join(names)}, once each")
+    wanted = [header.index(name) for name in names]
+    for place, cells in lines:
+        if len(cells) != len(header):
+            raise WorkloadError(f"{place}: {len(cells)} cells, the header has {len(header)}")
+        yield place, [cells[index] for index in wanted]
+
+
+def whole_number(place: str, cell: str, low: int = 1) -> int:
+    """The number that a cell spells, from `low` to 10**7; WorkloadError with `place` if not."""
+    # Digits only: int() would take '1_0' and '+1', and refuses very long numbers.
+    whole = cell.isascii() and cell.isdigit() and len(cell) < 20
+    if not whole or not low <= int(cell) <= MAX_LENGTH:
+        wanted = f"a whole number from {low} to {MAX_LENGTH}"
+        raise WorkloadError(f"{place}: {cell[:30]!a} is not {wanted}")
+    return int(cell)
 
 
 def chat_rounds(path: str | os.PathLike[str]) -> list[Pair]:
@@ -68,9 +107,9 @@ def chat_rounds(path: str | os.PathLike[str]) -> list[Pair]:
     """
     rounds: list[Pair] = []
     history, query, current = 0, None, None
-    for place, cells in requests.read_cells(path, CHAT_COLUMNS):
+    for place, cells in read_cells(path, CHAT_COLUMNS):
         conversation, chunk, speaker, text = cells
-        skipped, tokens = (requests.whole_number(place, cell, low=0) for cell in (chunk, text))
+        skipped, tokens = (whole_number(place, cell, low=0) for cell in (chunk, text))
         tokens += CHAT_TURN
         if conversation != current:
             history, query, current = MODEL_LEN if skipped else 0, None, conversation
@@ -92,11 +131,11 @@ def read_pairs(path: str, dataset: str) -> list[Pair]:
         pairs = chat_rounds(path)
     elif dataset in WMT16_SHOTS:
         shots = WMT16_SHOTS[dataset]
-        columns = requests.read_columns(path, (WMT16_SUFFIX.format(shots), WMT16_OUTPUT))
+        columns = read_columns(path, (WMT16_SUFFIX.format(shots), WMT16_OUTPUT))
         longest = MODEL_LEN - WMT16_PROMPTS[shots][0]
         pairs = [pair for pair in zip(*columns.tolist()) if sum(pair) <= longest]
     else:
-        pairs = list(zip(*requests.read_columns(path, PAIR_COLUMNS).tolist()))
+        pairs = list(zip(*read_columns(path, PAIR_COLUMNS).tolist()))
         if dataset == "ShareGPT":
             pairs = [pair for pair in pairs if sum(pair) < MODEL_LEN]
     if not pairs:
@@ -132,7 +171,7 @@ class Lengths:
         """One line of ASCII for reports: a file's name and size, or which table."""
         _check_dataset(dataset)
         if dataset not in self.files:
-            return f"compact table ({COMPACT[dataset][2]})"
+            return "compact table (length_tables.py)"
         name, count = ascii(_name(self.files[dataset]))[1:-1], len(self.pairs(dataset))
         return f"{name} ({count:,} pair{'s' * (count != 1)})"
 
@@ -148,12 +187,12 @@ class Lengths:
         _check_dataset(dataset)
         if added_prompt_len < 0:
             raise ValueError(f"added_prompt_len must not be negative, not {added_prompt_len!r}")
-        arrivals = requests.poisson_arrivals(rate, duration_s, seed).tolist()
+        arrivals = poisson_arrivals(rate, duration_s, seed).tolist()
         if dataset in self.files:
-            pairs = requests.first_pairs(self.pairs(dataset), len(arrivals), seed)
+            pairs = first_pairs(self.pairs(dataset), len(arrivals), seed)
             prompts = [prompt + added_prompt_len for prompt, _ in pairs]
             return arrivals, prompts, [output for _, output in pairs]
-        table, rest_of_prefix, _ = COMPACT[dataset]
+        table, rest_of_prefix = COMPACT[dataset]
         inputs, outputs = table.sample(len(arrivals), np.random.default_rng(seed))
         return arrivals, (inputs + (rest_of_prefix + added_prompt_len)).tolist(), outputs.tolist()
 
@@ -169,7 +208,7 @@ def find_lengths(paths: Sequence[str], directory: str | None) -> Lengths:
     for path in paths:
         datasets = _datasets(path, _header(path))
         if not datasets:
-            raise WorkloadError(f"{path}: no data set is known by this header, see length_files.py")
+            raise WorkloadError(f"{path}: no data set is known by this header, see data_sets.py")
         _claim(named, path, datasets)
     found: dict[str, str] = {}
     for path in _files_in(directory) if directory else ():
@@ -198,7 +237,7 @@ def _files_in(directory: str) -> list[str]:
 
 
 def _header(path: str) -> list[str]:
-    return next(requests.read_lines(path), (path, []))[1]
+    return next(read_csv(read_text(path)), (path, []))[1]
 
 
 def _datasets(path: str, header: Sequence[str]) -> Sequence[str]:

@@ -7,7 +7,7 @@ Reproduces nothing of the paper. A file is plain or gzipped, whatever its name:
     Mooncake  a JSON object a line: timestamp (ms), input_length, output_length, hash_ids
     CSV, JSON lines   any other with columns, or keys, that COLUMNS knows
 
-    form, rows = find_format(name, workload.read_text(name))
+    form, rows = find_format(name, read_text(name))
     for place, row in rows:
         tokens_of(form, row), moment_of(form, row)      # RowError: why the row is refused
 
@@ -24,51 +24,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 
-from vllm_sim.workload.requests import MAX_LENGTH, WorkloadError, split_cells
+from vllm_sim.workload.requests import MAX_LENGTH
+from vllm_sim.workload.text_files import Line, WorkloadError, read_csv
 
 # What a column may be called, with all but letters and digits left out, in lower case.
 COLUMNS = {
-    "prompt": (
-        "contexttokens",
-        "requesttokens",
-        "inputlength",
-        "inputlen",
-        "inputtokens",
-        "numinputtokens",
-        "promptlength",
-        "promptlen",
-        "prompttokens",
-        "numprompttokens",
-        "numprefilltokens",
-        "prompt",
-        "input",
-    ),
-    "output": (
-        "generatedtokens",
-        "responsetokens",
-        "outputlength",
-        "outputlen",
-        "outputtokens",
-        "numoutputtokens",
-        "completiontokens",
-        "numdecodetokens",
-        "completion",
-        "response",
-        "output",
-    ),
-    "time": (
-        "timestamp",
-        "timestamps",
-        "time",
-        "times",
-        "arrival",
-        "arrivals",
-        "arrivaltime",
-        "arrivaltimes",
-        "arrivedat",
-        "starttime",
-    ),
-    "time in ms": ("timestampms", "timems", "arrivalms", "arrivaltimems"),
+    role: names.split()
+    for role, names in {
+        "prompt": "contexttokens requesttokens inputlength inputlen inputtokens numinputtokens "
+        "promptlength promptlen prompttokens numprompttokens numprefilltokens prompt input",
+        "output": "generatedtokens responsetokens outputlength outputlen outputtokens "
+        "numoutputtokens completiontokens numdecodetokens completion response output",
+        "time": "timestamp timestamps time times arrival arrivals arrivaltime arrivaltimes "
+        "arrivedat starttime",
+        "time in ms": "timestampms timems arrivalms arrivaltimems",
+    }.items()
 }
 AZURE = {"timestamp", "contexttokens", "generatedtokens"}
 BURSTGPT = {"timestamp", "model", "requesttokens", "responsetokens"}
@@ -99,14 +69,14 @@ class Format:
     hashed: bool = False  # the rows may have hash_ids
 
 
-def find_format(name: str, lines: Iterator[tuple[str, str]]) -> tuple[Format, Iterator[Row]]:
+def find_format(name: str, lines: Iterator[Line]) -> tuple[Format, Iterator[Row]]:
     """The format of a file's lines, and its rows. WorkloadError if it is none."""
     place, first = next(lines, (name, ""))
     if not first:
         raise WorkloadError(f"{name}: the file is empty")
     if first.startswith("{"):
         return _json_format(place, first), _json_rows(place, first, lines)
-    rows = split_cells(chain([(place, first)], lines))
+    rows = read_csv(chain([(place, first)], lines))
     place, header = next(rows)
     form = _csv_format(place, header)
     return form, _csv_rows(form, header, rows)
@@ -183,7 +153,7 @@ def _csv_rows(
             yield place, {name: cells[index] for name, index in wanted}
 
 
-def _json_rows(place: str, first: str, lines: Iterator[tuple[str, str]]) -> Iterator[Row]:
+def _json_rows(place: str, first: str, lines: Iterator[Line]) -> Iterator[Row]:
     yield place, _object(first)
     for place, text in lines:
         yield place, _object(text)

@@ -19,8 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vllm_sim.workload import requests
-from vllm_sim.workload.requests import WorkloadError
+from vllm_sim.workload.text_files import WorkloadError, read_text
 from vllm_sim.workload.trace_formats import (
     Format,
     Row,
@@ -115,10 +114,10 @@ def read_trace(path: str | os.PathLike[str], at_most: int | None = None) -> Trac
     """The requests of a file, of its first `at_most` rows if given.
 
     Times before the row above are put in order, and counted. Raises WorkloadError for a file that
-    cannot be read (requests.read_text), is in no known format, or has no row that can be served.
+    cannot be read (read_text), is in no known format, or has no row that can be served.
     """
     name = os.fspath(path)
-    form, rows = find_format(name, requests.read_text(path))
+    form, rows = find_format(name, read_text(path))
     return _collect(path, form, rows, at_most)
 
 
@@ -168,21 +167,10 @@ def _collect(
                 f"{os.fspath(path)}: its times span {arrivals[-1]:.3g} s, more than ten years: "
                 "times are in seconds, or milliseconds if the column says so"
             )
-    hits, blocks = prefix_hits(hashes)
     name = ascii(os.path.basename(os.fspath(path)))[1:-1]
-    return Trace(
-        name,
-        form.name,
-        read,
-        columns[0],
-        columns[1],
-        arrivals,
-        counts,
-        columns[2],
-        late,
-        hits,
-        blocks,
-    )
+    prompts, outputs, lines = columns
+    counted = (lines, late, *prefix_hits(hashes))
+    return Trace(name, form.name, read, prompts, outputs, arrivals, counts, *counted)
 
 
 def prefix_hits(hashes: Sequence[Sequence[int]]) -> tuple[int, int]:

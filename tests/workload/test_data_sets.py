@@ -1,10 +1,11 @@
-"""Tests of length_files.py: the request lengths of Figs. 11, 16 and 17, from files or tables.
+"""Full length files: how they are read, and the lengths of Figs. 11, 16 and 17 from them.
 
 Tests against the full length files look for them in the folder LENGTHS_DIR (environment), or
 else in ../shared/data beside the repository, and are skipped where they are absent.
 """
 
 import gzip
+import io
 import os
 import pickle
 import random
@@ -15,18 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_sim.workload import requests as workload
-from vllm_sim.workload.data_sets import DATASETS, Lengths, chat_rounds, find_lengths, read_pairs
-from vllm_sim.workload.requests import (
-    WMT16_PROMPTS,
-    WorkloadError,
-    make_trace,
-    poisson_arrivals,
+from vllm_sim.workload import data_sets, length_tables, text_files
+from vllm_sim.workload.data_sets import (
+    DATASETS,
+    Lengths,
+    chat_rounds,
+    find_lengths,
     read_lengths,
+    read_pairs,
 )
+from vllm_sim.workload.length_tables import WMT16_PROMPTS
+from vllm_sim.workload.requests import make_trace, poisson_arrivals
+from vllm_sim.workload.text_files import WorkloadError
 
-REPO = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("LENGTHS_DIR") or REPO.parent / "shared" / "data")
+DATA = Path(
+    os.environ.get("LENGTHS_DIR") or Path(__file__).resolve().parents[3] / "shared" / "data"
+)
 SHAREGPT_FILE = DATA / "sharegpt_sosp23_opt_lengths.csv.gz"
 FILES = {
     "ShareGPT": SHAREGPT_FILE,
@@ -75,6 +80,85 @@ def chat_file(*turns):
     """The text of a chat file, from (conversation, chunk_suffix, from, tokens) of each turn."""
     lines = (f"{talk},{chunk},0,{speaker},{n},1\n" for talk, chunk, speaker, n in turns)
     return CHAT_HEAD + "".join(lines)
+
+
+# --- reading length files -----------------------------------------------------------------
+
+
+def test_reads_plain_and_gzipped_files_whatever_their_names(tmp_path):
+    text = b"\xef\xbb\xbfoutput_len,index, input_len \r\n5,0,3\r\n\r\n 6 ,1,10000000\r\n1,2,007"
+    for name, content in (("a.gz", text), ("b.csv", gzip.compress(text))):
+        path = tmp_path / name
+        path.write_bytes(content)
+        for spelling in (path, str(path)):
+            inputs, outputs = read_lengths(spelling)
+            assert inputs.tolist() == [3, 10_000_000, 7]
+            assert outputs.tolist() == [5, 6, 1]
+            assert inputs.dtype == outputs.dtype == np.int64
+
+
+HEAD = b"input_len,output_len\n"
+MALFORMED = {
+    "empty": (b"", "header"),
+    "header only": (HEAD, "no rows"),
+    "no header": (b"1,2\n3,4\n", "line 1: the header"),
+    "column missing": (b"input_len,output\n1,2\n", "line 1: the header"),
+    "column twice": (b"input_len,output_len,input_len\n1,2,3\n", "line 1: the header"),
+    "cell missing": (HEAD + b"1,2\n3\n", "line 3: 1 cells"),
+    "cell too many": (HEAD + b"1,2\n3,4,5\n", "line 3: 3 cells"),
+    "cell empty": (HEAD + b"1,\n", "line 2: '' is not"),
+    "word": (HEAD + b"1,2\nabc,4\n", "line 3: 'abc' is not"),
+    "fraction": (HEAD + b"1.5,2\n", "line 2: '1.5' is not"),
+    "not a number": (HEAD + b"nan,2\n", "line 2: 'nan' is not"),
+    "underscore": (HEAD + b"1_0,2\n", "line 2: '1_0' is not"),
+    "other digits": (HEAD + "\u0663,2\n".encode(), "line 2: .* is not"),
+    "negative": (HEAD + b"1,-2\n", "line 2: '-2' is not"),
+    "zero": (HEAD + b"0,2\n", "line 2: '0' is not"),
+    "huge": (HEAD + b"1,10000001\n", "line 2: '10000001' is not"),
+    "very long number": (HEAD + b"1," + b"9" * 5000 + b"\n", "line 2: '9+' is not"),
+    "long line": (HEAD + b"1,2" + b" " * 70_000 + b"\n", "line 2: .* too long"),
+    "binary": (bytes(range(256)) * 20, "header"),
+    "binary after the header": (HEAD + b"\xff\xfe,\x00\n", "line 2"),
+    "gzip of binary": (gzip.compress(bytes(range(256))), "header"),
+    "gzip of nothing": (gzip.compress(b""), "header"),
+    "truncated gzip": (gzip.compress(HEAD + b"12,34\n" * 5000)[:-30], "cannot be read"),
+    "gzip magic only": (b"\x1f\x8b", "cannot be read"),
+    "corrupt gzip": (gzip.compress(HEAD + b"1,2\n")[:10] + b"\xff" * 40, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_files_are_refused_with_one_line(tmp_path, content, message):
+    path = tmp_path / "lengths.csv"
+    path.write_bytes(content)
+    with pytest.raises(WorkloadError, match=message) as caught:
+        read_lengths(path)
+    text = str(caught.value)
+    assert text.startswith(str(path))
+    assert "\n" not in text
+    assert text.isascii()
+    assert len(text) < len(str(path)) + 120
+
+
+def test_missing_file_and_directory_are_refused(tmp_path):
+    for path, message in ((tmp_path / "none.csv", "No such file"), (tmp_path, "directory")):
+        with pytest.raises(WorkloadError, match=message) as caught:
+            read_lengths(path)
+        assert str(path) in str(caught.value)
+
+
+def test_size_is_bounded_after_unpacking(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_FILE_BYTES", 1000)
+    path = tmp_path / "lengths.csv.gz"
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb") as stream:
+        stream.write(HEAD + b"1,2\n" * 2000)
+    assert len(buffer.getvalue()) < 1000
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(WorkloadError, match="too long"):
+        read_lengths(path)
+    path.write_bytes(HEAD + b"1,2\n" * 240)
+    assert read_lengths(path)[0].size == 240
 
 
 # --- recognising files --------------------------------------------------------------------
@@ -142,9 +226,7 @@ def test_a_named_file_goes_before_the_folder(write, tmp_path):
 def test_no_file_means_the_compact_tables():
     assert find_lengths([], None) == find_lengths([], "") == COMPACT
     for dataset in DATASETS:
-        module = "chat_lengths.py" if dataset == "chat" else "length_tables.py"
-        assert COMPACT.source(dataset) == f"compact table ({module})"
-        assert (REPO / module).is_file()
+        assert COMPACT.source(dataset) == "compact table (length_tables.py)"
 
 
 def test_source_is_one_ascii_line_without_the_folder(write):
@@ -256,8 +338,8 @@ def test_columns_are_those_of_make_trace(write, seed, added):
     exact = find_lengths([path], None)
     cases = {
         "ShareGPT": (read_lengths(path), {"total_below": 2048}),
-        "Alpaca": (workload.ALPACA, {}),
-        "chat": (workload.CHAT, {}),
+        "Alpaca": (length_tables.ALPACA, {}),
+        "chat": (length_tables.CHAT, {}),
     }
     # Fewer requests than there are pairs, and more, so that the pairs are used again.
     for rate in (0.5, 20.0):
@@ -283,7 +365,7 @@ def test_wmt16_prompts_have_what_is_left_of_the_prefix(write):
         one, five = (lengths.columns(f"WMT16 {n}-shot", 5.0, 60.0, 2) for n in (1, 5))
         assert [prompt + WMT16_PROMPTS[5][1] for prompt in one[1]] == five[1]
         assert (one[0], one[2]) == (five[0], five[2])
-    wanted = make_trace(workload.WMT16, 5.0, 60.0, 2, added_prompt_len=WMT16_PROMPTS[5][1])
+    wanted = make_trace(length_tables.WMT16, 5.0, 60.0, 2, added_prompt_len=WMT16_PROMPTS[5][1])
     assert COMPACT.columns("WMT16 5-shot", 5.0, 60.0, 2) == of_requests(wanted)
 
 
@@ -390,17 +472,9 @@ def test_most_chat_prompts_are_full(full):
 
 
 @needs_data
-def test_trace_of_the_artifact(full):
-    arrivals, prompts, outputs = full.columns("ShareGPT", 2.0, 3600.0, 0)
-    wanted = make_trace(read_lengths(SHAREGPT_FILE), 2.0, 3600.0, 0, total_below=2048)
-    assert (arrivals, prompts, outputs) == of_requests(wanted)
-    assert len(arrivals) == 7280
-
-
-@needs_data
 def test_named_files_are_read_at_once_and_once(monkeypatch):
     lengths = find_lengths([str(SHAREGPT_FILE)], None)
-    monkeypatch.setattr(workload, "read_columns", None)
+    monkeypatch.setattr(data_sets, "read_columns", None)
     assert len(lengths.pairs("ShareGPT")) == 79_725
     monkeypatch.undo()
     assert lengths.pairs("ShareGPT") == read_pairs(str(SHAREGPT_FILE), "ShareGPT")
