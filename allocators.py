@@ -68,11 +68,11 @@ class BlockAllocator:
     def take(self, count: int) -> list[int]:
         """`count` blocks, one reference each. The caller has checked that they are there."""
         free = self.free_blocks
-        assert 0 <= count <= len(free), "take() is called only after the need was compared"
-        if count == 0:
-            return []
-        taken = free[: -count - 1 : -1]
-        del free[-count:]
+        left = len(free) - count
+        assert 0 <= left <= len(free), "take() is called only after the need was compared"
+        taken = free[left:]
+        del free[left:]
+        taken.reverse()
         return taken
 
     def share(self, blocks: Iterable[int], times: int = 1) -> None:
@@ -89,24 +89,33 @@ class BlockAllocator:
         else:
             freed = []
             for block in blocks:
-                others = extra.get(block)
-                if others is None:
-                    freed.append(block)
-                elif others == 1:
-                    del extra[block]
-                else:
+                others = extra.pop(block, 0)
+                if others > 1:
                     extra[block] = others - 1
+                elif not others:
+                    freed.append(block)
         self.free_blocks += freed[::-1]
         return freed
 
     def replace(self, block: int) -> int:
         """A fresh block instead of one reference to a shared one: copy-on-write (section 4.4)."""
-        others = self.extra_refs[block]
-        if others == 1:
-            del self.extra_refs[block]
-        else:
+        others = self.extra_refs.pop(block)
+        if others > 1:
             self.extra_refs[block] = others - 1
         return self.free_blocks.pop()
+
+    def move(self, held: Mapping[int, int], target: BlockAllocator) -> dict[int, int]:
+        """Move blocks with all their references to another pool: {old block: new block}.
+
+        `held[b]` is b's reference count; the caller has checked that the target has room.
+        """
+        mapping = dict(zip(held, target.take(len(held))))
+        for block, count in held.items():
+            if count > 1:
+                target.extra_refs[mapping[block]] = count - 1
+                del self.extra_refs[block]
+        self.free_blocks.extend(held)
+        return mapping
 
     def ref_count(self, block: int) -> int:
         """References to a block that is allocated (a free one is not counted here)."""
@@ -196,19 +205,3 @@ class BuddyAllocator:
         for order, starts in enumerate(self.free_chunks[:-1]):
             for start in starts:
                 assert start ^ (1 << order) not in starts, f"free buddies at {start} not merged"
-
-
-def move_blocks(
-    held: Mapping[int, int], source: BlockAllocator, target: BlockAllocator
-) -> dict[int, int]:
-    """Move blocks with all their references to another pool: {old block: new block}.
-
-    `held[b]` is b's reference count; the caller has checked that the target has room.
-    """
-    mapping = dict(zip(held, target.take(len(held))))
-    for block, count in held.items():
-        if count > 1:
-            target.extra_refs[mapping[block]] = count - 1
-            del source.extra_refs[block]
-    source.free_blocks.extend(held)
-    return mapping

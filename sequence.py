@@ -3,7 +3,7 @@
 Reproduces: section 4.2-4.3 (block table: physical block and number of filled slots, Fig. 6),
 section 4.5 (the sequences of one request form a sequence group, preempted and resumed together).
 
-    >>> table = BlockTable([7, 1], block_size=4, num_tokens=7, clock=Clock())
+    >>> table = BlockTable([7, 1], block_size=4, num_tokens=7)
     >>> table.entries()
     [(7, 4), (1, 3)]
 
@@ -13,7 +13,7 @@ Nothing here allocates: a manager (kv_cache_manager.py) decides which blocks a t
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
 
@@ -40,41 +40,40 @@ class Clock:
 
 
 class BlockTable:
-    """A sequence's map from logical block to physical block, and how much of the last is filled.
+    """A sequence's map from logical block to physical block: a list of blocks and one number.
 
     A decode step gives every running sequence one more token. Counting that in each table would
-    cost one write per token, so a table is in one of two states:
-
-    loose      `room` unfilled slots of the last block may be written without asking the manager;
-               `held` more are unfilled but may not be: the last block is, or was, shared, and a
-               write into it is copy-on-write (section 4.4).
-    in step    `phase` is set and the table grows with the manager's clock: the slots left in its
-               last block are (phase - clock) mod S, so a step costs nothing until a block is full.
+    cost a write per token, so a running table counts with its manager's clock: its length is
+    `offset + clock.now`. A swapped table or a prefix has no clock: its length is its offset.
     """
 
-    __slots__ = ("block_size", "blocks", "clock", "held", "num_prefix_blocks", "phase", "room")
+    __slots__ = ("block_size", "blocks", "clock", "num_prefix_blocks", "offset")
 
-    def __init__(self, blocks: list[int], block_size: int, num_tokens: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        blocks: list[int],
+        block_size: int,
+        num_tokens: int,
+        clock: Clock | None = None,
+        num_prefix_blocks: int = 0,
+    ) -> None:
         self.blocks = blocks
         self.block_size = block_size
         self.clock = clock
-        self.room = len(blocks) * block_size - num_tokens
-        self.held = 0
-        self.phase: int | None = None
+        self.offset = num_tokens if clock is None else num_tokens - clock.now
         # Leading blocks of a shared prefix: they belong to the provider and are never swapped.
-        self.num_prefix_blocks = 0
-
-    @property
-    def unfilled(self) -> int:
-        """Slots of the last block that hold no token yet (0 to S - 1)."""
-        if self.phase is None:
-            return self.room + self.held
-        return (self.phase - self.clock.now) % self.block_size
+        self.num_prefix_blocks = num_prefix_blocks
 
     @property
     def num_tokens(self) -> int:
         """Tokens whose K and V this table addresses."""
-        return len(self.blocks) * self.block_size - self.unfilled
+        clock = self.clock
+        return self.offset if clock is None else self.offset + clock.now
+
+    @property
+    def unfilled(self) -> int:
+        """Slots of the last block that hold no token yet (0 to S - 1)."""
+        return len(self.blocks) * self.block_size - self.num_tokens
 
     def entries(self) -> list[tuple[int, int]]:
         """(physical block, filled slots) of each logical block: the rows of Fig. 6."""
@@ -83,18 +82,13 @@ class BlockTable:
             filled[-1] -= self.unfilled
         return list(zip(self.blocks, filled))
 
-    def fork(self) -> BlockTable:
-        """A second table on the same blocks; both must copy before writing a shared last block."""
-        child = BlockTable(self.blocks.copy(), self.block_size, self.num_tokens, self.clock)
-        child.num_prefix_blocks = self.num_prefix_blocks
-        child.hold()
-        return child
-
-    def hold(self) -> None:
-        """Withhold the unfilled slots: the next write has to ask the manager first."""
-        assert self.phase is None, "a table in step must leave the clock before it is shared"
-        self.held += self.room
-        self.room = 0
+    def twin(self, clock: Clock | None, moved: Mapping[int, int] | None = None) -> BlockTable:
+        """The same tokens, growing with `clock` or not at all, on the same blocks or where those
+        behind a prefix have been moved to: {block: its new place}."""
+        keep, blocks = self.num_prefix_blocks, self.blocks.copy()
+        if moved is not None:
+            blocks[keep:] = [moved[block] for block in blocks[keep:]]
+        return BlockTable(blocks, self.block_size, self.num_tokens, clock, keep)
 
     def __repr__(self) -> str:
         return f"BlockTable({self.blocks}, num_tokens={self.num_tokens})"
@@ -203,17 +197,6 @@ class SequenceGroup:
     `order` is first come first served: by arrival, then by number.
     """
 
-    __slots__ = (
-        "arrival_s",
-        "beam_parents",
-        "event_step",
-        "group_id",
-        "num_preemptions",
-        "order",
-        "prefix_id",
-        "seqs",
-    )
-
     def __init__(
         self,
         group_id: int,
@@ -235,10 +218,9 @@ class SequenceGroup:
         self.seqs = seqs
         self.arrival_s = arrival_s
         self.prefix_id = prefix_id
-        self.beam_parents: BeamHistory | None = None
-        if beam_parents is not None:
-            shared = isinstance(beam_parents, BeamHistory)
-            self.beam_parents = beam_parents if shared else BeamHistory(beam_parents)
+        if beam_parents is not None and not isinstance(beam_parents, BeamHistory):
+            beam_parents = BeamHistory(beam_parents)
+        self.beam_parents = beam_parents
         self.num_preemptions = 0
         self.order = (arrival_s, group_id)
         # While it runs: the step of the scheduler's clock after which something happens to it.
@@ -248,8 +230,7 @@ class SequenceGroup:
     def own_prompt_len(self) -> int:
         """Prompt tokens the group stores itself: all of them, or those behind a shared prefix."""
         first = self.seqs[0]
-        shared = self.prefix_id is not None
-        return first.prompt_len if shared else first.prefix_len + first.prompt_len
+        return first.context_len if self.prefix_id is None else first.prompt_len
 
     def unfinished(self) -> list[Sequence]:
         """The sequences that still have output to generate: only these are ever resumed."""

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from kv_cache_manager import CacheError, PagedKVCacheManager
+from kv_cache_manager import CacheError, PagedKVCacheManager, UnknownSequenceError
 
 
 def observable(manager):
@@ -39,7 +39,6 @@ def observable(manager):
         state[f"{name} references"] = dict(pool.extra_refs)
     state["running_ids"] = manager.running_ids
     state["usage"] = manager.usage()
-    state["duplicates"] = manager.duplicates(), manager._cpu_copies.duplicates()
     return state
 
 
@@ -57,12 +56,12 @@ def shape(manager):
     """The running tables with blocks renumbered as they are met: equal up to relabelling."""
     names = {}
     tables = {
-        i: [names.setdefault(block, len(names)) for block in manager._tables[i].blocks]
-        for i in sorted(manager._tables)
+        i: [names.setdefault(block, len(names)) for block in manager.block_table(i).blocks]
+        for i in sorted(manager.running_ids)
     }
-    lengths = {i: manager.num_tokens(i) for i in sorted(manager._tables)}
+    lengths = {i: manager.num_tokens(i) for i in sorted(manager.running_ids)}
     references = {names[b]: manager.ref_count(b) for b in names}
-    return tables, lengths, references, manager.usage(), manager.duplicates()
+    return tables, lengths, references, manager.usage()
 
 
 def fill(manager, leave, filler_id=10**6):
@@ -74,17 +73,17 @@ def fill(manager, leave, filler_id=10**6):
 
 
 def random_manager(seed, steps=25, num_blocks=24, num_cpu_blocks=12):
-    """A manager after a random legal history: shared, loose, in step, swapped, with prefixes."""
+    """A manager after a random legal history: shared, part-filled, swapped, with prefixes."""
     rng = random.Random(seed)
     size = rng.choice((1, 2, 3, 4))
     order = rng.sample(range(num_blocks), num_blocks)
     manager = PagedKVCacheManager(
         num_blocks, size, num_cpu_blocks=num_cpu_blocks, watermark=0.0, free_order=order
     )
-    fresh = iter(range(10**5))
+    fresh = iter(range(NUM_IDS))
     for _ in range(steps):
-        running, swapped = manager.running_ids, list(manager._swapped)
-        prefixes = list(manager._prefixes)
+        running, swapped = manager.running_ids, swapped_ids(manager)
+        prefixes = prefix_ids(manager)
         action = rng.choice(
             ["allocate", "prefix", "fork", "fork", "append", "append", "append_all", "append_all"]
             + ["reorder", "swap_out", "swap_in", "free"]
@@ -113,6 +112,29 @@ def random_manager(seed, steps=25, num_blocks=24, num_cpu_blocks=12):
             pass  # refused: nothing has changed, and the history goes on
     manager.check_invariants()
     return manager
+
+
+NUM_IDS = 40  # those that random_manager gives are below
+
+
+def prefix_ids(manager):
+    """The shared prefixes of a random manager."""
+    return [
+        i for i in range(NUM_IDS) if i not in manager.running_ids and known(manager.num_tokens, i)
+    ]
+
+
+def swapped_ids(manager):
+    """Its sequences that are swapped out."""
+    return [i for i in range(NUM_IDS) if known(manager.can_swap_in, [i])]
+
+
+def known(ask, what):
+    try:
+        ask(what)
+    except UnknownSequenceError:
+        return False
+    return True
 
 
 def clone(manager):

@@ -1,4 +1,4 @@
-"""Regime item 1: allocator.py and copy_ledger.py against bitmaps, counters, lists of labels."""
+"""Regime item 1: the free list with reference counts and the buddy, against plain counters."""
 
 import copy
 import random
@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 from manager_tools import assert_messages, pattern
 
-from allocators import BlockAllocator, BuddyAllocator, move_blocks
-from kv_cache_manager import CopyLedger
+from allocators import BlockAllocator, BuddyAllocator
 
 # ---- BlockAllocator ---------------------------------------------------------------------------
 
@@ -90,7 +89,7 @@ def test_block_allocator_against_a_counter(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_move_blocks_takes_all_references_along(seed):
+def test_move_takes_all_references_along(seed):
     rng = random.Random(seed)
     source, target = BlockAllocator(8), BlockAllocator(8, rng.sample(range(8), 8))
     blocks = source.take(6)
@@ -100,7 +99,7 @@ def test_move_blocks_takes_all_references_along(seed):
         source.share([block] * (count - 1))
     moving = {block: counts[block] for block in rng.sample(blocks, 4)}
     staying = {block: count for block, count in counts.items() if block not in moving}
-    mapping = move_blocks(moving, source, target)
+    mapping = source.move(moving, target)
     assert list(mapping) == list(moving)
     assert {mapping[b]: c for b, c in moving.items()} == {
         b: target.ref_count(b) for b in mapping.values()
@@ -109,7 +108,7 @@ def test_move_blocks_takes_all_references_along(seed):
     assert set(source.free_blocks).isdisjoint(staying)
     assert {b: source.ref_count(b) for b in staying} == staying
     assert source.extra_refs.keys() <= staying.keys()
-    assert move_blocks({}, source, target) == {}
+    assert source.move({}, target) == {}
 
 
 # ---- BuddyAllocator ---------------------------------------------------------------------------
@@ -323,153 +322,3 @@ def test_the_buddys_invariants_catch_unmerged_buddies_of_every_size(order):
 
 def test_every_assert_of_the_buddys_invariants_is_seen_to_fail():
     assert sorted(assert_messages(BuddyAllocator.check_invariants)) == sorted(BUDDY_CORRUPTIONS)
-
-
-# ---- CopyLedger -------------------------------------------------------------------------------
-
-
-class Labels:
-    """The model: which token each slot of each block holds, by name. Nothing else."""
-
-    def __init__(self, pools=2):
-        self.pools = [{} for _ in range(pools)]
-        self.ledgers = [CopyLedger() for _ in range(pools)]
-        self.next_label = 0
-        self.next_block = 0
-
-    def fresh(self):
-        """A block number that no live block has; freed numbers come again and again."""
-        used = set().union(*self.pools)
-        return min(set(range(len(used) + 1)) - used)
-
-    def write(self, pool, block, count):
-        for _ in range(count):
-            self.pools[pool].setdefault(block, []).append(self.next_label)
-            self.next_label += 1
-
-    def copy(self, pool, source):
-        block = self.fresh()
-        self.pools[pool][block] = list(self.pools[pool][source])
-        self.ledgers[pool].record(source, block, len(self.pools[pool][source]))
-        return block
-
-    def free(self, pool, blocks):
-        for block in blocks:
-            del self.pools[pool][block]
-        self.ledgers[pool].forget(blocks)
-
-    def move(self, source, target, blocks):
-        pairs = []
-        for block in blocks:
-            destination = self.fresh()
-            self.pools[target][destination] = self.pools[source].pop(block)
-            pairs.append((block, destination))
-        self.ledgers[source].move_to(self.ledgers[target], pairs)
-        return [destination for _, destination in pairs]
-
-    def check(self):
-        for pool, ledger in zip(self.pools, self.ledgers):
-            labels = [label for content in pool.values() for label in content]
-            assert ledger.duplicates() == len(labels) - len(set(labels))
-            assert ledger.nodes.keys() <= pool.keys()
-        return [ledger.duplicates() for ledger in self.ledgers]
-
-
-def test_a_copy_holds_its_tokens_twice_until_one_of_the_two_dies():
-    model = Labels()
-    model.write(0, 0, 3)
-    copied = model.copy(0, 0)
-    assert model.check() == [3, 0]
-    model.write(0, 0, 1)  # what either writes from here on is its own
-    model.write(0, copied, 1)
-    assert model.check() == [3, 0]
-    model.free(0, [0])
-    assert model.check() == [0, 0]
-
-
-def test_a_chain_of_copies_as_beam_search_makes_it():
-    # Each generation copies the block of the one before, which then dies.
-    model = Labels()
-    block = 0
-    model.write(0, block, 1)
-    for filled in range(1, 6):
-        child = model.copy(0, block)
-        assert model.check() == [filled, 0]
-        model.free(0, [block])
-        assert model.check() == [0, 0]
-        model.write(0, child, 1)
-        block = child
-    assert len(model.ledgers[0].nodes) == 1  # dead ancestors are held by descendants alone
-
-
-def test_descendants_of_a_dead_ancestor_still_share_its_tokens():
-    model = Labels()
-    model.write(0, 0, 2)
-    left = model.copy(0, 0)
-    model.write(0, 0, 1)
-    right = model.copy(0, 0)
-    assert model.check() == [5, 0]  # two in left, and three in right
-    model.write(0, left, 1)
-    model.free(0, [0])
-    assert model.check() == [2, 0]
-    model.free(0, [right])
-    assert model.check() == [0, 0]
-
-
-def test_a_reused_block_has_no_history():
-    model = Labels()
-    model.write(0, 0, 2)
-    child = model.copy(0, 0)
-    model.free(0, [0])
-    assert model.fresh() == 0
-    model.write(0, 0, 2)  # the same block number, other tokens
-    assert model.check() == [0, 0]
-    model.copy(0, 0)
-    model.copy(0, child)
-    assert model.check() == [4, 0]
-
-
-def test_a_move_takes_the_history_along():
-    model = Labels()
-    model.write(0, 0, 3)
-    child = model.copy(0, 0)
-    (there,) = model.move(0, 1, [child])
-    assert model.check() == [0, 0]  # each pool holds the tokens once
-    (here,) = model.move(1, 0, [there])
-    assert model.check() == [3, 0]
-    model.move(0, 1, [0, here])
-    assert model.check() == [0, 3]
-    assert not model.ledgers[0].nodes
-
-
-def test_forgetting_strangers_is_harmless():
-    ledger = CopyLedger()
-    ledger.forget([1, 2])
-    ledger.record(0, 1, 2)
-    ledger.forget([5])
-    other = CopyLedger()
-    ledger.move_to(other, [(7, 3)])
-    assert (ledger.duplicates(), other.duplicates(), other.nodes) == (2, 0, {})
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_the_ledger_against_labels(seed):
-    rng = random.Random(seed)
-    model = Labels()
-    seen = 0
-    for _ in range(80):
-        pool = rng.choice((0, 0, 1))
-        live = sorted(model.pools[pool])
-        action = rng.choice(["new", "write", "copy", "copy", "copy", "free", "move"])
-        if action == "new" or not live:
-            model.write(pool, model.fresh(), rng.randint(1, 3))
-        elif action == "write":
-            model.write(pool, rng.choice(live), 1)
-        elif action == "copy" and len(live) < 8:
-            model.copy(pool, rng.choice(live))
-        elif action == "free":
-            model.free(pool, rng.sample(live, rng.randint(1, min(3, len(live)))))
-        elif action == "move":
-            model.move(pool, 1 - pool, rng.sample(live, rng.randint(1, len(live))))
-        seen += sum(model.check())
-    assert seen > 0

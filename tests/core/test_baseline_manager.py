@@ -530,8 +530,7 @@ def corrupt_large_chunk(m):
 
 
 def corrupt_full_at(m):
-    """Two reservations, and the one that is full first is missing."""
-    m._full_at.remove(min(m._full_at))
+    m._full_at = 6  # that of the second reservation; the first is full at 5
 
 
 def add_to(name, count=1):
@@ -555,9 +554,8 @@ BASELINE_CORRUPTIONS = {
     "sum of tokens": (add_to("_tokens"), add_to("_tokens", -1), add_to("_now"), add_to("_now", -1)),
     "sum of final lengths": (add_to("_final"), add_to("_final", -1)),
     "sum of slots asked for": (add_to("_asked"), add_to("_asked", -1)),
-    "sum of blocks given": (add_to("_given"), add_to("_given", -1)),
     "the step at which the first reservation is full": (corrupt_full_at,),
-    "free and reserved blocks partition the pool": (add_to("num_blocks"), add_to("num_blocks", -1)),
+    "free and reserved blocks part the pool": (add_to("num_blocks"), add_to("num_blocks", -1)),
 }
 
 
@@ -587,39 +585,6 @@ def test_the_invariants_check_the_buddy_too():
 def test_every_assert_of_the_invariants_is_seen_to_fail():
     messages = assert_messages(BaselineCacheManager.check_invariants)
     assert sorted(messages) == sorted(BASELINE_CORRUPTIONS)
-
-
-def test_what_is_noted_of_the_past_does_not_pile_up():
-    """Sequences that come, grow one by one and go, while nobody ever takes a step."""
-    manager = BaselineCacheManager(64, 1, policy="oracle", max_len=8)
-    manager.allocate(0, 1, 8)
-    for seq_id in range(1, 1000):
-        manager.allocate(seq_id, 1, 4)
-        for _ in range(3):
-            manager.append(seq_id)
-        manager.free(seq_id)
-        assert len(manager._full_at) <= 64 + 4 * 2
-    manager.check_invariants()
-    manager.append_all(7)
-    refused(manager, ReservationError, manager.append_all)
-
-
-def test_the_past_of_many_sequences_is_cleared_but_not_at_every_append():
-    manager = BaselineCacheManager(512, 1, policy="oracle", max_len=8)
-    for seq_id in range(50):
-        manager.allocate(seq_id, 1, 8)
-    sizes = []
-    for _ in range(7):
-        for seq_id in range(50):
-            manager.append(seq_id)
-            sizes.append(len(manager._full_at))
-    assert 3 * 50 < max(sizes) <= 64 + 4 * 50
-    for seq_id in range(45):
-        manager.free(seq_id)
-    for seq_id in range(50, 55):
-        manager.allocate(seq_id, 1, 8)
-        assert len(manager._full_at) <= 64 + 4 * 10  # the many that have gone count no more
-    manager.check_invariants()
 
 
 def test_the_invariants_hold_of_reservations_that_last_long():

@@ -12,36 +12,24 @@ that is not refused, blocks taken and given back are as many as worked out; ever
 through its table, after the copies and swaps that the call returned, block by block what it held
 before; and no block that is written into is anybody else's. By induction over the calls that
 holds for every history in the world. Slot identity, partition, reference counts and the rest are
-checked once in every state (invariants.py).
+checked once in every state.
 
-    python -m pytest -m slow -rP tests/test_exhaustive.py     # the large worlds; prints figures
+    python -m pytest -m slow tests/core/test_exhaustive.py     # the large worlds
 """
 
 import random
-import time
 
 import pytest
 from manager_tools import observable, random_manager
-from search_paged import SIZE, Moves, World
+from search_paged import Moves, World
 from search_tools import breadth_first, canonical_paged, copy_paged, frozen_paged
 
-import kv_cache_manager
 from allocators import BlockAllocator
 from kv_cache_manager import OutOfBlocksError, PagedKVCacheManager
-from sequence import BlockTable
 
 
-def search(world, record=lambda *_: None):
-    """Searches a world, prints what it went through and hands it to `record`."""
-    begin = time.process_time()
-    found = breadth_first(world.start(), copy_paged, canonical_paged, frozen_paged, Moves(world))
-    seconds = time.process_time() - begin
-    print(f"{world}: {found.states:,} states, {found.transitions:,} transitions, ", end="")
-    print(f"{found.depth} calls deep, {seconds:.0f} s of CPU")
-    record("states", found.states)
-    record("transitions", found.transitions)
-    record("cpu_s", round(seconds, 1))
-    return found
+def search(world):
+    return breadth_first(world.start(), copy_paged, canonical_paged, frozen_paged, Moves(world))
 
 
 # What every search must have met: each call that succeeds, each that is refused, and why.
@@ -93,32 +81,27 @@ SEEN = {
 }
 
 
-def search_all(world, states, transitions, record):
-    found = search(world, record)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("world", "states", "transitions"),
+    [
+        (World(5, 2, 3), 861, 29_319),
+        (World(5, 3, 3, prefix_len=3), 4_522, 159_971),
+        pytest.param(World(5, 3, 4), 6_244, 245_525, marks=SLOW),
+        pytest.param(World(6, 3, 3, prefix_len=3), 7_483, 274_319, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_every_state_of_a_world(world, states, transitions, figure):
+    found = search(world)
     behind = {"free prefix"} if world.prefix_len else set()
     assert found.done.keys() == DONE | behind
     assert found.refused.keys() == REFUSED
     assert {event for event, n in found.seen.items() if n} == SEEN
     assert (found.states, found.transitions) == (states, transitions)
-
-
-@pytest.mark.parametrize(
-    ("world", "states", "transitions"),
-    [(World(5, 2, 3), 8_323, 303_390), (World(5, 3, 3, prefix_len=3), 26_786, 982_061)],
-    ids=str,
-)
-def test_every_state_of_a_small_world(world, states, transitions, record_property):
-    search_all(world, states, transitions, record_property)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "states", "transitions"),
-    [(World(5, 3, 4), 113_871, 4_851_469), (World(6, 3, 3, prefix_len=3), 53_966, 2_046_694)],
-    ids=str,
-)
-def test_every_state_of_a_large_world(world, states, transitions, record_property):
-    search_all(world, states, transitions, record_property)
+    figure(f"paged manager, {world}", **found.figures())
 
 
 # ---- the tools, and that the search finds what is broken ---------------------------------------
@@ -129,15 +112,14 @@ def renamed(manager, rng):
     m, later = copy_paged(manager), rng.randrange(1, 9)
     m._clock.now += later
     names = {}
-    for pool, ledger in ((m._gpu, m._gpu_copies), (m._cpu, m._cpu_copies)):
+    for pool in (m._gpu, m._cpu):
         count = pool.num_blocks
         names[pool] = new = dict(zip(range(count), rng.sample(range(count), count)))
         pool.free_blocks = rng.sample([new[b] for b in pool.free_blocks], pool.num_free)
         pool.extra_refs = {new[b]: n for b, n in pool.extra_refs.items()}
-        ledger.nodes = {new[b]: node for b, node in ledger.nodes.items()}
     ids = [*m._tables, *m._swapped, *m._prefixes]
     other = dict(zip(ids, rng.sample(range(100), len(ids))))
-    for field in ("_tables", "_swapped", "_prefixes", "_loose"):
+    for field in ("_tables", "_swapped", "_prefixes", "_tails"):
         held = getattr(m, field)
         setattr(m, field, {other[i]: held[i] for i in rng.sample(list(held), len(held))})
     for tables in (m._tables, m._swapped, m._prefixes):
@@ -145,12 +127,11 @@ def renamed(manager, rng):
             keep = t.num_prefix_blocks if tables is m._swapped else len(t.blocks)
             behind = [names[m._cpu][b] for b in t.blocks[keep:]]
             t.blocks[:] = [names[m._gpu][b] for b in t.blocks[:keep]] + behind
-            if t.phase is not None:
-                t.phase = (t.phase + later) % m.block_size
+            t.offset -= later if tables is m._tables else 0
+    m._offsets -= later * len(m._tables)
     m._due = [{} for _ in m._due]
     for i, t in m._tables.items():
-        if t.phase is not None:
-            m._due[t.phase][i] = t.blocks
+        m._due[-t.offset % m.block_size][i] = t.blocks
     m.check_invariants()
     return m
 
@@ -176,30 +157,20 @@ def test_the_tools_copy_everything_and_know_no_names(seed):
     manager.check_invariants()
 
 
-def test_the_canonical_form_tells_who_holds_a_token_twice():
-    """Tables alike in all but their history: a copy, and a block written anew."""
-    copied, anew = (PagedKVCacheManager(4, SIZE) for _ in range(2))
-    copied.allocate(0, 1)
-    copied.fork(0, 1)
-    copied.append(0)
-    copied.append(1)
-    for i in (0, 1):
-        anew.allocate(i, 1)
-        anew.append(i)
-    assert [m.duplicates() for m in (copied, anew)] == [1, 0]
-    assert canonical_paged(copied) != canonical_paged(anew)
-    copied.free(0)
-    anew.free(0)
-    assert canonical_paged(copied) == canonical_paged(anew)
-
-
 def lost_reference(monkeypatch):
     share = BlockAllocator.share
     monkeypatch.setattr(BlockAllocator, "share", lambda a, b, times=1: share(a, b[:-1], times))
 
 
 def no_copy_on_write(monkeypatch):
-    monkeypatch.setattr(BlockTable, "hold", lambda table: None)
+    """Where a parent's block is part-filled is not noted: nobody looks for a copy."""
+    fork_all = PagedKVCacheManager._fork_all
+
+    def forgets(m, *rest):
+        fork_all(m, *rest)
+        m._tails.clear()
+
+    monkeypatch.setattr(PagedKVCacheManager, "_fork_all", forgets)
 
 
 def copy_of_the_wrong_block(monkeypatch):
@@ -209,19 +180,19 @@ def copy_of_the_wrong_block(monkeypatch):
 
 
 def swap_forgets_a_block(monkeypatch):
-    move = PagedKVCacheManager._move
-    monkeypatch.setattr(PagedKVCacheManager, "_move", lambda m, *rest: move(m, *rest)[1:])
+    swap_out = PagedKVCacheManager.swap_out
+    monkeypatch.setattr(PagedKVCacheManager, "swap_out", lambda m, ids: swap_out(m, ids)[1:])
 
 
 def swap_leaks_a_block(monkeypatch):
-    move = kv_cache_manager.move_blocks
+    move = BlockAllocator.move
 
-    def leaks(held, source, target):
-        mapping = move(held, source, target)
-        source.free_blocks.pop()
+    def leaks(pool, held, target):
+        mapping = move(pool, held, target)
+        pool.free_blocks.pop()
         return mapping
 
-    monkeypatch.setattr(kv_cache_manager, "move_blocks", leaks)
+    monkeypatch.setattr(BlockAllocator, "move", leaks)
 
 
 def step_half_taken(monkeypatch):

@@ -8,12 +8,10 @@ so does the order of the free lists: both decide what is found free later.
 What is free is worked out here from a map of blocks, one by one; what a policy asks for is section
 6.1 written once more.
 
-    python -m pytest -m slow -rP tests/test_exhaustive_baseline.py     # larger; prints figures
+    python -m pytest -m slow tests/core/test_exhaustive_baseline.py     # the large worlds
 """
 
-import time
 from dataclasses import dataclass
-from heapq import heapify
 
 import pytest
 from search_tools import breadth_first
@@ -30,6 +28,7 @@ from kv_cache_manager import (
 from sequence import Sequence, SequenceGroup
 
 STRANGER = 10**6
+SLOW = pytest.mark.slow
 
 
 def free_runs(taken, num_blocks, length):
@@ -93,40 +92,32 @@ def buddy_moves(buddy, seen):
         yield "give back", None, lambda b, s=start: b.give_back(s), check
 
 
-def search(what, start, copy, canonical, frozen, moves, record=lambda *_: None):
-    """Searches, prints what it went through and hands it to `record`."""
-    begin = time.process_time()
-    found = breadth_first(start, copy, canonical, frozen, moves)
-    seconds = time.process_time() - begin
-    print(f"{what}: {found.states:,} states, {found.transitions:,} transitions, ", end="")
-    print(f"{found.depth} calls deep, {seconds:.0f} s of CPU")
-    record("states", found.states)
-    record("transitions", found.transitions)
-    record("cpu_s", round(seconds, 1))
-    return found
-
-
-def search_buddy(num_blocks, max_chunk, record=lambda *_: None):
+def search_buddy(num_blocks, max_chunk):
     start = BuddyAllocator(num_blocks, max_chunk)
-    what = f"{num_blocks} blocks in chunks of up to {max_chunk}"
-    return search(what, start, copy_buddy, frozen_buddy, frozen_buddy, buddy_moves, record)
+    return breadth_first(start, copy_buddy, frozen_buddy, frozen_buddy, buddy_moves)
 
 
 @pytest.mark.parametrize(
-    ("max_chunk", "most", "states", "transitions"),
-    [(1, 6, 2_371, 4_730), (2, 7, 1_139, 4_888), (4, 10, 30_111, 179_788), (8, 8, 2_956, 14_694)],
+    ("max_chunk", "sizes", "states", "transitions"),
+    [
+        (1, range(1, 7), 2_371, 4_730),
+        (2, range(1, 8), 1_139, 4_888),
+        (4, range(1, 11), 30_111, 179_788),
+        (8, range(1, 9), 2_956, 14_694),
+        pytest.param(4, [12], 229_652, 1_680_753, marks=SLOW),
+        pytest.param(8, [10], 19_001, 119_986, marks=SLOW),
+    ],
 )
-def test_every_state_of_a_small_buddy_allocator(
-    max_chunk, most, states, transitions, record_property
-):
-    found = [search_buddy(num_blocks, max_chunk) for num_blocks in range(1, most + 1)]
+def test_every_state_of_a_buddy_allocator(max_chunk, sizes, states, transitions, figure):
+    found = [search_buddy(num_blocks, max_chunk) for num_blocks in sizes]
     for one in found:
         assert one.done["give back"] and one.done["take 1"]
     assert found[-1].seen["no chunk although as many blocks are free"] or max_chunk == 1
     total = sum(one.states for one in found), sum(one.transitions for one in found)
-    record_property("states", total[0])
-    record_property("transitions", total[1])
     assert total == (states, transitions)
+    name = f"buddy, {sizes[0]} to {sizes[-1]} blocks in chunks of up to {max_chunk}"
+    seconds = round(sum(one.seconds for one in found), 1)
+    figure(name, states=states, transitions=transitions, seconds=seconds)
 
 
 # ---- the manager --------------------------------------------------------------------------------
@@ -160,12 +151,6 @@ def copy_baseline(m):
         i: Reservation(r.start_block, r.num_blocks, r.asked, r.final_len, r.start_len)
         for i, r in m._held.items()
     }
-    # The heap with what has come and gone since, which is cleared lazily: the ids are still those.
-    new._full_at = []
-    for step, serial, seq_id, held in m._full_at:
-        alive = m._held.get(seq_id) is held
-        new._full_at.append((step, serial, seq_id, new._held[seq_id] if alive else held))
-    heapify(new._full_at)
     return new
 
 
@@ -174,7 +159,7 @@ def frozen_baseline(m):
         (i, r.start_block, r.num_blocks, r.asked, r.final_len, r.start_len)
         for i, r in m._held.items()
     ]
-    sums = m._now, m._tokens, m._final, m._asked, m._given
+    sums = m._now, m._tokens, m._final, m._asked
     return tuple(held), frozen_buddy(m._buddy), sums
 
 
@@ -188,13 +173,8 @@ def canonical_baseline(m):
 
 
 def canonical_with_the_past(m):
-    """The same, and the times that others have left in the heap, which is cleared lazily."""
-    left = {
-        max(0, step - m._now)
-        for step, _, i, r in m._full_at
-        if m._held.get(i) is not r or step != r.final_len - r.start_len
-    }
-    return *canonical_baseline(m), tuple(sorted(left))
+    """The same, and whether the step at which the first is full has been looked up."""
+    return *canonical_baseline(m), m._full_at is None
 
 
 class Moves:
@@ -380,18 +360,8 @@ REFUSED = {
 }
 
 
-def search_world(world, canonical=canonical_baseline, record=lambda *_: None):
-    start, moves = world.start(), Moves(world)
-    return search(world, start, copy_baseline, canonical, frozen_baseline, moves, record)
-
-
-def search_all(world, states, transitions, record):
-    found = search_world(world, record=record)
-    # A pool with room for the longest reservation of every sequence never runs dry.
-    dry = world.num_blocks < world.num_seqs * world.max_len
-    refused = {call for call in REFUSED if dry or call[1] != "OutOfBlocksError"}
-    assert found.done.keys() == DONE and found.refused.keys() == refused
-    assert (found.states, found.transitions) == (states, transitions)
+def search_world(world, canonical=canonical_baseline):
+    return breadth_first(world.start(), copy_baseline, canonical, frozen_baseline, Moves(world))
 
 
 @pytest.mark.parametrize(
@@ -400,45 +370,27 @@ def search_all(world, states, transitions, record):
         (World("max", 13, 1, 4, 4), 2_238, 83_784),
         (World("pow2", 6, 2, 6, 3), 4_093, 126_700),
         (World("oracle", 13, 1, 4, 4), 27_230, 1_030_948),
+        pytest.param(World("max", 17, 1, 4, 4), 29_688, 1_104_096, marks=SLOW),
+        pytest.param(World("pow2", 17, 1, 4, 4), 103_929, 3_947_349, marks=SLOW),
+        pytest.param(World("oracle", 15, 1, 4, 4), 51_737, 1_966_666, marks=SLOW),
     ],
     ids=str,
 )
-def test_every_state_of_a_small_world(world, states, transitions, record_property):
-    search_all(world, states, transitions, record_property)
+def test_every_state_of_a_world(world, states, transitions, figure):
+    found = search_world(world)
+    # A pool with room for the longest reservation of every sequence never runs dry.
+    dry = world.num_blocks < world.num_seqs * world.max_len
+    refused = {call for call in REFUSED if dry or call[1] != "OutOfBlocksError"}
+    assert found.done.keys() == DONE and found.refused.keys() == refused
+    assert (found.states, found.transitions) == (states, transitions)
+    figure(f"contiguous manager, {world}", **found.figures())
 
 
 @pytest.mark.parametrize("policy", ["max", "pow2", "oracle"])
 def test_every_state_and_every_past_of_a_tiny_world(policy):
     world = World(policy, 5, 1, 3, 2)
     with_the_past = search_world(world, canonical_with_the_past)
-    assert with_the_past.states > 2 * search_world(world).states
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "states", "transitions"),
-    [
-        (World("max", 17, 1, 4, 4), 29_688, 1_104_096),
-        (World("pow2", 17, 1, 4, 4), 103_929, 3_947_349),
-        (World("oracle", 15, 1, 4, 4), 51_737, 1_966_666),
-    ],
-    ids=str,
-)
-def test_every_state_of_a_large_world(world, states, transitions, record_property):
-    search_all(world, states, transitions, record_property)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("num_blocks", "max_chunk", "states", "transitions"),
-    [(12, 4, 229_652, 1_680_753), (10, 8, 19_001, 119_986)],
-    ids=["12 blocks in chunks of up to 4", "10 blocks in chunks of up to 8"],
-)
-def test_every_state_of_a_large_buddy_allocator(
-    num_blocks, max_chunk, states, transitions, record_property
-):
-    found = search_buddy(num_blocks, max_chunk, record_property)
-    assert (found.states, found.transitions) == (states, transitions)
+    assert with_the_past.states > search_world(world).states
 
 
 # ---- what is broken is found --------------------------------------------------------------------
@@ -494,8 +446,15 @@ def fits_by_sum(monkeypatch):
 
 
 def first_full_is_remembered(monkeypatch):
-    """The lazily cleared heap, not cleared: sequences long gone still end the steps of others."""
-    monkeypatch.setattr(BaselineCacheManager, "_first_full", lambda m: m._full_at[0][0])
+    """The step at which the first is full, not looked up anew: one long gone still ends others."""
+    free = BaselineCacheManager.free
+
+    def remembers(m, seq_id):
+        step, blocks = m._full_at, free(m, seq_id)
+        m._full_at = step
+        return blocks
+
+    monkeypatch.setattr(BaselineCacheManager, "free", remembers)
 
 
 def group_counted_as_one(monkeypatch):
@@ -511,7 +470,6 @@ def chunk_not_given_back(monkeypatch):
         held = m.reservation(seq_id)
         m._tokens -= m.num_tokens(seq_id)
         m._final, m._asked = m._final - held.final_len, m._asked - held.asked
-        m._given -= held.num_blocks
         del m._held[seq_id]
         return list(range(held.start_block, held.start_block + held.num_blocks))
 

@@ -10,7 +10,7 @@ above it succeeds and takes exactly the need.
 import random
 
 import pytest
-from manager_tools import clone, fill, random_manager, refused
+from manager_tools import clone, fill, prefix_ids, random_manager, refused, swapped_ids
 
 from kv_cache_manager import (
     BaselineCacheManager,
@@ -43,8 +43,8 @@ def behind_prefix(prefix_len):
     return manager
 
 
-def in_step_and_loose():
-    """Sequences 0 and 1 in step with 2 and 0 slots left, 2 and 3 sharing a block with 1 left."""
+def two_alone_and_two_shared():
+    """Sequences 0 and 1 with 2 and 0 slots left, 2 and 3 sharing a block with 1 left."""
     manager = PagedKVCacheManager(32, SIZE, num_cpu_blocks=32)
     manager.allocate(0, 5)
     manager.allocate(1, 7)
@@ -76,12 +76,12 @@ OPERATIONS = {
     "append a copy": (lambda: two_of(7), lambda m: m.append(0), 1),
     "append beside a shared full block": (lambda: two_of(8), lambda m: m.append(0), 1),
     "append a copy and two blocks": (lambda: two_of(7), lambda m: m.append(0, 6), 3),
-    "append from the step": (in_step_and_loose, lambda m: m.append(1), 1),
-    "append 4 from the step": (in_step_and_loose, lambda m: m.append(0, 7), 2),
-    "step: a block and a copy": (in_step_and_loose, lambda m: m.append_all(), 2),
-    "step of 2": (in_step_and_loose, lambda m: m.append_all(2), 4),
-    "step of 3": (in_step_and_loose, lambda m: m.append_all(3), 5),
-    "step of 9": (in_step_and_loose, lambda m: m.append_all(9), 2 + 3 + 2 + 2 + 1),
+    "append of one that is due": (two_alone_and_two_shared, lambda m: m.append(1), 1),
+    "append 7 of one with room": (two_alone_and_two_shared, lambda m: m.append(0, 7), 2),
+    "step: a block and a copy": (two_alone_and_two_shared, lambda m: m.append_all(), 2),
+    "step of 2": (two_alone_and_two_shared, lambda m: m.append_all(2), 4),
+    "step of 3": (two_alone_and_two_shared, lambda m: m.append_all(3), 5),
+    "step of 9": (two_alone_and_two_shared, lambda m: m.append_all(9), 2 + 3 + 2 + 2 + 1),
     "step of one copy": (lambda: two_of(6), lambda m: m.append_all(2), 1),
     "step of samples at a full block": (lambda: two_of(8), lambda m: m.append_all(), 2),
     "admit": (lambda: two_of(7), lambda m: m.admit(group_of(9, [0, 0, 0])), 3),
@@ -92,7 +92,7 @@ OPERATIONS = {
         lambda m: m.admit(group_of(1, [1, 2, 2], 6, 100)),
         1 + 2 + 2,
     ),
-    "reorder": (in_step_and_loose, lambda m: m.reorder({0: 1, 2: 1}), 0),
+    "reorder": (two_alone_and_two_shared, lambda m: m.reorder({0: 1, 2: 1}), 0),
     "swap in": (swapped_out, lambda m: m.swap_in([0, 1]), 5),
     "swap out": (lambda: two_of(7), lambda m: m.swap_out([0, 1]), 0),
     "free": (lambda: two_of(7), lambda m: m.free(0), 0),
@@ -138,7 +138,7 @@ def some_operations(manager, rng):
     for seq_id in manager.running_ids:
         for count in (1, rng.randint(2, 9)):
             operations.append(lambda m, i=seq_id, n=count: m.append(i, n))
-    for prefix_id in [None, *manager._prefixes]:
+    for prefix_id in [None, *prefix_ids(manager)]:
         for count in (1, rng.randint(2, 9)):
             operations.append(lambda m, n=count, p=prefix_id: m.allocate(500, n, p))
         prefix_len = 0 if prefix_id is None else manager.num_tokens(prefix_id)
@@ -146,8 +146,8 @@ def some_operations(manager, rng):
         group = group_of(rng.randint(1, 6), generated, prefix_len, prefix_id)
         group.seqs[2].status = rng.choice((SequenceStatus.WAITING, SequenceStatus.FINISHED))
         operations.append(lambda m, g=group: m.admit(g))
-    if manager._swapped:
-        operations.append(lambda m: m.swap_in([*m._swapped]))
+    if ids := swapped_ids(manager):
+        operations.append(lambda m: m.swap_in(ids))
     return operations
 
 

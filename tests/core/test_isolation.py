@@ -46,7 +46,6 @@ from paged_attention import (
     attention_kernel,
     pad_block_tables,
 )
-from sequence import BlockTable
 from vllm_sim import models
 from vllm_sim.scenarios.setting import Setting
 from vllm_sim.scenarios.stamped_cache import StampedCache
@@ -287,5 +286,7 @@ def test_what_is_broken_is_seen_by_the_triton_kernel(broken):
 
 
 def test_a_shared_block_written_without_a_copy_is_seen_in_the_outputs(monkeypatch):
-    monkeypatch.setattr(BlockTable, "hold", lambda table: None)
+    monkeypatch.setattr(
+        PagedKVCacheManager, "_tails", property(lambda m: {}, lambda *_: None), False
+    )
     assert live(4, GATHER, mode="recompute")[0].foreign

@@ -8,9 +8,10 @@ The shadow also predicts every number of blocks without a table. Two sequences m
 if and only if its contents are the same stamps, so the pool in use must be as large as the set
 of different block contents, and an operation needs as many blocks as that set grows by.
 
-The long runs (marker `slow`) go on until RULE_STEPS (environment; 150,000) rules have run, with
-the seeds 0, 1, 2, ... of Hypothesis, and print what they did:
-    python tools/hunt.py state-machine                  # a million
+The long runs (marker `slow`) go on until a million rules have run, or RULE_STEPS of them
+(environment), with the seeds 0, 1, 2, ... of Hypothesis:
+
+    python -m pytest -m slow tests/core/test_state_machine.py     # 20 minutes for each manager
 """
 
 import math
@@ -58,7 +59,7 @@ SHORT = settings(
 )
 # One round of a long run: other examples for each seed, and longer ones.
 ROUND = settings(SHORT, max_examples=250, stateful_step_count=100, derandomize=False)
-RULE_STEPS = int(os.environ.get("RULE_STEPS", "150000"))
+RULE_STEPS = int(os.environ.get("RULE_STEPS", "1000000"))
 
 PICK = st.integers(0, 2**12)  # chooses among what there is, modulo its number
 BAD_COUNTS = (0, -1, True, 1.0, None)
@@ -88,6 +89,7 @@ class PagedMachine(RuleBasedStateMachine):
         self.cache = {}  # (pool, block, offset) -> stamp; a slot that is missing is poisoned
         self.running, self.swapped, self.prefixes = {}, {}, {}  # id -> stamps
         self.kept = {}  # id -> leading tokens in whole blocks of a shared prefix: never swapped
+        self.places = {}  # id -> blocks of a swapped sequence, from the pairs of its swap
         self.family = {}  # id -> its group, which forks and beams stay in
         self.origin = {}  # group -> (prompt length, prefix id or None, prefix length)
         self.next_stamp = 0
@@ -196,15 +198,12 @@ class PagedMachine(RuleBasedStateMachine):
         m = self.m
         m.check_invariants()
         assert m.running_ids == list(self.running)
-        assert set(m._swapped) == set(self.swapped)
         for seq_id, stamps in (*self.running.items(), *self.prefixes.items()):
             assert m.num_tokens(seq_id) == len(stamps)
             table = m.block_table(seq_id)
             assert self.read(table.blocks, stamps, "gpu") == stamps
         for seq_id, stamps in self.swapped.items():
-            blocks = m._swapped[seq_id].blocks
-            assert m._swapped[seq_id].num_tokens == len(stamps)
-            assert self.read(blocks, stamps, "cpu", self.kept[seq_id]) == stamps
+            assert self.read(self.places[seq_id], stamps, "cpu", self.kept[seq_id]) == stamps
 
     @invariant()
     def same_numbers(self):
@@ -221,14 +220,8 @@ class PagedMachine(RuleBasedStateMachine):
         assert usage.logical_blocks == sum(-(-len(stamps) // size) for stamps in on_gpu)
         assert usage.physical_blocks == len(pieces)
         assert usage.reserved == usage.internal == usage.rounding == 0
-        assert m.duplicates() == usage.tokens - len({s for piece in pieces for s in piece})
-        cpu_stamps = [s for piece in cpu_pieces for s in piece]
-        assert m._cpu_copies.duplicates() == len(cpu_stamps) - len(set(cpu_stamps))
         self.events["steps"] += 1
-        in_step = len(self.running) - len(m._loose)
-        self.events["loose and in step"] += bool(m._loose and in_step)
-        self.events["in step only"] += bool(in_step and not m._loose)
-        self.events["duplicates"] += m.duplicates() > 0
+        self.events["tokens held twice"] += sum(map(len, pieces)) > len(set().union(*pieces))
 
     def attempt(self, running, call):
         """`call` succeeds if the blocks for these running sequences are there, and only then."""
@@ -305,13 +298,18 @@ class PagedMachine(RuleBasedStateMachine):
             self.release(seq_id)
 
     def release(self, seq_id):
-        before = set(self.m._gpu.free_blocks)
+        before = self.used_blocks()
         freed = self.m.free(seq_id)
-        assert len(freed) == len(set(freed))
-        assert set(freed) == set(self.m._gpu.free_blocks) - before
-        self.poison(freed)
         for held in (self.running, self.swapped, self.prefixes):
             held.pop(seq_id, None)
+        assert sorted(freed) == sorted(before - self.used_blocks())
+        self.poison(freed)
+
+    def used_blocks(self):
+        """GPU blocks that some table holds."""
+        tables = [self.m.block_table(i).blocks for i in (*self.running, *self.prefixes)]
+        tables += [self.places[i][: self.kept[i] // self.size] for i in self.swapped]
+        return set().union(*tables)
 
     # -- growth -----------------------------------------------------------------------------
 
@@ -353,10 +351,11 @@ class PagedMachine(RuleBasedStateMachine):
         assert self.m.blocks_for_step(count) == self.need(running)
         ids = list(self.running)
         assert self.m.can_append(ids) == (len(ids) <= self.m.num_free_blocks)
-        mixed = 0 < len(self.m._loose) < len(self.running)
+        copies = self.shared_tails(ids)
         if not self.grow(ids, count, lambda: self.m.append_all(count)):
             return False
-        self.events["step of loose and in step"] += mixed
+        self.events["step with copies"] += copies > 0
+        self.events["step without copies"] += bool(ids) and not copies
         return True
 
     @precondition(lambda self: self.running)
@@ -371,10 +370,9 @@ class PagedMachine(RuleBasedStateMachine):
         if near:
             choice = self.members(self.running, self.family[self.some(self.running, picks[0][0])])
         parents = {self.some(choice, child): self.some(choice, parent) for child, parent in picks}
-        before = set(self.m._gpu.free_blocks)
+        before = self.used_blocks()
         freed = self.m.reorder(parents)
-        assert len(freed) == len(set(freed))
-        assert set(freed) == set(self.m._gpu.free_blocks) - before
+        assert sorted(freed) == sorted(before - self.used_blocks())
         self.poison(freed)
         for state in (self.running, self.kept, self.family):
             state.update({child: state[parent] for child, parent in parents.items()})
@@ -407,11 +405,14 @@ class PagedMachine(RuleBasedStateMachine):
             self.events["out of swap space"] += 1
             refused(self.m, OutOfSwapSpaceError, lambda: self.m.swap_out(ids))
         else:
+            tables = {i: self.m.block_table(i).blocks.copy() for i in ids}
             pairs = self.m.swap_out(ids)
             assert len(pairs) == len(moving)
             self.move_blocks(pairs, "gpu", "cpu")
-            for i in ids:
+            for i, blocks in tables.items():
                 self.swapped[i] = self.running.pop(i)
+                keep, moved = self.kept[i] // self.size, dict(pairs)
+                self.places[i] = blocks[:keep] + [moved[block] for block in blocks[keep:]]
             self.events["swap out"] += 1
             self.events["swap out of several"] += len(ids) > 1
             self.events["swap out behind a prefix"] += any(self.kept[i] for i in ids)
@@ -769,14 +770,13 @@ class BaselineMachine(RuleBasedStateMachine):
 # What a run must have gone through to count: a shadow that agrees about nothing proves nothing.
 PAGED_EVENTS = {
     "steps": 2000,
-    "loose and in step": 200,
-    "in step only": 100,
-    "step of loose and in step": 50,
+    "step with copies": 50,
+    "step without copies": 200,
     "copies": 100,
     "copy on write": 50,
     "several copies": 3,
     "prefix tail copied": 20,
-    "duplicates": 100,
+    "tokens held twice": 100,
     "out of blocks": 100,
     "swap out": 40,
     "swap out of several": 10,
@@ -798,14 +798,29 @@ def assert_exercised(machine, least):
     assert not rare, f"hardly exercised: {rare}"
 
 
-def run_machine(machine, how, least, record):
+def run_machine(machine, how, least):
     machine.events.clear()
     run_state_machine_as_test(machine, settings=how)
-    record("rules", machine.events["rules"])
     assert_exercised(machine, least)
+    return machine.events["rules"]
 
 
-def run_for_long(machine, least, record):
+def test_paged_manager_against_contents(figure):
+    figure("state machine, paged", rules=run_machine(PagedMachine, SHORT, PAGED_EVENTS))
+
+
+def test_baseline_manager_against_contents(figure):
+    how = settings(SHORT, max_examples=130)
+    figure("state machine, baseline", rules=run_machine(BaselineMachine, how, BASELINE_EVENTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machine", "least"),
+    [(PagedMachine, PAGED_EVENTS), (BaselineMachine, BASELINE_EVENTS)],
+    ids=["paged", "baseline"],
+)
+def test_a_manager_against_contents_for_long(machine, least, figure):
     """Rounds with the seeds 0, 1, 2, ... until RULE_STEPS rules have run."""
     machine.events.clear()
     begin, rounds = time.process_time(), 0
@@ -813,31 +828,7 @@ def run_for_long(machine, least, record):
         one_of_its_own = type(machine.__name__, (machine,), {})  # which keeps the seed
         run_state_machine_as_test(seeded(rounds)(one_of_its_own), settings=ROUND)
         rounds += 1
-    seconds = time.process_time() - begin
-    print(f"{machine.events['rules']:,} rules, seeds 0 to {rounds - 1}, {seconds:.0f} s of CPU")
-    print(dict(machine.events))
-    record("rules", machine.events["rules"])
-    record("seeds", f"0 to {rounds - 1}")
-    for event in least:
-        record(event, machine.events[event])
-    record("cpu_s", round(seconds, 1))
     assert_exercised(machine, least)
-
-
-def test_paged_manager_against_contents(record_property):
-    run_machine(PagedMachine, SHORT, PAGED_EVENTS, record_property)
-
-
-def test_baseline_manager_against_contents(record_property):
-    how = settings(SHORT, max_examples=130)
-    run_machine(BaselineMachine, how, BASELINE_EVENTS, record_property)
-
-
-@pytest.mark.slow
-def test_paged_manager_against_contents_for_long(record_property):
-    run_for_long(PagedMachine, PAGED_EVENTS, record_property)
-
-
-@pytest.mark.slow
-def test_baseline_manager_against_contents_for_long(record_property):
-    run_for_long(BaselineMachine, BASELINE_EVENTS, record_property)
+    events = {event: machine.events[event] for event in ("rules", *least)}
+    seconds = round(time.process_time() - begin, 1)
+    figure(f"{machine.__name__} for long", seeds=rounds, **events, seconds=seconds)

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import paged_attention
-from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, PagedTables
+from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import PagedKVCache
-from sequence import BlockTable
 from vllm_sim import models, paper
 from vllm_sim.scenarios import baseline as scenario_baseline
 from vllm_sim.scenarios import mixed as scenario_mixed
@@ -455,7 +454,7 @@ def a_layer_too_many(mp):
 
 
 def no_copy_on_write(mp):
-    mp.setattr(BlockTable, "hold", lambda self: None)
+    mp.setattr(PagedKVCacheManager, "_tails", property(lambda m: {}, lambda *_: None), False)
     mp.setattr(PagedKVCacheManager, "check_invariants", lambda self: None)
 
 
@@ -480,18 +479,15 @@ def copies_too_late(mp):
 
 def copies_for_all(mp):
     """The last holder copies as well, instead of writing in place."""
-    drop = PagedTables._copy_last_block
-    extend = PagedTables._extend
+    append = PagedKVCacheManager.append
 
-    def always(self, seq_id, table, num_tokens):
-        if table.held and self._gpu.ref_count(table.blocks[-1]) == 1:
-            self._gpu.share(table.blocks[-1:])
-            self._gpu_copies.record(table.blocks[-1], table.blocks[-1], 0)
-            copy = (drop(self, table),)
-            return copy + extend(self, seq_id, table, num_tokens)
-        return extend(self, seq_id, table, num_tokens)
+    def always(self, seq_id, num_tokens=1):
+        tail = self.block_table(seq_id).blocks[-1:]
+        if seq_id in self._tails and self.ref_count(*tail) == 1:
+            self._gpu.share(tail)
+        return append(self, seq_id, num_tokens)
 
-    mp.setattr(PagedTables, "_extend", always)
+    mp.setattr(PagedKVCacheManager, "append", always)
     mp.setattr(PagedKVCacheManager, "check_invariants", lambda self: None)
 
 

@@ -14,7 +14,7 @@ import torch
 from allocators import BlockAllocator
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import BlockMapError, PagedKVCache
-from sequence import BeamHistory, BlockTable, Sequence, SequenceGroup
+from sequence import BeamHistory, Sequence, SequenceGroup
 from vllm_sim import models
 from vllm_sim.scenarios.setting import Setting
 from vllm_sim.scenarios.stamped_cache import PIECE, StampedCache, Stamps
@@ -391,7 +391,9 @@ def test_what_is_broken_is_found(name):
 
 def test_a_shared_block_written_without_a_copy_is_found(monkeypatch):
     """The manager's own half of copy-on-write: tables that do not withhold their last block."""
-    monkeypatch.setattr(BlockTable, "hold", lambda self: None)
+    monkeypatch.setattr(
+        PagedKVCacheManager, "_tails", property(lambda m: {}, lambda *_: None), False
+    )
     requests = [Request(n, 0.0, 5, 6, num_samples=3) for n in range(4)]
     setting = setting_of(60, 4)
     manager = PagedKVCacheManager(60, 4)

@@ -12,7 +12,7 @@ another would take, and that every block is free again in the end. Then `simulat
 iteration by iteration with all invariants checked, and event by event, with the same result. The
 contiguous manager, which never preempts, has a search of its own.
 
-    python tools/hunt.py exhaustive-serving             # more kinds; prints figures
+    python -m pytest -m slow tests/serving/test_exhaustive_serving.py     # more kinds
 """
 
 import time
@@ -111,8 +111,8 @@ def note(log, seen, arrivals):
     seen["second preemption"] += any(n > 1 for n in times.values())
 
 
-def search(kinds, record=lambda *_: None):
-    """Serves them all; returns (how many, how often each rule came to bear)."""
+def search(kinds):
+    """Serves them all; returns how often each rule came to bear, and what it went through."""
     begin, seen = time.process_time(), Counter()
     count = whole = iterations = 0
     for workload in worlds(kinds):
@@ -124,19 +124,9 @@ def search(kinds, record=lambda *_: None):
         simulated(pool, limits, mode, workload, rules["refused"])
         count, iterations = count + 1, iterations + len(log)
         whole += rules["refused"] == 0
-    found = {
-        "workloads": count,
-        "of these with all three requests": whole,
-        "iterations": iterations,
-        "swaps": seen["swapped"],
-        "recomputations": seen["recomputed"],
-        "block copies": seen["copied"],
-        "cpu_s": round(time.process_time() - begin, 1),
-    }
-    print(found)
-    for name, value in found.items():
-        record(name, value)
-    return count, seen
+    seen |= {"workloads": count, "with all three requests": whole, "iterations": iterations}
+    seen["seconds"] = round(time.process_time() - begin, 1)
+    return seen
 
 
 def simulated(pool, limits, mode, workload, refused):
@@ -154,23 +144,21 @@ def simulated(pool, limits, mode, workload, refused):
     assert len(results[0].finish_s) == 3 - refused
 
 
-def search_all(kinds, record):
-    count, seen = search(kinds, record)
-    assert count == len(kinds) ** 3 * len(ARRIVALS) * len(POOLS) * len(LIMITS) * len(MODES)
+@pytest.mark.parametrize(
+    "kinds", [SMALL_KINDS, pytest.param(KINDS, marks=pytest.mark.slow)], ids=["small", "large"]
+)
+def test_every_workload_of_a_world(kinds, figure):
+    seen = search(kinds)
+    count = len(kinds) ** 3 * len(ARRIVALS) * len(POOLS) * len(LIMITS) * len(MODES)
+    assert seen["workloads"] == count
     assert {rule for rule in RULES if not seen[rule]} == set()
-
-
-def test_every_workload_of_a_small_world(record_property):
-    search_all(SMALL_KINDS, record_property)
-
-
-@pytest.mark.slow
-def test_every_workload_of_a_large_world(record_property):
-    search_all(KINDS, record_property)
+    told = "workloads", "with all three requests", "iterations", "swapped", "recomputed", "copied"
+    numbers = {name: seen[name] for name in (*told, "seconds")}
+    figure(f"serving, {len(kinds)} kinds of requests", **numbers)
 
 
 @pytest.mark.parametrize("policy", ["max", "pow2", "oracle"])
-def test_every_workload_over_contiguous_reservations(policy, record_property):
+def test_every_workload_over_contiguous_reservations(policy, figure):
     """In pools that hold one, two or three of the longest reservations, and a little more."""
     kinds = [kind for kind in KINDS if not kind.behind]
     count = 0
@@ -195,7 +183,7 @@ def test_every_workload_over_contiguous_reservations(policy, record_property):
             }
             assert results[0].num_swaps == results[0].num_recomputations == 0
             count += 1
-    record_property("contiguous workloads", count)
+    figure(f"serving, contiguous, {policy}", workloads=count)
 
 
 # ---- what is broken is found --------------------------------------------------------------------
@@ -216,9 +204,13 @@ def the_first_gives_way(monkeypatch):
 def no_room_left_on_return(monkeypatch):
     """Swapped in where the blocks are there, and none for the next token."""
 
+    sound = PagedKVCacheManager.can_swap_in
+
     def fits(manager, ids):
-        tables = [manager._swapped[i] for i in ids]
-        return len(manager._movable(tables)) <= manager.num_free_blocks
+        watermark, manager.watermark_blocks = manager.watermark_blocks, -len(ids)
+        enough = sound(manager, ids)
+        manager.watermark_blocks = watermark
+        return enough
 
     monkeypatch.setattr(PagedKVCacheManager, "can_swap_in", fits)
 
