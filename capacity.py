@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     for section in shown:
         progress.clear()
         found.append(section)
-        print(render(section.table, args.format))
+        print(render(section, args.format))
         print(f"\n{comment}Answer: {section.answer}\n", flush=True)
     if args.json is not None:
         tables = [section.to_json() for section in found]

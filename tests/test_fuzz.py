@@ -503,7 +503,7 @@ def long_document(path):
 def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(script, tmp_path, monkeypatch):
     """After each number of writes: silence, 141, and the file whole or as it was before."""
     shown = ScenarioReport(1, "nothing", "What?", parts=["text"], answer="Nothing.")
-    section = capacity_tables.Section(report.Table("t", ("a",), [(1,)], name="t"), "so")
+    section = capacity_tables.Section("t", ("a",), [(1,)], name="t", answer="so")
     monkeypatch.setattr(main, "run_one", lambda *_: shown)
     monkeypatch.setattr(main, "tune_cpu", lambda: None)
     monkeypatch.setattr(capacity_tables, "sections", lambda *_: iter([section]))

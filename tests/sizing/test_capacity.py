@@ -184,11 +184,11 @@ def test_windows_by_length(run, config):
     printed, found = run("--model", config("Gemma-3-1B"), "--gpu", "t4", *QUICK)
     rows = section(found, "How do the bytes")
     by_length = {row["tokens"]: row for row in rows}
-    assert by_length[512]["windowed_percent"] == 100.0
+    assert by_length[512]["percent_of_it"] == 100.0
     at = by_length[32_768]
     kept = 4 * 32_768 + 22 * 512
-    assert at["windowed_mib"] == kept * 2 * 256 * 2 / 2**20
-    assert at["windowed_percent"] == 100 * kept / (26 * 32_768)
+    assert at["with_windows_mib"] == kept * 2 * 256 * 2 / 2**20
+    assert at["percent_of_it"] == 100 * kept / (26 * 32_768)
     assert "4 layers keep all, 22 layers keep 512 tokens" in printed
     assert "simulated without windows" in printed
     # A window as long as the longest request bounds nothing, so nothing is said of it.
@@ -519,7 +519,7 @@ def test_without_a_prefix_nothing_is_said_of_one():
         block_sizes(replace(case, prefix_len=length), means(case.workload, case.max_len, 0))
         for length in (100, 0)
     ]
-    (some, none) = (one.table.records() for one in found)
+    (some, none) = (one.records() for one in found)
     assert "; 96 % of a 100-token prefix is in whole blocks." in found[0].answer
     assert "prefix" not in found[1].answer and found[1].answer.endswith(" 2,048 tokens.")
     assert all(row["prefix_shared_percent"] is not None for row in some)

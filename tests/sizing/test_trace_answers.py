@@ -122,7 +122,7 @@ def test_the_figures_are_those_of_the_parts(run, write):
     one = {row["what"]: row["number"] for row in rows_of(found, "How many requests run")}
     assert (one["most requests at a time"], one["mean over time"]) == (free.peak, free.mean)
     rows = rows_of(found, "What is the small")
-    needs = {(row["policy"], row["allowed_percent"]): row for row in rows}
+    needs = {(row["policy"], row["held_up_at_most_percent"]): row for row in rows}
     assert set(needs) == {(policy, share) for policy in POLICIES for share in (0.0, 10.0)}
     for (policy, share), row in needs.items():
         few = 0 if share == 0.0 else 6
@@ -130,21 +130,21 @@ def test_the_figures_are_those_of_the_parts(run, write):
         assert served.held_up == row["preempted"] + row["kept_waiting"] <= few
         less = row["blocks"] - max(1, row["blocks"] // EXACT)
         assert serve(columns, server, policy, less, few) is None
-        assert row["gib"] == pytest.approx(row["blocks"] * 16 * 819_200 / GIB)
-        assert row["times_server"] == row["blocks"] / 983
+        assert row["gib_of_k_v"] == pytest.approx(row["blocks"] * 16 * 819_200 / GIB)
+        assert row["x_this_server_s"] == row["blocks"] / 983
     assert needs["paged", 0.0]["blocks"] < needs["oracle", 0.0]["blocks"]
     for policy, row in zip(POLICIES, rows_of(found, "What happens")):
         served = serve(columns, server, policy, 983)
         assert (row["preempted"], row["kept_waiting"]) == (served.preemptions, served.kept_waiting)
         assert row["most_at_a_time"] == served.peak
     for row in rows_of(found, "How many GPUs"):
-        few = 0 if row["allowed_percent"] == 0.0 else 6
+        few = 0 if row["held_up_at_most_percent"] == 0.0 else 6
         for servers in (row["servers"], row["servers"] - 1):
             parts = [tuple(c[i::servers] for c in columns) for i in range(servers)]
             runs = [serve(part, server, row["policy"], 983) for part in parts]
             assert (sum(r.held_up for r in runs) <= few) == (servers == row["servers"] > 0)
     paged = needs["paged", 0.0]
-    assert f"paging takes {paged['blocks']:,} blocks ({paged['gib']:.1f} GiB)" in printed
+    assert f"paging takes {paged['blocks']:,} blocks ({paged['gib_of_k_v']:.1f} GiB)" in printed
 
 
 def test_gpus_are_those_of_all_servers(run, write):
@@ -154,7 +154,7 @@ def test_gpus_are_those_of_all_servers(run, write):
     assert all(row["gpus"] == 4 * row["servers"] for row in rows)
     need = rows_of(found, "What is the smallest")[0]
     per_token = 2 * 64 * 72 * 128 * 2  # on all four GPUs together
-    assert need["gib"] == pytest.approx(need["blocks"] * 16 * per_token / GIB)
+    assert need["gib_of_k_v"] == pytest.approx(need["blocks"] * 16 * per_token / GIB)
     assert "at the speed of 4 x a100-40gb, its own constants" in printed
 
 

@@ -159,7 +159,7 @@ CHOSEN: dict[str, tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...]], ...
         ("concurrency", None, ("requests",)),
         ("slots", ("paged",), ("tokens_percent",)),
         ("trace_concurrency", None, ("number",)),
-        ("trace_pools", None, ("blocks", "gib")),
+        ("trace_pools", None, ("blocks", "gib_of_k_v")),
         ("trace_gpus", None, ("gpus",)),
     ),
     "reproduce.py": (("rows", None, ("ours",)),),

@@ -38,19 +38,14 @@ PLANS = {"paper": "the paper's memory plan", "serving": "a serving system's memo
 
 
 @dataclass(frozen=True)
-class Section:
-    """A question, the table that answers it (its title is the question), and the answer."""
+class Section(Table):
+    """A table that answers the question in its title, and the answer in one sentence."""
 
-    table: Table
-    answer: str
-
-    @property
-    def question(self) -> str:
-        return self.table.title
+    answer: str = ""
 
     def to_json(self) -> dict:
         """The table, and the answer beside it."""
-        return {**self.table.to_json(), "answer": self.answer}
+        return {**Table.to_json(self), "answer": self.answer}
 
 
 @dataclass(frozen=True)

@@ -12,29 +12,22 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 from vllm_sim import paper
 from vllm_sim.models import GPUS, MODELS
-from vllm_sim.reporting.command_line import (
-    OneLineParser,
-    UsageError,
-    file_name,
-    folder,
-    positive,
-    seed,
-)
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, file_name, positive, seed
+from vllm_sim.reporting.files import add_output_options
 
 MATRIX_BITS = {"fp16": 16, "bf16": 16, "fp8": 8}
 KV_BYTES = {"fp16": 2, "bf16": 2, "fp8": 1}
 MAX_GPUS, MAX_BLOCK_SIZE, MAX_LEN = 1024, 4096, 10**7
 MAX_GIB = 10**5
-PREFIX_LEN = paper.FIG16["5-shot"]["prefix"]
 PREEMPTION_RATE = 0.01
 HIGHEST_RATE = 10**6
 
 
-def _number(accepts: Callable[[float], bool], what: str) -> Callable[[str], float]:
+def _accepted(accepts: Callable[[float], bool], what: str) -> Callable[[str], float]:
     """A type for argparse: a number that is accepted, or '... is not <what>'."""
 
     def parse(text: str) -> float:
@@ -49,10 +42,10 @@ def _number(accepts: Callable[[float], bool], what: str) -> Callable[[str], floa
     return parse
 
 
-gib = _number(lambda n: 0.0 < n <= MAX_GIB, f"not a number of GiB up to {MAX_GIB:,}")
-share = _number(lambda n: 0.0 < n <= 1.0, "not a share above 0 and up to 1")
-preemption_rate = _number(lambda n: 0.0 <= n < 1.0, "not a share from 0 and below 1")
-arrival_rate = _number(
+gib = _accepted(lambda n: 0.0 < n <= MAX_GIB, f"not a number of GiB up to {MAX_GIB:,}")
+share = _accepted(lambda n: 0.0 < n <= 1.0, "not a share above 0 and up to 1")
+preemption_rate = _accepted(lambda n: 0.0 <= n < 1.0, "not a share from 0 and below 1")
+arrival_rate = _accepted(
     lambda n: 1.0 / HIGHEST_RATE <= n <= HIGHEST_RATE or n == math.inf,
     f"neither requests a second from 1e-06 to {HIGHEST_RATE:,} nor inf",
 )
@@ -67,118 +60,50 @@ def build_parser() -> argparse.ArgumentParser:
         "reports about 79 GiB.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        "--model",
-        default="opt-13b",
-        metavar="NAME|FILE",
-        help=f"{', '.join(MODELS)}; or a Hugging Face config.json (default opt-13b)",
-    )
-    add(
-        "--gpu",
-        type=str.lower,
-        choices=tuple(GPUS),
-        metavar="NAME",
-        help=f"one of {', '.join(GPUS)} (default a100-40gb)",
-    )
-    add(
-        "--gpu-memory",
-        type=gib,
-        metavar="GIB",
-        help="instead: the memory of one GPU as CUDA reports it, in GiB",
-    )
-    add("--gpus", type=positive, default=1, metavar="N", help="tensor parallel (default 1)")
-    add("--dtype", choices=tuple(MATRIX_BITS), help="of the weights (default fp16)")
-    add("--kv-dtype", choices=tuple(KV_BYTES), help="of K and V (default fp16, or bf16 with it)")
-    add(
-        "--plan",
-        choices=("paper", "serving"),
-        help="whose memory plan (default: the paper's for its own deployments, else that of "
-        "serving systems)",
-    )
-    add(
-        "--gpu-memory-utilization",
-        type=share,
-        metavar="SHARE",
-        help="of each GPU's memory that is used (default 0.9)",
-    )
-    add(
-        "--allowance",
-        type=gib,
-        metavar="GIB",
-        help="for activations and workspace on each GPU (default: an estimate and 1 GiB)",
-    )
-    add(
-        "--max-model-len",
-        type=positive,
-        metavar="N",
-        help="longest request in tokens (default: the model's own)",
-    )
-    add(
-        "--block-size",
-        type=positive,
-        default=paper.BLOCK_SIZE,
-        metavar="N",
-        help=f"slots per block (default {paper.BLOCK_SIZE})",
-    )
-    add(
-        "--workload",
-        metavar="NAME|P,O",
-        help="sharegpt, alpaca, or the mean prompt and output in tokens, such as 512,256 "
-        "(geometric lengths; default sharegpt)",
-    )
-    add(
-        "--prefix-len",
-        type=positive,
-        default=PREFIX_LEN,
-        metavar="N",
-        help=f"tokens of a shared prefix, for the table of block sizes alone (default "
-        f"{PREFIX_LEN})",
-    )
-    add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
-    add("--json", type=Path, metavar="FILE", help="write all figures here")
-    add(
-        "--figures",
-        type=folder,
-        metavar="DIR",
-        help="draw slots, requests and block sizes there (needs matplotlib: requirements-dev.txt)",
-    )
-    add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
-    _add_trace_options(parser)
-    add("--quiet", action="store_true", help="no progress on stderr")
+    gpus, size, prefix = tuple(GPUS), paper.BLOCK_SIZE, paper.FIG16["5-shot"]["prefix"]
+    add = partial(_add, parser.add_argument)
+    text = f"{', '.join(MODELS)}; or a Hugging Face config.json (default opt-13b)"
+    add("--model", text, metavar="NAME|FILE", default="opt-13b")
+    text = f"one of {', '.join(GPUS)} (default a100-40gb)"
+    add("--gpu", text, str.lower, metavar="NAME", choices=gpus)
+    text = "instead: the memory of one GPU as CUDA reports it, in GiB"
+    add("--gpu-memory", text, gib, metavar="GIB")
+    add("--gpus", "tensor parallel (default 1)", positive, default=1)
+    add("--dtype", "of the weights (default fp16)", choices=tuple(MATRIX_BITS))
+    add("--kv-dtype", "of K and V (default fp16, or bf16 with it)", choices=tuple(KV_BYTES))
+    text = "whose memory plan (default: the paper's for its own deployments, else that of serving"
+    add("--plan", f"{text} systems)", choices=("paper", "serving"))
+    text = "of each GPU's memory that is used (default 0.9)"
+    add("--gpu-memory-utilization", text, share, metavar="SHARE")
+    text = "for activations and workspace on each GPU (default: an estimate and 1 GiB)"
+    add("--allowance", text, gib, metavar="GIB")
+    add("--max-model-len", "longest request in tokens (default: the model's own)", positive)
+    add("--block-size", f"slots per block (default {size})", positive, default=size)
+    text = "sharegpt, alpaca, or the mean prompt and output in tokens, such as 512,256 (geometric"
+    add("--workload", f"{text} lengths; default sharegpt)", metavar="NAME|P,O")
+    text = f"tokens of a shared prefix, for the table of block sizes alone (default {prefix})"
+    add("--prefix-len", text, positive, default=prefix)
+    add("--seed", "same seed, same output (default 0)", seed, default=0)
+    add_output_options(parser, "all figures", "slots, requests and block sizes")
+    add = partial(_add, parser.add_argument_group("a request trace, and its needs").add_argument)
+    text = "Azure, BurstGPT or another CSV, Mooncake or other JSON lines, plain or gzipped"
+    add("--trace", f"{text} (docs/capacity.md)", file_name, metavar="FILE")
+    text = f"answer (default {PREEMPTION_RATE:g}; the first is for none)"
+    text = f"requests held up by memory, over all, in the second {text}"
+    add("--preemption-rate", text, preemption_rate, metavar="SHARE")
+    text = "requests a second, Poisson, instead of the file's times; inf: all at once"
+    add("--rate", text, arrival_rate, metavar="N|inf")
+    add("--trace-rows", "only the first rows of the file", positive)
+    text = "whose bandwidth and FLOPS, with --gpu-memory (docs/capacity.md)"
+    add("--speed-of", text, str.lower, metavar="GPU", choices=gpus)
     return parser
 
 
-def _add_trace_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("a request trace, and what it needs").add_argument
-    add(
-        "--trace",
-        type=file_name,
-        metavar="FILE",
-        help="Azure, BurstGPT or another CSV, Mooncake or other JSON lines, plain or gzipped "
-        "(docs/capacity.md)",
-    )
-    add(
-        "--preemption-rate",
-        type=preemption_rate,
-        metavar="SHARE",
-        help="requests held up by memory, over all, in the second answer (default "
-        f"{PREEMPTION_RATE:g}; the first is for none)",
-    )
-    add(
-        "--rate",
-        type=arrival_rate,
-        metavar="N|inf",
-        help="requests a second, Poisson, instead of the file's times; inf: all at once",
-    )
-    add("--trace-rows", type=positive, metavar="N", help="only the first rows of the file")
-    add(
-        "--speed-of",
-        type=str.lower,
-        choices=tuple(GPUS),
-        metavar="GPU",
-        help="whose bandwidth and FLOPS, with --gpu-memory (docs/capacity.md)",
-    )
+def _add(add: Callable, name: str, text: str, kind: Callable = str, **more: object) -> None:
+    """An option with its help and type; a positive number and a seed are N in the help."""
+    if kind in (positive, seed):
+        more["metavar"] = "N"
+    add(name, help=text, type=kind, **more)
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -31,14 +31,9 @@ from vllm_sim.reporting.drawing import (
     save,
     sheet,
 )
-from vllm_sim.sizing.answers import (
-    BLOCK_SIZE_QUESTION,
-    CONCURRENCY_QUESTION,
-    SIMULATED,
-    SLOT_QUESTION,
-)
+from vllm_sim.sizing.answers import SIMULATED
 from vllm_sim.sizing.case import Section
-from vllm_sim.sizing.trace_answers import ALLOWED, GPU_QUESTION, POOL_QUESTION
+from vllm_sim.sizing.trace_answers import ALLOWED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,15 +50,17 @@ def check(directory: Path, trace: bool = False) -> None:
 
 def figures(sections: Sequence[Section]) -> dict[str, Callable[[], Figure]]:
     """File name -> how to draw it, of the sections that have a picture."""
-    found = {section.question: section for section in sections}
-    chosen: dict[str, Callable[[], Figure]] = {}
-    if SLOT_QUESTION in found and CONCURRENCY_QUESTION in found:
-        chosen[SLOTS] = partial(by_policy, found[SLOT_QUESTION], found[CONCURRENCY_QUESTION])
-    if BLOCK_SIZE_QUESTION in found:
-        chosen[SIZES] = partial(by_block_size, found[BLOCK_SIZE_QUESTION])
-    if POOL_QUESTION in found and GPU_QUESTION in found:
-        chosen[TRACE] = partial(by_need, found[POOL_QUESTION], found[GPU_QUESTION])
-    return chosen
+    found = {section.name: section for section in sections}
+    wanted = {
+        SLOTS: (by_policy, "slots", "concurrency"),
+        SIZES: (by_block_size, "block_sizes"),
+        TRACE: (by_need, "trace_pools", "trace_gpus"),
+    }
+    return {
+        file: partial(draw_it, *(found[name] for name in names))
+        for file, (draw_it, *names) in wanted.items()
+        if set(names) <= set(found)
+    }
 
 
 def draw(sections: Sequence[Section], directory: Path) -> list[Path]:
@@ -72,11 +69,11 @@ def draw(sections: Sequence[Section], directory: Path) -> list[Path]:
 
 
 def _rows(section: Section) -> Rows:
-    return [dict(zip(section.table.headers, row)) for row in section.table.rows]
+    return [dict(zip(section.headers, row)) for row in section.rows]
 
 
 def _title(section: Section, what: str) -> str:
-    return "\n".join([what, *textwrap.wrap(section.table.setting, 110)])
+    return "\n".join([what, *textwrap.wrap(section.setting, 110)])
 
 
 def by_policy(slots: Section, concurrency: Section) -> Figure:
