@@ -24,8 +24,7 @@ from vllm_sim.sizing.concurrency import Holding, Means, hold, means
 TABLE_ENTRY_BYTES = 4  # int32
 FORKS = 200  # prompts that are forked to count copies
 SIMULATED = "simulated: "  # before the policy
-GB = 10**9
-MIB = 1 << 20
+GB, MIB = 10**9, 1 << 20
 WHAT = ("what", "number")  # keys of tables whose first column has no header
 
 

@@ -90,35 +90,19 @@ class Case:
 
     def to_json(self) -> dict[str, object]:
         """What was asked, and what it came to: the setting of --json."""
-        model, plan, weights = self.model, self.plan, self.model.weights()
-        return {
-            "model": model.name,
-            "family": model.family,
-            "parameters": weights.total,
-            "active_parameters": weights.active,
-            "layers": model.num_layers,
-            "hidden_size": model.hidden_size,
-            "heads": model.num_heads,
-            "kv_heads": model.num_kv_heads,
-            "head_size": model.head_size,
-            "gpu": self.gpu.name if self.gpu.name in GPUS else None,
-            "gpus": plan.num_gpus,
-            "memory_bytes": plan.memory,
-            "plan": plan.name,
-            "dtype": self.weight_type,
-            "kv_dtype": self.kv_type,
-            "kv_bytes_per_token": model.slot_elements * plan.sizes.kv_bytes,
-            "weight_bytes_per_gpu": plan.weights,
-            "kv_cache_bytes_per_gpu": plan.kv_cache,
-            "num_blocks": plan.num_blocks,
-            "block_size": plan.block_size,
-            "num_slots": plan.num_slots,
-            "max_model_len": self.max_len,
-            "workload": self.workload.name,
-            "prefix_len": self.prefix_len,
-            "seed": self.seed,
-            "notes": list(model.notes),
-        }
+        m, plan, weights = self.model, self.plan, self.model.weights()
+        told = {"model": m.name, "family": m.family, "layers": m.num_layers}
+        told |= {"parameters": weights.total, "active_parameters": weights.active}
+        told |= {"hidden_size": m.hidden_size, "head_size": m.head_size}
+        told |= {"heads": m.num_heads, "kv_heads": m.num_kv_heads, "notes": list(m.notes)}
+        told |= {"gpu": self.gpu.name if self.gpu.name in GPUS else None, "gpus": plan.num_gpus}
+        told |= {"dtype": self.weight_type, "kv_dtype": self.kv_type, "plan": plan.name}
+        told |= {"memory_bytes": plan.memory, "weight_bytes_per_gpu": plan.weights}
+        told |= {"kv_cache_bytes_per_gpu": plan.kv_cache, "num_blocks": plan.num_blocks}
+        told |= {"block_size": plan.block_size, "num_slots": plan.num_slots}
+        told |= {"kv_bytes_per_token": m.slot_elements * plan.sizes.kv_bytes}
+        told |= {"max_model_len": self.max_len, "prefix_len": self.prefix_len}
+        return told | {"workload": self.workload.name, "seed": self.seed}
 
 
 def make_case(args: argparse.Namespace) -> Case:
@@ -135,10 +119,9 @@ def make_case(args: argparse.Namespace) -> Case:
     gpu = GPUS[args.gpu or "a100-40gb"]
     if args.gpu_memory:
         gpu = GPU("GPU", int(args.gpu_memory * GIB))
-    plan = _plan(args, Deployment(model, gpu, args.gpus), sizes)
+    plan, longest = _plan(args, Deployment(model, gpu, args.gpus), sizes), _longest(args, model)
     if model.quantisation:
         weight_type = model.quantisation.method
-    longest = _longest(args, model)
     return Case(plan, weight_type, kv_type, longest, workload, args.prefix_len, args.seed)
 
 

@@ -159,9 +159,8 @@ def hold(
         except QueueTooShortError:
             count *= 2
     # Of the policy max a pool is as many whole reservations as fit, and what is left over is free.
-    scaled = num_blocks if policy != "max" else num_blocks // whole * whole
-    pool_of_whole = pool if policy != "max" else pool // whole * whole
-    scale = scaled / pool_of_whole
+    unit = whole if policy == "max" else 1
+    scale = num_blocks // unit * unit / (pool // unit * unit)
     slots = {
         part: mean.percent(part) / 100 * pool * block_size * scale
         for part in MemoryUsage.PARTS

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 SLOTS, SIZES, TRACE = "capacity_slots.png", "capacity_block_sizes.png", "capacity_trace.png"
 WIDE = 0.62  # the width of a bar that has none beside it
-Rows = list[dict]
 
 
 def check(directory: Path, trace: bool = False) -> None:
@@ -68,7 +67,7 @@ def draw(sections: Sequence[Section], directory: Path) -> list[Path]:
     return save(figures(sections), directory)
 
 
-def _rows(section: Section) -> Rows:
+def _rows(section: Section) -> list[dict]:
     return [dict(zip(section.headers, row)) for row in section.rows]
 
 

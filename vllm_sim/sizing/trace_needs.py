@@ -3,13 +3,13 @@
 Reproduces: the question of section 6.2 turned round, with section 6.1's policies: not how many
 requests a second a memory sustains, but which memory serves these requests. A memory *serves* a
 trace at the rate r if at most r x requests are held up by it (trace_serving.py); at r = 0 every
-request runs exactly when it would with unbounded memory. serving.simulate is the judge.
+request runs exactly when it would with unbounded memory. serving/simulator.py is the judge.
 
     free = unbounded(columns, server)
     smallest_pool(columns, server, "paged", 0.01, free).num_blocks
     servers_needed(columns, server, "paged", 0.01, num_blocks=983)
 
-Bookkeeping only; capacity.py --trace prints what comes out (trace_tables.py).
+Bookkeeping only; capacity.py --trace prints what comes out (trace_answers.py).
 """
 
 from __future__ import annotations

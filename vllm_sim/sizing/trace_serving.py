@@ -1,7 +1,7 @@
 """A request trace served by one server, and who is held up by its memory.
 
-Reproduces: section 6.1's way of serving a trace (serving.simulate over the managers of the paper
-and of its baselines). A request is *held up by memory* if it is
+Reproduces: section 6.1's way of serving a trace: the simulator over the managers of the paper and
+of its baselines. A request is *held up by memory* if it is
 
     preempted      its blocks were taken while it ran (each time counts; contiguous policies never)
     kept waiting   it had arrived and never run while blocks were missing for it, or for one
