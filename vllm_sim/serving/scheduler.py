@@ -3,7 +3,9 @@
 Reproduces: section 4.5 (first come first served; the latest arrived is preempted first; all
 sequences of a group together; swap or recompute; nothing new is admitted while anything is
 swapped out) with the rules of the authors' artifact where the paper is silent: the watermark, the
-limit on batched tokens, the order in which running, swapped and waiting groups are served.
+limit on batched tokens, the order in which running, swapped and waiting groups are served. An
+`Iteration` is what the workers are sent (section 4.6): blocks to swap and to copy, prompts to
+compute, sequences to extend.
 
     scheduler = Scheduler(PagedKVCacheManager(983, 16), Limits(2560, 2048))
     scheduler.add(group)
@@ -11,16 +13,7 @@ limit on batched tokens, the order in which running, swapped and waiting groups 
     completion = scheduler.complete()    # what is finished, which beams changed parents
 
 Between two decisions every iteration is like the one before: `quiet_steps()` says for how many,
-and `advance(n)` takes them at once. Bookkeeping only. serving.py runs it over a workload.
-
-[iteration] What an iteration may hold, what it does, and what follows it.
-
-Reproduces: the scheduler's decision of section 4.5 as the workers are sent it (section 4.6): blocks
-to swap and to copy, prompts to compute, sequences to extend. scheduler.py decides, latency.py and
-stamped_cache.py carry out.
-
-    iteration = scheduler.schedule()
-    print(iteration.num_groups, iteration.copies)
+and `advance(n)` takes them at once. Bookkeeping only. simulator.py runs it over a workload.
 """
 
 from __future__ import annotations
@@ -91,8 +84,8 @@ class Completion:
     freed: list[int] = field(default_factory=list)
 
 
-PREEMPTION_MODES = ("auto", "swap", "recompute")
-SWAPPED_FROM = {"auto": 2, "swap": 1}  # sequences of a group; narrower ones are recomputed
+# By mode of preemption: groups of so many sequences are swapped, narrower ones recomputed.
+SWAPPED_FROM = {"auto": 2, "swap": 1, "recompute": math.inf}
 ORDER = attrgetter("order")
 
 
@@ -105,14 +98,15 @@ class Scheduler:
 
     def __init__(self, manager: Manager, limits: Limits, preemption: str = "auto") -> None:
         """`preemption`: auto recomputes single sequences and swaps groups, as the artifact."""
-        if preemption not in PREEMPTION_MODES:
-            raise ValueError(f"preemption is one of {PREEMPTION_MODES}, got {preemption!r}")
+        if preemption not in SWAPPED_FROM:
+            raise ValueError(f"preemption is one of {(*SWAPPED_FROM,)}, got {preemption!r}")
         self.manager = manager
         self.limits = limits
-        self.swapped_from = SWAPPED_FROM.get(preemption, math.inf)
+        self.swapped_from = SWAPPED_FROM[preemption]
         self.waiting: deque[SequenceGroup] = deque()
         self.running: list[SequenceGroup] = []
         self.swapped: list[SequenceGroup] = []
+        self.short_of_blocks = False  # whether the last iteration left a group without memory
         self.num_running_seqs = 0
         self.context_tokens = 0  # of the running sequences, what they have generated included
         self._clock = Clock()  # iterations completed
@@ -121,7 +115,6 @@ class Scheduler:
         self._next_events: list[int] = []  # the keys of _events, a heap
         self._widest = 1  # sequences of the largest group so far
         self._settled = False  # until a completion or an arrival, there is nothing to decide
-        self.short_of_blocks = False  # whether the last iteration left a group without memory
 
     @property
     def num_iterations(self) -> int:
@@ -337,19 +330,16 @@ class Scheduler:
         if group.beam_parents is None:
             steps = min([seq.output_len - seq.num_generated for seq in seqs])
         else:
-            first = seqs[0]  # beams are equally long
-            generated = first.num_generated
-            steps = first.output_len - generated
+            generated = seqs[0].num_generated  # beams are equally long
+            steps = seqs[0].output_len - generated
             move = group.beam_parents.next_move(generated)
             if move is not None:
                 steps = min(steps, move + 1 - generated)
         group.event_step = step = self._clock.now + steps
-        there = self._events.get(step)
-        if there is None:
-            self._events[step] = [group]
+        if step not in self._events:
+            self._events[step] = []
             heappush(self._next_events, step)
-        else:
-            there.append(group)
+        self._events[step].append(group)
 
     def _stop(self, seq: Sequence, status: SequenceStatus) -> None:
         seq.stop(status)
@@ -385,11 +375,8 @@ class Scheduler:
             self._settled = False
 
     def _reorder(self, seqs: list[Sequence], parents: list[int], done: Completion) -> None:
-        moved = {
-            seqs[child].seq_id: seqs[parent].seq_id
-            for child, parent in enumerate(parents)
-            if child != parent
-        }
+        ids = [seq.seq_id for seq in seqs]
+        moved = {ids[c]: ids[parent] for c, parent in enumerate(parents) if c != parent}
         if moved:
             done.reorders.append(moved)
             done.moves.append(self.manager.reorder(moved))

@@ -20,15 +20,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sequence import Sequence, SequenceGroup
-from vllm_sim.paper import MAX_BATCHED_TOKENS, MAX_SEQUENCES, VLLM
+from vllm_sim.paper import VLLM
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.serving.beam_search import beam_parents
 from vllm_sim.serving.latency import UNIT, LatencyModel
 from vllm_sim.serving.scheduler import ORDER, Completion, Iteration, Limits, Manager, Scheduler
+from vllm_sim.serving.systems import limits_of
 from vllm_sim.workload.requests import Request
 
 # The artifact's limits on an iteration for vLLM (section 6.1).
-ARTIFACT_LIMITS = Limits(MAX_BATCHED_TOKENS, MAX_SEQUENCES[VLLM])
+ARTIFACT_LIMITS = limits_of(VLLM)
 EVENTS = 64  # between two looks at the clock for the progress: a power of two
 
 
@@ -59,21 +60,17 @@ def make_groups(
     groups = []
     seq_id = first_seq_id
     for request in requests:
-        seqs = []
-        for _ in range(request.num_seqs):
-            seqs.append(
-                Sequence(seq_id, request.prompt_len, request.output_len, request.prefix_len)
-            )
-            seq_id += 1
+        shape = request.prompt_len, request.output_len, request.prefix_len
+        ids = range(seq_id, seq_id + request.num_seqs)
+        seqs = [Sequence(one, *shape) for one in ids]
+        seq_id = ids.stop
         parents = None
         if request.decoding == "beam":
             rng = np.random.default_rng([seed, request.request_id])
             drawn = beam_parents(request.beam_width, request.output_len, rng, theta)
             parents = drawn.tolist()
-        prefix_id = (prefix_ids or {}).get(request.prefix_len)
-        groups.append(
-            SequenceGroup(request.request_id, seqs, request.arrival_s, prefix_id, parents)
-        )
+        prefix = (prefix_ids or {}).get(request.prefix_len)
+        groups.append(SequenceGroup(request.request_id, seqs, request.arrival_s, prefix, parents))
     return groups
 
 
@@ -181,8 +178,8 @@ def simulate(
         if not events % EVENTS:
             progress.at(len(result.finish_s), len(queue))
         in_window = opens_s <= now < closes_s
-        watched = in_window and bool(observers)
-        steps = 0 if one_by_one or watched else scheduler.quiet_steps()
+        watching = observers if in_window else ()
+        steps = 0 if one_by_one or watching else scheduler.quiet_steps()
         if steps:
             # The first iteration that starts at or after one of these is the next to look at.
             until = arrivals[arrived] if scheduler.admits_arrivals else math.inf
@@ -193,8 +190,7 @@ def simulate(
                 load = scheduler.num_running_seqs, scheduler.context_tokens
                 steps = latency.steps_until(until - now, steps, *load)
         if steps:
-            batch = len(scheduler.running)
-            result.count_batch(steps, batch, in_window)
+            result.count_batch(steps, len(scheduler.running), in_window)
             now += latency.decode_steps(steps, scheduler.num_running_seqs, scheduler.context_tokens)
             completion = scheduler.advance(steps)
         else:
@@ -206,16 +202,14 @@ def simulate(
                 on_decision(scheduler, iteration)
             if check:
                 manager.check_invariants()
-            if watched:
-                for observer in observers:
-                    observer.on_iteration(iteration)
+            for observer in watching:
+                observer.on_iteration(iteration)
             result.count(iteration)
             result.count_batch(1, iteration.num_groups, in_window)
             now += latency.iteration(iteration)
             completion = scheduler.complete()
-            if watched:
-                for observer in observers:
-                    observer.on_completion(completion)
+            for observer in watching:
+                observer.on_completion(completion)
         for group in completion.finished:
             result.finish(group, now)
         if completion.moves:

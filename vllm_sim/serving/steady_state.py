@@ -61,7 +61,7 @@ class UsageMean:
     @property
     def external_and_others(self) -> float:
         """Fig. 2's last part, in percent."""
-        return self.percent("rounding") + self.percent("padding") + self.percent("free")
+        return sum(map(self.percent, ("rounding", "padding", "free")))
 
     @property
     def batch(self) -> float:
