@@ -15,13 +15,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import paged_attention
 from paged_attention import gather_blocks, pad_block_tables
@@ -87,12 +84,11 @@ class Data:
         self.starts = ends.to(device, torch.int32)  # of each sequence's slots, packed: (B + 1,)
         self.one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
 
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Contiguous K and V (B, H_kv, T, D) of equal lengths."""
+    def copied(self) -> list[torch.Tensor]:
+        """K and V (B, H_kv, T, D) of equal lengths, out of the blocks."""
         length = self.shape.lens[0]
         parts = (gather_blocks(pool, self.padded)[:, :length] for pool in (self.k, self.v))
-        k, v = (part.transpose(1, 2).contiguous() for part in parts)
-        return k, v
+        return [part.transpose(1, 2) for part in parts]
 
     def sdpa(self, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
         """k, v: (B, H_kv, T, D), any strides."""
@@ -102,27 +98,16 @@ class Data:
 
     def gathered(self, backend: SDPBackend) -> torch.Tensor:
         """Equal lengths: the blocks copied, then torch's kernel."""
-        length = self.shape.lens[0]
-        k, v = (gather_blocks(pool, self.padded)[:, :length] for pool in (self.k, self.v))
-        return self.sdpa(k.transpose(1, 2), v.transpose(1, 2), backend)
+        return self.sdpa(*self.copied(), backend)
 
     def packed(self) -> torch.Tensor:
         """Different lengths: live blocks copied behind one another, then torch's varlen kernel."""
         rows = (pool.flatten(1).index_select(0, self.flat) for pool in (self.k, self.v))
         k, v = (row.view(-1, self.shape.kv_heads, D) for row in rows)
-        return torch.ops.aten._flash_attention_forward(
-            self.q,
-            k,
-            v,
-            self.one_each,
-            self.starts,
-            1,
-            max(self.shape.lens),
-            0.0,
-            False,
-            False,
-            seqused_k=self.lens,
-        )[0]
+        sequences = self.one_each, self.starts, 1, max(self.shape.lens)
+        options = 0.0, False, False  # dropout, causal, mask for debugging
+        flash = torch.ops.aten._flash_attention_forward
+        return flash(self.q, k, v, *sequences, *options, seqused_k=self.lens)[0]
 
     def cat(self) -> torch.Tensor:
         """Block by block, sequence by sequence, as naively as can be."""
@@ -141,23 +126,13 @@ def flashinfer_run(data: Data, tensor_cores: bool) -> Run:
     import flashinfer
 
     buffer = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        buffer, "NHD", use_tensor_cores=tensor_cores
-    )
+    decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    wrapper = decode(buffer, "NHD", use_tensor_cores=tensor_cores)
     shape = data.shape
     last = torch.tensor([(n - 1) % S + 1 for n in shape.lens], dtype=torch.int32, device="cuda")
-    wrapper.plan(
-        data.starts // S,
-        data.flat,
-        last,
-        shape.heads,
-        shape.kv_heads,
-        D,
-        S,
-        pos_encoding_mode="NONE",
-        q_data_type=torch.float16,
-        kv_data_type=torch.float16,
-    )
+    sizes = shape.heads, shape.kv_heads, D, S
+    types = {"q_data_type": torch.float16, "kv_data_type": torch.float16}
+    wrapper.plan(data.starts // S, data.flat, last, *sizes, pos_encoding_mode="NONE", **types)
     return lambda: wrapper.run(data.q, (data.k, data.v))
 
 
@@ -174,7 +149,7 @@ def contenders(name: str, data: Data) -> Iterator[tuple[str, Run]]:
     else:
         for key, backend in backends.items():
             yield f"gather_{key}", lambda backend=backend: data.gathered(backend)
-        k, v = data.dense()
+        k, v = (part.contiguous() for part in data.copied())
         for key, backend in backends.items():
             yield key, lambda backend=backend: data.sdpa(k, v, backend)
     for key, tensor_cores in (("flashinfer", False), ("flashinfer_tc", True)):

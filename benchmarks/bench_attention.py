@@ -24,24 +24,22 @@ tens of megabytes that are still to be written back.
 from __future__ import annotations
 
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pictures
 from attention_contenders import SHAPES, D, Data, S, Shape, contenders
 from gpu_timing import cold_median_us, copy_bandwidth
+from script import Script, entry, options, show, table
 
 import paged_attention
 from paged_attention import gather_blocks
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder, positive
-from vllm_sim.reporting.documents import measured
-from vllm_sim.reporting.progress import Progress
-from vllm_sim.scenarios.report import Table, check_writable, render, write_json
+from vllm_sim.reporting.drawing import check_folder
+from vllm_sim.reporting.tables import Table
 
 Row = dict[str, object]
 
@@ -113,16 +111,9 @@ def tables(rows: list[Row], where: str) -> list[Table]:
         ("Time over floor, clean cold L2", "us", tuple(COLUMNS)),
         ("Time over floor, dirty cold L2", "dirty_us", tuple(COLUMNS)[:5]),
     ):
-        body = [
-            (
-                row["shape"],
-                row["floor_us"],
-                row["aim"],
-                *(over_floor(row, COLUMNS[name], suffix) for name in names),
-            )
-            for row in rows
-        ]
-        result.append(Table(title, ("shape", "floor us", "aim", *names), body, where, 3))
+        times = [(name, partial(over_floor, keys=COLUMNS[name], suffix=suffix)) for name in names]
+        columns = [("shape", "shape"), ("floor us", "floor_us"), ("aim", "aim"), *times]
+        result.append(table(title, columns, rows, where, decimals=3))
     return result
 
 
@@ -132,56 +123,25 @@ def wrong_keys(row: Row) -> list[str]:
 
 
 def run(argv: list[str] | None) -> int:
-    parser = OneLineParser(prog="bench_attention.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--repeats", type=positive, default=30, help="runs of each; the median counts"
-    )
-    parser.add_argument(
-        "--shape", action="append", choices=SHAPES, help="only this one; may be given again"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument(
-        "--figures",
-        type=folder,
-        metavar="DIR",
-        help="draw the times over the floor there (needs matplotlib)",
-    )
-    args = parser.parse_args(argv)
-    if args.json:
-        check_writable(args.json)
-    if not torch.cuda.is_available():
-        raise UsageError("needs a CUDA device")
+    parser = options(__doc__, repeats=30, drawn="the times over the floor")
+    told = "only this one; may be given again"
+    parser.add_argument("--shape", action="append", choices=SHAPES, help=told)
+    script = Script(__file__, parser, argv)
+    args = script.args
     if args.figures:
-        pictures.check(args.figures, [pictures.FLOOR])
-    start = time.perf_counter()
-    progress = Progress.on(sys.stderr, "bench_attention.py", quiet=args.quiet)
+        check_folder(args.figures, [pictures.FLOOR])
     bandwidth = copy_bandwidth()
     found = {"bandwidth_bytes_per_s": bandwidth, "repeats": args.repeats, "head_size": D}
-    found |= {"block_size": S, "dtype": "float16"}
-    rows: list[Row] = []
-    names = args.shape or SHAPES
-    for name in names:
-        progress.at(len(rows), len(names), name)
+    found |= {"block_size": S, "dtype": "float16", "shapes": []}
+    rows: list[Row] = found["shapes"]
+    for name in script.each(args.shape or SHAPES):
         rows.append(measure(name, SHAPES[name], bandwidth, args.repeats))
         torch.cuda.empty_cache()
-        code = int(any(wrong_keys(row) for row in rows))
-        if args.json:  # after each shape: time on a GPU is dear
-            write_json(
-                args.json,
-                measured(
-                    "benchmarks/bench_attention.py",
-                    vars(args),
-                    {**found, "shapes": rows},
-                    {"shapes": 1},
-                    code,
-                    time.perf_counter() - start,
-                ),
-            )
-    progress.clear()
+        # After each shape: time on a GPU is dear.
+        code = script.write(found, {"shapes": 1}, int(any(wrong_keys(row) for row in rows)))
     where = f"{torch.cuda.get_device_name()}, large copy {bandwidth / 1e9:,.0f} GB/s"
-    for table in tables(rows, f"{where}, median of {args.repeats}"):
-        print(render(table, "plain"))
+    for made in tables(rows, f"{where}, median of {args.repeats}"):
+        show(made)
     print("gather_blocks, share of the copy bandwidth:")
     print("  " + ", ".join(f"{row['shape']} {row['gather_share']:.2f}" for row in rows))
     if args.figures:
@@ -193,9 +153,7 @@ def run(argv: list[str] | None) -> int:
     return code
 
 
-def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_attention.py", lambda: run(argv))
-
+main = entry(__file__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

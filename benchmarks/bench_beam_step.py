@@ -39,11 +39,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from script import Script, entry, options, show
+
 from vllm_sim.models import MODELS
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, positive
-from vllm_sim.reporting.documents import measured
-from vllm_sim.reporting.progress import Progress
-from vllm_sim.scenarios.report import Table, check_writable, render, write_json
+from vllm_sim.reporting.tables import Table
 
 MODEL, VOCABULARY = MODELS["opt-13b"], MODELS["opt-13b"].vocab_size
 SEQUENCES, GROUPS = (1, 2, 4, 6), (16, 64)
@@ -165,56 +164,26 @@ class Copies:
 
 
 def run(argv: list[str] | None) -> int:
-    parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--repeats", type=positive, default=100, help="runs of each; the median counts"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    args = parser.parse_args(argv)
-    if args.json:
-        check_writable(args.json)
-    if not torch.cuda.is_available():
-        raise UsageError("needs a CUDA device")
-    start = time.perf_counter()
-    progress = Progress.on(sys.stderr, "bench_beam_step.py", quiet=args.quiet)
+    script = Script(__file__, options(__doc__, repeats=100), argv)
     torch.manual_seed(0)
-    repeats = max(2, args.repeats)
-    groups: list[Row] = []
-    for number in GROUPS:
-        for sequences in SEQUENCES:
-            progress.at(len(groups), len(GROUPS) * len(SEQUENCES), "groups")
-            groups.append(measure_groups(sequences, number, repeats))
-    progress.clear()
+    repeats = max(2, script.args.repeats)
+    sizes = [(sequences, number) for number in GROUPS for sequences in SEQUENCES]
+    groups = [measure_groups(*size, repeats) for size in script.each(sizes, "groups")]
     speed = bandwidth(repeats)
     copies = Copies()
     blocks = [copies.measure(number, repeats, speed) for number in BLOCKS]
     where = f"median of {repeats}, {torch.cuda.get_device_name()}, V = {VOCABULARY:,}"
-    sizes = f"{copies.calls} x {copies.part_bytes:,} bytes, large copy {speed / 1e9:,.0f} GB/s"
-    for title, rows, setting in (("us/group", groups, where), ("us/block copied", blocks, sizes)):
+    moved = f"{copies.calls} x {copies.part_bytes:,} bytes, large copy {speed / 1e9:,.0f} GB/s"
+    for title, rows, setting in (("us/group", groups, where), ("us/block copied", blocks, moved)):
         headers = tuple(key.removesuffix("_us").replace("_", " ") for key in rows[0])
-        print(render(Table(title, headers, [tuple(r.values()) for r in rows], setting), "plain"))
-    if args.json:
-        found = {"model": MODEL.name, "vocabulary": VOCABULARY, "block_size": BLOCK_SIZE}
-        found |= {"calls_per_block": copies.calls, "bytes_per_call": copies.part_bytes}
-        found |= {"bandwidth_bytes_per_s": speed, "repeats": repeats}
-        write_json(
-            args.json,
-            measured(
-                "benchmarks/bench_beam_step.py",
-                vars(args),
-                {**found, "groups": groups, "copies": blocks},
-                {"groups": 2, "copies": 1},
-                0,
-                time.perf_counter() - start,
-            ),
-        )
-    return 0
+        show(Table(title, headers, [tuple(row.values()) for row in rows], setting))
+    found = {"model": MODEL.name, "vocabulary": VOCABULARY, "block_size": BLOCK_SIZE}
+    found |= {"calls_per_block": copies.calls, "bytes_per_call": copies.part_bytes}
+    found |= {"bandwidth_bytes_per_s": speed, "repeats": repeats}
+    return script.write({**found, "groups": groups, "copies": blocks}, {"groups": 2, "copies": 1})
 
 
-def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_beam_step.py", lambda: run(argv))
-
+main = entry(__file__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

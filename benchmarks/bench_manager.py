@@ -22,11 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from script import Script, entry, options
+
 from kv_cache_manager import PagedKVCacheManager
-from vllm_sim.reporting.command_line import OneLineParser, exit_code, positive
-from vllm_sim.reporting.documents import measured
-from vllm_sim.reporting.progress import Progress
-from vllm_sim.scenarios.report import check_writable, write_json
 
 BLOCK_SIZE = 16
 
@@ -128,21 +126,11 @@ def measure(name: str, repeats: int) -> dict[str, object]:
 
 
 def run(argv: list[str] | None) -> int:
-    parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=positive, default=5, help="runs of each; the best counts")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    args = parser.parse_args(argv)
-    if args.json:
-        check_writable(args.json)
-    start = time.perf_counter()
-    progress = Progress.on(sys.stderr, "bench_manager.py", quiet=args.quiet)
-    rows = []
-    for name in WORKLOADS:
-        progress.at(len(rows), len(WORKLOADS), name)
-        rows.append(measure(name, args.repeats))
-    progress.clear()
-    print(f"Python {platform.python_version()}, block size {BLOCK_SIZE}, best of {args.repeats}")
+    parser = options(__doc__, repeats=5, counts="best")
+    script = Script(__file__, parser, argv, on_gpu=False)
+    repeats = script.args.repeats
+    rows = [measure(name, repeats) for name in script.each(WORKLOADS)]
+    print(f"Python {platform.python_version()}, block size {BLOCK_SIZE}, best of {repeats}")
     print(
         f"{'':4}{'tokens':>10}{'append':>9}{'x call':>8}{'append_all':>12}"
         "   blocks: admitted, step 1, end"
@@ -154,25 +142,11 @@ def run(argv: list[str] | None) -> int:
             f"{ns['append'] / ns['call']:>8.1f}{ns['append_all']:>12.1f}   "
             + ", ".join(f"{b:,}" for b in row["blocks"])
         )
-    if args.json:
-        found = {"block_size": BLOCK_SIZE, "repeats": args.repeats, "rows": rows}
-        write_json(
-            args.json,
-            measured(
-                "benchmarks/bench_manager.py",
-                vars(args),
-                found,
-                {"rows": 1},
-                0,
-                time.perf_counter() - start,
-            ),
-        )
-    return 0
+    found = {"block_size": BLOCK_SIZE, "repeats": repeats, "rows": rows}
+    return script.write(found, {"rows": 1})
 
 
-def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_manager.py", lambda: run(argv))
-
+main = entry(__file__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

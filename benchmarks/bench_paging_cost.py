@@ -21,14 +21,12 @@ All other times are the device's, medians, with a cold L2 cache: see gpu_timing.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pictures
@@ -43,21 +41,13 @@ from measure_paging import (
     measure_swap,
 )
 from opt_prefill import RandomOPT
+from script import Script, options, show, table
 
 import paged_attention
-from vllm_sim.paper.figures import (
-    FASTER_TRANSFORMER,
-    FIG18A,
-    FIG18A_TEXT_OVERHEAD,
-    FIG18B,
-    FIG19A,
-    FIG19A_RATIO,
-    VLLM,
-)
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder
-from vllm_sim.reporting.documents import measured
-from vllm_sim.reporting.progress import SILENT, Progress
-from vllm_sim.scenarios.report import Table, check_writable, render, write_json
+from vllm_sim.paper import figures as paper
+from vllm_sim.reporting.command_line import UsageError, exit_code
+from vllm_sim.reporting.drawing import check_folder
+from vllm_sim.reporting.tables import Table
 
 PARTS = ("attention", "blocks", "swap", "moves")
 INDEX = {"attention": 3, "blocks": 3, "swap": 1, "moves": 3}  # columns that say which row it is
@@ -67,136 +57,94 @@ def percent_over(time: float | None, base: float | None) -> float | None:
     return None if time is None or base is None else 100.0 * (time / base - 1.0)
 
 
+def over_floor(row: Row) -> float:
+    return row["paged_us"] / row["floor_us"]
+
+
+def paging_percent(row: Row) -> float:
+    return percent_over(row["paged_us"], row["contiguous_us"])
+
+
 def attention_table(rows: Sequence[Row], where: str) -> Table:
     """Fig. 18a: our overheads beside the paper's. Rows of measure_attention."""
-    headers = (
-        "batch",
-        "context",
-        "paged us",
-        "over floor",
-        "own contiguous us",
-        "paging %",
-        "cuDNN us",
-        "Flash us",
-        "over best %",
-        "paper: vLLM us",
-        "FT us",
-        "overhead %",
-    )
-    body = []
-    for row in rows:
+
+    def over_best(row: Row) -> float | None:
         peers = [row[name] for name in ("cudnn_us", "flash_us") if row[name] is not None]
-        paper = FIG18A.get((row["batch"], row["context"]), {})
-        body.append(
-            (
-                row["batch"],
-                row["context"],
-                row["paged_us"],
-                row["paged_us"] / row["floor_us"],
-                row["contiguous_us"],
-                percent_over(row["paged_us"], row["contiguous_us"]),
-                row["cudnn_us"],
-                row["flash_us"],
-                percent_over(row["paged_us"], min(peers, default=None)),
-                paper.get(VLLM),
-                paper.get(FASTER_TRANSFORMER),
-                paper.get("overhead"),
-            )
-        )
-    low, high = FIG18A_TEXT_OVERHEAD
+        return percent_over(row["paged_us"], min(peers, default=None))
+
+    def told(name: str, row: Row) -> float | None:
+        return paper.FIG18A.get((row["batch"], row["context"]), {}).get(name)
+
+    columns = [
+        ("batch", "batch"),
+        ("context", "context"),
+        ("paged us", "paged_us"),
+        ("over floor", over_floor),
+        ("own contiguous us", "contiguous_us"),
+        ("paging %", paging_percent),
+        ("cuDNN us", "cudnn_us"),
+        ("Flash us", "flash_us"),
+        ("over best %", over_best),
+        ("paper: vLLM us", partial(told, paper.VLLM)),
+        ("FT us", partial(told, paper.FASTER_TRANSFORMER)),
+        ("overhead %", partial(told, "overhead")),
+    ]
+    low, high = paper.FIG18A_TEXT_OVERHEAD
     setting = f"{where}; the paper's text: {low}-{high} % over FasterTransformer (FT)"
-    return Table("Fig. 18a: the attention kernel", headers, body, setting, decimals=2)
+    return table("Fig. 18a: the attention kernel", columns, rows, setting)
 
 
 def blocks_table(rows: Sequence[Row], where: str) -> Table:
     """The kernel's side of Fig. 18b: the paper's columns are end to end. Rows as in Fig. 18a's."""
-    headers = (
-        "block size",
-        "paged us",
-        "over floor",
-        "paging %",
-        *(f"paper: {name} s/token" for name in FIG18B),
-    )
-    body = [
-        (
-            row["block_size"],
-            row["paged_us"],
-            row["paged_us"] / row["floor_us"],
-            percent_over(row["paged_us"], row["contiguous_us"]),
-            *(column[row["block_size"]] for column in FIG18B.values()),
-        )
-        for row in rows
+    columns = [
+        ("block size", "block_size"),
+        ("paged us", "paged_us"),
+        ("over floor", over_floor),
+        ("paging %", paging_percent),
     ]
+    for name, told in paper.FIG18B.items():
+        columns.append((f"paper: {name} s/token", lambda row, told=told: told[row["block_size"]]))
     setting = f"{where}; the paper's are end to end: cache hits and scheduling as well"
-    return Table("Fig. 18b: block sizes, the kernel's side", headers, body, setting, decimals=3)
+    return table("Fig. 18b: block sizes, the kernel's side", columns, rows, setting, decimals=3)
 
 
 def swap_table(rows: Sequence[Row], where: str) -> Table:
     """Fig. 19a, milliseconds. Rows of measure_swap."""
-    ours = {"recompute": "recompute_ms", "swap in": "swap_in_ms", "swap out": "swap_out_ms"}
-    headers = (
-        "block size",
-        *(h for name in ours for h in (f"{name} ms", "paper")),
-        "recompute/(in+out)",
-        "paper",
-    )
-    body = []
-    for row in rows:
-        size = row["block_size"]
-        times = [cell for name, key in ours.items() for cell in (row[key], FIG19A[name][size])]
-        both = row["swap_in_ms"] + row["swap_out_ms"]
-        body.append((size, *times, row["recompute_ms"] / both, FIG19A_RATIO[size]))
-    return Table("Fig. 19a: swapping and recomputing", headers, body, where, decimals=2)
+
+    def ratio(row: Row) -> float:
+        return row["recompute_ms"] / (row["swap_in_ms"] + row["swap_out_ms"])
+
+    columns = [("block size", "block_size")]
+    ours = {f"{name} ms": name for name in ("recompute", "swap in", "swap out")}
+    cells = [(h, f"{name.replace(' ', '_')}_ms", paper.FIG19A[name]) for h, name in ours.items()]
+    for header, cell, told in [*cells, ("recompute/(in+out)", ratio, paper.FIG19A_RATIO)]:
+        columns += [(header, cell), ("paper", lambda row, told=told: told[row["block_size"]])]
+    return table("Fig. 19a: swapping and recomputing", columns, rows, where)
 
 
 def transfer_table(rows: Sequence[Row], pinned: PinnedBandwidth, where: str) -> Table:
     """The same swaps as shares of what one large pinned copy reaches."""
-    headers = (
-        "block size",
-        "blocks",
-        "KiB each",
-        "in GB/s",
-        "share of limit",
-        "out GB/s",
-        "share of limit",
-    )
-    body = []
-    for row in rows:
-        speeds = [row["num_bytes"] / row[f"swap_{way}_median_ms"] * 1e3 for way in ("in", "out")]
-        shares = [speed / limit for speed, limit in zip(speeds, pinned)]
-        cells = [cell for speed, share in zip(speeds, shares) for cell in (speed / 1e9, share)]
-        each = row["num_bytes"] // row["blocks"] // 1024
-        body.append((row["block_size"], row["blocks"], each, *cells))
+    columns = [("block size", "block_size"), ("blocks", "blocks")]
+    columns.append(("KiB each", lambda row: row["num_bytes"] // row["blocks"] // 1024))
+    for way, limit in zip(("in", "out"), pinned):
+
+        def speed(row: Row, unit: float, way: str = way) -> float:
+            return row["num_bytes"] / row[f"swap_{way}_median_ms"] * 1e3 / unit
+
+        columns.append((f"{way} GB/s", partial(speed, unit=1e9)))
+        columns.append(("share of limit", partial(speed, unit=limit)))
     limits = f"limit: {pinned.to_device / 1e9:.1f} GB/s in, {pinned.to_host / 1e9:.1f} GB/s out"
-    return Table("Swapping against the pinned copy", headers, body, f"{where}; {limits}", 2)
+    return table("Swapping against the pinned copy", columns, rows, f"{where}; {limits}")
 
 
 def moves_table(rows: Sequence[Row], where: str) -> Table:
     """Block write and block copy. Rows of measure_moves."""
-    headers = (
-        "what",
-        "layers",
-        "blocks",
-        "fused us",
-        "share of limit",
-        "plain us",
-        "share of limit",
-        "call us",
-    )
-    body = [
-        (
-            row["what"],
-            row["layers"],
-            row["blocks"],
-            row["fused_us"],
-            row["limit_us"] / row["fused_us"],
-            row["plain_us"],
-            row["limit_us"] / row["plain_us"],
-            row["call_us"],
-        )
-        for row in rows
-    ]
-    return Table("Section 5: block write and block copy", headers, body, where, decimals=2)
+    columns = [(name, name) for name in ("what", "layers", "blocks")]
+    for name in ("fused", "plain"):
+        share = lambda row, name=name: row["limit_us"] / row[f"{name}_us"]  # noqa: E731
+        columns += [(f"{name} us", f"{name}_us"), ("share of limit", share)]
+    columns.append(("call us", "call_us"))
+    return table("Section 5: block write and block copy", columns, rows, where)
 
 
 def measure(
@@ -204,9 +152,9 @@ def measure(
     parts: Sequence[str],
     kernel: Kernel | None,
     where: str,
-    progress: Progress = SILENT,
+    each: Callable[..., Iterable],
 ) -> dict[str, object]:
-    """Run the parts, print each table as it is made, and return all figures."""
+    """Run the parts, print each table as it is made, and return all figures; `each`: Script's."""
     speed, pinned = copy_bandwidth(), pinned_bandwidth()
     where = f"{where}, large copy {speed / 1e9:,.0f} GB/s"
     m = setting.model
@@ -219,31 +167,24 @@ def measure(
         "copy_bytes_per_s": speed,
         "pinned_bytes_per_s": pinned._asdict(),
     }
+
+    def rows_of(part: str, points: Sequence, measured: Callable[..., Row]) -> list[Row]:
+        shown = each(points, part, (PARTS.index(part), len(PARTS)))
+        found[part] = [measured(point) for point in shown]
+        return found[part]
+
+    attention = partial(measure_attention, setting, kernel, speed)
     if "attention" in parts:
-        points = setting.attention
-        found["attention"] = rows = []
-        for number, size in enumerate(points):
-            progress.part(0, len(PARTS), "attention").at(number, len(points))
-            rows.append(measure_attention(setting, kernel, speed, *size))
-        progress.clear()
+        rows = rows_of("attention", setting.attention, lambda size: attention(*size))
         show(attention_table(rows, where))
     if "blocks" in parts:
-        point = (setting.batch, setting.context)
-        found["blocks"] = rows = []
-        for number, size in enumerate(setting.block_sizes):
-            progress.part(1, len(PARTS), "blocks").at(number, len(setting.block_sizes))
-            rows.append(
-                measure_attention(setting, kernel, speed, *point, block_size=size, peers=False)
-            )
-        progress.clear()
-        show(blocks_table(rows, f"{where}, batch {point[0]}, context {point[1]}"))
+        alone = partial(attention, setting.batch, setting.context, peers=False)
+        rows = rows_of("blocks", setting.block_sizes, lambda size: alone(block_size=size))
+        told = f"{where}, batch {setting.batch}, context {setting.context}"
+        show(blocks_table(rows, told))
     if "swap" in parts:
         model = RandomOPT(m, setting.dtype, setting.device)
-        found["swap"] = rows = []
-        for number, size in enumerate(setting.block_sizes):
-            progress.part(2, len(PARTS), "swap").at(number, len(setting.block_sizes))
-            rows.append(measure_swap(setting, model, size))
-        progress.clear()
+        rows = rows_of("swap", setting.block_sizes, partial(measure_swap, setting, model))
         del model  # its memory is needed below
         tokens = f"{where}, {setting.swap_tokens} tokens, {m.num_layers} layers"
         show(swap_table(rows, f"{tokens}, mean of {setting.swap_runs}"))
@@ -252,10 +193,6 @@ def measure(
         found["moves"] = rows = measure_moves(setting, speed)
         show(moves_table(rows, where))
     return found
-
-
-def show(table: Table) -> None:
-    print(render(table, "plain"), end="\n\n", flush=True)
 
 
 def attention_kernel(name: str) -> Kernel:
@@ -270,58 +207,30 @@ def attention_kernel(name: str) -> Kernel:
 
 
 def run(argv: list[str] | None) -> int:
-    parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this; repeatable")
-    parser.add_argument(
-        "--kernel",
-        choices=("triton", "gather"),
-        default="triton",
-        help="whose attention; gather copies the blocks first",
-    )
-    parser.add_argument("--quick", action="store_true", help="few sizes, four layers: does it run")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument(
-        "--figures",
-        type=folder,
-        metavar="DIR",
-        help="draw Figs. 18a and 19a there (needs matplotlib)",
-    )
-    args = parser.parse_args(argv)
+    parser = options(__doc__, drawn="Figs. 18a and 19a")
+    add = parser.add_argument
+    add("--part", choices=PARTS, action="append", help="only this; repeatable")
+    told = "whose attention; gather copies the blocks first"
+    add("--kernel", choices=("triton", "gather"), default="triton", help=told)
+    add("--quick", action="store_true", help="few sizes, four layers: does it run")
+    script = Script(__file__, parser, argv)
+    args = script.args
     parts = args.part or PARTS
-    if args.json:
-        check_writable(args.json)
-    if not torch.cuda.is_available():
-        raise UsageError("needs a CUDA device")
     if args.figures:
         drawn = {"attention": pictures.KERNEL, "swap": pictures.SWAPS}
-        pictures.check(args.figures, [drawn[part] for part in parts if part in drawn])
-    start = time.perf_counter()
-    progress = Progress.on(sys.stderr, "bench_paging_cost.py", quiet=args.quiet)
+        check_folder(args.figures, [drawn[part] for part in parts if part in drawn])
     try:
         kernel = attention_kernel(args.kernel) if {"attention", "blocks"} & {*parts} else None
         setting = Setting().quick() if args.quick else Setting()
         torch.manual_seed(0)
         where = f"{torch.cuda.get_device_name()}, {setting.model.name}'s shape"
-        found = measure(setting, parts, kernel, where, progress)
+        found = measure(setting, parts, kernel, where, script.each)
     except ImportError as error:
         raise UsageError(str(error)) from None
-    if args.json:
-        found |= {"kernel": args.kernel, "quick": args.quick}
-        write_json(
-            args.json,
-            measured(
-                "benchmarks/bench_paging_cost.py",
-                vars(args),
-                found,
-                INDEX,
-                0,
-                time.perf_counter() - start,
-            ),
-        )
+    code = script.write({**found, "kernel": args.kernel, "quick": args.quick}, INDEX)
     if args.figures:
         pictures.draw_paging(found, where, args.figures)
-    return 0
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:

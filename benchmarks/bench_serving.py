@@ -27,13 +27,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from script import Script, entry, options, show, table
+
 from allocators import CacheError
 from vllm_sim.evaluation.experiments import Run, groups_for, latency_of, manager_for
 from vllm_sim.paper import MAX_BATCHED_TOKENS, VLLM
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder, positive
-from vllm_sim.reporting.documents import measured
-from vllm_sim.reporting.progress import Progress
-from vllm_sim.scenarios.report import Table, check_writable, render, write_json
+from vllm_sim.reporting.command_line import UsageError, folder
 from vllm_sim.serving.simulator import ServingResult, simulate
 from vllm_sim.serving.systems import limits_of
 from vllm_sim.workload.data_sets import find_lengths
@@ -42,25 +41,15 @@ from vllm_sim.workload.traces import read_trace
 
 AZURE = "AzureLLMInferenceTrace_conv.csv.gz"
 HOUR = 3600.0
+SINGLE = Run(VLLM, "opt-13b", "ShareGPT", 2.0, HOUR)
+ALPACA = replace(SINGLE, dataset="Alpaca", rate=7.0, width=6)
 RUNS = {  # name: (run, factor on the number of blocks, also in plain mode)
-    "13B single, 2.0/s, 1 h": (Run(VLLM, "opt-13b", "ShareGPT", 2.0, HOUR), 1, True),
-    "13B parallel 6, 7.0/s, 1 h": (
-        Run(VLLM, "opt-13b", "Alpaca", 7.0, HOUR, decoding="parallel", width=6),
-        1,
-        True,
-    ),
-    "13B beam 6, 7.0/s, 1 h": (
-        Run(VLLM, "opt-13b", "Alpaca", 7.0, HOUR, decoding="beam", width=6),
-        1,
-        False,
-    ),
-    "13B single, 1.5/s, 1 h": (Run(VLLM, "opt-13b", "ShareGPT", 1.5, HOUR), 1, False),
-    "13B single, 1.5/s, 10 h": (Run(VLLM, "opt-13b", "ShareGPT", 1.5, 10 * HOUR), 1, False),
-    "13B single, 1.5/s, 1 h, 98,300 blocks": (
-        Run(VLLM, "opt-13b", "ShareGPT", 1.5, HOUR),
-        100,
-        False,
-    ),
+    "13B single, 2.0/s, 1 h": (SINGLE, 1, True),
+    "13B parallel 6, 7.0/s, 1 h": (replace(ALPACA, decoding="parallel"), 1, True),
+    "13B beam 6, 7.0/s, 1 h": (replace(ALPACA, decoding="beam"), 1, False),
+    "13B single, 1.5/s, 1 h": (replace(SINGLE, rate=1.5), 1, False),
+    "13B single, 1.5/s, 10 h": (replace(SINGLE, rate=1.5, seconds=10 * HOUR), 1, False),
+    "13B single, 1.5/s, 1 h, 98,300 blocks": (replace(SINGLE, rate=1.5), 100, False),
 }
 
 
@@ -130,69 +119,33 @@ def measure(
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_serving.py", lambda: run(argv))
-
-
 def run(argv: list[str] | None) -> int:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="default 3")
+    parser = options(__doc__, repeats=3, counts="best")
     parser.add_argument("--traces", type=folder, metavar="DIR", help="a folder with length files")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    args = parser.parse_args(argv)
-    if args.json is not None:
-        check_writable(args.json)
-    start = time.perf_counter()
-    progress = Progress.on(sys.stderr, "bench_serving.py", quiet=args.quiet)
+    script = Script(__file__, parser, argv, on_gpu=False)
+    traces, repeats = script.args.traces, script.args.repeats
     call_s = seconds_per_call()
     try:
-        lengths = find_lengths([], str(args.traces) if args.traces else None)
-        traces = [
-            (name, case, lengths.columns(case.dataset, case.rate, case.seconds, case.seed), *how)
+        lengths = find_lengths([], str(traces) if traces else None)
+        runs = {
+            name: (case, lengths.columns(case.dataset, case.rate, case.seconds, case.seed), *how)
             for name, (case, *how) in RUNS.items()
-        ]
-        if args.traces and (args.traces / AZURE).exists():
-            case = replace(RUNS["13B single, 2.0/s, 1 h"][0], seconds=HOUR)
-            columns = azure_columns(args.traces / AZURE)
-            traces.append(("Azure conversations, 2023", case, columns, 1, False))
-        rows = []
-        for trace in traces:
-            progress.at(len(rows), len(traces), trace[0])
-            rows.append(measure(*trace, args.repeats))
-        progress.clear()
+        }
+        if traces and (traces / AZURE).exists():
+            columns = azure_columns(traces / AZURE)
+            runs["Azure conversations, 2023"] = SINGLE, columns, 1, False
+        rows = [measure(name, *runs[name], repeats) for name in script.each(runs)]
     except (CacheError, WorkloadError) as error:
         raise UsageError(str(error)) from None
     for row in rows:
         row["x_call"] = 1e-9 * row["ns_per_token"] / call_s
-    headers = tuple(rows[0])
-    print(
-        render(
-            Table(
-                "Seconds to simulate",
-                headers,
-                [tuple(row[key] for key in headers) for row in rows],
-                f"Python {platform.python_version()}, best of {args.repeats}, an empty call takes "
-                f"{1e9 * call_s:.0f} ns",
-                3,
-            ),
-            "plain",
-        )
-    )
-    if args.json is not None:
-        write_json(
-            args.json,
-            measured(
-                "benchmarks/bench_serving.py",
-                vars(args),
-                {"empty_call_ns": 1e9 * call_s, "rows": rows},
-                {"rows": 1},
-                0,
-                time.perf_counter() - start,
-            ),
-        )
-    return 0
+    setting = f"Python {platform.python_version()}, best of {repeats}, an empty call takes "
+    setting += f"{1e9 * call_s:.0f} ns"
+    show(table("Seconds to simulate", zip(rows[0], rows[0]), rows, setting, decimals=3))
+    return script.write({"empty_call_ns": 1e9 * call_s, "rows": rows}, {"rows": 1})
 
+
+main = entry(__file__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

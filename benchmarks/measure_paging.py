@@ -10,23 +10,17 @@ block, T tokens.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
-from pathlib import Path
 from statistics import mean, median
 
+import gpu_timing
 import torch
 import torch.nn.functional as F
+from opt_prefill import RandomOPT
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import gpu_timing
-from opt_prefill import RandomOPT
 
 from paged_attention import PagedKVCache, paged_attention_kernel, slot_mapping
 from vllm_sim.models import MODELS, Model
@@ -83,6 +77,15 @@ def best_us(
     setting: Setting, runs: gpu_timing.Run | list[gpu_timing.Run], graph: bool | None = None
 ) -> float:
     return gpu_timing.cold_median_us(runs, setting.repeats, graph=graph)
+
+
+def filled_cache(setting: Setting, *sizes: int, **options: object) -> PagedKVCache:
+    """A cache of the model's shape, of so many blocks of a size, full of random numbers."""
+    m = setting.model
+    options |= {"num_layers": m.num_layers, "dtype": setting.dtype, "device": setting.device}
+    cache = PagedKVCache(*sizes, m.num_kv_heads, m.head_size, **options)
+    cache.pool.normal_()
+    return cache
 
 
 # --- attention: Fig. 18a and 18b ------------------------------------------------------------
@@ -162,17 +165,10 @@ def measure_swap(setting: Setting, model: RandomOPT, block_size: int) -> Row:
     Random blocks of both pools, others each time, on the host's clock until all is done.
     """
     m, device = setting.model, torch.device(setting.device)
-    cache = PagedKVCache(
-        setting.device_slots // block_size,
-        block_size,
-        m.num_kv_heads,
-        m.head_size,
-        num_layers=m.num_layers,
-        num_cpu_blocks=setting.host_slots // block_size,
-        dtype=setting.dtype,
-        device=device,
+    num_cpu_blocks = setting.host_slots // block_size
+    cache = filled_cache(
+        setting, setting.device_slots // block_size, block_size, num_cpu_blocks=num_cpu_blocks
     )
-    cache.pool.normal_()
     rng = random.Random(block_size)
     tokens = torch.randint(m.vocab_size, (setting.swap_tokens,), device=device)
 
@@ -239,20 +235,9 @@ def measure_moves(setting: Setting, copy_speed: float) -> list[Row]:
     fused, plain: the device's work; limit: bytes read and written at the bandwidth of a large
     copy. call: the cache's method on the host's clock, the block numbers sent along.
     """
-    m = setting.model
-    cache = PagedKVCache(
-        setting.pool_blocks,
-        BLOCK_SIZE,
-        m.num_kv_heads,
-        m.head_size,
-        num_layers=m.num_layers,
-        dtype=setting.dtype,
-        device=setting.device,
-        fused=True,
-    )
-    cache.pool.normal_()
+    cache = filled_cache(setting, setting.pool_blocks, BLOCK_SIZE, fused=True)
     rows = [_write_row(setting, cache, blocks) for blocks in setting.moved_blocks]
-    for layers in (1, m.num_layers):
+    for layers in (1, cache.num_layers):
         rows += [_copy_row(setting, cache, layers, blocks) for blocks in setting.moved_blocks]
     for row in rows:
         row["limit_us"] = 2 * row["num_bytes"] / copy_speed * 1e6

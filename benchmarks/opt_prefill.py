@@ -12,15 +12,11 @@ Shapes: T tokens, H heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paged_attention import PagedKVCache
 from vllm_sim.models import Model

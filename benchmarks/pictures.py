@@ -12,29 +12,13 @@ Needs matplotlib (requirements-dev.txt), imported where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_sim.paper.figures import FASTER_TRANSFORMER, FIG18A, FIG19A, VLLM
-from vllm_sim.reporting.drawing import (
-    BLUE,
-    GREEN,
-    GREY,
-    PURPLE,
-    RED,
-    SKY,
-    SMALL,
-    YELLOW,
-    block_size_axis,
-    check_folder,
-    legend,
-    log_axis,
-    pair,
-    save,
-    sheet,
-)
+from vllm_sim.reporting import drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,33 +26,28 @@ if TYPE_CHECKING:
 KERNEL, SWAPS, FLOOR = "fig18a.png", "fig19a.png", "attention_over_floor.png"
 Row = Mapping[str, float | int | str | None]
 BARS = {  # of Fig. 18a: colour, and whether it is the paper's
-    "ours, over blocks": (BLUE, False),
-    "ours, best without blocks": (GREY, False),
-    f"paper: {VLLM}, over blocks": (BLUE, True),
-    f"paper: {FASTER_TRANSFORMER}, without": (GREY, True),
+    "ours, over blocks": (drawing.BLUE, False),
+    "ours, best without blocks": (drawing.GREY, False),
+    f"paper: {VLLM}, over blocks": (drawing.BLUE, True),
+    f"paper: {FASTER_TRANSFORMER}, without": (drawing.GREY, True),
 }
 WAYS = {  # of Fig. 19a: the row's key, colour and marker
-    "recompute": ("recompute_ms", BLUE, "o"),
-    "swap in": ("swap_in_ms", GREEN, "^"),
-    "swap out": ("swap_out_ms", YELLOW, "v"),
-    "swap in + out": (None, RED, "s"),
+    "recompute": ("recompute_ms", drawing.BLUE, "o"),
+    "swap in": ("swap_in_ms", drawing.GREEN, "^"),
+    "swap out": ("swap_out_ms", drawing.YELLOW, "v"),
+    "swap in + out": (None, drawing.RED, "s"),
 }
 KERNELS = {  # of bench_attention.COLUMNS
-    "triton": (BLUE, "o"),
+    "triton": (drawing.BLUE, "o"),
     "read": ("#303030", "|"),
-    "cuDNN": (GREEN, "s"),
-    "Flash": (RED, "^"),
-    "FlashInfer": (PURPLE, "D"),
-    "gather": (YELLOW, "v"),
-    "plain": (SKY, "X"),
-    "cat": (GREY, "P"),
+    "cuDNN": (drawing.GREEN, "s"),
+    "Flash": (drawing.RED, "^"),
+    "FlashInfer": (drawing.PURPLE, "D"),
+    "gather": (drawing.YELLOW, "v"),
+    "plain": (drawing.SKY, "X"),
+    "cat": (drawing.GREY, "P"),
 }
 TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
-
-
-def check(directory: Path, files: Iterable[str]) -> None:
-    """OutputError unless these pictures can be drawn and written there."""
-    check_folder(directory, files)
 
 
 def draw_paging(found: Mapping[str, object], where: str, directory: Path) -> list[Path]:
@@ -78,14 +57,14 @@ def draw_paging(found: Mapping[str, object], where: str, directory: Path) -> lis
         chosen[KERNEL] = partial(kernel_latency, found["attention"], where)
     if found.get("swap"):
         chosen[SWAPS] = partial(swap_times, found["swap"], where)
-    return save(chosen, directory)
+    return drawing.save(chosen, directory)
 
 
 def draw_attention(
     rows: Mapping[str, Mapping[str, float | None]], where: str, directory: Path
 ) -> list[Path]:
     """Of bench_attention: shape -> kernel -> time over the floor."""
-    return save({FLOOR: partial(over_floor, rows, where)}, directory)
+    return drawing.save({FLOOR: partial(over_floor, rows, where)}, directory)
 
 
 def kernel_latency(rows: Sequence[Row], where: str) -> Figure:
@@ -94,7 +73,7 @@ def kernel_latency(rows: Sequence[Row], where: str) -> Figure:
     contexts = max(len({r["context"] for r in rows if r["batch"] == b}) for b in batches)
     size = (max(9.6, 1.2 + 0.85 * contexts * len(batches)), 4.9)
     title = f"Fig. 18a: latency of the attention kernel\n{where}; the paper's on an A100"
-    figure, grid = sheet(title, len(batches), size=size, sharey=True)
+    figure, grid = drawing.sheet(title, len(batches), size=size, sharey=True)
     width = 0.21
     for axes, batch in zip(grid, batches):
         own = sorted((row for row in rows if row["batch"] == batch), key=lambda r: r["context"])
@@ -102,12 +81,8 @@ def kernel_latency(rows: Sequence[Row], where: str) -> Figure:
             told = FIG18A.get((batch, row["context"]), {})
             names = ("contiguous_us", "cudnn_us", "flash_us")
             peers = [row[name] for name in names if row.get(name) is not None]
-            values = (
-                row["paged_us"],
-                min(peers, default=None),
-                told.get(VLLM),
-                told.get(FASTER_TRANSFORMER),
-            )
+            values = row["paged_us"], min(peers, default=None)
+            values += told.get(VLLM), told.get(FASTER_TRANSFORMER)
             for place, (value, (name, (colour, papers))) in enumerate(zip(values, BARS.items())):
                 look = {"fill": False, "linestyle": "--", "edgecolor": colour, "linewidth": 1.5}
                 look = look if papers else {"color": colour}
@@ -116,7 +91,7 @@ def kernel_latency(rows: Sequence[Row], where: str) -> Figure:
         axes.set_title(f"batch size {batch}")
         axes.set_xticks(range(len(own)), [f"{row['context']:,}" for row in own])
         axes.set_xlabel("Context length (tokens)")
-        log_axis(axes)
+        drawing.log_axis(axes)
         axes.yaxis.set_major_formatter("{x:,g}")
     grid[0].set_ylabel("Kernel latency (us)")
     _bar_legend(figure)
@@ -138,25 +113,19 @@ def _bar_legend(figure: Figure) -> None:
 def swap_times(rows: Sequence[Row], where: str) -> Figure:
     """Fig. 19a: milliseconds by block size, ours solid and the paper's dashed."""
     title = f"Fig. 19a: recomputing and swapping 256 tokens\n{where}; the paper's on an A100"
-    figure, (axes,) = sheet(title, 1, size=(7.6, 5.4))
+    figure, (axes,) = drawing.sheet(title, 1, size=(7.6, 5.4))
     rows = sorted(rows, key=lambda row: row["block_size"])
     sizes = [row["block_size"] for row in rows]
     for name, (key, colour, marker) in WAYS.items():
         both = key is None
         ours = [row["swap_in_ms"] + row["swap_out_ms"] if both else row[key] for row in rows]
-        theirs = (
-            FIG19A[name]
-            if not both
-            else {
-                size: FIG19A["swap in"][size] + FIG19A["swap out"][size]
-                for size in FIG19A["swap in"]
-            }
-        )
-        pair(axes, (colour, marker), list(zip(sizes, ours)), list(theirs.items()))
-    block_size_axis(axes, sorted({*sizes, *FIG19A["swap in"]}))
+        parts = ("swap in", "swap out") if both else (name,)
+        theirs = {size: sum(FIG19A[part][size] for part in parts) for size in FIG19A["swap in"]}
+        drawing.pair(axes, (colour, marker), list(zip(sizes, ours)), list(theirs.items()))
+    drawing.block_size_axis(axes, sorted({*sizes, *FIG19A["swap in"]}))
     axes.set(xlabel="Block size (tokens)", ylabel="Time (ms)")
     axes.set_ylim(bottom=0.0)
-    legend(figure, {name: (colour, marker) for name, (_, colour, marker) in WAYS.items()}, 1)
+    drawing.legend(figure, {name: look for name, (_, *look) in WAYS.items()}, 1)
     return figure
 
 
@@ -165,26 +134,21 @@ def over_floor(rows: Mapping[str, Mapping[str, float | None]], where: str) -> Fi
     from matplotlib.lines import Line2D
 
     title = f"Decode attention, time over the memory's floor\n{where}"
-    figure, (axes,) = sheet(title, 1, size=(9.6, 2.2 + 0.5 * len(rows)))
+    figure, (axes,) = drawing.sheet(title, 1, size=(9.6, 2.2 + 0.5 * len(rows)))
     for y, kernels in enumerate(rows.values()):
         for name, (colour, marker) in KERNELS.items():
             if kernels.get(name) is not None:
-                axes.plot(
-                    [kernels[name]],
-                    [y],
-                    color=colour,
-                    marker=marker,
-                    linestyle="",
-                    markersize=9.0 if name in ("triton", "read") else 6.5,
-                    markeredgewidth=2.0 if name == "read" else 1.0,
-                )
+                look = {"color": colour, "marker": marker, "linestyle": ""}
+                look["markersize"] = 9.0 if name in ("triton", "read") else 6.5
+                look["markeredgewidth"] = 2.0 if name == "read" else 1.0
+                axes.plot([kernels[name]], [y], **look)
     axes.axvline(1.0, color="#303030", linewidth=1.0)
     axes.set_xscale("log")
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes.minorticks_off()
     most = max(time for kernels in rows.values() for time in kernels.values() if time is not None)
     axes.set_xlim(0.9, max(2.0, 1.2 * most))
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=SMALL)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=drawing.SMALL)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="time / floor")
     axes.grid(True, axis="x")
     used = [name for name in KERNELS if any(k.get(name) is not None for k in rows.values())]

@@ -22,20 +22,16 @@ import io
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_contenders import SHAPES, Data, S
+from script import Script, entry, options, show, table
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code
-from vllm_sim.reporting.documents import measured
-from vllm_sim.reporting.progress import Progress
-from vllm_sim.scenarios.report import Table, check_writable, render, write_json
+from vllm_sim.reporting.command_line import UsageError
 
 CASES = ("random", "consecutive", "read")  # in the order of their launches
 METRICS = {
@@ -48,20 +44,19 @@ METRICS = {
     "registers": "launch__registers_per_thread",
 }
 # ncu chooses units by size unless told to print base units.
-NCU = (
-    "ncu",
-    "--csv",
-    "--page",
-    "raw",
-    "--print-units",
-    "base",
-    "--clock-control",
-    "none",
-    "--kernel-name",
-    "regex:^_(decode|read)$",
-    "--metrics",
-    ",".join(METRICS.values()),
-)
+NCU = ("ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none")
+NCU += ("--kernel-name", "regex:^_(decode|read)$", "--metrics", ",".join(METRICS.values()))
+COLUMNS = [
+    ("shape", "shape"),
+    ("blocks", "case"),
+    ("us", "us"),
+    ("bytes / live", "read_over_live"),
+    ("busy %", "memory_busy_percent"),
+    ("warps %", "warps_percent"),
+    ("issue %", "issue_percent"),
+    ("waves", "waves"),
+    ("registers", lambda row: int(row["registers"])),
+]
 Row = dict[str, object]
 
 
@@ -121,78 +116,24 @@ def profile(name: str) -> list[Row]:
     ]
 
 
-def table(rows: list[Row], where: str) -> Table:
-    headers = (
-        "shape",
-        "blocks",
-        "us",
-        "bytes / live",
-        "busy %",
-        "warps %",
-        "issue %",
-        "waves",
-        "registers",
-    )
-    body = [
-        (
-            row["shape"],
-            row["case"],
-            row["us"],
-            row["read_over_live"],
-            row["memory_busy_percent"],
-            row["warps_percent"],
-            row["issue_percent"],
-            row["waves"],
-            int(row["registers"]),
-        )
-        for row in rows
-    ]
-    return Table("What the counters say", headers, body, where, 2)
-
-
 def run(argv: list[str] | None) -> int:
-    parser = OneLineParser(prog="profile_attention.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--shape", action="append", choices=SHAPES, help="only this one; may be given again"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser = options(__doc__)
+    told = "only this one; may be given again"
+    parser.add_argument("--shape", action="append", choices=SHAPES, help=told)
     parser.add_argument("--launch", choices=SHAPES, help="only launch its kernels, for a profiler")
-    args = parser.parse_args(argv)
-    if args.json:
-        check_writable(args.json)
-    if not torch.cuda.is_available():
-        raise UsageError("needs a CUDA device")
-    if args.launch:
-        launch(args.launch)
+    script = Script(__file__, parser, argv)
+    if script.args.launch:
+        launch(script.args.launch)
         return 0
     if shutil.which(NCU[0]) is None:
         raise ProfilerError("there is no ncu on the PATH; it comes with CUDA (Nsight Compute)")
-    start, device = time.perf_counter(), torch.cuda.get_device_name()
-    names, rows = args.shape or [*SHAPES], []
-    with Progress.on(sys.stderr, "profile_attention.py", quiet=args.quiet) as progress:
-        for number, name in enumerate(names):
-            progress.at(number, len(names), name)
-            rows += profile(name)
-    if args.json:
-        write_json(
-            args.json,
-            measured(
-                "benchmarks/profile_attention.py",
-                vars(args),
-                {"device": device, "rows": rows},
-                {"rows": 2},
-                0,
-                time.perf_counter() - start,
-            ),
-        )
-    print(render(table(rows, device), "plain"))
-    return 0
+    rows = [row for name in script.each(script.args.shape or SHAPES) for row in profile(name)]
+    device = torch.cuda.get_device_name()
+    show(table("What the counters say", COLUMNS, rows, device))
+    return script.write({"device": device, "rows": rows}, {"rows": 2})
 
 
-def main(argv: list[str] | None = None) -> int:
-    return exit_code("profile_attention.py", lambda: run(argv))
-
+main = entry(__file__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

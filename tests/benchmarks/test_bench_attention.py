@@ -1,14 +1,8 @@
 """benchmarks/bench_attention.py where there is no GPU: its shapes, its tables, and who counts."""
 
-import sys
-from pathlib import Path
-
+import bench_attention as bench
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import bench_attention as bench
 from attention_contenders import CAT_SHAPE
 
 ON_CUDA = torch.cuda.is_available()

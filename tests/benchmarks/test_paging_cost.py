@@ -7,27 +7,22 @@ found.
 
 import ast
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import bench_paging_cost as bench
+import gpu_timing
+import measure_paging as measure
 import pytest
 import torch
+from opt_prefill import UNUSED_POSITIONS, RandomOPT
 
 from attention import attention, causal_mask
 from paged_attention import PagedKVCache, paged_attention_kernel, slot_mapping
 from vllm_sim.models import opt
 from vllm_sim.paper import figures as paper_figures
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_paging_cost as bench  # noqa: E402
-import gpu_timing  # noqa: E402
-import measure_paging as measure  # noqa: E402
-from opt_prefill import UNUSED_POSITIONS, RandomOPT  # noqa: E402
-
+BENCHMARKS = Path(bench.__file__).parent
 TINY = opt("tiny", 2, 32, 2, ffn_size=64, vocab_size=50, max_len=300)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run: conftest.py
 SETTING = measure.Setting(
@@ -162,7 +157,9 @@ def test_swaps_are_checked_and_measured(clock, monkeypatch):
 
 
 def test_moves_are_checked_and_measured(clock, monkeypatch):
-    kernels = pytest.importorskip("block_kernels", reason="needs triton", exc_type=ImportError)
+    kernels = pytest.importorskip(
+        "paged_attention_triton", reason="needs triton", exc_type=ImportError
+    )
     rows = measure.measure_moves(SETTING, 1e9)
     found = [(row["what"], row["layers"], row["blocks"]) for row in rows]
     copies = [("copy", layers, blocks) for layers in (1, 2) for blocks in (1, 3)]
@@ -274,12 +271,13 @@ def test_the_other_tables_stand_beside_the_papers():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_whole_run_prints_its_tables_and_can_be_written(clock, monkeypatch, capsys):
-    pytest.importorskip("block_kernels", reason="needs triton", exc_type=ImportError)
+    pytest.importorskip("paged_attention_triton", reason="needs triton", exc_type=ImportError)
     monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1e12)
     limits = gpu_timing.PinnedBandwidth(5e10, 4e10)
     monkeypatch.setattr(bench, "pinned_bandwidth", lambda: limits)
     setting = replace(SETTING, attention=((8, 64),), block_sizes=(16, 256), swap_tokens=256)
-    found = bench.measure(setting, bench.PARTS, paged_attention_kernel, "here")
+    each = lambda points, *_: points  # noqa: E731
+    found = bench.measure(setting, bench.PARTS, paged_attention_kernel, "here", each)
     assert set(bench.PARTS) < set(found) and all(found[part] for part in bench.PARTS)
     assert found["pinned_bytes_per_s"] == {"to_device": 5e10, "to_host": 4e10}
     json.dumps(found, allow_nan=False)
@@ -298,16 +296,15 @@ def test_no_published_number_is_written_down_in_a_benchmark():
     }
     told = {number for number in told if "." in number and not number.endswith(".0")}
     for name in ("bench_paging_cost", "measure_paging", "opt_prefill", "gpu_timing"):
-        tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="ascii"))
+        tree = ast.parse((BENCHMARKS / f"{name}.py").read_text(encoding="ascii"))
         numbers = {str(n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant)}
         assert not numbers & told, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_one_line_says_so(tmp_path):
-    script = str(ROOT / "benchmarks" / "bench_paging_cost.py")
-    arguments = ["--quick", "--json", str(tmp_path / "out.json")]
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+def test_without_a_cuda_device_one_line_says_so(run_script, tmp_path):
+    arguments = ["--quick", "--json", tmp_path / "out.json"]
+    done = run_script("benchmarks/bench_paging_cost.py", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "bench_paging_cost.py: error: needs a CUDA device\n"
     assert not list(tmp_path.iterdir())

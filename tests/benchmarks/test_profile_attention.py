@@ -1,16 +1,11 @@
 """benchmarks/profile_attention.py without a GPU: what it makes of ncu's words."""
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench_attention
 import profile_attention as profile
+import pytest
+import torch
 
 NAMES = [*profile.METRICS.values()]
 
