@@ -4,6 +4,7 @@ The real one has a single node with two GPUs that are not there. It is started b
 ../shared/local_slurm.sh where that exists; elsewhere a Slurm that already runs is used.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -21,6 +22,9 @@ SCRIPT = ROOT / "run_vllm_sim.slurm"
 LOCAL_SLURM = ROOT.parent / "shared" / "local_slurm.sh"
 REAL_SLURM_COMMANDS = ("sbatch", "sinfo", "scancel", "slurmctld", "slurmd", "munged")
 LINES = SCRIPT.read_text(encoding="ascii").splitlines()
+
+SWEEP = shlex.split("--sweep --script capacity.py --workload 30,20 --seed 0,1 --quiet --out")
+NO_CELL = "--cell or SLURM_ARRAY_TASK_ID 2: the sweep has cells 0 to 1"
 
 THIS_PYTHON = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'
 
@@ -176,26 +180,15 @@ def test_a_sweep_runs_the_other_script_with_what_follows(place):
 
 def test_a_sweep_without_slurm_runs_one_cell_or_all(tmp_path):
     env = environment(tmp_path / "bin")
-    sweep = (
-        "--sweep",
-        "--script",
-        "capacity.py",
-        "--workload",
-        "30,20",
-        "--seed",
-        "0,1",
-        "--quiet",
-        "--out",
-        str(tmp_path / "out"),
-    )
+    sweep = (*SWEEP, str(tmp_path / "out"))
     done = bash(ROOT, *sweep, "--cell", "1", env=env)
-    assert (done.returncode, done.stderr) == (0, "") and "cell 1 of 2: done, " in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "cell 1: done, " in done.stdout
     done = bash(ROOT, *sweep, env=env)
-    assert done.returncode == 0 and "cell 0 of 2: done, " in done.stdout
-    assert "cell 1 of 2: done before" in done.stdout
+    assert done.returncode == 0 and "cell 0: done, " in done.stdout
+    assert "cell 1: done before" in done.stdout
     done = bash(ROOT, *sweep, env=env | {"SLURM_ARRAY_TASK_ID": "2"})
     assert done.returncode == 2
-    assert done.stderr == "sweep.py: error: SLURM_ARRAY_TASK_ID 2: the sweep has 2 cells, 0 to 1\n"
+    assert done.stderr == f"sweep.py: error: {NO_CELL}\n"
 
 
 def test_missing_torch_takes_one_line(place):
@@ -301,45 +294,60 @@ def slurm(tmp_path):
         shutil.rmtree(place, ignore_errors=True)
 
 
-def test_a_real_array_runs_a_sweep_that_report_merges(slurm):
-    """Three tasks for two cells: the third has none, and says so."""
+@contextlib.contextmanager
+def submitted(slurm, *arguments):
+    """A job that sbatch waits for; it is cancelled if it does not end."""
     env, options, work = slurm
-    sweep = [
-        "--sweep",
-        "--script",
-        "capacity.py",
-        "--workload",
-        "30,20",
-        "--seed",
-        "0,1",
-        "--quiet",
-        "--out",
-        "sweep-out",
-    ]
-    options = [*options, "--gres=none", "--cpus-per-task=1", "--output=array_%a.out"]
-    job = subprocess.Popen(
-        ["sbatch", "-W", "--array=0-2", *options, SCRIPT.name, *sweep],
-        cwd=work,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(["sbatch", "-W", *options, *arguments], cwd=work, env=env, **pipes)
     try:
-        try:
-            told, errors = job.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            if LOCAL_SLURM.is_file():
-                raise
-            pytest.skip("the queue of this cluster did not run the job in time")
-        assert re.search(r"^Submitted batch job \d+", told), errors
+        yield job
+    finally:
+        if job.poll() is None:
+            job.kill()
+            subprocess.run(["scancel", *re.findall(r"\d+", job.communicate()[0])], env=env)
+
+
+def number_of(job):
+    """Of a job that has ended; a cluster's queue may take too long, one of our own may not."""
+    try:
+        told, errors = job.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        if LOCAL_SLURM.is_file():
+            raise
+        pytest.skip("the queue of this cluster did not run the job in time")
+    number = re.search(r"^Submitted batch job (\d+)", told)
+    assert number, errors
+    return number[1]
+
+
+@pytest.fixture
+def output(slurm):
+    """What a job printed into a file of the folder that it was submitted from."""
+    paths = []
+
+    def read(name):
+        paths.append(slurm[2] / name)
+        return paths[-1].read_text(encoding="ascii")
+
+    yield read
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def test_a_real_array_runs_a_sweep_that_is_merged(slurm, output):
+    """Three tasks for two cells: the third has none, and says so."""
+    work = slurm[2]
+    options = ["--array=0-2", "--gres=none", "--cpus-per-task=1", "--output=array_%a.out"]
+    try:
+        with submitted(slurm, *options, SCRIPT.name, *SWEEP, "sweep-out") as job:
+            number_of(job)
         assert job.returncode == 2
-        last = [(work / f"array_{task}.out").read_text(encoding="ascii") for task in range(3)]
-        assert "cell 0 of 2: done, exit code 0" in last[0]
-        assert "cell 1 of 2: done, exit code 0" in last[1]
-        assert "error: SLURM_ARRAY_TASK_ID 2: the sweep has 2 cells, 0 to 1\n" in last[2]
+        for task, told in enumerate(["cell 0: done, exit code 0", "cell 1: done, exit code 0"]):
+            assert told in output(f"array_{task}.out")
+        assert f"error: {NO_CELL}\n" in output("array_2.out")
         done = subprocess.run(
-            [sys.executable, "report.py", *sorted((work / "sweep-out").glob("*.json"))],
+            [sys.executable, "sweep.py", "--merge", *(work / "sweep-out").glob("*.json")],
             cwd=work,
             capture_output=True,
             text=True,
@@ -347,54 +355,22 @@ def test_a_real_array_runs_a_sweep_that_report_merges(slurm):
         assert (done.returncode, done.stderr) == (0, "")
         assert "2 of 2 cells held" in done.stdout
     finally:
-        if job.poll() is None:
-            job.kill()
-            subprocess.run(["scancel", *re.findall(r"\d+", job.communicate()[0])], env=env)
         shutil.rmtree(work / "sweep-out", ignore_errors=True)
-        for path in work.glob("array_*.out"):
-            path.unlink()
 
 
-def test_real_jobs_print_to_their_files_and_end_as_main_does(slurm):
+def test_real_jobs_print_to_their_files_and_end_as_main_does(slurm, output):
     """Two jobs at a time, as `sbatch -W` looks only every few seconds whether one has ended."""
-    env, options, work = slurm
-    arguments = {0: ["--scenario", "1", "--device", "cpu"], 2: ["--block-size", "0"]}
-    jobs = {
-        status: subprocess.Popen(
-            ["sbatch", "-W", *options, SCRIPT.name, *given],
-            cwd=work,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for status, given in arguments.items()
-    }
-    outputs = []
-    try:
-        for status, job in jobs.items():
-            try:
-                told, errors = job.communicate(timeout=90)
-            except subprocess.TimeoutExpired:
-                if LOCAL_SLURM.is_file():
-                    raise
-                pytest.skip("the queue of this cluster did not run the job in time")
-            number = re.search(r"^Submitted batch job (\d+)", told)
-            assert number, errors
-            outputs.append(work / f"vllm-sim_{number[1]}.out")
-            text = outputs[-1].read_text(encoding="ascii")
+    with (
+        submitted(slurm, SCRIPT.name, "--scenario", "1", "--device", "cpu") as sound,
+        submitted(slurm, SCRIPT.name, "--block-size", "0") as bad,
+    ):
+        for job, status in ((sound, 0), (bad, 2)):
+            number = number_of(job)
+            text = output(f"vllm-sim_{number}.out")
             assert job.returncode == status, text
-            assert text.startswith("host ") and f"job {number[1]}," in text
+            assert text.startswith("host ") and f"job {number}," in text
             if status == 0:
                 assert "Scenario 1: " in text and " checks held, " in text
             else:
                 assert "main.py: error: argument --block-size" in text
                 assert "Traceback" not in text
-    finally:
-        for job in jobs.values():
-            if job.poll() is None:
-                job.kill()
-                told = job.communicate()[0]
-                subprocess.run(["scancel", *re.findall(r"\d+", told)], env=env)
-        for output in outputs:
-            output.unlink(missing_ok=True)

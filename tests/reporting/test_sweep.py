@@ -10,30 +10,23 @@ from pathlib import Path
 import pytest
 
 import sweep
+from vllm_sim.reporting import sweep_cells
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.documents import document
-from vllm_sim.reporting.sweep_cells import MAX_CELLS, expand, plan_file
+from vllm_sim.reporting.sweep_cells import MAX_CELLS, write_list
 
-ROOT = Path(__file__).resolve().parents[2]
+SWEEP = Path(sweep.__file__)
 CAPACITY = ["--script", "capacity.py", "--workload", "30,20", "--quiet"]  # a second a cell
 TWO = [*CAPACITY, "--block-size", "16,32"]
+
+
+def expand(script, arguments):
+    return sweep_cells.expand(script, sweep.PARSERS[script](), arguments)
 
 
 @pytest.fixture(autouse=True)
 def no_task(monkeypatch):
     monkeypatch.delenv(sweep.TASK, raising=False)
-
-
-def process(*arguments, **environment):
-    """A finished process of sweep.py."""
-    env = {k: v for k, v in os.environ.items() if k != sweep.TASK} | environment
-    return subprocess.run(
-        [sys.executable, str(ROOT / "sweep.py"), *map(str, arguments)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
 
 
 def documents(folder):
@@ -52,7 +45,7 @@ def test_the_first_option_varies_slowest_and_both_ways_to_give_a_value_count():
     assert [(c.options["model"], c.options["seed"]) for c in cells] == [
         (model, seed) for model in ("opt-13b", "opt-66b") for seed in (0, 1, 2)
     ]
-    assert cells[4].line == "--model opt-66b --seed 1 --device cpu"
+    assert cells[4].line == "--model=opt-66b --seed=1 --device=cpu"
     assert cells[4].file.startswith("main-model-opt-66b-seed-1-")
     assert len({cell.file for cell in cells}) == 6
 
@@ -63,8 +56,12 @@ def test_a_sweep_that_grows_keeps_the_files_of_its_cells():
     for cell in few:
         (same,) = [other for other in more if other.options == cell.options]
         assert same.file == cell.file
-    assert plan_file(few) != plan_file(more)
-    assert plan_file(few) == plan_file(expand("main.py", ["--seed", "0,1", "--block-size=8,16"]))
+
+
+def test_the_list_of_a_sweep_is_named_after_its_cells(tmp_path):
+    for arguments in (["--seed", "0,1"], ["--seed=0,1"], ["--seed", "0,1,2"]):
+        write_list("main.py", expand("main.py", arguments), tmp_path)
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_flags_repeated_options_and_workloads():
@@ -82,8 +79,8 @@ def test_flags_repeated_options_and_workloads():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--seed", "0,,1"], "argument --seed: '0,,1' has an empty value"),
-        (["--seed", "0,0"], "has a value twice"),
+        (["--seed", "0,,1"], "cell 1: argument --seed: '' is not an integer"),
+        (["--seed", "0,0"], "cells 0 and 1 are the same: --seed=0"),
         (["--seed", "0,x"], "cell 1: argument --seed: 'x' is not an integer"),
         (["--seed", "0,00"], "cells 0 and 1 are the same"),
         (["--seed", "-1"], "cell 0: argument --seed: '-1' is not"),
@@ -93,8 +90,8 @@ def test_flags_repeated_options_and_workloads():
         (["extra"], "unrecognized arguments: extra"),
         (["--quiet", "extra"], "cell 0: "),
         (["--json", "x.json"], "--json is not for a sweep"),
-        (["--json=x.json"], "--json is not for a sweep"),
-        (["--help"], "--help is not for a sweep"),
+        (["--figures=x"], "--figures is not for a sweep"),
+        (["--timeline"], "--timeline is not for a sweep"),
         (
             [
                 "--seed",
@@ -111,11 +108,10 @@ def test_what_is_no_sweep_is_refused_before_anything_runs(arguments, says, tmp_p
     with pytest.raises(UsageError) as caught:
         expand("main.py", arguments)
     assert says in str(caught.value) and "\n" not in str(caught.value)
-    if "--help" not in arguments:
-        assert sweep.main(["--out", str(tmp_path / "new"), *arguments]) == 2
-        printed, errors = capfd.readouterr()
-        assert printed == "" and errors.count("\n") == 1
-        assert errors.startswith("sweep.py: error: ")
+    assert sweep.main(["--out", str(tmp_path / "new"), *arguments]) == 2
+    printed, errors = capfd.readouterr()
+    assert printed == "" and errors.count("\n") == 1
+    assert errors.startswith("sweep.py: error: ")
     assert os.listdir(tmp_path) == []
 
 
@@ -125,15 +121,15 @@ def test_what_is_no_sweep_is_refused_before_anything_runs(arguments, says, tmp_p
 @pytest.mark.parametrize(
     ("task", "arguments", "says"),
     [
-        (None, ["--cell", "2"], "--cell 2: the sweep has 2 cells, 0 to 1"),
+        (None, ["--cell", "2"], "--cell or SLURM_ARRAY_TASK_ID 2: the sweep has cells 0 to 1"),
         (None, ["--cell", "-1"], "argument --cell"),
         (None, ["--cell", "x"], "argument --cell: 'x' is not the number of a cell"),
         (None, ["--cell", "9" * 5000], "is not the number of a cell"),
         (None, ["--cell=\u0663"], "is not the number of a cell"),
-        ("2", [], "SLURM_ARRAY_TASK_ID 2: the sweep has 2 cells, 0 to 1"),
-        ("-1", [], "SLURM_ARRAY_TASK_ID: '-1' is not the number of a cell"),
-        ("two\nlines", [], "SLURM_ARRAY_TASK_ID: "),
-        ("1", ["--cell", "7"], "--cell 7: the sweep has 2 cells"),
+        ("2", [], "SLURM_ARRAY_TASK_ID 2: the sweep has cells 0 to 1"),
+        ("-1", [], "argument --cell: '-1' is not the number of a cell"),
+        ("two\nlines", [], "argument --cell: "),
+        ("1", ["--cell", "7"], "SLURM_ARRAY_TASK_ID 7: the sweep has cells 0 to 1"),
     ],
 )
 def test_a_cell_that_is_not_there_takes_one_line(
@@ -164,34 +160,35 @@ def test_a_folder_that_cannot_be_had_takes_one_line(name, tmp_path, monkeypatch,
     (tmp_path / "loop").symlink_to("loop")
     assert sweep.main([*TWO, "--out", name, "--cell", "0"]) == 2
     printed, errors = capfd.readouterr()
-    assert printed == "" and errors.count("\n") == 1 and "cannot write" in errors
+    assert printed == "" and errors.count("\n") == 1 and "cannot make" in errors
     assert sorted(os.listdir(tmp_path)) == ["file", "loop", "pipe"]
 
 
 # ---- running them -----------------------------------------------------------------------------
 
 
-def test_a_task_of_an_array_runs_its_cell_alone(tmp_path):
-    done = process(*TWO, "--out", tmp_path / "a" / "b", **{sweep.TASK: "1"})
+def test_a_task_of_an_array_runs_its_cell_alone(run_script, tmp_path):
+    done = run_script("sweep.py", *TWO, "--out", tmp_path / "a" / "b", env={sweep.TASK: "1"})
     assert (done.returncode, done.stderr) == (0, "")
     plan, found = documents(tmp_path / "a" / "b")
     assert plan["setting"] == {"script": "capacity.py", "num_cells": 2}
     ((name, cell),) = found.items()
     assert cell["options"]["block_size"] == 32
     assert plan["tables"][0]["rows"][1] == {
-        "cell": 1,
+        "index": 1,
         "file": name,
-        "arguments": "--workload 30,20 --quiet --block-size 32",
+        "arguments": ["--workload=30,20", "--quiet", "--block-size=32"],
+        "options": cell["options"],
     }
     assert "Answer: " in done.stdout
-    assert f"cell 1 of 2: done, exit code 0: {tmp_path}" in done.stdout
+    assert f"cell 1: done, exit code 0: {tmp_path}" in done.stdout
 
 
-def test_all_in_turn_find_what_each_alone_finds_and_what_is_done_stays(tmp_path):
+def test_all_in_turn_find_what_each_alone_finds_and_what_is_done_stays(run_script, tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
-    assert process(*TWO, "--out", together).returncode == 0
+    assert run_script("sweep.py", *TWO, "--out", together).returncode == 0
     for cell in ("1", "0"):
-        assert process(*TWO, "--out", alone, "--cell", cell).returncode == 0
+        assert run_script("sweep.py", *TWO, "--out", alone, "--cell", cell).returncode == 0
 
     def timeless(folder):
         return {
@@ -201,25 +198,25 @@ def test_all_in_turn_find_what_each_alone_finds_and_what_is_done_stays(tmp_path)
 
     assert timeless(together) == timeless(alone) and len(timeless(alone)) == 2
     before = {path: path.read_bytes() for path in alone.iterdir()}
-    done = process(*TWO, "--out", alone)
+    done = run_script("sweep.py", *TWO, "--out", alone)
     assert done.returncode == 0 and done.stdout.count("done before, exit code 0") == 2
     assert {path: path.read_bytes() for path in alone.iterdir()} == before
     (first, *_) = documents(alone)[1]
     (alone / first).write_text('{"schema": "pagedatt')  # as a full disk might leave it
-    done = process(*TWO, "--out", alone)
+    done = run_script("sweep.py", *TWO, "--out", alone)
     assert done.returncode == 0 and done.stdout.count("done before") == 1
     assert timeless(alone) == timeless(together)
 
 
-def test_a_cell_that_cannot_run_says_why_in_its_file_and_stops_no_other(tmp_path):
-    done = process(*CAPACITY, "--out", tmp_path, "--block-size", "5000,16")
+def test_a_cell_that_cannot_run_says_why_in_its_file_and_stops_no_other(run_script, tmp_path):
+    done = run_script("sweep.py", *CAPACITY, "--out", tmp_path, "--block-size", "5000,16")
     assert done.returncode == 2
     assert done.stderr == "capacity.py: error: --block-size 5000: at most 4,096\n"
     _, found = documents(tmp_path)
     by_size = {one["options"]["block_size"]: one for one in found.values()}
     assert (by_size[16]["exit_code"], by_size[5000]["exit_code"]) == (0, 2)
     assert by_size[5000]["error"] in done.stderr and by_size[5000]["tables"] == []
-    again = process(*CAPACITY, "--out", tmp_path, "--block-size", "5000,16")
+    again = run_script("sweep.py", *CAPACITY, "--out", tmp_path, "--block-size", "5000,16")
     assert again.returncode == 2 and again.stdout.count("done before") == 1
 
 
@@ -238,38 +235,44 @@ def test_a_cell_that_could_not_run_and_says_not_why_runs_again(tmp_path, monkeyp
     (cell,) = expand("capacity.py", ["--seed", "3"])
     found = document("capacity.py", cell.options, setting={}, tables=[], exit_code=2, elapsed_s=0.0)
     (tmp_path / cell.file).write_text(json.dumps(found))
-    monkeypatch.setattr(sweep, "run_cell", lambda *_: 0)
+    monkeypatch.setattr(sweep_cells, "run_cell", lambda *_: 0)
     assert sweep.main(arguments) == 0 and "done before" not in capfd.readouterr().out
 
 
-def test_a_cell_whose_checks_fail_is_done_with_code_1(tmp_path, monkeypatch, capfd):
-    script = tmp_path / "main.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from vllm_sim.reporting.documents import document; from vllm_sim.reporting.files import write_json\n"
-        "import pathlib, main as real\n"
-        "args = vars(real.build_parser().parse_args(sys.argv[1:]))\n"
-        "check = {'name': 'a', 'ok': False, 'detail': 'b'}\n"
-        "write_json(pathlib.Path(sys.argv[-1]), document('main.py', args, setting={}, tables=[],\n"
-        "           checks=[check], exit_code=1, elapsed_s=0.0))\n"
-        "sys.exit(1)\n"
-    )
-    script.rename(tmp_path / "stand_in.py")
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    (tmp_path / "main.py").symlink_to("stand_in.py")
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+STAND_IN = f"""
+import json, pathlib, sys
+sys.path.insert(0, {str(SWEEP.parent)!r})
+from vllm_sim.reporting.documents import document
+args = vars(__import__("sweep").PARSERS["main.py"]().parse_args(sys.argv[1:]))
+found = {{"setting": {{}}, "tables": [], "checks": [{{"name": "a", "ok": False, "detail": "b"}}]}}
+found = document("main.py", args, exit_code=1, elapsed_s=0.0, **found)
+pathlib.Path(sys.argv[-1]).write_text(json.dumps(found))
+sys.exit(1)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Puts a script in the place of main.py."""
+
+    def put(text):
+        (tmp_path / "main.py").write_text(text)
+        monkeypatch.setattr(sweep, "__file__", str(tmp_path / "sweep.py"))
+        monkeypatch.setenv("PYTHONSAFEPATH", "1")
+
+    return put
+
+
+def test_a_cell_whose_checks_fail_is_done_with_code_1(stand_in, tmp_path, capfd):
+    stand_in(STAND_IN)
     arguments = ["--seed", "0,1", "--out", str(tmp_path / "out")]
-    assert sweep.main(arguments) == 1
-    assert capfd.readouterr().out.count("done, exit code 1") == 2
-    assert sweep.main(arguments) == 1
-    assert capfd.readouterr().out.count("done before, exit code 1") == 2
-    assert sweep.main([*arguments, "--again"]) == 1
-    assert capfd.readouterr().out.count("done, exit code 1") == 2
+    for more, told in ([], "done"), ([], "done before"), (["--again"], "done"):
+        assert sweep.main([*arguments, *more]) == 1
+        assert capfd.readouterr().out.count(f"{told}, exit code 1") == 2
 
 
-def test_a_cell_that_is_killed_leaves_no_file(tmp_path, monkeypatch, capfd):
-    (tmp_path / "main.py").write_text("import os; os.kill(os.getpid(), 9)\n")
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+def test_a_cell_that_is_killed_leaves_no_file(stand_in, tmp_path, capfd):
+    stand_in("import os; os.kill(os.getpid(), 9)\n")
     out = tmp_path / "out"
     assert sweep.main(["--seed", "0,1", "--out", str(out)]) == 128 + signal.SIGKILL
     plan, found = documents(out)
@@ -277,23 +280,14 @@ def test_a_cell_that_is_killed_leaves_no_file(tmp_path, monkeypatch, capfd):
 
 
 def test_an_interrupt_ends_it_silently(tmp_path):
+    arguments = ["--script", "capacity.py", "--out", tmp_path, "--seed", "0,1", "--quiet"]
     with subprocess.Popen(
-        [
-            sys.executable,
-            ROOT / "sweep.py",
-            "--script",
-            "capacity.py",
-            "--out",
-            tmp_path,
-            "--seed",
-            "0,1",
-            "--quiet",
-        ],
+        [sys.executable, SWEEP, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as running:
-        assert running.stdout.readline().startswith(b"cell 0 of 2: ")
+        assert running.stdout.readline().startswith(b"cell 0: ")
         assert running.stdout.readline()  # of the cell itself, which is at work
         os.killpg(running.pid, signal.SIGINT)
         _, errors = running.communicate(timeout=60)

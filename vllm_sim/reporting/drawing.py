@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_sim.reporting.files import OutputError, check_writable, write_whole
+from vllm_sim.reporting.files import OutputError, make_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,12 +64,7 @@ def check_folder(directory: Path, files: Iterable[str]) -> None:
     except ImportError:
         reason = "matplotlib is not installed (it is in requirements-dev.txt)"
         raise OutputError(f"cannot draw figures: {reason}") from None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {directory}: {error.strerror or error}") from None
-    for file in files:
-        check_writable(directory / file)
+    make_folder(directory, files)
 
 
 def save(figures: Mapping[str, Callable[[], Figure]], directory: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -101,6 +101,17 @@ def check_writable(path: Path) -> None:
     except OSError as error:  # of a name that is too long, say
         reason = (error.strerror or str(error)).lower()
     raise OutputError(f"cannot write {path}: {reason}")
+
+
+def make_folder(folder: Path, names: Iterable[str]) -> None:
+    """A folder where these files could be written, made if it is not there. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # of a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot make {folder}: {reason}") from None
+    for name in names:
+        check_writable(folder / name)
 
 
 def print_then(keep: Callable[[], None], show: Callable[[], None]) -> None:

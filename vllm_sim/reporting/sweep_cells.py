@@ -1,42 +1,37 @@
-"""The cells of a sweep: every combination of the values that options are given.
+"""The cells of a sweep: one for every combination of the values that options are given.
 
-Reproduces nothing. An option with a comma list has several values (`--seed 0,1,2`); the first
-option varies slowest. Each cell has a file of its own, named after what it runs, so that sweeps
-share a folder and a sweep that grows keeps what is done.
-
-    cells = expand("main.py", ["--scenario", "1", "--seed", "0,1,2"])
-    cells[2].arguments, cells[2].file
+An option with a comma list has several values (`--seed 0,1,2`); the first option varies slowest.
+Each cell has a file of its own, named after what it runs, so that sweeps share a folder and a
+sweep that grows keeps what is done.
 """
 
-from __future__ import annotations
-
 import hashlib
-import importlib
 import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
-from vllm_sim.reporting.command_line import UsageError
-from vllm_sim.reporting.documents import Json, told
+from vllm_sim.reporting.command_line import OneLineParser, UsageError
+from vllm_sim.reporting.documents import Json, document, rows_table, told
+from vllm_sim.reporting.files import write_json
+from vllm_sim.reporting.sweep_table import read_run
 
-SCRIPTS = ("main.py", "reproduce.py", "capacity.py")
 SEPARATOR = {"--workload": "/"}  # whose own values have commas
 PATHS = ("--lengths", "--trace")  # are never a list
 OURS = ("--json", "--figures", "--timeline", "--help", "-h")  # what a cell writes is settled
 MAX_CELLS = 10_000
-LONGEST_NAME = 80  # characters of what varies
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a script: its number in the sweep, its arguments, and the file of its result.
-
-    `options` are what `--json` will tell of them (json_document.told).
-    """
+    """One run of a script; `options` are what --json will tell of its arguments."""
 
     index: int
     arguments: tuple[str, ...]
@@ -45,71 +40,95 @@ class Cell:
 
     @property
     def line(self) -> str:
-        """The arguments as a shell reads them."""
         return shlex.join(self.arguments)
 
 
-def expand(script: str, arguments: Sequence[str]) -> list[Cell]:
+def expand(script: str, parser: OneLineParser, arguments: list[str]) -> list[Cell]:
     """The cells, in order. UsageError, one line, for the first that the script would refuse."""
-    axes = [_values(words) for words in _options(arguments)]
+    axes = _axes(arguments)
     count = math.prod(len(axis) for axis in axes)
     if count > MAX_CELLS:
         raise UsageError(f"a sweep of {count:,} cells: at most {MAX_CELLS:,}")
-    parser = importlib.import_module(script.removesuffix(".py")).build_parser()
-    cells: list[Cell] = []
+    cells: dict[str, Cell] = {}
     for index, words in enumerate(product(*axes)):
-        flat = tuple(word for option in words for word in option)
         try:
-            options = told(vars(parser.parse_args(list(flat))))
+            options = told(vars(parser.parse_args(words)))
         except UsageError as error:
             raise UsageError(f"cell {index}: {error}") from None
-        varied = [option for option, axis in zip(words, axes, strict=True) if len(axis) > 1]
-        name = "-".join(word.lstrip("-") for option in sorted(varied) for word in option)
-        name = re.sub(r"[^A-Za-z0-9._]+", "-", name)[:LONGEST_NAME].strip("-.")
-        stem = "-".join(filter(None, (script.removesuffix(".py"), name)))
-        cells.append(Cell(index, flat, options, f"{stem}-{_digest([script, options])}.json"))
-    found: dict[str, int] = {}
-    for cell in cells:
-        first = found.setdefault(_digest(cell.options), cell.index)
-        if first < cell.index:
-            raise UsageError(f"cells {first} and {cell.index} are the same: {cell.line}")
-    return cells
+        varied = sorted(word for word, axis in zip(words, axes, strict=True) if len(axis) > 1)
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", "".join(varied))[:80].strip("-.")
+        digest = _digest([script, options])
+        stem = "-".join(filter(None, (script.removesuffix(".py"), name, digest)))
+        cell = Cell(index, words, options, f"{stem}.json")
+        if (first := cells.setdefault(digest, cell)) is not cell:
+            raise UsageError(f"cells {first.index} and {index} are the same: {cell.line}")
+    return list(cells.values())
 
 
-def plan_file(cells: Sequence[Cell]) -> str:
-    """The name of the file that lists the cells."""
-    return f"sweep-{_digest([cell.file for cell in cells])}.json"
-
-
-def _options(arguments: Sequence[str]) -> list[list[str]]:
-    """[option] or [option, value], in order; a value may be behind "=" or a word of its own."""
-    found: list[list[str]] = []
+def _axes(arguments: list[str]) -> list[list[str]]:
+    """For each option its values, as words of the form --option=value; a flag is one word."""
+    axes: list[list[str]] = []
     for word in arguments:
-        if word.startswith("--") or word == "-h":
-            name, equals, value = word.partition("=")
-            if name in OURS:
-                raise UsageError(f"{name} is not for a sweep: each cell writes a file of its own")
-            found.append([name, value] if equals else [name])
-        elif found and len(found[-1]) == 1:
-            found[-1].append(word)
-        else:
-            raise UsageError(f"unrecognized arguments: {word}")
-    return found
-
-
-def _values(words: list[str]) -> list[list[str]]:
-    """One option as the words of each of its values."""
-    if len(words) == 1 or words[0] in PATHS:
-        return [words]
-    name, text = words
-    values = text.split(SEPARATOR.get(name, ","))
-    if len(values) > 1 and "" in values:
-        raise UsageError(f"argument {name}: {text[:40]!a} has an empty value")
-    if len(set(values)) < len(values):
-        raise UsageError(f"argument {name}: {text[:40]!a} has a value twice")
-    return [[f"{name}={value}"] if value.startswith("-") else [name, value] for value in values]
+        name, equals, text = word.partition("=")
+        if not word.startswith("--"):  # a value, behind an option that is a word of its own
+            if not axes or "=" in axes[-1][0]:
+                raise UsageError(f"unrecognized arguments: {word}")
+            (name,), equals, text = axes.pop(), "=", word
+        if name in OURS:
+            raise UsageError(f"{name} is not for a sweep: each cell writes a file of its own")
+        values = text.split(SEPARATOR.get(name, ",")) if name not in PATHS else [text]
+        axes.append([f"{name}{equals}{value}" for value in values])
+    return axes
 
 
 def _digest(value: object) -> str:
     """Eight hexadecimal digits that differ for anything else."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()[:8]
+
+
+def write_list(script: str, cells: list[Cell], out: Path) -> None:
+    """The file that lists the cells, the same whichever cell writes it: so a merge finds a gap."""
+    found = {"setting": {"script": script, "num_cells": len(cells)}, "exit_code": 0}
+    found["tables"] = [rows_table("cells", "The cells of a sweep", [*map(vars, cells)])]
+    name = f"sweep-{_digest([cell.file for cell in cells])}.json"
+    write_json(out / name, document("sweep.py", {"script": script}, elapsed_s=0.0, **found))
+
+
+def done_code(path: Path, script: str, cell: Cell) -> int | None:
+    """The exit code of a cell whose result is there, None if it must run."""
+    with suppress(UsageError):  # not there, or cut off by something else: it is written anew
+        run = read_run(path)
+        if (run.script, run.options) == (script, cell.options) and run.code != 2:
+            return run.code
+    return None
+
+
+def run_all(script: Path, cells: list[Cell], out: Path, again: bool) -> int:
+    """Run in turn the cells that are not done, or all `again`. Returns the highest exit code."""
+    worst = 0
+    for cell in cells:
+        path = out / cell.file
+        code, told = None if again else done_code(path, script.name, cell), "done before"
+        if code is None:
+            print(f"cell {cell.index}: python {script.name} {cell.line}", flush=True)
+            code, told = run_cell(script, cell, path), "done"
+        print(f"cell {cell.index}: {told}, exit code {code}: {path}", flush=True)
+        worst = max(worst, code)
+    return worst
+
+
+def run_cell(script: Path, cell: Cell, path: Path) -> int:
+    """Run it in a process of its own; its stderr is passed on. Returns its exit code."""
+    start, last = time.perf_counter(), ""
+    command = [sys.executable, "-u", script, *cell.arguments, "--json", path]
+    pipe = {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "backslashreplace"}
+    with subprocess.Popen(command, **pipe) as running:
+        for line in running.stderr:
+            last = line.strip() or last
+            if sys.stderr is not None:
+                print(line, end="", file=sys.stderr, flush=True)
+    if running.returncode == 2:  # so that a merge can tell why
+        found = {"setting": {}, "tables": [], "exit_code": 2, "error": last}
+        took = time.perf_counter() - start
+        write_json(path, document(script.name, cell.options, elapsed_s=took, **found))
+    return running.returncode if running.returncode >= 0 else 128 - running.returncode
