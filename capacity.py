@@ -42,14 +42,14 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         check_writable(args.json)
     start = time.perf_counter()
     case = make_case(args)
-    comment = "% " if args.format == "latex" else ""
-    if args.trace is None:
-        setting, shown = case.to_json(), answers.sections(case, progress)
-    else:
-        asked = make_trace_case(args, case)
-        setting, shown = asked.to_json(), trace_answers.answer_trace(asked, comment, progress)
+    asked = None if args.trace is None else make_trace_case(args, case)
     if args.figures is not None:
-        pictures.check(args.figures, args.trace is not None)
+        pictures.check(args.figures, asked is not None)
+    comment = "% " if args.format == "latex" else ""
+    if asked is None:
+        shown = answers.sections(case, progress)
+    else:
+        shown = trace_answers.answer_trace(asked, comment, progress)
     for note in case.model.notes:
         print(f"{comment}{case.model.name}: {note}\n")
     found = []
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         print(f"\n{comment}Answer: {section.answer}\n", flush=True)
     if args.json is not None:
         tables = [section.to_json() for section in found]
-        told = {"setting": setting, "tables": tables, "exit_code": 0}
+        told = {"setting": (asked or case).to_json(), "tables": tables, "exit_code": 0}
         told["elapsed_s"] = time.perf_counter() - start
         write_json(args.json, document("capacity.py", vars(args), seeds=[args.seed], **told))
     if args.figures is not None:

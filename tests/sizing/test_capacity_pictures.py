@@ -1,4 +1,4 @@
-"""`capacity.py --figures`: what is drawn, read back from a picture's artists, and what is refused."""
+"""`capacity.py --figures`: what its artists say was drawn, and what is refused."""
 
 import os
 import sys
