@@ -18,6 +18,36 @@ from vllm_sim.serving.beam_search import (
     beam_parents,
 )
 
+
+def sticks(width, theta):
+    """How many are drawn: as many as hold all but about 1e-6 of the mass, after `width` spares."""
+    return width + math.ceil(14.0 / math.log1p(1.0 / theta))
+
+
+def one_step(draws, scores, theta):
+    """(parents, new scores) of one search: every token of every beam is a candidate."""
+    candidates = []
+    for beam, score in enumerate(scores):
+        log_left = 0.0  # what the tokens so far have left of the distribution
+        for draw in draws[beam]:
+            taken = -math.expm1(-draw / theta)  # Beta(1, theta) by inversion
+            if score > -math.inf and taken > 0.0:
+                candidates.append((score + log_left + math.log(taken), beam))
+            log_left -= draw / theta
+    best = sorted(candidates, reverse=True)[: len(scores)]
+    parents, new_scores = [None] * len(scores), [None] * len(scores)
+    later = []
+    for score, beam in best:
+        if parents[beam] is None:
+            parents[beam], new_scores[beam] = beam, score
+        else:
+            later.append((score, beam))
+    for score, beam in later:
+        place = parents.index(None)
+        parents[place], new_scores[place] = beam, score
+    return parents, new_scores
+
+
 # --- one search ----------------------------------------------------------------------------------
 
 
@@ -36,28 +66,13 @@ def test_survivors_keep_their_places(width, theta):
 
 def test_beams_follow_the_best_cumulative_scores():
     """The same draws, scored candidate by candidate with plain lists."""
-    width, theta, steps = 4, 0.5, 200
-    parents = beam_parents(width, steps, np.random.default_rng(9), theta)
-    rng = np.random.default_rng(9)
-    sticks = width + math.ceil(14.0 / math.log1p(1.0 / theta))
-    scores = {0: 0.0}
-    for step in range(steps):
-        candidates = []
-        for beam, draws in enumerate(rng.standard_exponential((width, sticks)).tolist()):
-            left = 1.0
-            for draw in draws:
-                taken = 1.0 - math.exp(-draw / theta)  # Beta(1, theta) by inversion
-                if beam in scores and left * taken > 0.0:
-                    candidates.append((scores[beam] + math.log(left * taken), beam))
-                left *= 1.0 - taken
-        best = sorted(candidates, reverse=True)[:width]
-        heirs = {beam: [score for score, b in best if b == beam] for _, beam in best}
-        spare = [(score, beam) for score, beam in best if score != heirs[beam][0]]
-        scores = {beam: mine[0] for beam, mine in heirs.items()}
-        row = {beam: beam for beam in heirs}
-        for place, (score, beam) in zip(sorted(set(range(width)) - set(heirs)), spare):
-            row[place], scores[place] = beam, score
-        assert [row[place] for place in range(width)] == parents[step].tolist(), step
+    width, theta = 4, 0.5
+    parents = beam_parents(width, 200, np.random.default_rng(9), theta)
+    rng, scores = np.random.default_rng(9), [0.0, *[-math.inf] * (width - 1)]
+    for row in parents.tolist():
+        draws = rng.standard_exponential((width, sticks(width, theta))).tolist()
+        wanted, scores = one_step(draws, scores, theta)
+        assert row == wanted
 
 
 def forks(width, theta, steps=1500):
@@ -95,22 +110,21 @@ def test_beam_parents_depend_on_the_seed_alone():
     assert beam_parents(3, 0, np.random.default_rng(0)).shape == (0, 3)
 
 
-@pytest.mark.parametrize(
-    ("width", "num_steps", "theta"),
-    [
-        (0, 5, 0.25),
-        (2.0, 5, 0.25),
-        (2, -1, 0.25),
-        (2, 5, 0.0),
-        (2, 5, -1.0),
-        (2, 5, math.nan),
-        (2, 5, 1e9),
-        (2, 5, 100.5),
-    ],
-)
-def test_beam_parents_refuse_bad_arguments(width, num_steps, theta):
-    with pytest.raises(ValueError, match=r"width|num_steps|theta"):
-        beam_parents(width, num_steps, np.random.default_rng(0), theta)
+BAD = [(0, 0.25), (2.0, 0.25), (True, 0.25)]
+BAD += [(2, theta) for theta in (0.0, -1.0, math.nan, 1e9, 100.5)]
+
+
+@pytest.mark.parametrize(("width", "theta"), BAD)
+def test_bad_arguments_are_refused(width, theta):
+    with pytest.raises(ValueError, match=r"width|theta"):
+        beam_parents(width, 5, np.random.default_rng(0), theta)
+    with pytest.raises(ValueError, match=r"width|theta"):
+        beam_histories(width, [5], 0, theta)
+
+
+def test_a_search_has_no_fewer_than_no_steps():
+    with pytest.raises(ValueError, match="num_steps"):
+        beam_parents(2, -1, np.random.default_rng(0))
 
 
 def test_theta_may_be_100_at_most_and_a_millionth_at_least():
@@ -122,41 +136,12 @@ def test_theta_may_be_100_at_most_and_a_millionth_at_least():
 def test_sticks_are_as_many_as_leave_less_than_a_millionth(theta):
     """On average each stick leaves theta / (1 + theta) of what was left; the spares aside."""
     for width in (1, 6):
-        count = _num_sticks(width, theta) - width
-        left = theta / (1.0 + theta)
+        assert _num_sticks(width, theta) == sticks(width, theta)
+        count, left = sticks(width, theta) - width, theta / (1.0 + theta)
         assert left**count <= math.exp(-14.0) < left ** (count - 1)
 
 
 # --- one step of many searches -------------------------------------------------------------------
-
-
-def sticks(width, theta):
-    """How many are drawn: as many as hold all but about 1e-6 of the mass, after `width` spares."""
-    return width + math.ceil(14.0 / math.log1p(1.0 / theta))
-
-
-def one_step(draws, scores, theta):
-    """(parents, new scores) of one search: every token of every beam is a candidate."""
-    candidates = []
-    for beam, score in enumerate(scores):
-        log_left = 0.0  # what the tokens so far have left of the distribution
-        for draw in draws[beam]:
-            taken = -math.expm1(-draw / theta)  # Beta(1, theta) by inversion
-            if score > -math.inf and taken > 0.0:
-                candidates.append((score + log_left + math.log(taken), beam))
-            log_left -= draw / theta
-    best = sorted(candidates, reverse=True)[: len(scores)]
-    parents, new_scores = [None] * len(scores), [None] * len(scores)
-    later = []
-    for score, beam in best:
-        if parents[beam] is None:
-            parents[beam], new_scores[beam] = beam, score
-        else:
-            later.append((score, beam))
-    for score, beam in later:
-        place = parents.index(None)
-        parents[place], new_scores[place] = beam, score
-    return parents, new_scores
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8])
@@ -331,11 +316,3 @@ def test_histories_move_as_often_as_searches_one_by_one(width):
 def test_a_beam_alone_never_moves():
     for history in beam_histories(1, [50, 20, 0], seed=0, theta=5.0):
         assert history == [[0]] * len(history)
-
-
-@pytest.mark.parametrize(
-    ("width", "theta"), [(0, 0.25), (2.0, 0.25), (True, 0.25), (2, 0.0), (2, math.nan), (2, 1e9)]
-)
-def test_histories_refuse_bad_arguments(width, theta):
-    with pytest.raises(ValueError, match=r"width|theta"):
-        beam_histories(width, [5], 0, theta)

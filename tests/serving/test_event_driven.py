@@ -88,6 +88,11 @@ def both(make_groups, make_manager, limits, latency, mode, window):
     return results
 
 
+def serve(groups, **options):
+    """In a pool that holds all of them."""
+    return simulate(groups, PagedKVCacheManager(60, 4), Limits(60, 4), **options)
+
+
 def assert_same(plain, jumped):
     assert plain.finish_s.keys() == jumped.finish_s.keys()
     for group_id, finish_s in plain.finish_s.items():
@@ -151,6 +156,18 @@ def test_contiguous_runs_agree(seed, num_blocks, size, policy, latency, gap_s):
     assert_same(*both(groups, make, Limits(40, 9), latency, "auto", (0.301, 2.003)))
 
 
+class Counted(LatencyModel):
+    """Notes the iterations that are looked at one by one."""
+
+    def __init__(self, *terms):
+        super().__init__(*(terms or (1.0,)))
+        object.__setattr__(self, "seen", [])
+
+    def iteration(self, it):
+        self.seen.append(it.start_s)
+        return LatencyModel.iteration(self, it)
+
+
 def test_a_long_run_under_pressure_agrees_and_jumps():
     """Preemption, swapping, waiting for the token limit: all of it, a few thousand times."""
     rng = random.Random(5)
@@ -162,23 +179,15 @@ def test_a_long_run_under_pressure_agrees_and_jumps():
             for i, (prompt, output) in enumerate(shapes)
         ]
 
-    seen = []
-
-    class Counted(LatencyModel):
-        def iteration(self, it):
-            seen.append(it.index)
-            return LatencyModel.iteration(self, it)
-
-    latency = Counted(0.0274, 1.65e-4, 6.6e-7, 6.25e-3, 1e-6, 1.2e-3, 1.3e-3, 16)
     for mode in ("recompute", "swap"):
         results = []
         for plain in (True, False):
-            seen.clear()
+            latency = Counted(0.0274, 1.65e-4, 6.6e-7, 6.25e-3, 1e-6, 1.2e-3, 1.3e-3, 16)
             manager = PagedKVCacheManager(180, 16, num_cpu_blocks=180)
             result = simulate(
                 groups(), manager, Limits(512, 64), latency, preemption=mode, plain=plain
             )
-            results.append((result, len(seen)))
+            results.append((result, len(latency.seen)))
         (plain, all_iterations), (jumped, asked) = results
         assert_same(plain, jumped)
         assert all_iterations == plain.num_iterations > 3000
@@ -211,28 +220,10 @@ def test_observers_see_the_window_and_nothing_else():
 
     groups = [SequenceGroup(i, [Sequence(i, 5, 30)], float(i)) for i in range(3)]
     watcher = Watcher()
-    result = simulate(
-        groups,
-        PagedKVCacheManager(60, 4),
-        Limits(60, 4),
-        observers=[watcher],
-        window_s=(10.0, 20.0),
-    )
+    result = serve(groups, observers=[watcher], window_s=(10.0, 20.0))
     assert watcher.starts == [float(t) for t in range(10, 20)] and Watcher.ends == 10
     assert result.window_iterations == 10 and result.window_groups == 30
     assert result.mean_window_batch == 3.0 and result.num_iterations == 32
-
-
-class Counted(LatencyModel):
-    """Notes the iterations that are looked at one by one."""
-
-    def __init__(self):
-        super().__init__(1.0)
-        object.__setattr__(self, "seen", [])
-
-    def iteration(self, it):
-        self.seen.append(it.start_s)
-        return LatencyModel.iteration(self, it)
 
 
 @pytest.mark.parametrize(
@@ -240,10 +231,8 @@ class Counted(LatencyModel):
 )
 def test_time_is_skipped_unless_told_otherwise_and_no_edge_costs_a_look(options):
     """The edges of a window only end a jump: the next one starts there."""
-    group = SequenceGroup(0, [Sequence(0, 5, 30)])
-    result = simulate(
-        [group], PagedKVCacheManager(60, 4), Limits(60, 4), latency := Counted(), **options
-    )
+    latency = Counted()
+    result = serve([SequenceGroup(0, [Sequence(0, 5, 30)])], latency=latency, **options)
     assert latency.seen == [0.0], "the prompt, after which nothing is decided"
     assert result.num_iterations == min(30, options.get("until_s", 30))
     if "window_s" in options:
@@ -255,46 +244,31 @@ def test_time_is_skipped_unless_told_otherwise_and_no_edge_costs_a_look(options)
 def test_the_window_is_half_open_also_where_an_idle_gap_ends(plain, start_s):
     """An iteration that starts when the window opens is in it, one when it closes is not."""
     groups = [SequenceGroup(0, [Sequence(0, 5, 2)], start_s)]
-    result = simulate(
-        groups, PagedKVCacheManager(60, 4), Limits(60, 4), window_s=(10.0, 20.0), plain=plain
-    )
+    result = serve(groups, window_s=(10.0, 20.0), plain=plain)
     assert result.window_iterations == (2 if start_s == 10.0 else 0)
 
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_run_can_be_cut(plain):
     groups = [SequenceGroup(i, [Sequence(i, 5, 30)], 20.0 * i) for i in range(3)]
-    result = simulate(groups, PagedKVCacheManager(60, 4), Limits(60, 4), until_s=45.0, plain=plain)
+    result = serve(groups, until_s=45.0, plain=plain)
     assert result.finish_s == {0: 30.0} and result.num_iterations == 45
 
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize(
     ("until_s", "iterations"),
-    [
-        (0.0, 0),
-        (0.5, 1),
-        (29.0, 29),
-        (29.5, 30),
-        (99.0, 30),
-        (99.5, 30),
-        (100.0, 30),
-        (100.5, 31),
-        (101.0, 31),
-        (102.0, 32),
-    ],
+    [(0.0, 0), (0.5, 1), (29.0, 29), (29.5, 30), (99.0, 30), (100.0, 30), (100.5, 31), (102.0, 32)],
 )
 def test_a_run_is_cut_at_the_first_iteration_that_would_start_then(plain, until_s, iterations):
     """Also where that is in an idle gap, or at its very end."""
     groups = [SequenceGroup(0, [Sequence(0, 5, 30)]), SequenceGroup(1, [Sequence(1, 5, 5)], 100.0)]
-    result = simulate(
-        groups, PagedKVCacheManager(60, 4), Limits(60, 4), until_s=until_s, plain=plain
-    )
+    result = serve(groups, until_s=until_s, plain=plain)
     assert result.num_iterations == iterations
 
 
 def test_an_idle_gap_is_skipped():
     groups = [SequenceGroup(i, [Sequence(i, 5, 3)], 1000.0 * i) for i in range(2)]
-    result = simulate(groups, PagedKVCacheManager(60, 4), Limits(60, 4))
+    result = serve(groups)
     assert result.finish_s == {0: 3.0, 1: 1003.0} and result.num_iterations == 6
     assert result.normalized_latency == 1.0

@@ -14,16 +14,6 @@ from vllm_sim.serving.latency import FITTED, UNIT, LatencyModel, Software, laten
 from vllm_sim.serving.scheduler import Completion, Iteration, Limits
 from vllm_sim.serving.simulator import simulate
 
-FIELDS = (
-    "step_s",
-    "weights_s",
-    "token_s",
-    "context_s",
-    "prompt_s",
-    "copy_s",
-    "swap_out_s",
-    "swap_in_s",
-)
 SOFTWARE = Software(step_s=3e-3, prompt_s=7e-3, static_step_s=0.5e-3)
 
 
@@ -45,16 +35,10 @@ def start_times(model, num_seqs, context_tokens, count):
 @pytest.mark.parametrize("seed", range(40))
 def test_many_steps_take_what_the_iterations_take_one_by_one(seed):
     rng = random.Random(seed)
-    model = LatencyModel(
-        step_s=10 ** rng.uniform(-6, 1),
-        token_s=rng.choice([0.0, 10 ** rng.uniform(-9, 0)]),
-        context_s=rng.choice([0.0, 10 ** rng.uniform(-9, 0)]),
-        prompt_s=1e6,
-        copy_s=1e6,
-        swap_out_s=1e6,
-        swap_in_s=1e6,
-        block_size=16,
-    )
+    token_s, context_s = (rng.choice([0.0, 10 ** rng.uniform(-9, 0)]) for _ in range(2))
+    unused = dict.fromkeys(("prompt_s", "copy_s", "swap_out_s", "swap_in_s"), 1e6)
+    step_s = 10 ** rng.uniform(-6, 1)
+    model = LatencyModel(step_s, token_s, context_s, **unused, block_size=16)
     num_seqs = rng.randint(1, 300)
     context = rng.randint(num_seqs, 1000 * num_seqs)
     for num_steps in (1, 2, 3, rng.randint(4, 50), rng.randint(50, 2000)):
@@ -130,10 +114,8 @@ def test_a_step_that_would_start_when_the_wait_is_over_does_not(seed):
 
 def test_the_most_steps_that_are_allowed():
     for model in (UNIT, LatencyModel(step_s=1.0, token_s=0.5, context_s=0.25)):
-        assert model.steps_until(1e9, 7, 3, 30) == 7
-        assert model.steps_until(1e300, 7, 3, 30) == 7
-        assert model.steps_until(1e9, 0, 3, 30) == 0
-        assert model.steps_until(0.0, 7, 3, 30) == 0
+        for wait, at_most, steps in ((1e9, 7, 7), (1e300, 7, 7), (1e9, 0, 0), (0.0, 7, 0)):
+            assert model.steps_until(wait, at_most, 3, 30) == steps
         assert model.steps_until(-3.0, 7, 3, 30) == 0
 
 
@@ -167,16 +149,7 @@ def test_long_waits_of_real_models(seed):
 # --- iteration and completion --------------------------------------------------------------------
 
 # Each term has a decimal digit of its own.
-DIGITS = LatencyModel(
-    step_s=1.0,
-    token_s=10.0,
-    context_s=100.0,
-    prompt_s=1e3,
-    copy_s=1e4,
-    swap_out_s=1e5,
-    swap_in_s=1e6,
-    block_size=2,
-)
+DIGITS = LatencyModel(1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6, block_size=2)
 PAIR = (0, 1)
 
 
@@ -276,7 +249,7 @@ def test_an_iteration_takes_time(step_s):
         LatencyModel(step_s=step_s)
 
 
-@pytest.mark.parametrize("field", [*FIELDS, "block_size"])
+@pytest.mark.parametrize("field", LatencyModel.__slots__)
 def test_nothing_gives_time_back(field):
     model = LatencyModel(*range(1, 8), block_size=8)
     with pytest.raises(ValueError, match="nothing gives time back"):
