@@ -76,19 +76,15 @@ def points_of(model: str) -> list[Point]:
     return points
 
 
-def decode_throughput(batch_size: int, software: Software) -> float:
-    """Tokens/s of a decode step, each at the context with which Fig. 1's fill Table 1's slots."""
-    slots = 1000.0 * paper.TABLE1[FIG1_MODEL]["kilo_slots"]
-    context = slots / paper.FIG1_FULL_AT[paper.VLLM + "_requests"]  # of a request: 409 tokens
-    model = latency_model(models.DEPLOYMENTS[FIG1_MODEL], paper.BLOCK_SIZE, software)
-    return batch_size / model.decode_steps(1, batch_size, round(batch_size * context))
-
-
 def ours(source: Run | int, lengths: Lengths, software: Software) -> float:
-    """What these constants give in place of a point."""
-    if isinstance(source, int):
-        return decode_throughput(source, software)
-    return execute(source, lengths, software=software).normalized_latency
+    """What these constants give in place of a point. Fig. 1's are tokens/s of a decode step, each
+    request at the context with which its requests fill Table 1's slots: 409 tokens."""
+    if isinstance(source, Run):
+        return execute(source, lengths, software=software).normalized_latency
+    slots = 1000.0 * paper.TABLE1[FIG1_MODEL]["kilo_slots"]
+    context = slots / paper.FIG1_FULL_AT[paper.VLLM + "_requests"]
+    model = latency_model(models.DEPLOYMENTS[FIG1_MODEL], paper.BLOCK_SIZE, software)
+    return source / model.decode_steps(1, source, round(source * context))
 
 
 def log_ratios(points: Sequence[Point], lengths: Lengths, software: Software) -> list[float]:

@@ -1,5 +1,5 @@
-"""Tests of tools/fit_latency.py and fitted_points.py: the search finds known constants again, and
-those of latency.py; reproduce.py marks the points that it used.
+"""tools/fit_latency.py finds known constants again, and those of latency.py; reproduce.py marks the
+points that it used.
 
 The fits of the models to the whole of Fig. 12 take minutes: the tool's --check is that test.
 """
@@ -95,7 +95,7 @@ def test_points_are_those_of_the_model_and_only_13b_has_fig_1():
             assert Point(replace(run, rate=float(first[0])), first[1]) in points
 
 
-def test_decode_throughput_by_hand():
+def test_tokens_a_second_by_hand():
     software = Software(5e-3, 1.0, 1.0)
     opt = models.MODELS["opt-13b"]
     tokens = 40 * 15_700 / 38.4
@@ -105,8 +105,7 @@ def test_decode_throughput_by_hand():
         + 40 * 2 * opt.num_params / (0.5 * 312e12)
         + tokens * 819_200 / (0.8 * 1555e9)
     )
-    assert fit_latency.decode_throughput(40, software) == pytest.approx(40 / step, rel=1e-4)
-    assert fit_latency.ours(40, TABLES, software) == fit_latency.decode_throughput(40, software)
+    assert fit_latency.ours(40, TABLES, software) == pytest.approx(40 / step, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -167,78 +166,72 @@ def test_swap_constants_are_the_fit_of_fig_19a(name, figure):
     assert getattr(latency, name) == swap
     # No neighbour has a smaller squared relative error: the fit is what it says.
     for call_us, slot_us in ((1, 0), (-1, 0), (0, 0.1), (0, -0.1)):
-        other = [
-            256
-            / size
-            * (swap.call_s + call_us * 1e-6 + (swap.slot_s + slot_us * 1e-6) * size)
-            / (ms * 1e-3)
-            - 1.0
-            for size, ms in paper.FIG19A[figure].items()
-        ]
+        call_s, slot_s = swap.call_s + call_us * 1e-6, swap.slot_s + slot_us * 1e-6
+        drawn = paper.FIG19A[figure].items()
+        other = [256 / size * (call_s + slot_s * size) / (ms * 1e-3) - 1.0 for size, ms in drawn]
         assert fit_latency.rms(errors) <= fit_latency.rms(other)
 
 
-def run_tool(monkeypatch, capsys, *arguments, found=None, lengths_dir=None):
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
     """Exit code and output, with the long search replaced by its result."""
-    if lengths_dir is None:
+
+    def run(*arguments, found=FITTED["opt-13b"], lengths_dir=None):
         monkeypatch.delenv("LENGTHS_DIR", raising=False)
-    else:
-        monkeypatch.setenv("LENGTHS_DIR", str(lengths_dir))
-    software = found or FITTED["opt-13b"]
-    monkeypatch.setattr(fit_latency, "fit_software", lambda points, lengths: software)
-    monkeypatch.setattr(fit_latency, "fit_static", lambda model, lengths: software.static_step_s)
-    monkeypatch.setattr(
-        fit_latency,
-        "fit_swap",
-        lambda ms: (latency.SWAP_IN if ms is paper.FIG19A["swap in"] else latency.SWAP_OUT, [0.0]),
-    )
-    monkeypatch.setattr(fit_latency, "points_of", lambda model: [Point(4, 147.0)])
-    code = fit_latency.main(list(arguments))
-    return code, *capsys.readouterr()
+        if lengths_dir is not None:
+            monkeypatch.setenv("LENGTHS_DIR", str(lengths_dir))
+        swaps = {id(paper.FIG19A["swap in"]): latency.SWAP_IN}
+        results = {
+            "fit_software": lambda points, lengths: found,
+            "fit_static": lambda model, lengths: found.static_step_s,
+            "fit_swap": lambda ms: (swaps.get(id(ms), latency.SWAP_OUT), [0.0]),
+            "points_of": lambda model: [Point(4, 147.0)],
+        }
+        for name, function in results.items():
+            monkeypatch.setattr(fit_latency, name, function)
+        return fit_latency.main(list(arguments)), *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture
 def files(tmp_path):
-    (tmp_path / "sharegpt.csv").write_text("input_len,output_len\n10,20\n")
-    (tmp_path / "alpaca.csv").write_text("input_len,output_len\n10,20\n")
+    for name in ("sharegpt.csv", "alpaca.csv"):
+        (tmp_path / name).write_text("input_len,output_len\n10,20\n")
     return tmp_path
 
 
-def test_check_passes_when_latency_has_what_is_found(monkeypatch, capsys, files):
-    code, out, err = run_tool(
-        monkeypatch, capsys, "--check", "--model", "opt-13b", lengths_dir=files
-    )
+def test_check_passes_when_latency_has_what_is_found(run_tool, files):
+    code, out, err = run_tool("--check", "--model", "opt-13b", lengths_dir=files)
     assert (code, err) == (0, "")
     assert out.endswith("\nlatency.py has what is found\n") and "(latency.py)" not in out
 
 
-def test_check_names_each_constant_that_differs(monkeypatch, capsys, files):
-    other = replace(FITTED["opt-13b"], prompt_s=1.0)
+def test_check_names_each_constant_that_differs(run_tool, files):
+    given = {"found": replace(FITTED["opt-13b"], prompt_s=1.0), "lengths_dir": files}
     arguments = ("--model", "opt-13b", "--model", "opt-13b")
-    code, out, _ = run_tool(
-        monkeypatch, capsys, "--check", *arguments, found=other, lengths_dir=files
-    )
+    code, out, _ = run_tool("--check", *arguments, **given)
     lines = [line for line in out.splitlines() if ", found " in line]
     assert code == 1 and len(lines) == 1 and lines[0].startswith("FITTED['opt-13b'] is Software")
-    code, out, _ = run_tool(monkeypatch, capsys, *arguments, found=other, lengths_dir=files)
+    code, out, _ = run_tool(*arguments, **given)
     assert code == 0 and "(latency.py)" in out and ", found " not in out
 
 
-def test_check_without_the_length_files_and_a_bad_folder_are_one_line(
-    monkeypatch, capsys, tmp_path
-):
-    for arguments, folder in ((["--check"], None), ([], tmp_path / "no"), (["--check"], tmp_path)):
-        code, out, err = run_tool(monkeypatch, capsys, *arguments, lengths_dir=folder)
+def test_check_without_the_length_files_and_a_bad_folder_are_one_line(run_tool, tmp_path):
+    for arguments, folder, says in (
+        (["--check"], None, "--check needs LENGTHS_DIR"),
+        ([], tmp_path / "no", "no"),
+        (["--check"], tmp_path, "--check needs LENGTHS_DIR"),
+        (["--model", "opt-1"], None, "invalid choice: 'opt-1'"),
+    ):
+        code, out, err = run_tool(*arguments, lengths_dir=folder)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert err.startswith("fit_latency.py: error: ")
-    assert fit_latency.main(["--model", "opt-1"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "invalid choice: 'opt-1'" in err
+        assert err.startswith("fit_latency.py: error: ") and says in err
 
 
 def test_rms_and_log_ratios():
     assert fit_latency.rms([3.0, -4.0]) == pytest.approx(math.sqrt(12.5))
-    twice = fit_latency.decode_throughput(8, FITTED["opt-13b"]) * 2.0
+    twice = fit_latency.ours(8, TABLES, FITTED["opt-13b"]) * 2.0
     assert fit_latency.log_ratios([Point(8, twice)], TABLES, FITTED["opt-13b"]) == [
         pytest.approx(-math.log(2.0))
     ]

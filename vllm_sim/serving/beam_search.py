@@ -56,23 +56,17 @@ def beam_histories(
     num_sticks = _num_sticks(width, theta)
     for first in range(0, len(steps), MAX_HISTORIES_AT_ONCE):
         # Longest first, so that those still running are always a leading part.
-        order = sorted(
-            range(first, min(first + MAX_HISTORIES_AT_ONCE, len(steps))),
-            key=lambda index: -steps[index],
-        )
+        batch = range(first, min(first + MAX_HISTORIES_AT_ONCE, len(steps)))
+        order = sorted(batch, key=lambda index: -steps[index])
         scores = _first_scores(len(order), width)
         running = len(order)
-        step = 0
-        while True:
-            while running and steps[order[running - 1]] <= step:
+        for step in range(steps[order[0]]):
+            while steps[order[running - 1]] <= step:
                 running -= 1
-            if not running:
-                break
             draws = rng.standard_exponential((running, width, num_sticks))
             parents, scores = _survivors(draws, scores[:running], theta)
             for index, row in zip(order, parents.tolist()):
                 histories[index].append(row)
-            step += 1
     return histories
 
 

@@ -22,7 +22,7 @@ model can. An iteration takes, on each GPU,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kv_cache_manager import BaselineCacheManager
 from vllm_sim.models import Deployment
@@ -66,8 +66,6 @@ class LatencyModel:
     """Seconds of an iteration as a sum over what it does."""
 
     step_s: float  # each iteration: software and the weights
-    # Of step_s, what computing tokens may hide behind (0: nothing, the two add up).
-    weights_s: float = field(default=0.0, kw_only=True)
     token_s: float = 0.0  # each token computed
     context_s: float = 0.0  # each token of K/V read
     prompt_s: float = 0.0  # each prompt
@@ -75,6 +73,7 @@ class LatencyModel:
     swap_out_s: float = 0.0  # each block (measured for OPT-13B's slots)
     swap_in_s: float = 0.0
     block_size: int = 1
+    weights_s: float = 0.0  # of step_s, what computing tokens may hide behind (0: the two add up)
 
     def __post_init__(self) -> None:
         if not self.step_s > 0.0 or min(getattr(self, f) for f in self.__slots__) < 0.0:
@@ -82,11 +81,8 @@ class LatencyModel:
 
     def iteration(self, it: Iteration) -> float:
         """One iteration, as scheduled."""
-        seconds = (
-            self.step_s
-            + self.token_s * (it.num_decodes + it.prompt_tokens)
-            + self.context_s * it.context_tokens
-        )
+        seconds = self.step_s + self.token_s * (it.num_decodes + it.prompt_tokens)
+        seconds += self.context_s * it.context_tokens
         if it.prefills:
             seconds += self.prompt_s * len(it.prefills)
         if it.copies:
@@ -141,21 +137,21 @@ def latency_model(
 ) -> LatencyModel:
     """The model of a deployment; `software` as fitted unless given, `static` for
     FasterTransformer's. KeyError for a model or GPU of which nothing is known."""
-    model, gpus = deployment.model, deployment.num_gpus
-    gpu = deployment.gpu
+    model, gpu, gpus = deployment.model, deployment.gpu, deployment.num_gpus
     if gpu.bytes_per_s is None or gpu.flops_per_s is None:
         raise KeyError(gpu.name)
     software = software or FITTED[FITTED_LIKE.get(model.name, model.name)]
     weights = model.weights()
     params = weights.split // gpus + weights.whole
     bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
+    weights_s = 2 * params / bandwidth
     slot_bytes = model.kv_bytes_per_token / gpus
     return LatencyModel(
-        step_s=(software.static_step_s if static else software.step_s) + 2 * params / bandwidth,
+        step_s=(software.static_step_s if static else software.step_s) + weights_s,
         token_s=2 * params / (FLOPS_USED * gpu.flops_per_s),
         context_s=slot_bytes / bandwidth,
         prompt_s=0.0 if static else software.prompt_s,
-        weights_s=2 * params / bandwidth if static else 0.0,
+        weights_s=weights_s if static else 0.0,
         copy_s=2 * slot_bytes / bandwidth,
         swap_out_s=SWAP_OUT.call_s + SWAP_OUT.slot_s * block_size,
         swap_in_s=SWAP_IN.call_s + SWAP_IN.slot_s * block_size,
