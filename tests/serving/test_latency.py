@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, astuple, replace
 from fractions import Fraction
 
 import pytest
@@ -144,6 +144,24 @@ def test_long_waits_of_real_models(seed):
     assert steps >= 1
     assert start(steps - 1) < Fraction(wait) * (1 + Fraction(1, 10**12))
     assert start(steps) >= Fraction(wait) * (1 - Fraction(1, 10**12))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_steps_of_a_wait_are_computed_and_not_searched(monkeypatch, seed):
+    """Two looks tell that it is this many and no step less: a search would take thousands."""
+    rng, looks, real = random.Random(seed), [], LatencyModel.decode_steps
+
+    def counted(*args):
+        looks.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(LatencyModel, "decode_steps", counted)
+    for _ in range(20):
+        model = LatencyModel(rng.uniform(1e-3, 0.1), rng.uniform(0, 1e-3), rng.uniform(1e-6, 1e-4))
+        num_seqs, wait_s = rng.randint(1, 60), rng.uniform(20.0, 1000.0)
+        steps = model.steps_until(wait_s, 10**6, num_seqs, num_seqs * rng.randint(1, 400))
+        assert steps > 1 and len(looks) == 2
+        looks.clear()
 
 
 # --- iteration and completion --------------------------------------------------------------------
@@ -307,6 +325,11 @@ def test_the_fitted_constants_are_the_default(name):
     assert model.prompt_s == fitted.prompt_s > bare.prompt_s == 0.0
 
 
+@pytest.mark.parametrize("name", FITTED)
+def test_fitted_constants_are_milliseconds(name):
+    assert all(0.0 < seconds < 0.1 for seconds in astuple(FITTED[name]))
+
+
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_faster_transformer_has_a_step_of_its_own_and_prompts_for_nothing(name):
     usual = latency_model(DEPLOYMENTS[name], 16, SOFTWARE)
@@ -326,9 +349,18 @@ def test_what_is_not_known_is_refused():
         with pytest.raises(KeyError, match=r"opt-6\.7b"):
             latency_model(unknown, 16, static=static)
     assert latency_model(unknown, 16, SOFTWARE).prompt_s == 7e-3, "its constants were given"
-    elsewhere = Deployment(MODELS["opt-13b"], GPU("h100-80gb", 80 * 10**9), 1)
-    with pytest.raises(KeyError, match="h100"):
-        latency_model(elsewhere, 16)
+    for known in ({}, {"bytes_per_s": 2e12}, {"flops_per_s": 3e14}):
+        elsewhere = Deployment(MODELS["opt-13b"], GPU("h100-80gb", 80 * 10**9, **known), 1)
+        with pytest.raises(KeyError, match="h100"):
+            latency_model(elsewhere, 16)
+
+
+def test_a_model_takes_nothing_for_what_it_does_not_name():
+    assert LatencyModel(1.0).iteration(busy_iteration()) == 1.0
+    with pytest.raises(FrozenInstanceError):
+        UNIT.step_s = 2.0
+    with pytest.raises(TypeError):
+        latency_model(DEPLOYMENTS["opt-13b"], 16, None, True)
 
 
 def test_swapping_a_block_takes_a_call_and_its_slots():
