@@ -52,6 +52,12 @@ def test_scenario_4_serves_a_trace(capfd, tmp_path, write):
     assert all(check["ok"] for check in found["checks"])
 
 
+def test_help_names_the_page_about_traces(run_script):
+    done = run_script("main.py", "--help")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.isascii()
+    assert "--trace " in done.stdout and "docs/capacity.md" in done.stdout
+
+
 def test_without_a_trace_nothing_is_said_of_one(capfd, tmp_path):
     path = tmp_path / "out.json"
     assert main.main([*SMALL, "--json", str(path)]) == 0

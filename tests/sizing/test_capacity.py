@@ -3,15 +3,12 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from published_models import PUBLISHED
 
 import capacity
 from kv_cache_manager import MemoryUsage
@@ -19,7 +16,6 @@ from vllm_sim import paper
 from vllm_sim.models import DEPLOYMENTS, MODELS
 from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import BLOCK_SIZES, FORKS, block_sizes, copies_per_fork
-from vllm_sim.sizing.case import make_case
 from vllm_sim.sizing.concurrency import (
     SAMPLE,
     WorkloadNameError,
@@ -28,22 +24,9 @@ from vllm_sim.sizing.concurrency import (
     means,
     parse_workload,
 )
-from vllm_sim.sizing.options import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--workload", "30,20")  # short requests: simulated in no time
-
-
-@pytest.fixture
-def config(tmp_path):
-    """Writes a published configuration, with changes, and returns its path."""
-
-    def write(name, **changes):
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(PUBLISHED[name][1] | changes))
-        return str(path)
-
-    return write
 
 
 @pytest.fixture
@@ -132,12 +115,12 @@ def test_same_seed_same_output_and_another_seed_differs(run):
 def test_json_has_exactly_the_promised_keys(run):
     _, found = run(*QUICK)
     keys = "schema script options versions setting tables exit_code seeds checks elapsed_s"
-    assert set(found) == set(keys.split())
+    assert sorted(found) == sorted(keys.split())
     keys = "model family parameters active_parameters layers hidden_size heads kv_heads head_size"
     keys += " gpu gpus memory_bytes plan dtype kv_dtype kv_bytes_per_token weight_bytes_per_gpu"
     keys += " kv_cache_bytes_per_gpu num_blocks block_size num_slots max_model_len workload"
     keys += " prefix_len seed notes"
-    assert list(found["setting"]) == keys.split()
+    assert sorted(found["setting"]) == sorted(keys.split())
     for part in found["tables"]:
         assert list(part) == ["id", "title", "setting", "headers", "index", "rows", "answer"]
     assert found["setting"]["parameters"] == MODELS["opt-13b"].num_params
@@ -223,52 +206,31 @@ def test_requests_that_are_cut_are_told(run):
 # ---- how it starts ----------------------------------------------------------------------------
 
 
-def modules_after(code):
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def modules_after(run_script, code):
+    done = run_script("-c", f"import sys\n{code}\nprint(*sys.modules)")
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.split("\n")[-2].split()
 
 
-def test_help_loads_next_to_nothing():
-    loaded = modules_after("import capacity\ncapacity.build_parser().format_help()")
-    assert not {"torch", "numpy", "tabulate", "serving", "workload"} & set(loaded)
+def test_help_loads_next_to_nothing(run_script):
+    code = "import capacity\ncapacity.build_parser().format_help()"
+    loaded = {name.rpartition(".")[2] for name in modules_after(run_script, code)}
+    assert not {"torch", "numpy", "tabulate", "serving", "workload"} & loaded
 
 
-def test_a_whole_run_loads_no_torch():
-    args = ["--workload", "30,20"]
-    assert "torch" not in modules_after(f"import capacity\nassert not capacity.main({args})")
+def test_a_whole_run_loads_no_torch(run_script):
+    code = "import capacity\nassert not capacity.main(['--workload', '30,20', '--quiet'])"
+    assert "torch" not in modules_after(run_script, code)
 
 
-def test_help_has_every_option():
-    done = subprocess.run(
-        [sys.executable, ROOT / "capacity.py", "--help"], capture_output=True, text=True
-    )
+def test_help_has_every_option_from_any_folder(run_script, tmp_path):
+    done = run_script("capacity.py", "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.isascii()
-    for option in (
-        "model",
-        "gpu",
-        "gpu-memory",
-        "gpus",
-        "dtype",
-        "kv-dtype",
-        "plan",
-        "allowance",
-        "gpu-memory-utilization",
-        "max-model-len",
-        "block-size",
-        "workload",
-        "prefix-len",
-        "seed",
-        "json",
-        "format",
-        "quiet",
-    ):
-        assert f"--{option}" in done.stdout
+    options = "model gpu gpu-memory gpus dtype kv-dtype plan allowance gpu-memory-utilization"
+    options += " max-model-len block-size workload prefix-len seed json figures format quiet"
+    options += " trace preemption-rate rate trace-rows speed-of"
+    assert all(f"--{option} " in done.stdout for option in options.split())
+    assert "docs/capacity.md" in done.stdout
 
 
 # ---- input that cannot be used ----------------------------------------------------------------
@@ -345,22 +307,21 @@ def test_what_cannot_be_had_takes_one_line(args, told, capfd, monkeypatch):
     assert told in errors and errors.isascii()
 
 
-def test_bad_configurations_take_one_line_of_a_process(tmp_path, config):
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"model_type": "mamba"}', "a state-space model has no K/V cache"),
+        (b'{"model_type": "llama"}', "has no hidden_size"),
+        (b'{"model_type": "llama", "hidden', "not JSON"),
+        (b"\xff\n", "not a JSON file"),
+    ],
+)
+def test_a_bad_configuration_takes_one_line_of_a_process(content, told, tmp_path, run_script):
     path = tmp_path / "config.json"
-    for content, told in (
-        ('{"model_type": "mamba"}', "a state-space model has no K/V cache"),
-        ('{"model_type": "llama"}', "has no hidden_size"),
-        ('{"model_type": "llama", "hidden', "not JSON"),
-        ("\udcff\n", "not a JSON file"),
-    ):
-        path.write_text(content, encoding="utf-8", errors="surrogateescape")
-        done = subprocess.run(
-            [sys.executable, ROOT / "capacity.py", "--model", path, "--json", tmp_path / "o.json"],
-            capture_output=True,
-            text=True,
-        )
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.count("\n") == 1 and told in done.stderr
+    path.write_bytes(content)
+    done = run_script("capacity.py", "--model", path, "--json", tmp_path / "out.json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and told in done.stderr
     assert os.listdir(tmp_path) == ["config.json"]
 
 
@@ -513,8 +474,8 @@ def test_the_answer_says_how_much_of_the_workload_was_cut(run):
     assert re.search(r"paging holds [^;]*; \d+ % of it was longer than the maximum", printed)
 
 
-def test_without_a_prefix_nothing_is_said_of_one():
-    case = make_case(build_parser().parse_args([*QUICK]))
+def test_without_a_prefix_nothing_is_said_of_one(case_of):
+    case = case_of(*QUICK)
     found = [
         block_sizes(replace(case, prefix_len=length), means(case.workload, case.max_len, 0))
         for length in (100, 0)

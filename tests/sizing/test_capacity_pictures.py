@@ -21,8 +21,8 @@ SHORT = ["--gpu-memory", "30", "--workload", "20,30"]
 
 
 @pytest.fixture(scope="module")
-def sections():
-    case = make_case(build_parser().parse_args([*SHORT, "--max-model-len", "300"]))
+def sections(case_of):
+    case = case_of(*SHORT, "--max-model-len", 300)
     return {section.name: section for section in answers.sections(case)}
 
 
@@ -91,8 +91,8 @@ def test_a_panel_for_what_each_block_size_changes(sections):
 
 
 @needs_matplotlib
-def test_without_a_prefix_its_panel_is_empty():
-    case = replace(make_case(build_parser().parse_args(SHORT)), prefix_len=0)
+def test_without_a_prefix_its_panel_is_empty(case_of):
+    case = replace(case_of(*SHORT), prefix_len=0)
     section = answers.block_sizes(case, means(case.workload, case.max_len, case.seed))
     found = pictures.by_block_size(section)
     assert [len(axes.get_lines()) for axes in found.axes] == [1, 0, 1, 1]

@@ -4,25 +4,18 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from published_models import PUBLISHED
 from test_traces import AZURE, BURSTGPT, MOONCAKE, needs_data
 
 import capacity
-from vllm_sim.models import DEPLOYMENTS
 from vllm_sim.paper import GIB
 from vllm_sim.reporting import progress
-from vllm_sim.serving import latency
 from vllm_sim.serving.systems import POLICIES
-from vllm_sim.sizing import speed
-from vllm_sim.sizing.case import TraceCase, make_case
-from vllm_sim.sizing.options import build_parser
+from vllm_sim.sizing.case import TraceCase
 from vllm_sim.sizing.speed import speed_of
 from vllm_sim.sizing.trace_needs import EXACT
 from vllm_sim.sizing.trace_serving import serve
@@ -81,10 +74,6 @@ def rows_of(found, start):
     return rows
 
 
-def case_of(*args):
-    return make_case(build_parser().parse_args([*map(str, args)]))
-
-
 # ---- what capacity.py says --------------------------------------------------------------------
 
 
@@ -107,7 +96,7 @@ def test_the_answer_first_then_a_table_and_an_answer_each(run, write):
     assert setting["trace"]["rows_refused"] == {"a prompt of 0 tokens": 1, "the time is not one": 1}
 
 
-def test_the_figures_are_those_of_the_parts(run, write):
+def test_the_figures_are_those_of_the_parts(run, write, case_of):
     """Lengths by numpy, the rest by serving the trace again with what was found."""
     path = write(requests())
     printed, found = run("--trace", path, "--preemption-rate", 0.1)
@@ -221,11 +210,10 @@ def test_a_server_that_falls_behind_is_told(run, write):
     assert "falls behind" not in printed
 
 
-def test_a_request_too_long_for_a_server_is_told(run, write, tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(PUBLISHED["Llama-3.2-1B"][1]))
+def test_a_request_too_long_for_a_server_is_told(run, write, config):
+    path = config("Llama-3.2-1B")
     text = "time,input_len,output_len\n0,100000,20\n1,5,5\n2,5,9\n"
-    args = ("--model", config, "--gpu-memory", 5.5, "--speed-of", "l4", "--trace", write(text))
+    args = ("--model", path, "--gpu-memory", 5.5, "--speed-of", "l4", "--trace", write(text))
     printed, found = run(*args)
     assert "no number of servers of" in printed.split("\n")[0]
     assert "under paged, oracle" not in printed and "does not fit the" in printed
@@ -234,10 +222,9 @@ def test_a_request_too_long_for_a_server_is_told(run, write, tmp_path):
     assert "1 x GPU of 5.50 GiB" in printed and "at the speed of 1 x l4" in printed
 
 
-def test_windows_are_told(run, write, tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(PUBLISHED["Gemma-3-1B"][1]))
-    printed, found = run("--model", config, "--gpu", "t4", "--trace", write(requests(20)))
+def test_windows_are_told(run, write, config):
+    path = config("Gemma-3-1B")
+    printed, found = run("--model", path, "--gpu", "t4", "--trace", write(requests(20)))
     assert "every layer whole, without windows" in printed
     assert len(found["tables"]) == 10
 
@@ -260,48 +247,6 @@ def test_a_slow_run_says_which_step_it_is_at(write, capfd, monkeypatch):
     assert len(steps) == 2 + 2 * 2 * len(POLICIES)
     assert capacity.main(["--trace", write(requests(12)), "--quiet"]) == 0
     assert capfd.readouterr().err == ""
-
-
-# ---- the speed --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
-def test_the_papers_deployments_have_the_papers_speed(name, monkeypatch):
-    deployment = DEPLOYMENTS[name]
-    case = case_of("--model", name, "--gpu", deployment.gpu.name, "--gpus", deployment.num_gpus)
-    own = speed_of(case.plan, deployment.gpu.name)
-    assert own.latency == latency.latency_model(deployment, 16)
-    monkeypatch.setattr(speed, "PAPERS_GPUS", ())  # as if it were any other GPU
-    derived = speed_of(case.plan, deployment.gpu.name)
-    for part in ("step_s", "token_s", "context_s", "prompt_s"):
-        want = getattr(own.latency, part)
-        assert getattr(derived.latency, part) == pytest.approx(want, rel=0.015), part
-
-
-def test_a_speed_by_hand(tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(PUBLISHED["Llama-3-8B"][1]))
-    case = case_of("--model", config, "--gpu", "h100", "--kv-dtype", "fp8")
-    found = speed_of(case.plan, "h100")
-    assert "the constants of opt-13b" in found.assumed
-    embedding = 128_256 * 4096
-    params = case.model.weights().total - embedding
-    bandwidth, flops = 0.8 * 3350e9, 0.5 * 989.5e12
-    assert found.latency.step_s == pytest.approx(6.5e-3 + 2 * params / bandwidth)
-    assert found.latency.token_s == pytest.approx(2 * params / flops)
-    assert found.latency.context_s == pytest.approx(2 * 32 * 8 * 128 / bandwidth)
-    with pytest.raises(KeyError):
-        speed_of(case.plan, "a100")
-
-
-def test_only_active_experts_compute_but_all_are_read(tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(PUBLISHED["Mixtral-8x7B"][1]))
-    case = case_of("--model", config, "--gpu", "h200")
-    weights, model = case.model.weights(), speed_of(case.plan, "h200").latency
-    flops, bandwidth = 0.5 * 989.5e12, 0.8 * 4800e9
-    assert model.token_s == pytest.approx(2 * weights.active / flops, rel=0.02)
-    assert model.step_s == pytest.approx(6.5e-3 + 2 * weights.total / bandwidth, rel=0.01)
 
 
 # ---- input that cannot be used ----------------------------------------------------------------
@@ -364,21 +309,6 @@ def test_too_much_at_a_time_takes_one_line(write, capfd, monkeypatch):
     monkeypatch.setattr("vllm_sim.sizing.trace_serving.LARGEST_POOL", 64)
     assert capacity.main(["--trace", write(requests())]) == 2
     assert "the trace needs more than 64 blocks of 16 slots at a time" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("script", "options"),
-    [
-        ("capacity.py", ("trace", "preemption-rate", "rate", "trace-rows", "speed-of")),
-        ("main.py", ("trace",)),
-    ],
-)
-def test_help_has_every_option_and_the_page(script, options):
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.isascii()
-    for option in options:
-        assert f"--{option} " in done.stdout
-    assert "docs/capacity.md" in done.stdout
 
 
 # ---- a real one -------------------------------------------------------------------------------
