@@ -11,7 +11,7 @@ between -1 and 1 and 16 elements make a score, so the weights of two tokens diff
 mostly by less than e; a foreign token among a hundred would be seen a hundred times over.
 
 The slow runs take ISOLATION_LIFETIMES (environment) sequences, or 10,000; triton on a CPU 500:
-    python tools/hunt.py isolation-gather
+    pytest -m slow tests/core/test_isolation.py
 """
 
 import os
@@ -171,55 +171,41 @@ def live(seed, kernel, count=24, mode=None, num_layers=2, broken=None):
     return attending, result
 
 
-def live_on(lifetimes, kernel, record=lambda *_: None, **options):
+def live_on(lifetimes, kernel, figure, **options):
     """Pool after pool, until so many sequences have lived."""
     begin = time.process_time()
-    lived = outputs = swaps = recomputations = copies = seed = 0
-    while lived < lifetimes:
+    found = dict.fromkeys(("sequences", "pools", "outputs", "swaps", "recomputations", "copies"), 0)
+    while found["sequences"] < lifetimes:
+        seed = found["pools"]
         attending, result = live(seed, kernel, **options)
         assert attending.foreign == attending.wrong == [], f"seed {seed}"
-        lived += attending.verified
-        outputs += attending.outputs
-        swaps, copies = swaps + result.num_swaps, copies + result.num_copies
-        recomputations += result.num_recomputations
-        seed += 1
-    found = {
-        "kernel": kernel,
-        "device": str(DEVICE),
-        "sequences": lived,
-        "pools": seed,
-        "outputs": outputs,
-        "swaps": swaps,
-        "recomputations": recomputations,
-        "block copies": copies,
-        "cpu_s": round(time.process_time() - begin, 1),
-    }
-    print(found)
-    for name, value in found.items():
-        record(name, value)
-    assert outputs > 2 * lived and swaps and recomputations and copies
+        found["pools"] += 1
+        found["sequences"] += attending.verified
+        found["outputs"] += attending.outputs
+        found["swaps"] += result.num_swaps
+        found["recomputations"] += result.num_recomputations
+        found["copies"] += result.num_copies
+    assert all(found.values()) and found["outputs"] > 2 * found["sequences"]
+    seconds = round(time.process_time() - begin, 1)
+    figure(f"isolation, kernel {kernel} on {DEVICE.type}", **found, cpu_seconds=seconds)
 
 
-def test_the_gather_kernel_keeps_sequences_apart(record_property):
-    live_on(500, GATHER, record_property)
+@pytest.mark.parametrize("lifetimes", [500, pytest.param(LIFETIMES, marks=pytest.mark.slow)])
+def test_the_gather_kernel_keeps_sequences_apart(figure, lifetimes):
+    live_on(lifetimes, GATHER, figure)
 
 
-@pytest.mark.slow
-def test_the_gather_kernel_keeps_10_000_sequences_apart(record_property):
-    live_on(LIFETIMES, GATHER, record_property)
-
-
-def test_the_triton_kernel_keeps_sequences_apart(record_property):
+def test_the_triton_kernel_keeps_sequences_apart(figure):
     pytest.importorskip("triton")
-    live_on(500 if ON_CUDA else 60, TRITON, record_property, count=12, num_layers=1)
+    live_on(500 if ON_CUDA else 60, TRITON, figure, count=12, num_layers=1)
 
 
 @pytest.mark.slow
-def test_the_triton_kernel_keeps_many_sequences_apart(record_property):
+def test_the_triton_kernel_keeps_many_sequences_apart(figure):
     pytest.importorskip("triton")
     asked = ON_CUDA or "ISOLATION_LIFETIMES" in os.environ
     lifetimes = LIFETIMES if asked else LIFETIMES // 20  # the interpreter is slow
-    live_on(lifetimes, TRITON, record_property, num_layers=2 if ON_CUDA else 1)
+    live_on(lifetimes, TRITON, figure, num_layers=2 if ON_CUDA else 1)
 
 
 # ---- what is broken is found ----------------------------------------------------------------
