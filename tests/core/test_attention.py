@@ -17,6 +17,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = [(1, 1), (4, 4), (16, 16), (4, 1), (16, 4), (16, 1)]  # (H, H_kv)
 INF = math.inf
 
+pytestmark = pytest.mark.usefixtures("few_bytes")
+
 
 def random_qkv(shape_q, shape_k, dtype, device, seed):
     """q, k, v from a normal distribution, drawn on the CPU: the same on every device."""
@@ -81,13 +83,12 @@ def poisoned(x, live, bad=math.nan):
     return x.masked_fill(~live[:, :, None, None], bad)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors here are small: threads that wait for each other cost five times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def refuses(error, call, cases):
+    """Every case is refused with this error."""
+    for case in cases:
+        with pytest.raises(error):
+            call(*case)
+            pytest.fail(f"{case} was accepted")
 
 
 @pytest.fixture(params=["loop", "batched"])
@@ -275,9 +276,8 @@ def test_masks_by_hand():
     assert causal_mask(2, 3, 4).int().tolist() == [[[1, 1, 0, 0], [1, 1, 1, 0]]]
     ragged = causal_mask(2, torch.tensor([1, 3]), 3).int().tolist()
     assert ragged == [[[0, 0, 0], [1, 0, 0]], [[1, 1, 0], [1, 1, 1]]]
-    for bad in (lambda: length_mask(torch.tensor([[1]]), 2), lambda: causal_mask(2, torch.ones(1))):
-        with pytest.raises(ShapeError):
-            bad()
+    refuses(ShapeError, length_mask, [(torch.tensor([[1]]), 2)])
+    refuses(ShapeError, causal_mask, [(2, torch.ones(1))])
 
 
 def test_inputs_that_do_not_fit_are_refused():
@@ -300,10 +300,6 @@ def test_inputs_that_do_not_fit_are_refused():
         (q, k, k, ones[..., :4]),
         (q, k, k, ones[None]),
     ]
-    for case, arguments in enumerate(refused):
-        with pytest.raises(ShapeError):
-            attention(*arguments)
-            pytest.fail(f"case {case} was accepted")
-    for outs, lses in [((2, 3, 4), (2, 4)), ((2, 3, 4), (3, 3)), ((0, 3, 4), (0, 3)), ((4,), ())]:
-        with pytest.raises(ShapeError):
-            merge_attention(torch.zeros(outs), torch.zeros(lses))
+    refuses(ShapeError, attention, refused)
+    shapes = [((2, 3, 4), (2, 4)), ((2, 3, 4), (3, 3)), ((0, 3, 4), (0, 3)), ((4,), ())]
+    refuses(ShapeError, merge_attention, [map(torch.zeros, pair) for pair in shapes])

@@ -10,7 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_paged_attention import REFUSED, bits, block_major, stamped
+from test_attention import NEEDS_CUDA, refuses
+from test_paged_attention import REFUSED, bits, block_major
+from test_paged_attention import (
+    test_refused_maps_change_nothing_and_empty_ones_do_nothing as refused_maps,
+)
 
 import paged_attention
 from attention import ShapeError
@@ -41,17 +45,8 @@ def drawn(shape, dtype, seed):
 def twins(sizes, dtype, seed, num_cpu_blocks=0):
     """Two caches with the same random bytes: by the kernels, and by plain torch."""
     *shape, layers = sizes
-    both = [
-        PagedKVCache(
-            *shape,
-            num_layers=layers,
-            dtype=dtype,
-            device=DEVICE,
-            num_cpu_blocks=num_cpu_blocks,
-            fused=fused,
-        )
-        for fused in (True, False)
-    ]
+    options = {"num_layers": layers, "num_cpu_blocks": num_cpu_blocks, "dtype": dtype}
+    both = [PagedKVCache(*shape, device=DEVICE, fused=fused, **options) for fused in (True, False)]
     for cache in both:
         cache.pool.copy_(drawn(cache.pool.shape, dtype, seed))
         if num_cpu_blocks:
@@ -60,9 +55,8 @@ def twins(sizes, dtype, seed, num_cpu_blocks=0):
 
 
 def same(a, b):
-    return torch.equal(bits(a.pool), bits(b.pool)) and torch.equal(
-        bits(a.cpu_pool), bits(b.cpu_pool)
-    )
+    pools = (a.pool, b.pool), (a.cpu_pool, b.cpu_pool)
+    return all(torch.equal(bits(one), bits(other)) for one, other in pools)
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -132,16 +126,10 @@ def test_a_write_refuses_what_the_plain_one_refuses():
     fused, plain = twins((4, 2, 1, 6, 1), torch.float16, seed=11)
     slots, k = torch.tensor([0, 1], device=DEVICE), torch.zeros(2, 1, 6, device=DEVICE)
     half = k.half()
-    for arguments in (
-        (slots, k, half),
-        (slots, half, half[:1]),
-        (slots.int(), half, half),
-        (slots[:1], half, half),
-        (slots[None], half, half),
-    ):
-        for cache in (fused, plain):
-            with pytest.raises(ShapeError):
-                cache.write(0, *arguments)
+    cases = [(0, slots, k, half), (0, slots, half, half[:1])]
+    cases += [(0, bad, half, half) for bad in (slots.int(), slots[:1], slots[None])]
+    for cache in (fused, plain):
+        refuses(ShapeError, cache.write, cases)
     if not ON_CUDA:
         with pytest.raises(BlockMapError):
             fused.write(0, torch.tensor([0, 8]), half, half)
@@ -220,9 +208,8 @@ def test_no_blocks_are_no_launch():
 def test_blocks_that_do_not_lie_whole_are_refused():
     pool = torch.zeros(2, 4, 6, device=DEVICE)
     pairs = torch.tensor([[0, 1]], device=DEVICE)
-    for bad in (pool[:, :, ::2], pool[:, :, :4], pool.transpose(1, 2)):
-        with pytest.raises(ShapeError):
-            kernels.move_blocks(bad, bad, pairs)
+    cases = (pool[:, :, ::2], pool[:, :, :4], pool.transpose(1, 2))
+    refuses(ShapeError, kernels.move_blocks, [(bad, bad, pairs) for bad in cases])
 
 
 # --- swapping -------------------------------------------------------------------------------
@@ -250,35 +237,15 @@ def test_swaps_give_the_bits_of_the_plain_path(monkeypatch, sizes, dtype, staged
 
 @pytest.mark.parametrize("operation", REFUSED)
 def test_refused_maps_change_nothing(operation):
-    cache = PagedKVCache(
-        7, 3, 1, 2, num_layers=2, num_cpu_blocks=4, dtype=torch.float16, device=DEVICE, fused=True
-    )
-    cache.pool.copy_(stamped().pool)
-    cache.cpu_pool.copy_(stamped().cpu_pool)
-    for bad in REFUSED[operation]:
-        with pytest.raises(BlockMapError):
-            getattr(cache, operation)([(3, 3), *bad])
-            pytest.fail(f"{bad} was accepted")
-    assert torch.equal(cache.pool.cpu(), stamped().pool)
-    assert torch.equal(cache.cpu_pool, stamped().cpu_pool)
+    refused_maps(DEVICE, operation, fused=True)
 
 
 # --- the rest stays poisoned, and what needs a device -------------------------------------------
 
 
 def test_nothing_else_is_touched_and_no_poison_gets_in():
-    cache = PagedKVCache(
-        8,
-        4,
-        3,
-        5,
-        num_layers=2,
-        num_cpu_blocks=4,
-        dtype=torch.bfloat16,
-        device=DEVICE,
-        poison=True,
-        fused=True,
-    )
+    sizes = {"num_layers": 2, "num_cpu_blocks": 4, "dtype": torch.bfloat16}
+    cache = PagedKVCache(8, 4, 3, 5, **sizes, device=DEVICE, poison=True, fused=True)
     k, v = (torch.rand(4, 3, 5, device=DEVICE).bfloat16() for _ in (0, 1))
     for layer in (0, 1):
         cache.write(layer, torch.arange(8, 12, device=DEVICE), k, v)  # block 2
@@ -336,7 +303,7 @@ def test_where_triton_cannot_run_plain_torch_moves_the_blocks(monkeypatch, asked
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
+@NEEDS_CUDA
 @pytest.mark.parametrize("heads", [(16, 128), (1, 2047)])  # words of 8 bytes, and of 2
 def test_pools_beyond_2_to_the_31_elements(heads):
     """Parts of some 1.5 * 2**31 elements: V, and the end of K, lie beyond what 32 bits count."""
@@ -363,7 +330,7 @@ def test_pools_beyond_2_to_the_31_elements(heads):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
+@NEEDS_CUDA
 def test_swaps_do_not_wait_and_whoever_reads_the_host_does():
     fused = twins((64, 16, 40, 128, 4), torch.float16, seed=18, num_cpu_blocks=64)[0]
     pairs = [(block, (7 * block) % 64) for block in range(64)]
@@ -384,7 +351,7 @@ def test_swaps_do_not_wait_and_whoever_reads_the_host_does():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
+@NEEDS_CUDA
 def test_many_blocks_at_opt_13bs_layer_shape():
     fused, plain = twins((128, 16, 40, 128, 2), torch.float16, seed=19)
     rng = random.Random(20)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import (  # noqa: F401 (two of them are fixtures)
+from test_attention import (
     DEVICES,
     DTYPES,
     HEADS,
     assert_close,
-    one_thread,
-    path,
+    path,  # noqa: F401 (a fixture)
     random_qkv,
+    refuses,
 )
 
 import paged_attention
@@ -41,6 +41,8 @@ from paged_attention import (
     runs,
     slot_mapping,
 )
+
+pytestmark = pytest.mark.usefixtures("few_bytes")
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -80,19 +82,10 @@ def block_major(x):
     return x.permute(2, 0, 1, 3, 4, 5).cpu()
 
 
-def stamped(device="cpu", num_blocks=7, num_cpu_blocks=4, block_size=3, poison=False):
-    """A cache of fp16 whose every element names its place: 2 layers, 1 head of size 2."""
-    cache = PagedKVCache(
-        num_blocks,
-        block_size,
-        1,
-        2,
-        num_layers=2,
-        num_cpu_blocks=num_cpu_blocks,
-        dtype=torch.float16,
-        device=device,
-        poison=poison,
-    )
+def stamped(device="cpu", **options):
+    """A cache of fp16 whose every element names its place: 7 and 4 blocks of 3 slots, 2 layers."""
+    sizes = {"num_layers": 2, "num_cpu_blocks": 4, "dtype": torch.float16}
+    cache = PagedKVCache(7, 3, 1, 2, device=device, **sizes, **options)
     cache.pool.copy_(torch.arange(cache.pool.numel()).view(cache.pool.shape))
     cache.cpu_pool.copy_(-1 - torch.arange(cache.cpu_pool.numel()).view(cache.cpu_pool.shape))
     return cache
@@ -229,18 +222,9 @@ def test_kernel_refuses_what_does_not_fit():
         (q[:, :3], *pools, tables, lens),
         (q.half(), *pools, tables, lens),
     ]
-    for case, arguments in enumerate(refused):
-        with pytest.raises(ShapeError):
-            paged_attention_kernel(*arguments)
-            pytest.fail(f"case {case} was accepted")
-    for bad_tables, bad_lens in (
-        (tables - 1, lens),
-        (tables + 4, lens),
-        (tables, lens + 1),
-        (tables, lens - 1),
-    ):
-        with pytest.raises(BlockMapError):
-            paged_attention_kernel(q, *pools, bad_tables, bad_lens)
+    refuses(ShapeError, paged_attention_kernel, refused)
+    outside = [(tables - 1, lens), (tables + 4, lens), (tables, lens + 1), (tables, lens - 1)]
+    refuses(BlockMapError, paged_attention_kernel, [(q, *pools, *bad) for bad in outside])
 
 
 # --- the pool -------------------------------------------------------------------------------
@@ -270,15 +254,10 @@ def test_defaults_by_device(device):
 
 def test_a_pool_that_makes_no_sense_or_does_not_fit_is_refused(monkeypatch):
     good = {"num_blocks": 2, "block_size": 2, "num_kv_heads": 1, "head_size": 4}
-    for bad in (
-        {"num_blocks": 0},
-        {"block_size": 0},
-        {"num_layers": 0},
-        {"num_cpu_blocks": -1},
-        {"dtype": torch.int8},
-    ):
+    none = dict.fromkeys(("num_blocks", "block_size", "num_layers"), 0)
+    for name, bad in (none | {"num_cpu_blocks": -1, "dtype": torch.int8}).items():
         with pytest.raises(ShapeError):
-            PagedKVCache(**good | bad)
+            PagedKVCache(**good | {name: bad})
     check_device_memory(1, "cpu")
     asked = []
     monkeypatch.setattr(paged_attention, "check_device_memory", lambda *args: asked.append(args))
@@ -378,15 +357,10 @@ def test_write_and_read_refuse_what_does_not_fit():
         (slots, k.to("meta"), k),
         (slots.to("meta"), k, k),
     ]
-    for case, arguments in enumerate(refused):
-        with pytest.raises(ShapeError):
-            cache.write(0, *arguments)
-            pytest.fail(f"case {case} was accepted")
-    for slots in (torch.tensor([0, 21]), torch.tensor([-1, 0])):
-        with pytest.raises(BlockMapError):
-            cache.write(0, slots, k, k)
-        with pytest.raises(BlockMapError):
-            cache.read(0, slots)
+    refuses(ShapeError, cache.write, [(0, *case) for case in refused])
+    outside = [torch.tensor([0, 21]), torch.tensor([-1, 0])]
+    refuses(BlockMapError, cache.write, [(0, slots, k, k) for slots in outside])
+    refuses(BlockMapError, cache.read, [(0, slots) for slots in outside])
     assert torch.equal(cache.pool, before)
 
 
@@ -442,13 +416,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("operation", REFUSED)
-def test_refused_maps_change_nothing_and_empty_ones_do_nothing(device, operation):
-    cache = stamped(device)
+def test_refused_maps_change_nothing_and_empty_ones_do_nothing(device, operation, fused=False):
+    cache = stamped(device, fused=fused)
     before, cpu_before = cache.pool.clone(), cache.cpu_pool.clone()
-    for bad in REFUSED[operation]:
-        with pytest.raises(BlockMapError):
-            getattr(cache, operation)([(3, 3), *bad])
-            pytest.fail(f"{bad} was accepted")
+    maps = [([(3, 3), *bad],) for bad in REFUSED[operation]]
+    refuses(BlockMapError, getattr(cache, operation), maps)
     getattr(cache, operation)([])
     assert torch.equal(cache.pool, before) and torch.equal(cache.cpu_pool, cpu_before)
 
@@ -522,9 +494,7 @@ def test_poison(device):
             assert pool[:, :, block].isnan().all() == (block in poisoned)
             assert pool[:, :, block].isnan().any() == (block in poisoned)
     before = bits(cache.pool)
-    for bad in ([7], [-1], [0, 7]):
-        with pytest.raises(BlockMapError):
-            cache.poison_blocks(bad)
+    refuses(BlockMapError, cache.poison_blocks, [([7],), ([-1],), ([0, 7],)])
     with pytest.raises(BlockMapError):
         cache.poison_blocks([4], on_cpu=True)
     cache.poison_blocks([])
@@ -551,9 +521,8 @@ def test_slot_mapping():
             slots = slot_mapping(table, start, num_tokens, 4)
             assert slots.dtype == torch.int64
             assert slots.tolist() == all_slots[start : start + num_tokens]
-    for start, num_tokens in ((-1, 2), (0, 13), (12, 1), (3, -1)):
-        with pytest.raises(BlockMapError):
-            slot_mapping(table, start, num_tokens, 4)
+    outside = ((-1, 2), (0, 13), (12, 1), (3, -1))
+    refuses(BlockMapError, slot_mapping, [(table, *tokens, 4) for tokens in outside])
 
 
 # --- which kernel a run takes ---------------------------------------------------------------
