@@ -2,7 +2,7 @@
 
 `check` calls a script's main() and `check_reader` a reader; both raise Fault for anything but one
 clear line. Each fuzz_... spoils as many inputs of one kind, hands them over and counts what became
-of them. OPTIONS has every option of every script; test_fuzz.py compares it with their --help.
+of them. OPTIONS has every option of every script, as its own parser has it.
 """
 
 import contextlib
@@ -39,10 +39,15 @@ import reproduce  # noqa: E402
 import sweep  # noqa: E402
 from vllm_sim.models.config_file import ConfigError, read_config  # noqa: E402
 from vllm_sim.reporting import sweep_cells  # noqa: E402
-from vllm_sim.reporting.command_line import UsageError  # noqa: E402
-from vllm_sim.reporting.documents import document  # noqa: E402
-from vllm_sim.reporting.sweep_table import read_document  # noqa: E402
-from vllm_sim.scenarios import report  # noqa: E402
+from vllm_sim.reporting.command_line import (  # noqa: E402
+    OneLineParser,
+    UsageError,
+    folder,
+    positive,
+    seed,
+)
+from vllm_sim.reporting.documents import document, rows_table  # noqa: E402
+from vllm_sim.reporting.sweep_table import read_run  # noqa: E402
 from vllm_sim.workload.data_sets import (  # noqa: E402
     ALPACA_COLUMNS,
     DATASETS,
@@ -73,52 +78,13 @@ SOUND = {  # one of each kind of file
     "plain.csv": "text,arrival_ms,prompt_len,output_len\n" + '"a, b",0,374,44\nc,9.5,396,9\n' * 9,
     "other.jsonl": '{"completion_tokens": 7, "prompt_tokens": 6, "time": "2023-11-16"}\n' * 9,
 }
+ODD = """nan NaN inf -inf Infinity -1 0 -0 1.5 1e3 1e308 0x10 1_0 +5 ' "5" true None null %s%n
+${HOME} ../../etc/passwd --json " "5"" 99999999 9999999999999999999 9223372036854775808
+-9223372036854775809"""
 CELLS = (
-    "nan",
-    "NaN",
-    "inf",
-    "-inf",
-    "Infinity",
-    "-1",
-    "0",
-    "-0",
-    "1.5",
-    "1e3",
-    "1e308",
-    "0x10",
-    "1_0",
-    "+5",
-    "",
-    " ",
-    "'",
-    '"5"',
-    "9" * 8,
-    "9" * 19,
-    "9" * 30,
-    "9" * 5000,
-    str(2**63),
-    str(-(2**63) - 1),
-    "true",
-    "None",
-    "null",
-    "\0",
-    "\x1b[31m",
-    "\u0663",
-    "\u00e9",
-    "\u2028",
-    "\U0001f600",
-    "a\tb",
-    '"',
-    '"a, b"',
-    '"a\nb"',
-    '"5""',
-    "%s%n",
-    "${HOME}",
-    "../../etc/passwd",
-    "5 5",
-    "--json",
-    "\x85",
-    "\ufeff",
+    *ODD.split(),
+    *("", " ", "a\tb", "5 5", '"a, b"', '"a\nb"', "9" * 30, "9" * 5000, "\0", "\x1b[31m", "\u0663"),
+    *("\u00e9", "\u2028", "\U0001f600", "\x85", "\ufeff"),
 )
 WORDS = (*CELLS[:-1], "\udcff", "two\nlines", "=", "-", "--", "x" * 300, "y" * 100_000)
 
@@ -287,7 +253,7 @@ READERS = {
     "find_lengths": lambda path: find_lengths([path], None),
     **{f"read_pairs, {name}": lambda path, name=name: read_pairs(path, name) for name in DATASETS},
 }
-JSON_READERS = {"read_config": read_config, "read_document": lambda path: read_document(Path(path))}
+JSON_READERS = {"read_config": read_config, "read_run": lambda path: read_run(Path(path))}
 
 
 def fuzz_readers(count, seed, folder, readers=READERS):
@@ -306,142 +272,54 @@ def fuzz_readers(count, seed, folder, readers=READERS):
     return refused, taken
 
 
-BAD_OUTPUTS = (
+PLACES = "folder pipe loop zero full nowhere /dev/null none/x loop/x pipe/x .".split()  # noqa: SIM905
+BAD_OUTPUTS = (*PLACES, "", "..", "/dev/full", "old.json/x", "/proc/none", "x" * 300, "y/" * 3000)
+BAD_INPUTS = (*PLACES, "", "none.csv", "sharegpt.csv/x", "azure.csv", "/dev/zero", "/proc/self/mem")
+BAD_INPUTS += ("z" * 300, "two\nlines", "\udcff", "w/" * 3000)
+BAD_FOLDERS = (
     "",
-    ".",
-    "..",
-    "folder",
-    "pipe",
-    "loop",
-    "zero",
-    "full",
-    "/dev/null",
-    "/dev/full",
-    "none/x",
+    "old.json",
     "old.json/x",
-    "/proc/none",
-    "/proc/self/mem",
-    "x" * 300,
-    "y/" * 3000,
-    "nowhere",
-    "loop/x",
-    "pipe/x",
-)
-BAD_INPUTS = (
-    "",
-    ".",
-    "none.csv",
-    "folder",
     "pipe",
     "loop",
-    "zero",
     "full",
-    "nowhere",
-    "sharegpt.csv/x",
-    "azure.csv",
-    "/dev/zero",
+    "/proc/none",
     "/dev/null",
-    "/proc/self/mem",
-    "z" * 300,
-    "two\nlines",
-    "\udcff",
-    "w/" * 3000,
+    "x" * 300,
 )
-# Options of each script by what they take; "number" wants a positive integer.
-OPTIONS = {
-    main: {
-        "--scenario": "number",
-        "--device": "word",
-        "--kernel": "word",
-        "--model": "word",
-        "--layers": "number",
-        "--num-blocks": "number",
-        "--block-size": "number",
-        "--seed": "seed",
-        "--json": "output",
-        "--format": "word",
-        "--quiet": "flag",
-        "--figures": "folder",
-        "--timeline": "output",
-        "--trace": "input",
-    },
-    capacity: {
-        "--model": "input",
-        "--gpu": "word",
-        "--gpu-memory": "word",
-        "--gpus": "number",
-        "--dtype": "word",
-        "--kv-dtype": "word",
-        "--plan": "word",
-        "--allowance": "word",
-        "--gpu-memory-utilization": "word",
-        "--max-model-len": "number",
-        "--block-size": "number",
-        "--workload": "word",
-        "--prefix-len": "number",
-        "--seed": "seed",
-        "--json": "output",
-        "--format": "word",
-        "--trace": "input",
-        "--preemption-rate": "word",
-        "--rate": "word",
-        "--trace-rows": "number",
-        "--speed-of": "word",
-        "--figures": "folder",
-        "--quiet": "flag",
-    },
-    reproduce: {
-        "--figure": "word",
-        "--jobs": "number",
-        "--seeds": "number",
-        "--beam-seconds": "number",
-        "--lengths": "input",
-        "--json": "output",
-        "--figures": "folder",
-        "--format": "word",
-        "--quick": "flag",
-        "--quiet": "flag",
-    },
-    report: {"files": "document", "--json": "output", "--format": "word", "--table": "word"},
-    sweep: {
-        "--script": "word",
-        "--out": "folder",
-        "--cell": "number",
-        "--list": "flag",
-        "--again": "flag",
-    },
-    fit_latency: {"--check": "flag", "--model": "word"},
-    make_length_tables: {"--data": "input folder", "--out": "folder"},
-    bench_serving: {
-        "--repeats": "number",
-        "--traces": "input folder",
-        "--json": "output",
-        "--quiet": "flag",
-    },
-    bench_manager: {"--repeats": "number", "--json": "output", "--quiet": "flag"},
-    bench_beam_step: {"--repeats": "number", "--json": "output", "--quiet": "flag"},
-    bench_attention: {
-        "--repeats": "number",
-        "--shape": "word",
-        "--json": "output",
-        "--figures": "folder",
-        "--quiet": "flag",
-    },
-    bench_paging_cost: {
-        "--part": "word",
-        "--kernel": "word",
-        "--quick": "flag",
-        "--json": "output",
-        "--figures": "folder",
-        "--quiet": "flag",
-    },
-    profile_attention: {
-        "--shape": "word",
-        "--launch": "word",
-        "--json": "output",
-        "--quiet": "flag",
-    },
-}
+SCRIPTS = (main, capacity, reproduce, sweep, fit_latency, make_length_tables, bench_serving)
+SCRIPTS += (bench_manager, bench_beam_step, bench_attention, bench_paging_cost, profile_attention)
+READ = ("trace", "lengths", "merge", "data", "traces")  # options that name what is read
+
+
+class Parsed(BaseException):
+    """A script has come to parse its arguments; with its parser."""
+
+
+def options_of(script):
+    """A script's options by what they take; 'number' wants a positive integer."""
+
+    def stop(parser, *_):
+        raise Parsed(parser)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed) as caught:
+        patch.setattr(OneLineParser, "parse_known_args", stop)
+        script.main([])
+    kinds = {}
+    for action in caught.value.args[0]._actions:
+        kind = {positive: "number", sweep.index: "number", seed: "seed"}.get(action.type, "word")
+        if action.dest in READ or (action.dest == "model" and not action.choices):
+            kind = "input folder" if action.type is folder else "input"
+        elif action.type is folder:
+            kind = "folder"
+        elif action.dest in ("json", "timeline"):
+            kind = "output"
+        kinds[action.option_strings[-1]] = "flag" if action.nargs == 0 else kind
+    del kinds["--help"]
+    return kinds
+
+
+OPTIONS = {script: options_of(script) for script in SCRIPTS}
 EVERY = [(script, option) for script, options in OPTIONS.items() for option in options]
 HARMLESS = dict.fromkeys(OPTIONS, ()) | {
     main: ("--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"),
@@ -454,33 +332,14 @@ def values_of(rng, kind, room):
     if kind in ("number", "seed"):
         values = [word for word in WORDS if kind == "number" or word != "0"]
         return rng.choice((*values, "9" * rng.randint(13, 9000), f"-{rng.randint(1, 10**20)}"))
-    if kind in ("input", "script", "document", "input folder"):
+    if kind in ("input", "input folder"):
         return rng.choice((*(str(room[0] / name) for name in BAD_INPUTS if name), ""))
-    if kind == "output":
-        return rng.choice(BAD_OUTPUTS)
-    if kind == "folder":
-        return rng.choice(
-            (
-                "",
-                "old.json",
-                "old.json/x",
-                "pipe",
-                "loop",
-                "full",
-                "x" * 300,
-                "/proc/none",
-                "/dev/null",
-            )
-        )
-    return rng.choice(WORDS)
+    return rng.choice({"output": BAD_OUTPUTS, "folder": BAD_FOLDERS}.get(kind, WORDS))
 
 
 def bad_arguments(rng, script, option, room):
     """Arguments of a script, at least one of them bad: that of `option`, mostly."""
-    kind = OPTIONS[script][option]
-    value = values_of(rng, kind, room)
-    if not option.startswith("-"):
-        return [*rng.choice(([], ["--json", "new.json"])), value]
+    value = values_of(rng, OPTIONS[script][option], room)
     bad = [f"{option}={value}"] if rng.random() < 0.8 or value.startswith("-") else [option, value]
     more = rng.choice(([], [], [], [option], ["extra"], [rng.choice(WORDS)], ["--bogus"]))
     return [*HARMLESS[script], *(bad + more if rng.random() < 0.7 else more + bad)]
@@ -498,7 +357,7 @@ def fuzz_options(count, seed, room):
     return codes
 
 
-SWEPT = [one for one in EVERY if f"{one[0].__name__}.py" in sweep_cells.SCRIPTS]
+SWEPT = [one for one in EVERY if f"{one[0].__name__}.py" in sweep.PARSERS]
 
 
 def fuzz_lists(count, seed, room):
@@ -586,24 +445,9 @@ def document_of(rng, options=None):
     """What a script might have written with --json, small."""
     options = options or {"model": "opt-13b", "seed": rng.randrange(3)}
     rows = [{"counted": name, "requests": rng.random()} for name in ("max", "paged")]
-    table = {
-        "id": "concurrency",
-        "title": "t",
-        "setting": "",
-        "headers": [],
-        "index": ["counted"],
-        "rows": rows,
-    }
-    return document(
-        "capacity.py",
-        options,
-        seeds=[rng.randrange(3)],
-        setting={},
-        tables=[table],
-        checks=[{"name": "a", "ok": True, "detail": "b"}],
-        exit_code=0,
-        elapsed_s=1.0,
-    )
+    found = {"setting": {}, "tables": [rows_table("concurrency", "t", rows)], "exit_code": 0}
+    found["checks"] = [{"name": "a", "ok": True, "detail": "b"}]
+    return document("capacity.py", options, elapsed_s=1.0, seeds=[rng.randrange(3)], **found)
 
 
 def spoil(rng, found):
@@ -623,6 +467,10 @@ def spoil(rng, found):
         parent[key] = rng.choice((*odd, [], [1], [[[1]]], {}, {word: []}))
 
 
+NO_DOCUMENTS = (b"", b"[]", b"{}", b"NaN", b"null", b"1e999", b"[" * 10**5, b"\0" * 99, b'"' * 99)
+NO_DOCUMENTS += (b'{"a":' * 10**4, b"9" * 10**4, b"\xef\xbb\xbf", None)
+
+
 def damaged(rng, found):
     """A document as bytes, spoilt as text now and then; None stands for a file of 1 TiB."""
     text = json.dumps(found)
@@ -634,35 +482,11 @@ def damaged(rng, found):
         at = rng.randrange(len(data))
         data[at : at + rng.randint(0, 9)] = rng.randbytes(rng.randint(1, 9))
     elif kind == 2:
-        return rng.choice(
-            (
-                b"",
-                b"[]",
-                b"{}",
-                b"NaN",
-                b"null",
-                b"[" * 10**5,
-                b"1e999",
-                b"\0" * 99,
-                b'{"a":' * 10**4,
-                b"9" * 10**4,
-                b'"' * 99,
-                b"\xef\xbb\xbf",
-                None,
-            )
-        )
+        return rng.choice(NO_DOCUMENTS)
     elif kind == 3:
-        return rng.choice(
-            (
-                text.encode("utf-16"),
-                text.encode("utf-32"),
-                b"\xff" + bytes(data),
-                text.encode("utf-8-sig"),
-                packed(rng, data),
-                bytes(data) * 2,
-                rng.randbytes(rng.randrange(3000)),
-            )
-        )
+        coded = [text.encode(name) for name in ("utf-16", "utf-32", "utf-8-sig")]
+        other = packed(rng, data), b"\xff" + bytes(data), bytes(data) * 2
+        return rng.choice((*coded, *other, rng.randbytes(rng.randrange(3000))))
     return bytes(data)
 
 
@@ -674,7 +498,7 @@ def put(path, data):
 
 
 def fuzz_documents(count, seed, room):
-    """Exit codes of report.py over `count` files that are spoilt documents of --json."""
+    """Exit codes of a merge of `count` files that are spoilt documents of --json."""
     rng, codes, path = random.Random(seed), Counter(), room[0] / "one.json"
     (room[0] / "other.json").write_text(json.dumps(document_of(rng)))
     for _ in range(count):
@@ -682,33 +506,32 @@ def fuzz_documents(count, seed, room):
         for _ in range(rng.randint(1, 3)):
             spoil(rng, found)
         put(path, damaged(rng, found))
-        given = [str(path), *rng.choice(([], [str(room[0] / "other.json")]))]
-        arguments = [*given, *rng.choice(([], ["--json", str(room[1] / "folder")]))]
-        codes[check(report, arguments, room[1], may_be=(0, 1))] += 1
+        given = ["--merge", str(path), *rng.choice(([], [str(room[0] / "other.json")]))]
+        given += rng.choice(([], ["--table", "concurrency"], ["--json", str(room[1] / "folder")]))
+        codes[check(sweep, given, room[1], may_be=(0, 1))] += 1
     return codes
 
 
 def fuzz_cells(count, seed, room):
-    """Exit codes of sweep.py and report.py in a folder of a sweep with one spoilt file."""
+    """Exit codes of a sweep and its merge in a folder where one file is spoilt."""
     rng, codes, folder = random.Random(seed), Counter(), room[1] / "folder"
-    told = ["--seed=0,1"]
-    cells = sweep_cells.expand("capacity.py", told)
-    plan = folder / sweep_cells.plan_file(cells)
+    parser, told = sweep.PARSERS["capacity.py"](), ["--seed=0,1"]
+    cells = sweep_cells.expand("capacity.py", parser, told)
+    sweep_cells.write_list("capacity.py", cells, folder)
+    (plan,) = folder.glob("sweep-*.json")
+    listed = plan.read_text()
     for _ in range(count):
         sound = {folder / cell.file: document_of(rng, cell.options) for cell in cells}
-        sound[plan] = sweep.plan("capacity.py", cells)
+        sound[plan] = json.loads(listed)
         spoilt = rng.choice(list(sound))
         for path, found in sound.items():
             if path is spoilt:
                 for _ in range(rng.randint(0, 2)):
                     spoil(rng, found)
             put(path, damaged(rng, found) if path is spoilt else json.dumps(found).encode())
-        arguments = {
-            sweep: ["--script", "capacity.py", *told, "--out", str(folder)],
-            report: [str(plan)],
-        }
-        script = rng.choice(list(arguments))
-        codes[script.__name__, check(script, arguments[script], room[1], may_be=(0, 1))] += 1
+        run = ["--script", "capacity.py", *told, "--out", str(folder)]
+        what, arguments = rng.choice((("sweep", run), ("merge", ["--merge", str(plan)])))
+        codes[what, check(sweep, arguments, room[1], may_be=(0, 1))] += 1
         for path in sound:
             path.unlink(missing_ok=True)
     return codes

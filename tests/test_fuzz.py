@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import fuzz_tools
@@ -70,10 +71,9 @@ import sweep  # noqa: E402
 from vllm_sim.evaluation import pictures  # noqa: E402
 from vllm_sim.evaluation import runner as reproduction  # noqa: E402
 from vllm_sim.models.config_file import ConfigError  # noqa: E402
-from vllm_sim.reporting import command_line  # noqa: E402
+from vllm_sim.reporting import command_line, sweep_cells  # noqa: E402
 from vllm_sim.reporting.command_line import UsageError  # noqa: E402
 from vllm_sim.reporting.sweep_cells import PATHS  # noqa: E402
-from vllm_sim.scenarios import report  # noqa: E402
 from vllm_sim.scenarios.report import ScenarioReport  # noqa: E402
 from vllm_sim.sizing import answers as capacity_tables  # noqa: E402
 from vllm_sim.sizing import trace_answers as trace_tables  # noqa: E402
@@ -109,7 +109,7 @@ def no_work(monkeypatch, room):
     report = ScenarioReport(1, "nothing", "What?", answer="Nothing.")
     monkeypatch.setattr(main, "run_one", lambda *_: report)
     monkeypatch.setattr(main, "tune_cpu", lambda: None)
-    monkeypatch.setattr(sweep, "run_cell", lambda *_: 0)
+    monkeypatch.setattr(sweep_cells, "run_cell", lambda *_: 0)
     monkeypatch.setattr(capacity_tables, "sections", lambda *_: [])
     monkeypatch.setattr(trace_tables, "answer_trace", lambda *_: [])
     monkeypatch.setattr(reproduction, "reproduce", lambda *_: [])
@@ -128,30 +128,26 @@ def no_work(monkeypatch, room):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_readers_refuse_malformed_files_in_one_line(tmp_path, seed, record_property):
+def test_readers_refuse_malformed_files_in_one_line(tmp_path, seed):
     refused, taken = fuzz_readers(240, seed, tmp_path)
-    record_property("inputs", refused.total())
     assert set(refused) == set(READERS) and refused.total() > 3 * taken.total()
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed, record_property):
+def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed):
     codes = fuzz_options(3 * len(EVERY), seed, room)
-    record_property("inputs", with_code_2(codes))
     refused = {(script, option) for script, option, code in codes if code == 2}
     assert refused == {(script.__name__, option) for script, option in EVERY}
 
 
-def test_sweeps_refuse_malformed_lists_in_one_line(room, no_work, record_property):
-    codes = fuzz_lists(4 * len(SWEPT), 0, room)
-    record_property("inputs", with_code_2(codes))
+def test_sweeps_refuse_malformed_lists_in_one_line(room, no_work):
+    codes = fuzz_lists(6 * len(SWEPT), 0, room)
     refused = {(script, option) for script, option, code in codes if code == 2}
     assert refused >= {(script.__name__, option) for script, option in SWEPT if option not in PATHS}
 
 
-def test_variables_that_are_malformed_take_one_line(room, no_work, record_property):
+def test_variables_that_are_malformed_take_one_line(room, no_work):
     codes = fuzz_variables(90, 0, room)
-    record_property("inputs", with_code_2(codes))
     assert min(codes["LENGTHS_DIR", 2], codes[sweep.TASK, 2]) > 15
 
 
@@ -163,30 +159,18 @@ def test_an_empty_name_is_no_folder(room, no_work):
                 assert check(script, arguments, room[1], may_be=()) == 2
 
 
-def test_no_option_is_left_out(capsys):
-    """What --help names is what is fuzzed, and so is every script that has a command line."""
+def test_no_script_is_left_out():
+    """Every script that takes arguments is fuzzed; two of tools/ serve the repository alone."""
     folders = (ROOT, ROOT / "tools", ROOT / "benchmarks")
-    there = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    there = [path for folder in folders for path in folder.glob("*.py")]
     scripts = {path for path in there if "__main__" in path.read_text(encoding="ascii")}
-    assert scripts == {Path(script.__file__) for script in OPTIONS}
-    assert {str(path.relative_to(ROOT)) for path in scripts} == {*SCRIPTS, *WITH_TORCH}
-    for script, options in OPTIONS.items():
-        with pytest.raises(SystemExit):
-            script.main(["--help"])
-        told = capsys.readouterr().out
-        usage, _, rest = told.partition("\n\n")
-        named = re.findall(r"^  (?:-\w, )?(--[\w-]+)", rest, re.MULTILINE)
-        positional = re.search(r"^positional arguments:\n((?:  .*\n)+)", rest, re.MULTILINE)
-        values = re.findall(r"^  (\S+)", positional[1], re.MULTILINE) if positional else []
-        ours = [option for option in options if option.startswith("--")]
-        assert sorted(named) == sorted(["--help", *ours]), script.__name__
-        assert len(values) == len(options) - len(ours), script.__name__
-        assert all(option in usage for option in ours), script.__name__
+    ours = {ROOT / "tools" / name for name in ("record.py", "update_readme.py")}
+    assert scripts - ours == {Path(script.__file__) for script in OPTIONS}
+    assert {str(path.relative_to(ROOT)) for path in scripts - ours} == {*SCRIPTS, *WITH_TORCH}
 
 
-def test_scripts_refuse_malformed_files_in_one_line(room, no_work, record_property):
+def test_scripts_refuse_malformed_files_in_one_line(room, no_work):
     codes = fuzz_files_of_scripts(150, 0, room)
-    record_property("inputs", with_code_2(codes))
     assert {script for script, code in codes if code == 2} >= {
         "capacity",
         "main",
@@ -195,28 +179,24 @@ def test_scripts_refuse_malformed_files_in_one_line(room, no_work, record_proper
     }
 
 
-def test_report_refuses_malformed_documents_in_one_line(room, no_work, record_property):
+def test_a_merge_refuses_malformed_documents_in_one_line(room, no_work):
     codes = fuzz_documents(300, 5, room)
-    record_property("inputs", codes[2])
     assert codes[2] > 200 and codes[0] + codes[1] > 0
 
 
-def test_a_sweep_refuses_malformed_cells_in_one_line(room, no_work, record_property):
+def test_a_sweep_refuses_malformed_cells_in_one_line(room, no_work):
     codes = fuzz_cells(120, 0, room)
-    record_property("inputs", with_code_2(codes))
-    assert codes["report", 2] > 20 and codes["sweep", 0] + codes["sweep", 1] > 40
+    assert codes["merge", 2] > 20 and codes["sweep", 0] + codes["sweep", 1] > 40
 
 
-def test_configurations_that_are_malformed_take_one_line(room, no_work, record_property):
+def test_configurations_that_are_malformed_take_one_line(room, no_work):
     codes = fuzz_configs(300, 0, room)
-    record_property("inputs", codes[2])
     assert codes[2] > 250 and codes[0] > 0
 
 
-def test_json_readers_refuse_what_is_another_file(tmp_path, record_property):
+def test_json_readers_refuse_what_is_another_file(tmp_path):
     """A trace in place of a configuration or a document, say; sound ones are in fuzz_configs."""
     refused, _ = fuzz_readers(200, 0, tmp_path, JSON_READERS)
-    record_property("inputs", refused.total())
     assert refused.total() > 190  # one line of a trace is a JSON object
 
 
@@ -307,22 +287,24 @@ def readers_and_variables(text):
 def test_no_reader_is_left_out():
     """Every place that opens a file, and every variable that is read, has its tests."""
     places, variables = set(), set()
-    for folder in (ROOT, ROOT / "tools", ROOT / "benchmarks"):
-        for path in folder.glob("*.py"):
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT)
+        if name.parts[0] not in ("tests", ".venv"):
             opens, asked = readers_and_variables(path.read_text(encoding="ascii"))
-            places |= {path.stem} if opens else set()
+            places |= {str(name)} if opens else set()
             variables |= asked
     assert places == {
-        "input_files",
-        "config_file",
-        "sweep_files",
-        "workload",  # READERS and JSON_READERS
-        "update_readme",
-        "record",  # our own files
-        "timeline",
-        "command_line",
-        "paged_attention",
-        "bench_beam_step",  # no input
+        "vllm_sim/reporting/files.py",
+        "vllm_sim/models/config_file.py",
+        "vllm_sim/reporting/sweep_table.py",
+        "vllm_sim/workload/text_files.py",  # READERS and JSON_READERS
+        "tools/update_readme.py",
+        "tools/record.py",
+        "vllm_sim/workload/length_tables.py",  # our own files
+        "vllm_sim/scenarios/timeline.py",
+        "vllm_sim/reporting/command_line.py",
+        "paged_attention.py",
+        "benchmarks/bench_beam_step.py",  # no input
     }
     # LENGTHS_DIR and the task are in fuzz_variables; any text will do for a commit.
     assert variables == {"LENGTHS_DIR", "TASK", "COMMIT"}
@@ -360,7 +342,7 @@ def test_without_permission(room, no_work):
         for script, arguments in (
             (capacity, ["--model", path]),
             (capacity, ["--trace", path]),
-            (report, [path]),
+            (sweep, ["--merge", path]),
             (main, [*HARMLESS[main], "--trace", path]),
         ):
             assert check(script, arguments, outputs, may_be=()) == 2
@@ -390,7 +372,6 @@ SCRIPTS = (
     "main.py",
     "capacity.py",
     "reproduce.py",
-    "report.py",
     "sweep.py",
     "tools/make_length_tables.py",
     "tools/fit_latency.py",
@@ -406,16 +387,11 @@ WITH_TORCH = (
 ALL_SCRIPTS = [*SCRIPTS, *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_TORCH)]
 
 
-UNLIKE_USERS = ("COVERAGE_", "LENGTHS_DIR", "PYTHONUNBUFFERED")  # variables
-
-
-def process(script, *arguments, **options):
-    """A finished process that buffers its output, without coverage's own."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(UNLIKE_USERS)}
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        **({"cwd": ROOT, "env": env, "stderr": subprocess.PIPE, "timeout": 100} | options),
-    )
+@pytest.fixture
+def process(run_script):
+    """Runs a script that buffers its output, without coverage's own."""
+    unlike_users = [name for name in os.environ if name.startswith(("COVERAGE_", "PYTHONUNBUFF"))]
+    return partial(run_script, env=dict.fromkeys(unlike_users))
 
 
 def closing(*descriptors):
@@ -423,40 +399,40 @@ def closing(*descriptors):
 
 
 @pytest.mark.parametrize("script", ALL_SCRIPTS)
-def test_help_to_a_reader_that_is_gone_is_silent(script):
+def test_help_to_a_reader_that_is_gone_is_silent(process, script):
     reading, writing = os.pipe()
     os.close(reading)
     try:
         done = process(script, "--help", stdout=writing)
     finally:
         os.close(writing)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("script", ALL_SCRIPTS)
-def test_help_to_a_full_disk_takes_one_line(script):
+def test_help_to_a_full_disk_takes_one_line(process, script):
     with open("/dev/full", "wb") as full:
         done = process(script, "--help", stdout=full)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
-    assert b"error: cannot write the output: No space left on device" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: cannot write the output: No space left on device" in done.stderr
 
 
 @pytest.mark.parametrize("script", ALL_SCRIPTS)
-def test_mistakes_that_nobody_can_be_told_of_still_give_2(script):
+def test_mistakes_that_nobody_can_be_told_of_still_give_2(process, script):
     with open("/dev/full", "wb") as full:
         assert process(script, "--bogus", stdout=full, stderr=full).returncode == 2
     assert process(script, "--bogus", preexec_fn=closing(1, 2), stderr=None).returncode == 2
     done = process(script, "--bogus", preexec_fn=closing(1))
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "arguments", [["--lengths", "pipe"], ["--json", "pipe"], ["--figures", "pipe"]]
 )
-def test_a_pipe_that_nobody_writes_to_does_not_hang(tmp_path, arguments):
+def test_a_pipe_that_nobody_writes_to_does_not_hang(process, tmp_path, arguments):
     os.mkfifo(tmp_path / "pipe")
     done = process("reproduce.py", "--figure", "table1", *arguments, cwd=tmp_path, timeout=30)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
 
 
@@ -469,9 +445,9 @@ class Leaving(io.TextIOWrapper):
         self.left = writes
 
     def write(self, text):
-        if self.left == 0:
+        if text and self.left == 0:
             os.close(self.reading)
-        self.left -= 1
+        self.left -= bool(text)  # a flush may write nothing
         return super().write(text)
 
     def end(self):
@@ -499,7 +475,11 @@ def long_document(path):
     return path
 
 
-@pytest.mark.parametrize("script", [main, capacity, reproduce, report], ids=lambda s: s.__name__)
+def merge_of(cell):
+    return ["--merge", cell, "--table", "concurrency"]
+
+
+@pytest.mark.parametrize("script", [main, capacity, reproduce, sweep], ids=lambda s: s.__name__)
 def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(script, tmp_path, monkeypatch):
     """After each number of writes: silence, 141, and the file whole or as it was before."""
     shown = ScenarioReport(1, "nothing", "What?", parts=["text"], answer="Nothing.")
@@ -510,7 +490,7 @@ def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(script, tmp
     cell = long_document(tmp_path / "cell.json")
     arguments = [
         *HARMLESS[script],
-        *{report: [cell, "--table", "concurrency"], main: ["--scenario=1"]}.get(script, ()),
+        *{sweep: merge_of(cell), main: ["--scenario=1"]}.get(script, ()),
     ]
     path = tmp_path / "out.json"
     code, stayed, told, whole = until_it_leaves(script, arguments, 10**6, path)
@@ -524,7 +504,7 @@ def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(script, tmp
         writes += 1
     assert writes > 4 and sorted(os.listdir(tmp_path)) == ["cell.json", "out.json"]
     # What is printed when all is computed loses nothing.
-    assert outcomes == ({True} if script in (reproduce, report) else {True, "old"})
+    assert outcomes == ({True} if script in (reproduce, sweep) else {True, "old"})
 
 
 @pytest.mark.parametrize(
@@ -539,7 +519,7 @@ def test_a_reader_that_leaves_in_the_middle_of_a_run(script, arguments, tmp_path
     path = tmp_path / "out.json"
     path.write_text("old")
     to = ["--out", tmp_path / "out"] if script == "sweep.py" else ["--json", path]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(UNLIKE_USERS)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHONUNBUFF")}
     command = [sys.executable, str(ROOT / script), *map(str, [*arguments, *to])]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
@@ -553,12 +533,12 @@ def test_a_reader_that_leaves_in_the_middle_of_a_run(script, arguments, tmp_path
         assert json.loads(left.read_text())["script"] == "sweep.py"  # the plan alone
 
 
-@pytest.mark.parametrize("script", ["reproduce.py", "report.py"])
-def test_a_reader_that_is_gone_loses_no_figures(script, tmp_path):
+@pytest.mark.parametrize("script", ["reproduce.py", "sweep.py"])
+def test_a_reader_that_is_gone_loses_no_figures(process, script, tmp_path):
     path, cell = tmp_path / "out.json", long_document(tmp_path / "cell.json")
     arguments = {
         "reproduce.py": ["--figure", "table1"],
-        "report.py": [cell, "--table", "concurrency"],
+        "sweep.py": merge_of(cell),
     }[script]
     reading, writing = os.pipe()
     os.close(reading)
@@ -566,24 +546,24 @@ def test_a_reader_that_is_gone_loses_no_figures(script, tmp_path):
         done = process(script, *arguments, "--json", path, stdout=writing)
     finally:
         os.close(writing)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (done.returncode, done.stderr) == (141, "")
     assert json.loads(path.read_text())["tables"][0]["rows"]
 
 
-@pytest.mark.parametrize("script", ["reproduce.py", "report.py"])
-def test_output_into_a_full_disk_leaves_the_old_file(tmp_path, script):
+@pytest.mark.parametrize("script", ["reproduce.py", "sweep.py"])
+def test_output_into_a_full_disk_leaves_the_old_file(process, tmp_path, script):
     """Unlike a reader that has gone: nobody has seen what was found."""
     path = tmp_path / "out.json"
     path.write_text("old")
     cell = long_document(tmp_path / "cell.json")
-    arguments = {"reproduce.py": ["--figure", "table1"], "report.py": [cell]}[script]
+    arguments = {"reproduce.py": ["--figure", "table1"], "sweep.py": merge_of(cell)}[script]
     with open("/dev/full", "wb") as full:
         done = process(script, *arguments, "--json", path, stdout=full)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert path.read_text() == "old"
 
 
-def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
+def test_a_disk_that_fills_up_leaves_the_old_file(process, tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
     done = process(
@@ -595,7 +575,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
         stdout=subprocess.PIPE,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
     )
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
 
 
@@ -657,57 +637,35 @@ def test_a_planted_half_written_file_is_noticed(room, no_work, monkeypatch, left
 
 
 @pytest.mark.slow
-def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, record_property):
-    refused, taken = fuzz_readers(6000, 1000, tmp_path)
+def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, figure):
+    refused, _ = fuzz_readers(6000, 1000, tmp_path)
     others, _ = fuzz_readers(1000, 1009, tmp_path, JSON_READERS)
     refused += others
     codes = fuzz_options(40 * len(EVERY), 1001, room)
     lists = fuzz_lists(20 * len(SWEPT), 1002, room)
     files = fuzz_files_of_scripts(2500, 1003, room)
-    files += by_script("report", fuzz_documents(1000, 1004, room))
+    files += by_script("sweep", fuzz_documents(1000, 1004, room))
     files += by_script("capacity", fuzz_configs(2000, 1005, room))
     files += fuzz_cells(500, 1006, room)
     variables = fuzz_variables(300, 1007, room)
     kinds = {
-        "files, by reader": refused.total(),
-        "files, by script": with_code_2(files),
+        "files by reader": refused.total(),
+        "files by script": with_code_2(files),
         "options": with_code_2(codes),
         "lists of values": with_code_2(lists),
         "variables": with_code_2(variables),
     }
-    bad = sum(kinds.values())
-    print(f"files: {refused.total()} refused, {taken.total()} of use after all")
-    for title, found in (
-        ("arguments", by_first(codes)),
-        ("lists", by_first(lists)),
-        ("scripts with files", files),
-        ("variables", variables),
-    ):
-        told = ", ".join(f"{name} {code}: {n}" for (name, code), n in sorted(found.items()))
-        print(f"{title}: {told}")
-    print("refused: " + ", ".join(f"{kind}: {n:,}" for kind, n in kinds.items()))
-    print(f"{bad} malformed inputs, one line and 2 each")
-    record_property("inputs", bad)
-    for kind, n in kinds.items():
-        record_property(kind, n)
+    figure("malformed inputs, one line and 2 each", **kinds)
     for found, wanted in ((codes, EVERY), (lists, SWEPT)):
         options = {(script, option) for script, option, code in found if code == 2}
         # A file's name is never a list: a sweep leaves it to the script.
         left = PATHS if found is lists else ()
         assert options >= {(script.__name__, name) for script, name in wanted if name not in left}
-    assert bad >= 10_000
+    assert sum(kinds.values()) >= 10_000
 
 
 def by_script(name, codes):
     return Counter({(name, code): n for code, n in codes.items()})
-
-
-def by_first(codes):
-    """Exit codes by script and option, by script alone."""
-    found = Counter()
-    for (script, _, code), n in codes.items():
-        found[script, code] += n
-    return found
 
 
 def with_code_2(codes):
