@@ -1,8 +1,8 @@
 """Where the bytes of each GPU go, and what is left for K and V: blocks and slots.
 
 Reproduces: Table 1's memory row. Two plans of the same deployment: `paper_plan` is the authors'
-(D1 of docs/differences.md) and gives Table 1's slots; `serving_plan` is how serving systems plan today,
-with what they leave for activations stated as an assumption.
+(D1 of docs/differences.md) and gives Table 1's slots; `serving_plan` is how serving systems plan
+today, with what they leave for activations stated as an assumption.
 
     kv_blocks(DEPLOYMENTS["opt-13b"])       # 983, by the paper's plan
     plan = serving_plan(Deployment(load_model("opt-13b"), GPUS["h100"], 1))
