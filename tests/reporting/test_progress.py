@@ -3,9 +3,6 @@
 import io
 import os
 import pty
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +11,6 @@ from vllm_sim.reporting.progress import FIRST_S, LOG_S, NEXT_S, SILENT, Progress
 from vllm_sim.serving.simulator import simulate
 from vllm_sim.workload.length_tables import SHAREGPT
 from vllm_sim.workload.requests import make_trace
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Clock:
@@ -179,7 +174,12 @@ def test_a_simulation_tells_how_many_requests_are_done_and_finds_the_same(clock)
 # ---- of the scripts --------------------------------------------------------------------------
 
 # Log lines from the first moment on, so that a test need not wait for ten seconds.
-AT_ONCE = "import sys; from vllm_sim.reporting import progress; progress.LOG_S = 0.0; import {0}; sys.exit({0}.main(sys.argv[1:]))"
+AT_ONCE = """
+import sys, {0}
+from vllm_sim.reporting import progress
+progress.{1} = 0.0
+sys.exit({0}.main(sys.argv[1:]))
+"""
 SHORT = {
     "main": ("--scenario", "1", "--device", "cpu", "--model", "opt-125m", "--num-blocks", "140"),
     "capacity": ("--workload", "30,20", "--seed", "1"),
@@ -187,17 +187,10 @@ SHORT = {
 }
 
 
-def call(code, *arguments):
-    env = {k: v for k, v in os.environ.items() if k != "LENGTHS_DIR"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-
-
 @pytest.mark.parametrize("script", SHORT)
-def test_scripts_show_it_on_stderr_alone_and_not_if_quiet(script):
-    code = AT_ONCE.format(script)
-    shown, quiet = call(code, *SHORT[script]), call(code, *SHORT[script], "--quiet")
+def test_scripts_show_it_on_stderr_alone_and_not_if_quiet(run_script, script):
+    code = AT_ONCE.format(script, "LOG_S")
+    shown, quiet = (run_script("-c", code, *SHORT[script], *more) for more in ([], ["--quiet"]))
     lines = shown.stderr.splitlines()
     assert (shown.returncode, quiet.returncode, quiet.stderr) == (0, 0, "")
     assert lines and all(line.startswith(f"{script}.py: ") and " %, " in line for line in lines)
@@ -205,18 +198,12 @@ def test_scripts_show_it_on_stderr_alone_and_not_if_quiet(script):
     assert timeless[0] == timeless[1]
 
 
-def test_a_terminal_is_left_without_a_trace():
+def test_a_terminal_is_left_without_a_trace(run_script):
     """stderr of a real one; what stays in its last line is nothing."""
     master, slave = pty.openpty()
-    code = AT_ONCE.format("main").replace("progress.LOG_S", "progress.FIRST_S")
+    code = AT_ONCE.format("main", "FIRST_S")
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *SHORT["main"]],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=slave,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "60"},
-        )
+        done = run_script("-c", code, *SHORT["main"], env={"COLUMNS": 60}, stderr=slave)
         os.close(slave)
         text = b""
         while True:
