@@ -5,10 +5,10 @@ two, two of unlike lengths, a beam search; perhaps behind a shared prefix), a fe
 pools of blocks of two slots in which the three do not fit together; some not even alone, which are
 refused. All are tried in all orders, under each way of preempting; nothing here is random.
 
-Each is served three times. test_scheduler.py runs it beside a scheduler that shares no line with
-ours and compares the two in every iteration; it checks that every iteration generates a token, that
-the first to have arrived never gives way, that all is done in the time that serving one after
-another would take, and that every block is free again in the end. Then `simulate` serves it
+Each is served three times. test_scheduler_reference.py runs it beside a scheduler that shares no
+line with ours and compares the two in every iteration; it checks that every iteration generates a
+token, that the first to have arrived never gives way, that all is done in the time that serving one
+after another would take, and that every block is free again in the end. Then `simulate` serves it
 iteration by iteration with all invariants checked, and event by event, with the same result. The
 contiguous manager, which never preempts, has a search of its own.
 
@@ -20,8 +20,9 @@ from collections import Counter, namedtuple
 from itertools import product
 
 import pytest
+from scheduler_tools import MODES, group
 from test_event_driven import assert_same, both
-from test_scheduler import MODES, group, run_beside_naive
+from test_scheduler_reference import run_beside_naive
 
 from kv_cache_manager import BaselineCacheManager, CacheError, PagedKVCacheManager
 from sequence import SequenceGroup

@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="reproduce.py",
         description="Regenerate the figures of the PagedAttention paper by simulation.",
-        epilog="LENGTHS_DIR names a folder of length files; see README.md.",
+        epilog="LENGTHS_DIR names a folder of length files; see docs/commands.md.",
         allow_abbrev=False,
     )
     add = parser.add_argument
