@@ -32,10 +32,11 @@ def test_the_least_limits_are_one_token_and_one_sequence():
             Limits(tokens, seqs)
 
 
-def test_limits_cannot_be_changed():
+def test_limits_cannot_be_changed_and_take_no_other_names():
     limits = Limits(1, 1)
     with pytest.raises(FrozenInstanceError):
         limits.max_num_seqs = 2
+    assert not hasattr(limits, "__dict__")
 
 
 def test_an_iteration_does_nothing_until_told():
@@ -63,10 +64,6 @@ def test_a_name_that_it_has_not_cannot_be_set(one):
         one.num_swap = 1
 
 
-def test_limits_take_no_other_names():
-    assert not hasattr(Limits(1, 1), "__dict__")
-
-
 # --- worked examples -----------------------------------------------------------------------------
 
 
@@ -91,17 +88,15 @@ def test_the_latest_arrived_gives_way_first():
     assert groups[0].num_preemptions == 0, "the first to arrive never gives way"
 
 
-def test_by_arrival_whatever_the_numbers():
-    scheduler = scheduler_of([group(n, 4, [8], 5.0 - n) for n in (0, 1, 2)], 6)
-    assert numbers(scheduler.waiting) == [2, 1, 0]
+@pytest.mark.parametrize(
+    ("arrivals", "order"),
+    [({0: 5.0, 1: 4.0, 2: 3.0}, [2, 1, 0]), ({5: 0.0, 3: 0.0, 4: 0.0}, [3, 4, 5])],
+)
+def test_by_arrival_whatever_the_numbers_and_by_number_where_those_are_equal(arrivals, order):
+    scheduler = scheduler_of([group(n, 4, [8], at) for n, at in arrivals.items()], 6)
+    assert numbers(scheduler.waiting) == order
     iteration = run_until(scheduler, lambda i: i.num_recomputations)
-    assert numbers(iteration.decodes) == [2, 1]
-
-
-def test_by_number_where_arrivals_are_equal():
-    scheduler = scheduler_of([group(n, 4, [8]) for n in (5, 3, 4)], 6)
-    iteration = run_until(scheduler, lambda i: i.num_recomputations)
-    assert numbers(iteration.decodes) == [3, 4]
+    assert numbers(iteration.decodes) == order[:2]
 
 
 def test_a_group_is_swapped_out_and_in_as_a_whole():

@@ -65,18 +65,13 @@ def test_groups_carry_what_the_requests_say():
     assert [one.beam_parents is not None for one in groups] == [False, False, True, False]
 
 
-def test_without_shared_prefixes_every_sequence_stores_its_own():
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_without_shared_prefixes_every_sequence_stores_its_own(contiguous):
     (one,) = make_groups([Request(0, 0.0, 3, 4, prefix_len=11)])
     assert one.prefix_id is None and one.seqs[0].context_len == 14
-    manager = BaselineCacheManager(32, 1, policy="oracle", max_len=32)
+    oracle = BaselineCacheManager(32, 1, policy="oracle", max_len=32)
+    manager = oracle if contiguous else paged()
     simulate([one], manager, LIMITS, observers=[watcher := Watcher(manager)])
-    assert watcher.stored == {0: 11 + 3 + 4 - 1}
-
-
-def test_without_shared_prefixes_every_sequence_stores_its_own_in_blocks_too():
-    groups = make_groups([Request(0, 0.0, 3, 4, prefix_len=11)])
-    manager = paged()
-    simulate(groups, manager, LIMITS, observers=[watcher := Watcher(manager)])
     assert watcher.stored == {0: 11 + 3 + 4 - 1}
 
 
@@ -90,15 +85,10 @@ def test_a_beam_search_is_drawn_from_its_request_alone():
     assert among[1].beam_parents != alone.beam_parents, "two requests, two searches"
     assert make_groups([beam], seed=4)[0].beam_parents != alone.beam_parents
     assert make_groups([beam], seed=3, theta=2.0)[0].beam_parents != alone.beam_parents
+    assert make_groups([beam])[0].beam_parents == make_groups([beam], seed=0)[0].beam_parents
     drawn = beam_parents(4, 30, np.random.default_rng([3, 5]))
     assert alone.beam_parents == drawn.tolist()
     assert type(alone.beam_parents[0][0]) is int, "no numpy integers in the tables of a manager"
-
-
-def test_the_seed_is_0_unless_told():
-    beam = [Request(5, 0.0, 4, 30, beam_width=4)]
-    assert make_groups(beam)[0].beam_parents == make_groups(beam, seed=0)[0].beam_parents
-    assert make_groups(beam)[0].beam_parents != make_groups(beam, seed=1)[0].beam_parents
 
 
 def test_options_are_given_by_name():
@@ -216,12 +206,6 @@ def test_beams_that_change_parents_copy_whole_reservations_where_nothing_is_shar
     assert finish_s(PagedKVCacheManager(16, 2)) == 5 + 0.125 * 2
 
 
-def test_a_result_has_no_other_counters():
-    """A misspelt one is an error, not a count that nobody reads."""
-    with pytest.raises(AttributeError):
-        ServingResult().num_swap = 1
-
-
 def test_each_iteration_takes_a_second_unless_told():
     result = simulate(make_groups([Request(0, 2.5, 3, 4)]), paged(), LIMITS)
     assert result.finish_s == {0: 2.5 + 4} and result.num_iterations == 4
@@ -269,6 +253,8 @@ def test_what_goes_out_and_what_comes_in_are_counted_apart():
     result = ServingResult()
     result.count(Iteration(0, 0.0, swapped_out=((1, 0), (2, 1)), swapped_in=((0, 5),)))
     assert (result.blocks_swapped_out, result.blocks_swapped_in) == (2, 1)
+    with pytest.raises(AttributeError):  # not a count that nobody reads
+        result.num_swap = 1
 
 
 def test_totals_are_the_sums_of_the_iterations():
