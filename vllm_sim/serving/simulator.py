@@ -169,17 +169,15 @@ def simulate(
     for group in queue:
         scheduler.check(group)
     arrivals = [group.arrival_s for group in queue] + [math.inf]
-    opens_s, closes_s = window_s
-    one_by_one = plain or check
     result = ServingResult()
     now, arrived, events = arrivals[0], 0, 0
     while now < until_s:
         events += 1
         if not events % EVENTS:
             progress.at(len(result.finish_s), len(queue))
-        in_window = opens_s <= now < closes_s
+        in_window = window_s[0] <= now < window_s[1]
         watching = observers if in_window else ()
-        steps = 0 if one_by_one or watching else scheduler.quiet_steps()
+        steps = 0 if plain or check or watching else scheduler.quiet_steps()
         if steps:
             # The first iteration that starts at or after one of these is the next to look at.
             until = arrivals[arrived] if scheduler.admits_arrivals else math.inf
