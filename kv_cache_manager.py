@@ -20,7 +20,6 @@ does not know, DuplicateSequenceError for one in use, ValueError for a count tha
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -196,8 +195,9 @@ class PagedKVCacheManager:
 
     def can_allocate(self, num_tokens: int, prefix_id: int | None = None) -> bool:
         """Whether the tokens fit and the watermark stays free."""
-        need = self.blocks_for(num_tokens, prefix_id)
-        return self.num_free_blocks - need >= self.watermark_blocks
+        return (
+            self.num_free_blocks - self.blocks_for(num_tokens, prefix_id) >= self.watermark_blocks
+        )
 
     def allocate(self, seq_id: int, num_tokens: int, prefix_id: int | None = None) -> BlockPairs:
         """Give a new sequence blocks for `num_tokens` tokens, behind a shared prefix if named.
@@ -236,7 +236,7 @@ class PagedKVCacheManager:
             return self._gpu.drop(table.blocks[:keep])
         table = self._prefixes.pop(seq_id, None)
         if table is None:
-            table = self._running(seq_id)
+            table = self._tables.get(seq_id) or self._running(seq_id)
             self._leave(seq_id, table)
         return self._gpu.drop(table.blocks)
 
@@ -303,10 +303,12 @@ class PagedKVCacheManager:
 
     def blocks_for_step(self, num_tokens: int = 1) -> int:
         """Exact number of new blocks that `append_all(num_tokens)` takes, copies included."""
-        rounds, rest = divmod(num_tokens, self.block_size)
-        need = rounds * len(self._tables)  # in every S steps each table takes a block
-        for step in range(self._clock.now, self._clock.now + rest):
-            need += len(self._due[step % self.block_size])
+        now, size, due = self._clock.now, self.block_size, self._due
+        if num_tokens is ONE:  # asked in every iteration
+            need = len(due[now % size])
+        else:
+            need = num_tokens // size * len(self._tables)
+            need += sum([len(due[step % size]) for step in range(now, now + num_tokens % size)])
         return need + self._copies_for(self._tails.values()) if self._tails else need
 
     def steps_without_copies(self, at_most: int, reserve: int) -> int:
@@ -314,12 +316,17 @@ class PagedKVCacheManager:
 
         None while a shared tail was not yet written, even if its next write needs no copy.
         """
-        free = self.num_free_blocks - reserve
+        free, size, tables = self.num_free_blocks - reserve, self.block_size, len(self._tables)
         if free < 0 or self._tails:
             return 0
-        if self.blocks_for_step(at_most) <= free:
-            return at_most
-        return bisect_right(range(1, at_most), free, key=self.blocks_for_step)
+        # In every S steps each table takes a block: whole rounds first, then step by step.
+        rounds = free // tables if tables else at_most
+        free -= rounds * tables
+        for steps in range(rounds * size, at_most):
+            free -= len(self._due[(self._clock.now + steps) % size])
+            if free < 0:
+                return steps
+        return at_most
 
     def can_append(self, seq_ids: list[int]) -> bool:
         """The authors' rule: a block for each must be free, even where its last one has room."""
@@ -327,14 +334,10 @@ class PagedKVCacheManager:
 
     def blocks_for_append(self, seq_ids: Iterable[int]) -> int:
         """Exact number of new blocks, copies included, for a token more in each of these."""
-        size, now, need = self.block_size, self._clock.now, 0
-        writers = []
-        for seq_id in seq_ids:
-            table = self._tables.get(seq_id) or self._running(seq_id)
-            need += (table.offset + now) % size == 0
-            if seq_id in self._tails:
-                writers.append(table)
-        return need + self._copies_for(writers) if writers else need
+        tables = [self._tables.get(seq_id) or self._running(seq_id) for seq_id in seq_ids]
+        size, now = self.block_size, self._clock.now
+        due = sum([(table.offset + now) % size == 0 for table in tables])
+        return due + self._copies_for(tables)
 
     # -- admission (the authors' rules, section 4.5) ----------------------------------------
 
@@ -485,10 +488,9 @@ class PagedKVCacheManager:
         """Bring back a group that was swapped out; returns (CPU block, GPU block) pairs."""
         tables = {seq_id: self._swapped_out(seq_id) for seq_id in seq_ids}
         moving = _swappable(tables, self._cpu)
-        if len(moving) > self.num_free_blocks:
-            raise OutOfBlocksError(
-                f"{len(moving)} blocks to swap in, {self.num_free_blocks} are free"
-            )
+        free = self.num_free_blocks
+        if len(moving) > free:
+            raise OutOfBlocksError(f"{len(moving)} blocks to swap in, {free} are free")
         mapping = self._cpu.move(moving, self._gpu)
         for seq_id in tables:
             table = self._swapped.pop(seq_id).twin(self._clock, mapping)
@@ -496,8 +498,6 @@ class PagedKVCacheManager:
             if table.unfilled and table.blocks[-1] in self._gpu.extra_refs:
                 self._tails[seq_id] = table
         return tuple(mapping.items())
-
-    # -- the parts --------------------------------------------------------------------------
 
     def _running(self, seq_id: int) -> BlockTable:
         return _find(self._tables, seq_id, "a running sequence")
@@ -552,11 +552,10 @@ class PagedKVCacheManager:
                 self._tails[child_id] = child
 
     def _copies_for(self, writers: Iterable[BlockTable]) -> int:
-        """Copies when these tables, whose last block is part-filled, are written.
-
-        The last of all holders of a block may write in place; the others each need a copy.
-        """
-        tails = Counter([table.blocks[-1] for table in writers])
+        """Copies when these tables are written: the last of a block's holders makes none."""
+        if not self._tails:
+            return 0
+        tails = Counter([table.blocks[-1] for table in writers if table.unfilled])
         return sum(min(count, self._gpu.ref_count(tail) - 1) for tail, count in tails.items())
 
     def _copy_last_block(self, table: BlockTable) -> tuple[int, int]:
@@ -564,8 +563,6 @@ class PagedKVCacheManager:
         source = table.blocks[-1]
         table.blocks[-1] = destination = self._gpu.replace(source)
         return source, destination
-
-    # -- accounting -------------------------------------------------------------------------
 
     def usage(self) -> MemoryUsage:
         """Where every slot of the GPU pool is, now."""
@@ -630,13 +627,17 @@ class PagedKVCacheManager:
         shared = {i for i, t in part_filled.items() if self.ref_count(t.blocks[-1]) > 1}
         assert shared <= self._tails.keys(), "a shared block could be written without a copy"
 
-        logical = sum(t.num_tokens for t in running.values())
-        blocks = sum(len(t.blocks) for t in running.values())
-        tokens = sum(filled for (pool, _), (_, filled, _) in known.items() if pool == "GPU")
-        used = sum(pool == "GPU" for pool, _ in known)
-        usage, expect = self.usage(), (tokens, used * size - tokens, logical, blocks, used)
-        found = usage.tokens, usage.padding, usage.logical_tokens, usage.logical_blocks
-        assert (*found, usage.physical_blocks) == expect, "the usage differs from the tables"
+        fills = [filled for (pool, _), (_, filled, _) in known.items() if pool == "GPU"]
+        usage = MemoryUsage(
+            capacity=self.num_blocks * size,
+            tokens=sum(fills),
+            padding=len(fills) * size - sum(fills),
+            free=(self.num_blocks - len(fills)) * size,
+            logical_tokens=sum(t.num_tokens for t in running.values()),
+            logical_blocks=sum(len(t.blocks) for t in running.values()),
+            physical_blocks=len(fills),
+        )
+        assert self.usage() == usage, "the usage differs from the tables"
 
 
 def _find(tables: Mapping[int, BlockTable], seq_id: int, what: str) -> BlockTable:
@@ -880,8 +881,6 @@ class BaselineCacheManager:
             if child != parent:
                 copies.append((self.start_slot(parent), self.start_slot(child), length))
         return copies
-
-    # -- accounting -------------------------------------------------------------------------
 
     def usage(self) -> MemoryUsage:
         """Where every slot of the address space is, now."""

@@ -41,6 +41,15 @@ class Search:
         return found | {"seconds": round(self.seconds, 1)}
 
 
+def names(text):
+    return set(text.split(", "))
+
+
+def pairs(refused):
+    """(call, error) for each, from {error: "call, call"}."""
+    return {(name, error) for error, calls in refused.items() for name in names(calls)}
+
+
 def breadth_first(start, copy, canonical, frozen, moves):
     """Search from `start`; returns the Search. `frozen(manager)`: all of it, as a value."""
     search, begin = Search(), time.process_time()
@@ -167,11 +176,11 @@ def canonical_paged(m):
         ties[-1][-1][1] += 1
     keys = [(*key[:3], *key[3]) for key, _ in rows]
     if all(len(tie) == 1 for tie in ties):
-        names = _named([tie[0] for tie in ties])
+        named = _named([tie[0] for tie in ties])
     else:
         orders = product(*map(permutations, ties))
-        names = min(_named([t for tie in order for t in tie]) for order in orders)
-    return marshal.dumps((keys, names), 0)  # as bytes it is small; later formats know identities
+        named = min(_named([t for tie in order for t in tie]) for order in orders)
+    return marshal.dumps((keys, named), 0)  # as bytes it is small; later formats know identities
 
 
 def _named(tables):

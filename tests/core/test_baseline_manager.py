@@ -505,34 +505,6 @@ def corrupt_lost_chunk(m):
     m._buddy.free_chunks[3][m._held[0].start_block] = None
 
 
-def corrupt_too_long(m):
-    m._held[0].start_len = m._held[0].final_len - m._now + 1
-
-
-def corrupt_empty(m):
-    m._held[0].start_len = -m._now
-
-
-def corrupt_negative(m):
-    m._held[0].start_len = -m._now - 1
-
-
-def corrupt_beyond_asked(m):
-    m._held[0].final_len = m._held[0].asked + 1
-
-
-def corrupt_small_chunk(m):
-    m._held[0].asked = 33
-
-
-def corrupt_large_chunk(m):
-    m._held[0].asked = 16
-
-
-def corrupt_full_at(m):
-    m._full_at = 6  # that of the second reservation; the first is full at 5
-
-
 def add_to(name, count=1):
     def corrupt(m):
         setattr(m, name, getattr(m, name) + count)
@@ -540,39 +512,43 @@ def add_to(name, count=1):
     return corrupt
 
 
+def of_first(name, value):
+    """A field of the first reservation that is wrong; `value` is given the manager."""
+    return lambda m: setattr(m._held[0], name, value(m))
+
+
 BASELINE_CORRUPTIONS = {
     "two sequences hold the same chunk": (corrupt_same_chunk,),
     "chunk lost": (corrupt_lost_chunk,),
     "length, final length, slots asked for": (
-        corrupt_too_long,
-        corrupt_empty,
-        corrupt_negative,
-        corrupt_beyond_asked,
+        of_first("start_len", lambda m: m._held[0].final_len - m._now + 1),
+        of_first("start_len", lambda m: -m._now),
+        of_first("start_len", lambda m: -m._now - 1),
+        of_first("final_len", lambda m: m._held[0].asked + 1),
     ),
-    "chunk smaller than asked for": (corrupt_small_chunk,),
-    "chunk not the next power of two": (corrupt_large_chunk,),
+    "chunk smaller than asked for": (of_first("asked", lambda m: 33),),
+    "chunk not the next power of two": (of_first("asked", lambda m: 16),),
     "sum of tokens": (add_to("_tokens"), add_to("_tokens", -1), add_to("_now"), add_to("_now", -1)),
     "sum of final lengths": (add_to("_final"), add_to("_final", -1)),
     "sum of slots asked for": (add_to("_asked"), add_to("_asked", -1)),
-    "the step at which the first reservation is full": (corrupt_full_at,),
+    # The first is full at 5, the second at 6.
+    "the step at which the first reservation is full": (lambda m: setattr(m, "_full_at", 6),),
     "free and reserved blocks part the pool": (add_to("num_blocks"), add_to("num_blocks", -1)),
 }
 
 
-@pytest.mark.parametrize(
-    ("message", "corrupt"),
-    [(m, corrupt) for m, several in BASELINE_CORRUPTIONS.items() for corrupt in several],
-)
-def test_the_invariants_catch(message, corrupt):
-    manager = BaselineCacheManager(64, 4, policy="max", max_len=32)
-    for seq_id in range(2):
-        manager.allocate(seq_id, 5, 10 + seq_id)
-    manager.append_all(2)
-    assert sorted(manager._buddy.free_chunks[3]) == list(range(0, 48, 8))
-    manager.check_invariants()
-    corrupt(manager)
-    with pytest.raises(AssertionError, match=pattern(message)):
+@pytest.mark.parametrize("message", BASELINE_CORRUPTIONS)
+def test_the_invariants_catch(message):
+    for corrupt in BASELINE_CORRUPTIONS[message]:
+        manager = BaselineCacheManager(64, 4, policy="max", max_len=32)
+        for seq_id in range(2):
+            manager.allocate(seq_id, 5, 10 + seq_id)
+        manager.append_all(2)
+        assert sorted(manager._buddy.free_chunks[3]) == list(range(0, 48, 8))
         manager.check_invariants()
+        corrupt(manager)
+        with pytest.raises(AssertionError, match=pattern(message)):
+            manager.check_invariants()
 
 
 def test_the_invariants_check_the_buddy_too():

@@ -22,7 +22,7 @@ import random
 import pytest
 from manager_tools import observable, random_manager
 from search_paged import Moves, World
-from search_tools import breadth_first, canonical_paged, copy_paged, frozen_paged
+from search_tools import breadth_first, canonical_paged, copy_paged, frozen_paged, names, pairs
 
 from allocators import BlockAllocator
 from kv_cache_manager import OutOfBlocksError, PagedKVCacheManager
@@ -33,52 +33,24 @@ def search(world):
 
 
 # What every search must have met: each call that succeeds, each that is refused, and why.
-DONE = {
-    "allocate",
-    "try_admit",
-    "admit",
-    "append 1",
-    "append 3",
-    "append_all 1",
-    "append_all 3",
-    "fork",
-    "reorder",
-    "swap_out",
-    "swap_in",
-    "recompute",
-    "free",
-}
+DONE = (
+    "allocate, try_admit, admit, append 1, append 3, append_all 1, append_all 3, fork, "
+    "reorder, swap_out, swap_in, recompute, free"
+)
 REFUSED = {
-    ("allocate", "OutOfBlocksError"),
-    ("allocate", "DuplicateSequenceError"),
-    ("admit", "OutOfBlocksError"),
-    ("admit", "DuplicateSequenceError"),
-    ("append", "UnknownSequenceError"),
-    ("append_all", "ValueError"),
-    ("append 1", "OutOfBlocksError"),
-    ("append 3", "OutOfBlocksError"),
-    ("append_all 1", "OutOfBlocksError"),
-    ("append_all 3", "OutOfBlocksError"),
-    ("fork", "DuplicateSequenceError"),
-    ("fork", "UnknownSequenceError"),
-    ("free", "UnknownSequenceError"),
-    ("prefix", "UnknownSequenceError"),
-    ("reorder", "UnknownSequenceError"),
-    ("swap_in", "OutOfBlocksError"),
-    ("swap_in", "SharedBlockError"),
-    ("swap_in", "UnknownSequenceError"),
-    ("swap_out", "OutOfSwapSpaceError"),
-    ("swap_out", "SharedBlockError"),
-    ("swap_out", "UnknownSequenceError"),
+    "OutOfBlocksError": (
+        "allocate, admit, append 1, append 3, append_all 1, append_all 3, swap_in"
+    ),
+    "DuplicateSequenceError": "allocate, admit, fork",
+    "UnknownSequenceError": "append, fork, free, prefix, reorder, swap_in, swap_out",
+    "ValueError": "append_all",
+    "SharedBlockError": "swap_in, swap_out",
+    "OutOfSwapSpaceError": "swap_out",
 }
-SEEN = {
-    "copy on write",
-    "last holder writes in place",
-    "reorder of a parent that moves",
-    "swap_in of shared blocks",
-    "swap_out of shared blocks",
-    "try_admit declines",
-}
+SEEN = (
+    "copy on write, last holder writes in place, reorder of a parent that moves, swap_in of "
+    "shared blocks, swap_out of shared blocks, try_admit declines"
+)
 
 
 SLOW = pytest.mark.slow
@@ -97,9 +69,9 @@ SLOW = pytest.mark.slow
 def test_every_state_of_a_world(world, states, transitions, figure):
     found = search(world)
     behind = {"free prefix"} if world.prefix_len else set()
-    assert found.done.keys() == DONE | behind
-    assert found.refused.keys() == REFUSED
-    assert {event for event, n in found.seen.items() if n} == SEEN
+    assert found.done.keys() == names(DONE) | behind
+    assert found.refused.keys() == pairs(REFUSED)
+    assert {event for event, n in found.seen.items() if n} == names(SEEN)
     assert (found.states, found.transitions) == (states, transitions)
     figure(f"paged manager, {world}", **found.figures())
 
