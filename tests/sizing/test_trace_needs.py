@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from kv_cache_manager import POLICIES
 from sequence import Sequence, SequenceGroup
 from vllm_sim.serving.latency import UNIT, LatencyModel
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import Observer, simulate
+from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing import trace_serving
 from vllm_sim.sizing.trace_needs import EXACT, servers_needed, smallest, smallest_pool
 from vllm_sim.sizing.trace_serving import (
@@ -25,7 +25,6 @@ from vllm_sim.sizing.trace_serving import (
 SIZE, MAX_LEN = 4, 40
 LATENCY = LatencyModel(step_s=1.0, token_s=0.013, context_s=0.0007, prompt_s=0.11)
 SERVER = Server(SIZE, MAX_LEN, LATENCY, Limits(60, 10**9))
-POLICIES = (*POLICIES, "paged")
 
 
 def tiny(seed, count=16, gap=2.5):
