@@ -15,6 +15,8 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,43 +24,41 @@ import pytest
 import torch
 
 import main
+from paged_attention import DeviceMemoryError
 from vllm_sim import models
+from vllm_sim.scenarios import baseline
+from vllm_sim.scenarios import run as scenario_run
+from vllm_sim.scenarios.setting import Setting, check_setting
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = str(ROOT / "main.py")
 # The smallest pools that hold a request of 2048 tokens leave most of a run to starting Python.
 MODEL = ("--model", "opt-125m", "--device", "cpu", "--quiet")  # a slow machine shows progress
 SMALL = (*MODEL, "--num-blocks", "140")
-ELAPSED = re.compile(rb'(, \d+\.\d s\n\Z)|("elapsed_s": [\d.]+)')
+ELAPSED = re.compile(r'(, \d+\.\d s\n\Z)|("elapsed_s": [\d.]+)')
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 
 
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="session")
+def run(run_script):
+    """A finished process of main.py; its output must be ASCII."""
+
+    def run(*args, env=None, **options):
+        done = run_script("main.py", *args, env=ONE_THREAD | (env or {}), **options)
+        assert (done.stdout or "").isascii() and done.stderr.isascii()
+        return done
+
+    return run
 
 
-def run(*args, cwd=ROOT, env=None, **options):
-    """A finished process; its output must be ASCII."""
-    done = subprocess.run(
-        [sys.executable, MAIN, *map(str, args)],
-        cwd=cwd,
-        env=env or environment(),
-        capture_output=True,
-        timeout=100,
-        **options,
-    )
-    assert done.stdout.isascii() and done.stderr.isascii()
-    return done
-
-
-def start(*args, **options):
+def start(*args):
     return subprocess.Popen(
         [sys.executable, MAIN, *map(str, args)],
-        env=environment(),
+        env=os.environ | ONE_THREAD,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        **options,
     )
 
 
@@ -79,29 +79,19 @@ def rows_of(found, number):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(process, bytes of the JSON) of all four scenarios with seed 0."""
+def whole(run, tmp_path_factory):
+    """(process, text of the JSON) of all four scenarios with seed 0."""
     path = tmp_path_factory.mktemp("whole") / "out.json"
-    done = run(*SMALL, "--json", path)
-    return done, path.read_bytes()
+    return run(*SMALL, "--json", path), path.read_text(encoding="ascii")
 
 
 def test_json_has_exactly_the_promised_keys(whole):
     _, text = whole
-    found = json.loads(text.decode("ascii"))
-    assert list(found) == [
-        "schema",
-        "script",
-        "options",
-        "seeds",
-        "versions",
-        "setting",
-        "scenarios",
-        "tables",
-        "checks",
-        "exit_code",
-        "elapsed_s",
-    ]
+    found = json.loads(text)
+    assert {*found} == {
+        *("schema", "script", "options", "seeds", "versions", "setting", "scenarios", "tables"),
+        *("checks", "exit_code", "elapsed_s"),
+    }
     assert isinstance(found["elapsed_s"], float) and 0 < found["elapsed_s"] < 100
     setting = found["setting"]
     assert (setting["model"], setting["num_blocks"], setting["block_size"]) == ("opt-125m", 140, 16)
@@ -122,9 +112,9 @@ def test_exit_code_and_last_line_count_the_checks(whole):
     found = json.loads(text)
     total, failed = len(found["checks"]), len(failed_checks(found))
     last = done.stdout.splitlines()[-1]
-    assert last.startswith(b"%d of %d checks held, " % (total - failed, total))
-    assert done.stdout.count(b"  FAILED  ") == failed
-    assert (done.returncode, done.stderr) == (1 if failed else 0, b"")
+    assert last.startswith(f"{total - failed} of {total} checks held, ")
+    assert done.stdout.count("  FAILED  ") == failed
+    assert (done.returncode, done.stderr) == (1 if failed else 0, "")
     assert found["exit_code"] == done.returncode
 
 
@@ -134,55 +124,44 @@ def test_all_checks_hold(whole):
 
 def test_each_scenario_ends_with_its_answer(whole):
     done, text = whole
-    printed = done.stdout.decode("ascii")
+    printed = done.stdout
     assert re.findall(r"^Scenario (\d): ", printed, re.MULTILINE) == ["1", "2", "3", "4"]
     for scenario in json.loads(text)["scenarios"]:
         assert f"\nAnswer: {scenario['answer']}\n" in printed
 
 
-def test_same_seed_same_bytes(whole, tmp_path):
+def test_same_seed_same_bytes(run, whole, tmp_path):
     path = tmp_path / "out.json"
     done = run(*SMALL, "--seed", "0", "--json", path)
-    for ours, theirs in ((done.stdout, whole[0].stdout), (path.read_bytes(), whole[1])):
-        ours, count = ELAPSED.subn(b"", ours)
-        assert count == 1 and ours == ELAPSED.sub(b"", theirs)
+    for ours, theirs in ((done.stdout, whole[0].stdout), (path.read_text(), whole[1])):
+        ours, count = ELAPSED.subn("", ours)
+        assert count == 1 and ours == ELAPSED.sub("", theirs)
 
 
 @pytest.mark.parametrize(
     ("block_size", "num_blocks", "seed"), [(1, 2240, 1), (8, 280, 2), (32, 70, 3), (256, 12, 4)]
 )
-def test_all_checks_hold_for_other_block_sizes_and_seeds(tmp_path, block_size, num_blocks, seed):
+def test_all_checks_hold_for_other_block_sizes_and_seeds(
+    run, tmp_path, block_size, num_blocks, seed
+):
     path = tmp_path / "out.json"
     sizes = ("--block-size", block_size, "--num-blocks", num_blocks, "--seed", seed)
     done = run(*MODEL, *sizes, "--json", path)
-    assert done.stderr == b""
+    assert done.stderr == ""
     assert failed_checks(json.loads(path.read_text())) == []
     assert done.returncode == 0
 
 
-def test_scenarios_named_repeatedly_run_in_order_and_another_seed_differs(whole, tmp_path):
+def test_scenarios_named_repeatedly_run_in_order_and_another_seed_differs(run, whole, tmp_path):
     path = tmp_path / "out.json"
-    done = run(
-        *SMALL,
-        "--scenario",
-        "2",
-        "--scenario",
-        "1",
-        "--scenario",
-        "2",
-        "--format",
-        "github",
-        "--seed",
-        "1",
-        "--json",
-        path,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
+    chosen = ("--scenario", 2, "--scenario", 1, "--scenario", 2)
+    done = run(*SMALL, *chosen, "--format", "github", "--seed", 1, "--json", path)
+    assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(path.read_text())
     assert [scenario["number"] for scenario in found["scenarios"]] == [1, 2]
     for number in (1, 2):
         assert rows_of(found, number) != rows_of(json.loads(whole[1]), number)
-    lines = done.stdout.decode("ascii").split("\n")
+    lines = done.stdout.split("\n")
     headings = [line.split(":")[0] for line in lines if line.startswith("## ")]
     assert headings == ["## Scenario 1", "## Scenario 2"]
     fenced = False
@@ -193,10 +172,10 @@ def test_scenarios_named_repeatedly_run_in_order_and_another_seed_differs(whole,
     assert not fenced
 
 
-def test_latex_output_is_comments_and_tables():
+def test_latex_output_is_comments_and_tables(run):
     done = run(*SMALL, "--scenario", "1", "--format", "latex")
-    assert (done.returncode, done.stderr) == (0, b"")
-    text = done.stdout.decode("ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = done.stdout
     outside = re.sub(r"\\begin\{tabular\}.*?\\end\{tabular\}", "", text, flags=re.DOTALL)
     assert outside != text
     assert [line for line in outside.split("\n") if line and not line.startswith("%")] == []
@@ -204,39 +183,24 @@ def test_latex_output_is_comments_and_tables():
         assert not re.search(r"(?<!\\)[%#_$]", table)
 
 
-def test_help_has_every_option_and_an_example_that_runs(tmp_path):
+def test_help_has_every_option_and_an_example_that_runs(run, tmp_path):
     done = run("--help")
-    assert (done.returncode, done.stderr) == (0, b"")
-    text = done.stdout.decode("ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = done.stdout
     options = ("scenario", "device", "model", "layers", "num-blocks", "block-size", "seed", "json")
     for option in (*options, "format", "quiet", "help"):
         assert f"--{option}" in text
     assert max(map(len, text.splitlines())) <= 100
     example = shlex.split(re.search(r"^ *python main\.py (.*)$", text, re.MULTILINE)[1])
     done = run(*example, "--quiet", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (0, "")
     json.loads((tmp_path / "out.json").read_text())
 
 
 # ---- input that cannot be used ----------------------------------------------------------------
 
-NOT_POSITIVE = (
-    "0",
-    "-1",
-    "-16",
-    "abc",
-    "",
-    "1.5",
-    "1e3",
-    "0x10",
-    "9" * 13,
-    "9" * 400,
-    " 16",
-    "+16",
-    "1_6",
-    "nan",
-    "\u0663",
-)
+NOT_POSITIVE = ("0", "-1", "-16", "abc", "", "1.5", "1e3", "0x10", "9" * 13, "9" * 400)
+NOT_POSITIVE += (" 16", "+16", "1_6", "nan", "\u0663")
 
 
 @pytest.mark.parametrize(
@@ -276,10 +240,10 @@ def test_value_that_cannot_be_used_is_named_in_one_line(option, values, capfd, t
         (["--num-blocks", "129"], "raise --num-blocks to 130 or more"),
     ],
 )
-def test_mistake_takes_one_line_of_a_process(args, why, tmp_path):
+def test_mistake_takes_one_line_of_a_process(run, args, why, tmp_path):
     done = run(*SMALL, *args, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, b"")
-    errors = done.stderr.decode("ascii")
+    assert (done.returncode, done.stdout) == (2, "")
+    errors = done.stderr
     assert errors.startswith("main.py: error: ") and errors.count("\n") == 1 and why in errors
     assert os.listdir(tmp_path) == []
 
@@ -315,25 +279,14 @@ def test_one_block_is_no_plural(capfd):
 
 def test_number_of_blocks_that_it_asks_for_is_enough(capfd):
     """The message's number is the smallest that works, for every block size."""
-    from vllm_sim.scenarios import setting as scenario
-
     for block_size in (1, 3, 16, 100, 256, 2047, 2048, 5000):
-        setting = scenario.Setting(
-            models.MODELS["opt-125m"], torch.device("cpu"), 1, 1, block_size, 0
-        )
+        setting = Setting(models.MODELS["opt-125m"], torch.device("cpu"), 1, 1, block_size, 0)
         with pytest.raises(ValueError) as caught:
-            scenario.check_setting(setting)
+            check_setting(setting)
         need = int(re.search(r"to ([\d,]+) or more", str(caught.value))[1].replace(",", ""))
-        fields = {
-            "model": setting.model,
-            "device": setting.device,
-            "num_layers": 1,
-            "block_size": block_size,
-            "seed": 0,
-        }
-        scenario.check_setting(scenario.Setting(num_blocks=need, **fields))
+        check_setting(replace(setting, num_blocks=need))
         with pytest.raises(ValueError):
-            scenario.check_setting(scenario.Setting(num_blocks=need - 1, **fields))
+            check_setting(replace(setting, num_blocks=need - 1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -369,7 +322,7 @@ def test_output_without_permission_is_refused_before_the_run(capfd, tmp_path):
     assert (tmp_path / "out.json").read_text() == "old"
 
 
-def test_full_device_as_output(tmp_path):
+def test_full_device_as_output(run, tmp_path):
     """/dev/full, or as root, who could replace it by a file, one of our own."""
     device = Path("/dev/full")
     if os.geteuid() == 0:
@@ -380,27 +333,20 @@ def test_full_device_as_output(tmp_path):
             pytest.skip("no device can be made here")
     done = run(*SMALL, "--scenario", "1", "--json", device)
     assert done.returncode == 2
-    assert done.stderr.count(b"\n") == 1 and b"cannot write" in done.stderr
+    assert done.stderr.count("\n") == 1 and "cannot write" in done.stderr
     assert stat.S_ISCHR(device.lstat().st_mode)
 
 
-def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path):
+def test_disk_that_fills_up_while_writing_leaves_the_old_file(run, tmp_path):
     """A limit on the size of files stands in for the full disk; the pipes have none."""
     path = tmp_path / "out.json"
     path.write_text("old")
     # `make coverage` would write to files of its own.
-    env = {name: v for name, v in environment().items() if not name.startswith("COVERAGE_")}
-    done = run(
-        *SMALL,
-        "--scenario",
-        "1",
-        "--json",
-        path,
-        env=env,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
-    )
+    none = {name: None for name in os.environ if name.startswith("COVERAGE_")}
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
+    done = run(*SMALL, "--scenario", 1, "--json", path, env=none, preexec_fn=limit)
     assert done.returncode == 2
-    assert done.stderr.count(b"\n") == 1 and b"cannot write" in done.stderr
+    assert done.stderr.count("\n") == 1 and "cannot write" in done.stderr
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
 
 
@@ -410,6 +356,52 @@ def test_failed_run_leaves_the_old_file(capfd, tmp_path):
     for args in (["--num-blocks", "1"], ["--seed", "x"], ["--layers", "13"]):
         assert main.main([*SMALL, *args, "--json", str(path)]) == 2
         assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
+
+
+# ---- runs that fail -----------------------------------------------------------------------------
+
+
+def test_an_invariant_that_does_not_hold_is_a_failed_check(monkeypatch, capsys):
+    for message, shown in (("slots\n 3 of 4", "slots 3 of 4"), ("", "assertion failed")):
+
+        def fail(setting, progress, message=message):
+            raise AssertionError(message)
+
+        monkeypatch.setattr(baseline, "run", fail)
+        assert main.main([*SMALL, "--scenario", "1"]) == 1
+        printed = capsys.readouterr().out
+        assert shown in printed and "0 of 1 checks held" in printed and "FAILED" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (DeviceMemoryError("cpu: 2 bytes needed, 1 available"), "2 bytes needed"),
+        (torch.OutOfMemoryError("CUDA out of memory\nand more"), "out of memory: CUDA"),
+        (MemoryError("of the host"), "out of memory: of the host"),
+    ],
+)
+def test_memory_that_runs_out_during_a_run(monkeypatch, capsys, error, says):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(scenario_run, "run_one", fail)
+    assert main.main([*SMALL, "--scenario", "1"]) == 2
+    errors = capsys.readouterr().err
+    assert says in errors and errors.count("\n") == 1 and scenario_run.MEMORY_FLAGS in errors
+
+
+def test_the_cpu_gets_half_the_cores_unless_the_user_says_otherwise(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(scenario_run.ctypes, "CDLL", lambda _: object())  # no mallopt: not glibc
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    scenario_run.tune_cpu()
+    assert asked == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    scenario_run.tune_cpu()
+    assert asked == [3]
 
 
 # ---- runs that are ended from outside ---------------------------------------------------------
@@ -425,7 +417,7 @@ def test_interrupt_during_a_run_is_silent_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_interrupt_while_modules_load_is_obeyed_silently(tmp_path):
+def test_interrupt_while_modules_load_is_obeyed_silently(run_script, tmp_path):
     """torch loads numpy from C++, where an exception that a signal raised is dropped."""
     code = """if True:
         import os, runpy, signal, sys
@@ -443,15 +435,10 @@ def test_interrupt_while_modules_load_is_obeyed_silently(tmp_path):
     """
     args = [MAIN, *SMALL, "--scenario", "1", "--json", str(tmp_path / "out.json")]
     for module in ("vllm_sim.paper", "numpy", "vllm_sim.scenarios.mixed"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, module, *args],
-            env=environment(),
-            capture_output=True,
-            timeout=60,
-        )
+        done = run_script("-c", code, module, *args, env=ONE_THREAD)
         # A shell says 130 for both.
         assert done.returncode in (130, -signal.SIGINT), module
-        assert (done.stdout, done.stderr) == (b"", b""), module
+        assert (done.stdout, done.stderr) == ("", ""), module
         assert os.listdir(tmp_path) == []
 
 
@@ -463,14 +450,8 @@ def test_reader_that_goes_away_ends_the_run_silently():
     assert errors == b"" and process.returncode in (0, 141, -signal.SIGPIPE)
 
 
-def test_output_to_a_full_disk_takes_one_line():
+def test_output_to_a_full_disk_takes_one_line(run):
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            [sys.executable, MAIN, *SMALL, "--scenario", "1"],
-            env=environment(),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            timeout=60,
-        )
+        done = run(*SMALL, "--scenario", "1", stdout=full)
     assert done.returncode == 2
-    assert done.stderr.count(b"\n") == 1 and b"No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr

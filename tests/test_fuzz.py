@@ -74,6 +74,7 @@ from vllm_sim.models.config_file import ConfigError  # noqa: E402
 from vllm_sim.reporting import command_line, sweep_cells  # noqa: E402
 from vllm_sim.reporting.command_line import UsageError  # noqa: E402
 from vllm_sim.reporting.sweep_cells import PATHS  # noqa: E402
+from vllm_sim.scenarios import run as scenario_run  # noqa: E402
 from vllm_sim.scenarios.report import ScenarioReport  # noqa: E402
 from vllm_sim.sizing import answers as capacity_tables  # noqa: E402
 from vllm_sim.sizing import trace_answers as trace_tables  # noqa: E402
@@ -107,8 +108,8 @@ def room():
 def no_work(monkeypatch, room):
     """The scripts without what they are for; what they read, check and write is all there."""
     report = ScenarioReport(1, "nothing", "What?", answer="Nothing.")
-    monkeypatch.setattr(main, "run_one", lambda *_: report)
-    monkeypatch.setattr(main, "tune_cpu", lambda: None)
+    monkeypatch.setattr(scenario_run, "run_one", lambda *_: report)
+    monkeypatch.setattr(scenario_run, "tune_cpu", lambda: None)
     monkeypatch.setattr(sweep_cells, "run_cell", lambda *_: 0)
     monkeypatch.setattr(capacity_tables, "sections", lambda *_: [])
     monkeypatch.setattr(trace_tables, "answer_trace", lambda *_: [])
@@ -484,8 +485,8 @@ def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(script, tmp
     """After each number of writes: silence, 141, and the file whole or as it was before."""
     shown = ScenarioReport(1, "nothing", "What?", parts=["text"], answer="Nothing.")
     section = capacity_tables.Section("t", ("a",), [(1,)], name="t", answer="so")
-    monkeypatch.setattr(main, "run_one", lambda *_: shown)
-    monkeypatch.setattr(main, "tune_cpu", lambda: None)
+    monkeypatch.setattr(scenario_run, "run_one", lambda *_: shown)
+    monkeypatch.setattr(scenario_run, "tune_cpu", lambda: None)
     monkeypatch.setattr(capacity_tables, "sections", lambda *_: iter([section]))
     cell = long_document(tmp_path / "cell.json")
     arguments = [
@@ -628,7 +629,7 @@ def test_a_planted_half_written_file_is_noticed(room, no_work, monkeypatch, left
         (room[1] / left).write_text("{")
         raise UsageError("planted")
 
-    monkeypatch.setattr(main, "make_setting", fail)
+    monkeypatch.setattr(scenario_run, "make_setting", fail)
     with pytest.raises(Fault, match="files changed"):
         check(main, [], room[1])
 

@@ -4,14 +4,12 @@ import json
 
 import pytest
 
+from vllm_sim.reporting.tables import FORMATS, Table, render
 from vllm_sim.scenarios.report import (
-    FORMATS,
     Check,
     ScenarioReport,
-    Table,
     block_map,
     checks_table,
-    render,
     render_scenario,
 )
 

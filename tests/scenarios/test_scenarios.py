@@ -15,19 +15,12 @@ import paged_attention
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import PagedKVCache
 from vllm_sim import models, paper
-from vllm_sim.scenarios import baseline as scenario_baseline
-from vllm_sim.scenarios import mixed as scenario_mixed
-from vllm_sim.scenarios import paged as scenario_paged
-from vllm_sim.scenarios import paged as scenario_paged_tensors
-from vllm_sim.scenarios import sampling as scenario_sampling
-from vllm_sim.scenarios.record import RunRecord
-from vllm_sim.scenarios.report import ScenarioReport, Table, render_scenario
-from vllm_sim.scenarios.setting import (
-    Setting,
-    check_setting,
-    sample_requests,
-)
+from vllm_sim.reporting.tables import Table
+from vllm_sim.scenarios import baseline, mixed, paged, sampling
+from vllm_sim.scenarios.report import ScenarioReport, render_scenario
+from vllm_sim.scenarios.setting import Setting, check_setting, sample_requests
 from vllm_sim.scenarios.stamped_cache import StampedCache
+from vllm_sim.serving import systems
 from vllm_sim.serving.simulator import make_groups
 from vllm_sim.workload.length_tables import ALPACA, SHAREGPT
 from vllm_sim.workload.requests import Request
@@ -35,7 +28,7 @@ from vllm_sim.workload.requests import Request
 TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
 SHORT = models.Model("short", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
 GROUPED = models.Model("grouped", "opt", 3, 32, 4, 2, 8, 64, 100, 2048)
-SCENARIOS = (scenario_baseline, scenario_paged, scenario_sampling, scenario_mixed)
+SCENARIOS = (baseline, paged, sampling, mixed)
 
 
 pytestmark = pytest.mark.usefixtures("few_bytes")
@@ -45,15 +38,15 @@ pytestmark = pytest.mark.usefixtures("few_bytes")
 def quick(monkeypatch):
     """Shorter steady states; the full length is for the numbers beside the paper's."""
     for module, warmup, iterations in (
-        (scenario_baseline, 100, 900),
-        (scenario_paged, 300, 300),
-        (scenario_sampling, 50, 60),
+        (baseline, 100, 900),
+        (paged, 300, 300),
+        (sampling, 50, 60),
     ):
         monkeypatch.setattr(module, "WARMUP", warmup)
         for name in ("ITERATIONS", "BASELINE_ITERATIONS"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, iterations)
-    monkeypatch.setattr(scenario_sampling, "OUTPUT_LEN", 20)
+    monkeypatch.setattr(sampling, "OUTPUT_LEN", 20)
     return monkeypatch
 
 
@@ -109,11 +102,11 @@ def test_all_checks_hold(module, setting, quick):
 
 # Each of these made a check fail, or a scenario stop with a traceback, although nothing was wrong.
 ONCE_FAILED = [
-    (scenario_sampling, setting_of(983, seed=3)),  # a mean over few requests, which fell
-    (scenario_sampling, setting_of(603, seed=0)),
-    (scenario_sampling, setting_of(122, 128)),
-    (scenario_baseline, setting_of(130, seed=3)),  # one largest chunk: nothing to fragment
-    (scenario_baseline, setting_of(13, 2048)),  # a block holds the longest request
+    (sampling, setting_of(983, seed=3)),  # a mean over few requests, which fell
+    (sampling, setting_of(603, seed=0)),
+    (sampling, setting_of(122, 128)),
+    (baseline, setting_of(130, seed=3)),  # one largest chunk: nothing to fragment
+    (baseline, setting_of(13, 2048)),  # a block holds the longest request
 ]
 
 
@@ -126,10 +119,10 @@ def test_no_check_fails_where_nothing_is_wrong(module, setting):
 
 
 def test_the_same_setting_gives_the_same_report(quick):
-    for module in (scenario_baseline, scenario_mixed):
+    for module in (baseline, mixed):
         first, again = (module.run(setting_of(130, seed=5)).to_json() for _ in range(2))
         assert first == again
-    assert scenario_baseline.run(setting_of(130, seed=6)) != scenario_baseline.run(setting_of(130))
+    assert baseline.run(setting_of(130, seed=6)) != baseline.run(setting_of(130))
 
 
 # --- the setting ---------------------------------------------------------------------------------
@@ -200,20 +193,20 @@ def test_a_setting_describes_itself():
 
 def test_fifty_tokens_in_a_reservation_of_2048():
     report = empty_report()
-    scenario_baseline._one_request(setting_of(130), report)
+    baseline.one_request(setting_of(130), report)
     assert (
         "50 tokens under 'max': 2048 slots reserved, 1998 of them never used (97.6 %)"
         in (report.parts[0])
     )
     assert report.checks[0].name == "50 tokens in a 2048-slot reservation" and report.checks[0].ok
     short = empty_report()
-    scenario_baseline._one_request(setting_of(16, model=SHORT), short)
+    baseline.one_request(setting_of(16, model=SHORT), short)
     assert short.checks[0].name == "50 tokens in a 256-slot reservation" and short.checks[0].ok
 
 
 def test_figure_3_slot_by_slot():
     report = empty_report()
-    scenario_baseline._figure_3(setting_of(130), report)
+    baseline.figure_3(report)
     rows = [tuple(row.values()) for row in records(report, "Fig. 3")]
     # Counted in the figure: prompt and current token, two (one) to come, and the rest.
     assert rows == [
@@ -227,7 +220,7 @@ def test_figure_3_slot_by_slot():
 
 def test_the_shares_of_the_contiguous_policies(quick):
     """Beside each other as in Fig. 2: what each policy wastes, and what it cannot waste."""
-    report = scenario_baseline.run(setting_of(300))
+    report = baseline.run(setting_of(300))
     rows = [row for row in records(report, "Steady state") if row["who"] == "ours"]
     policies = {row["policy"]: row for row in rows}
     for row in rows:
@@ -237,25 +230,12 @@ def test_the_shares_of_the_contiguous_policies(quick):
         assert row["external_and_others"] == pytest.approx(external)
     assert policies[paper.ORCA_ORACLE]["internal"] == 0 < policies[paper.ORCA_POW2]["internal"]
     assert policies[paper.ORCA_MAX]["rounding"] == 0  # 2048 is a power of two
-    tokens = [policies[s]["tokens"] for s in scenario_baseline.CONTIGUOUS.values()]
+    tokens = [policies[s]["tokens"] for s in baseline.CONTIGUOUS.values()]
     assert tokens == sorted(tokens) and tokens[0] < tokens[-1]
     fill = records(report, "Admitted in order")
     for row in fill:
         parts = ("tokens", "reserved", "internal", "rounding", "free")
         assert sum(row[part] for part in parts) == 300 * 16
-
-
-def test_a_policy_of_ones_own_has_no_bar_of_the_papers(quick):
-    theirs = paper.ORCA_POW2, paper.ORCA_ORACLE
-    quick.setattr(
-        scenario_baseline, "POLICIES", dict(zip(("max", "pow2", "oracle"), ("mine", *theirs)))
-    )
-    record = RunRecord()
-    report = scenario_baseline.run(setting_of(130), record=record)
-    rows = [(row["policy"], row["who"]) for row in records(report, "Steady state")]
-    assert rows == [("mine", "ours"), *((s, who) for s in theirs for who in ("ours", "paper"))]
-    told = {bar.system: bar.paper for bar in record.bars}
-    assert told == {"mine": None, **{system: paper.FIG2[system] for system in theirs}}
 
 
 def test_the_map_of_the_pool_shows_each_slot_where_it_is():
@@ -264,22 +244,20 @@ def test_the_map_of_the_pool_shows_each_slot_where_it_is():
     manager.allocate(1, 20, 32)  # 20 tokens, 12 to come
     # 16 slots a character: what most of them are. Chunks are given from the upper end.
     assert (manager.start_slot(1), manager.start_slot(0)) == (0, 32)
-    assert scenario_baseline.pool_map(manager) == "Tr" + "To" + "."
+    assert baseline.pool_map(manager) == "Tr" + "To" + "."
 
 
 def test_a_request_pool_that_nothing_fills_is_an_error():
     requests = [Request(n, 0.0, 3, 3) for n in range(2)]
     with pytest.raises(ValueError, match="all 2 requests fit"):
-        scenario_baseline._fill(setting_of(130), "oracle", requests)
+        baseline.fill(setting_of(130), "oracle", requests)
 
 
 def test_requests_that_fit_all_at_once_are_an_error_in_scenario_2():
     """No steady state, and no first refusal to show: it is not told as one."""
     report = empty_report()
     with pytest.raises(ValueError, match="the queue of 2 ran dry"):
-        scenario_paged._fill_and_run(
-            setting_of(130), report, [Request(n, 0.0, 3, 3) for n in range(2)]
-        )
+        paged.fill_and_run(setting_of(130), report, [Request(n, 0.0, 3, 3) for n in range(2)])
     assert report.parts == []
 
 
@@ -293,9 +271,9 @@ def test_n_samples_cost_what_a_count_by_hand_says(block_size, prompt_len, monkey
     """In sets of (sample, position) and without a block table: what may be shared is what was
     written before the fork, and a block is shared only if all of it was."""
     output_len = 20
-    monkeypatch.setattr(scenario_sampling, "OUTPUT_LEN", output_len)
+    monkeypatch.setattr(sampling, "OUTPUT_LEN", output_len)
     for n in (1, 2, 3, 6):
-        samples = scenario_sampling.SharedPrompt(
+        samples = sampling.SharedPrompt(
             setting_of(1), n * (prompt_len + output_len), block_size, prompt_len
         )
         for sample in range(1, n):
@@ -316,7 +294,7 @@ def test_n_samples_cost_what_a_count_by_hand_says(block_size, prompt_len, monkey
 
 def test_figure_8_as_drawn():
     report = empty_report()
-    scenario_sampling._figure_8(setting_of(1), report)
+    sampling.figure_8(setting_of(1), report)
     rows = [tuple(row.values()) for row in records(report, "Fig. 8")]
     assert rows == [
         ("prompt shared", "7(4) 1(3)", "7(4) 1(3)", 2),
@@ -328,7 +306,7 @@ def test_figure_8_as_drawn():
 
 def test_the_prompt_is_cut_to_a_short_model(quick):
     report = empty_report()
-    scenario_sampling._one_prompt(setting_of(16, model=SHORT), report)
+    sampling.one_prompt(setting_of(16, model=SHORT), report)
     assert failed(report) == [] and "a prompt of 161 tokens" in report.parts[0].setting
 
 
@@ -359,7 +337,7 @@ def a_token_misplaced(mp):
                 logical_tokens=usage.logical_tokens + one,
             )
 
-    mp.setattr(scenario_baseline, "BaselineCacheManager", Counts)
+    mp.setattr(systems, "BaselineCacheManager", Counts)
 
 
 def a_token_forgotten(mp):
@@ -373,16 +351,21 @@ def a_token_forgotten(mp):
         def check_invariants(self):
             """It would notice."""
 
-    mp.setattr(scenario_paged, "PagedKVCacheManager", Counts)
+    mp.setattr(systems, "PagedKVCacheManager", Counts)
 
 
 def coarse_blocks(mp):
     """Pages of four times the size that the setting says."""
 
-    def manager(setting):
-        return PagedKVCacheManager(setting.num_blocks // 4 + 2, setting.block_size * 4)
+    new = Setting.new_manager
 
-    mp.setattr(scenario_paged, "_new_manager", manager)
+    def larger(self, policy, **options):
+        if policy != "paged":
+            return new(self, policy)
+        coarse = {"num_blocks": self.num_blocks // 4 + 2, "block_size": self.block_size * 4}
+        return new(dataclasses.replace(self, **coarse), policy, watermark=0.0)
+
+    mp.setattr(Setting, "new_manager", larger)
 
 
 def kernel(mp, wrong):
@@ -424,19 +407,19 @@ def rounded_otherwise(mp):
 
 def both_scaled_wrongly(mp):
     """Paged and contiguous agree with one another, and with nothing else."""
-    paged, dense = paged_attention.paged_attention_kernel, scenario_paged_tensors.attention
-    mp.setattr(paged_attention, "paged_attention_kernel", lambda *a: paged(*a, scale=0.5))
-    mp.setattr(scenario_paged_tensors, "attention", lambda *a: dense(*a, scale=0.5))
+    ours, dense = paged_attention.paged_attention_kernel, paged.attention
+    mp.setattr(paged_attention, "paged_attention_kernel", lambda *a: ours(*a, scale=0.5))
+    mp.setattr(paged, "attention", lambda *a: dense(*a, scale=0.5))
 
 
 def a_slot_off(mp):
     """Every token is written one slot further on than the table says."""
-    right = scenario_paged_tensors.slot_mapping
+    right = paged.slot_mapping
 
     def next_slot(table, start, count, size, device="cpu"):
         return (right(table, start, count, size, device) + 1) % (130 * 16)
 
-    mp.setattr(scenario_paged_tensors, "slot_mapping", next_slot)
+    mp.setattr(paged, "slot_mapping", next_slot)
 
 
 def a_byte_forgotten(mp):
@@ -481,14 +464,13 @@ def copies_for_all(mp):
     """The last holder copies as well, instead of writing in place."""
     append = PagedKVCacheManager.append
 
-    def always(self, seq_id, num_tokens=1):
-        tail = self.block_table(seq_id).blocks[-1:]
-        if seq_id in self._tails and self.ref_count(*tail) == 1:
-            self._gpu.share(tail)
-        return append(self, seq_id, num_tokens)
+    def always(self, seq_id):
+        self.fork(seq_id, 99)
+        copies = append(self, seq_id)
+        self.free(99)
+        return copies
 
     mp.setattr(PagedKVCacheManager, "append", always)
-    mp.setattr(PagedKVCacheManager, "check_invariants", lambda self: None)
 
 
 def prompts_not_shared(mp):
@@ -515,16 +497,14 @@ def never_room_to_swap(mp):
 
 
 def no_pressure(mp):
-    mp.setattr(scenario_mixed, "LOADS", (0.01,))
-    mp.setattr(scenario_mixed, "MAX_OUTPUT", 4)
-    mp.setattr(scenario_mixed, "num_cpu_blocks", lambda setting: 4)
+    mp.setattr(mixed, "LOADS", (0.01,))
+    mp.setattr(mixed, "MAX_OUTPUT", 4)
+    mp.setattr(mixed, "num_cpu_blocks", lambda setting: 4)
 
 
 def a_request_lost(mp):
-    serve = scenario_mixed.simulate
-    mp.setattr(
-        scenario_mixed, "simulate", lambda groups, *rest, **more: serve(groups[:-1], *rest, **more)
-    )
+    serve = mixed.simulate
+    mp.setattr(mixed, "simulate", lambda groups, *rest, **more: serve(groups[:-1], *rest, **more))
 
 
 def recomputed_blocks_not_rewritten(mp):
@@ -548,7 +528,7 @@ def swapped_to_the_wrong_place(mp):
     mp.setattr(PagedKVCache, "swap_in", turned)
 
 
-SAMPLES_OF_ONE = scenario_sampling._one_prompt
+SAMPLES_OF_ONE = sampling.one_prompt
 FIG_8 = "Fig. 8: exactly one block copied, both samples intact"
 CLOSED = "copies and blocks equal their closed forms"
 INTACT = "every sample's K and V intact through its table"
@@ -558,58 +538,58 @@ SAVED = "the blocks saved are the prompts' own"
 OWN = "every finished sequence holds its own K and V"
 BREAKS = [
     # (what is broken, the part that is run, the checks that must fail: no more and no less)
-    (no_reservation, scenario_baseline._one_request, {"50 tokens in a 2048-slot reservation"}),
-    (no_reservation, scenario_baseline._figure_3, {"Fig. 3's slots"}),
+    (no_reservation, baseline.one_request, {"50 tokens in a 2048-slot reservation"}),
+    (no_reservation, lambda s, r: baseline.figure_3(r), {"Fig. 3's slots"}),
     (
         never_a_hole,
-        scenario_baseline.run,
+        baseline.run,
         {"external fragmentation under pow2", "external fragmentation under oracle"},
     ),
     (
         a_token_misplaced,
-        lambda s, r: scenario_baseline._steady_state(s, r, sample_requests(SHAREGPT, 2000, s)),
+        lambda s, r: baseline.steady_states(s, r, sample_requests(SHAREGPT, 2000, s)),
         {"slot identity at every iteration"},
     ),
     (
         a_token_forgotten,
-        lambda s, r: scenario_paged._fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
+        lambda s, r: paged.fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
         {"slots add up at every iteration"},
     ),
     (
         coarse_blocks,
-        lambda s, r: scenario_paged._fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
+        lambda s, r: paged.fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
         {"padding under one block per sequence", "waste of allocated memory under 4 %"},
     ),
-    (a_token_dropped, scenario_paged.run, {IDENTICAL, BUDGET}),
-    (padding_not_masked, scenario_paged.run, {IDENTICAL, BUDGET}),
-    (blocks_out_of_order, scenario_paged.run, {IDENTICAL, BUDGET}),
-    (one_k_for_v, scenario_paged.run, {IDENTICAL, BUDGET}),
-    (a_slot_off, scenario_paged.run, {IDENTICAL, BUDGET}),
-    (rounded_otherwise, scenario_paged.run, {IDENTICAL}),
-    (both_scaled_wrongly, scenario_paged.run, {BUDGET}),
-    (a_byte_forgotten, scenario_paged.run, {"predicted bytes are the tensors' bytes"}),
-    (a_layer_too_many, scenario_paged.run, {"predicted bytes are the tensors' bytes"}),
-    (no_copy_on_write, scenario_sampling._figure_8, {FIG_8}),
-    (copies_not_made, scenario_sampling._figure_8, {FIG_8}),
-    (copies_too_late, scenario_sampling._figure_8, {FIG_8}),
-    (copies_for_all, scenario_sampling._figure_8, {FIG_8}),
+    (a_token_dropped, paged.run, {IDENTICAL, BUDGET}),
+    (padding_not_masked, paged.run, {IDENTICAL, BUDGET}),
+    (blocks_out_of_order, paged.run, {IDENTICAL, BUDGET}),
+    (one_k_for_v, paged.run, {IDENTICAL, BUDGET}),
+    (a_slot_off, paged.run, {IDENTICAL, BUDGET}),
+    (rounded_otherwise, paged.run, {IDENTICAL}),
+    (both_scaled_wrongly, paged.run, {BUDGET}),
+    (a_byte_forgotten, paged.run, {"predicted bytes are the tensors' bytes"}),
+    (a_layer_too_many, paged.run, {"predicted bytes are the tensors' bytes"}),
+    (no_copy_on_write, sampling.figure_8, {FIG_8}),
+    (copies_not_made, sampling.figure_8, {FIG_8}),
+    (copies_too_late, sampling.figure_8, {FIG_8}),
+    (copies_for_all, sampling.figure_8, {FIG_8}),
     (no_copy_on_write, SAMPLES_OF_ONE, {CLOSED, INTACT}),
     (copies_not_made, SAMPLES_OF_ONE, {INTACT}),
     (copies_too_late, SAMPLES_OF_ONE, {INTACT}),
-    (prompts_not_shared, scenario_sampling._figure_15, {f"Alpaca: {SAVED}", f"ShareGPT: {SAVED}"}),
-    (copies_not_made, scenario_mixed.run, {f"paged, swap: {OWN}", f"paged, recompute: {OWN}"}),
-    (swapped_to_the_wrong_place, scenario_mixed.run, {f"paged, swap: {OWN}"}),
+    (prompts_not_shared, sampling.figure_15, {f"Alpaca: {SAVED}", f"ShareGPT: {SAVED}"}),
+    (copies_not_made, mixed.run, {f"paged, swap: {OWN}", f"paged, recompute: {OWN}"}),
+    (swapped_to_the_wrong_place, mixed.run, {f"paged, swap: {OWN}"}),
     # With swapping too: where the CPU pool is full, it falls back to recomputation.
     (
         recomputed_blocks_not_rewritten,
-        scenario_mixed.run,
+        mixed.run,
         {f"paged, swap: {OWN}", f"paged, recompute: {OWN}"},
     ),
-    (contiguous_copies_not_made, scenario_mixed.run, {f"Orca (Oracle): {OWN}"}),
-    (never_room_to_swap, scenario_mixed.run, {"memory pressure forced preemption by swapping"}),
+    (contiguous_copies_not_made, mixed.run, {f"Orca (Oracle): {OWN}"}),
+    (never_room_to_swap, mixed.run, {"memory pressure forced preemption by swapping"}),
     (
         no_pressure,
-        scenario_mixed.run,
+        mixed.run,
         {
             "memory pressure forced preemption by swapping",
             "memory pressure forced preemption by recomputation",
@@ -643,7 +623,7 @@ def test_what_is_broken_fails_its_check(broken, part, checks, quick):
 
 def test_a_request_that_is_lost_is_missed(quick):
     a_request_lost(quick)
-    lost = failed(scenario_mixed.run(setting_of(130, seed=1)))
+    lost = failed(mixed.run(setting_of(130, seed=1)))
     assert "all groups finished in every run" in lost
 
 
@@ -658,7 +638,7 @@ def test_slots_that_do_not_add_up_stop_scenario_1(quick):
 
     quick.setattr(BaselineCacheManager, "append_all", forgets_one)
     with pytest.raises(AssertionError, match=r"slot identity broken|sum of slots"):
-        scenario_baseline.run(setting_of(130))
+        baseline.run(setting_of(130))
 
 
 # --- scenario 4's workload -----------------------------------------------------------------------
@@ -668,8 +648,8 @@ def test_the_mix_fits_every_policy_and_has_every_kind():
     rng = random.Random(0)
     for _ in range(20):
         setting = setting_of(rng.randint(130, 600), 16, rng.randrange(1000))
-        longest = scenario_mixed._longest(setting)
-        requests = scenario_mixed._requests(setting, longest, rng.choice(scenario_mixed.LOADS))
+        longest = mixed.longest_of(setting)
+        requests = mixed.mix(setting, longest, rng.choice(mixed.LOADS))
         kinds = [(r.decoding, r.prefix_len > 0) for r in requests]
         assert set(kinds) == {
             ("single", False),
@@ -687,9 +667,9 @@ def test_the_mix_fits_every_policy_and_has_every_kind():
 def test_a_run_of_fewer_iterations_than_rows_has_a_row_for_each():
     setting = setting_of(130)
     requests = [Request(n, 0.0, 20, 4, prefix_len=16 * (n == 2)) for n in range(3)]
-    outcome = scenario_mixed._serve(setting, scenario_mixed.PAGED_SWAP, requests, 500, None)
+    outcome = mixed.serve(setting, mixed.PAGED_SWAP, requests, 500, None)
     report = empty_report()
-    scenario_mixed._tables(setting, report, requests, [outcome])
+    mixed.show(setting, report, requests, [outcome])
     rows = records(report, "Slots over time")
     assert [row["iterations"] for row in rows] == ["0-0", "1-1", "2-2", "3-3"]
     assert [row["batch"] for row in rows] == [3.0] * 4

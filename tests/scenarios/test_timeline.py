@@ -1,17 +1,13 @@
 """`--timeline`: what is recorded is what the manager did, and the page shows what is recorded.
 
-The recordings are played back here by a reader of its own, written from the letters that
-recording.py explains, and compared with the manager's tables after every step. The page is opened
+The recordings are played back here by a reader of its own, written from what recorder.py says of a
+frame's fields, and compared with the manager's tables after every step. The page is opened
 in a headless Chromium where one is installed (CHROMIUM names another).
 """
 
-import copy
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,22 +15,22 @@ from browser import Browser, find_chromium
 
 import main
 from kv_cache_manager import PagedKVCacheManager
+from sequence import SequenceStatus
 from vllm_sim import models
-from vllm_sim.scenarios import mixed as scenario_mixed
-from vllm_sim.scenarios import sampling as scenario_sampling
-from vllm_sim.scenarios import timeline
-from vllm_sim.scenarios.record import RunRecord
+from vllm_sim.reporting.files import OutputError
+from vllm_sim.scenarios import mixed, sampling, timeline
+from vllm_sim.scenarios import run as scenario_run
 from vllm_sim.scenarios.recorder import Recorder
-from vllm_sim.scenarios.report import OutputError, ScenarioReport
+from vllm_sim.scenarios.report import ScenarioReport
 from vllm_sim.scenarios.setting import Setting
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import Observer, make_groups, simulate
 from vllm_sim.workload.requests import Request
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
-SWAP, RECOMPUTE = scenario_mixed.RUNS[-2:]
+SWAP, RECOMPUTE = mixed.RUNS[-2:]
 CHROMIUM = find_chromium()
+LINE = "a </script><script>alert(1)</script> setting"
 
 pytestmark = pytest.mark.usefixtures("few_bytes")
 
@@ -53,21 +49,23 @@ class Reader:
         self.prefixes, self.held, self.status = set(run["prefixes"]), {}, {}
 
     def take(self, frame):
-        for seq, kept, blocks in frame.get("o", ()):
-            was, tokens, _ = self.held[seq]
-            self.held[seq] = (was[:kept] + blocks, tokens, kept)
-        for seq in frame.get("x", ()):
+        for change in frame.get("swapped_out", ()):
+            self.change(change, change["keep"])
+        for seq in frame.get("gone", ()):
             del self.held[seq]
-        if frame.get("a"):
-            for seq, (blocks, tokens, swapped) in self.held.items():
-                if swapped is None and seq not in self.prefixes:
-                    self.held[seq] = (blocks, tokens + 1, None)
-        for seq, keep, blocks in frame.get("d", ()):
-            was, tokens, _ = self.held.get(seq, ([], 0, None))
-            self.held[seq] = (was[:keep] + blocks, tokens, None)
-        for seq, tokens in frame.get("n", ()):
-            self.held[seq] = (self.held[seq][0], tokens, None)
-        self.status |= dict(frame.get("g", ()))
+        for seq, (blocks, tokens, swapped) in self.held.items():
+            if swapped is None and seq not in self.prefixes:
+                self.held[seq] = (blocks, tokens + frame.get("grown", 0), None)
+        for change in frame.get("changed", ()):
+            self.change(change, None)
+        for seq, tokens in frame.get("tokens", {}).items():
+            self.held[int(seq)] = (self.held[int(seq)][0], tokens, None)
+        self.status |= {int(group): status for group, status in frame.get("statuses", {}).items()}
+
+    def change(self, change, kept):
+        was, tokens, _ = self.held.get(change["sequence"], ([], 0, None))
+        blocks = was[: change["keep"]] + change.get("blocks", [])
+        self.held[change["sequence"]] = (blocks, tokens, kept)
 
     def state(self):
         return dict(self.held), dict(self.status)
@@ -92,23 +90,21 @@ class Witness(Observer):
         self.seen, self.refs = [], []
 
     def look(self, key, now):
-        letters = {"waiting": "w", "running": "r", "swapped": "s", "finished": "f"}
         status = {}
         for group in self.groups:
             left = group.unfinished()
-            letter = letters[left[0].status.value] if left else "f"
-            if letter != "w" or group.arrival_s <= now:
-                status[group.group_id] = letter
+            word = left[0].status.value if left else "finished"
+            if word != "waiting" or group.arrival_s <= now:
+                status[group.group_id] = word
         self.seen.append((key, tables_of(self.manager, self.prefixes), status))
         self.refs.append(dict(self.manager._gpu.extra_refs))
 
     def on_iteration(self, iteration):
-        self.now = iteration.start_s
-        self.key = iteration.index
-        self.look((self.key, "s"), self.now)
+        self.now, self.title = iteration.start_s, f"iteration {iteration.index}"
+        self.look(self.title, self.now)
 
     def on_completion(self, completion):
-        self.look((self.key, "c"), self.now)
+        self.look(f"after {self.title}", self.now)
 
 
 def compare(run, witness):
@@ -116,11 +112,11 @@ def compare(run, witness):
     reader, frames = Reader(run), iter(run["frames"])
     frame = next(frames)
     for (key, tables, status), extra in zip(witness.seen, witness.refs):
-        if frame is not None and (frame["i"], frame["p"]) == key:
+        if frame is not None and frame["title"] == key:
             reader.take(frame)
             frame = next(frames, None)
         else:
-            assert key[1] == "c", f"{key} is not recorded"
+            assert key.startswith("after "), f"{key} is not recorded"
         assert reader.state() == (tables, status), key
         count = {}
         for blocks, _, kept in reader.held.values():
@@ -151,11 +147,16 @@ def served(preemption, num_blocks=60, block_size=4, seed=0, prefix_len=10, cpu=3
     recorder = Recorder("a run", "small", manager, groups, (0,))
     observers = [witness, recorder]
     result = simulate(groups, manager, Limits(200, 40), preemption=preemption, observers=observers)
-    return recorder, witness, result
+    return recorder.recording(), witness, result
 
 
-def events_of(run, name):
-    return [event for frame in run["frames"] for event in frame.get("e", ()) if event[0] == name]
+def events_of(run, kind):
+    events = (event for frame in run["frames"] for event in frame.get("events", ()))
+    return [event for event in events if event["kind"] == kind]
+
+
+def json_of(recording):
+    return json.loads(json.dumps(recording.to_json()))
 
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute", "auto"])
@@ -163,41 +164,44 @@ def events_of(run, name):
 def test_the_recording_is_what_the_manager_did(preemption, shape):
     blocks, size, prefix, cpu = shape
     for seed in range(3):
-        recorder, witness, result = served(preemption, blocks, size, seed, prefix, cpu)
-        run = json.loads(json.dumps(recorder.to_json()))
+        recording, witness, result = served(preemption, blocks, size, seed, prefix, cpu)
+        run = json_of(recording)
         assert compare(run, witness) == 2 * result.num_iterations
         assert result.num_swaps + result.num_recomputations > 3
         swaps, back = events_of(run, "swap_out"), events_of(run, "swap_in")
         assert len(swaps) == result.num_swaps
         assert len(events_of(run, "recompute")) == result.num_recomputations
-        assert sum(e[2] for e in swaps) == result.blocks_swapped_out
-        assert sum(e[2] for e in back) == result.blocks_swapped_in
+        assert sum(e["num_blocks"] for e in swaps) == result.blocks_swapped_out
+        assert sum(e["num_blocks"] for e in back) == result.blocks_swapped_in
         copies = events_of(run, "copy")
         assert len(copies) == result.num_copies > 10
         assert len(events_of(run, "finish")) == len(events_of(run, "arrive")) == 25
         assert len(events_of(run, "admit")) == 25 + result.num_recomputations
         assert events_of(run, "move") and events_of(run, "block")
-        assert recorder.preemptions() == sorted(recorder.preemptions())
+        again = [event for event in events_of(run, "admit") if event["again"]]
+        assert len(again) == result.num_recomputations
+        assert recording.preemptions() == sorted(recording.preemptions())
 
 
 def test_copies_and_new_blocks_name_whose_they_are():
-    recorder, _, _ = served("swap")
-    reader = Reader(recorder.to_json())
-    for frame in recorder.frames:
+    run = json_of(served("swap")[0])
+    reader = Reader(run)
+    for frame in run["frames"]:
         reader.take(frame)
-        for event in frame.get("e", ()):
-            if event[0] == "copy":
-                assert event[2] in reader.held[event[3]][0] and event[1] != event[2]
-            elif event[0] == "block":
-                assert reader.held[event[1]][0][event[2]] == event[3]
+        for event in frame.get("events", ()):
+            if event["kind"] == "copy":
+                assert event["block"] in reader.held[event["sequence"]][0]
+                assert event["source"] != event["block"]
+            elif event["kind"] == "block":
+                assert reader.held[event["sequence"]][0][event["index"]] == event["block"]
 
 
-@pytest.mark.parametrize("letter", "adgnox")
-def test_a_part_that_is_missing_is_noticed(letter):
-    recorder, witness, _ = served("swap")
-    run = copy.deepcopy(recorder.to_json())
-    frame = next(frame for frame in run["frames"][20:] if letter in frame)
-    del frame[letter]
+@pytest.mark.parametrize("field", ["swapped_out", "gone", "grown", "changed", "tokens", "statuses"])
+def test_a_field_that_is_missing_is_noticed(field):
+    recording, witness, _ = served("swap")
+    run = json_of(recording)
+    frame = next(frame for frame in run["frames"][20:] if field in frame)
+    del frame[field]
     with pytest.raises((AssertionError, KeyError)):
         compare(run, witness)
 
@@ -205,28 +209,25 @@ def test_a_part_that_is_missing_is_noticed(letter):
 @pytest.mark.parametrize("kind", [SWAP, RECOMPUTE])
 def test_scenario_4_is_recorded_as_it_runs(kind, monkeypatch):
     """With the scenario's own observers and requests; its manager is seen through the recorder."""
-    setting, record, witnesses = setting_of(), RunRecord("a setting"), []
-    serve = scenario_mixed.simulate
+    setting, witnesses = setting_of(), []
+    serve = mixed.simulate
 
     def simulate_seen(groups, manager, *rest, observers, **options):
         witnesses.append(Witness(manager, groups, (0,)))
         return serve(groups, manager, *rest, observers=[*observers, witnesses[-1]], **options)
 
-    longest = scenario_mixed._longest(setting)
-    requests = scenario_mixed._under_pressure(setting, longest)
-    monkeypatch.setattr(scenario_mixed, "simulate", simulate_seen)
-    outcome = scenario_mixed._serve(setting, kind, requests, longest, None, record=record)
-    (recorder,) = record.runs
-    assert compare(recorder.to_json(), witnesses[0]) == 2 * outcome.result.num_iterations
-    assert recorder.name.endswith(kind.name)
-    assert record.series[0].usages == outcome.log.usages
-    assert record.series[0].preemptions == recorder.preemptions() != []
-    assert set(record.maps) == ({4} if kind is SWAP else set())
+    longest = mixed.longest_of(setting)
+    requests = mixed.under_pressure(setting, longest)
+    monkeypatch.setattr(mixed, "simulate", simulate_seen)
+    outcome = mixed.serve(setting, kind, requests, longest, None)
+    recording = outcome.recording
+    assert compare(json_of(recording), witnesses[0]) == 2 * outcome.result.num_iterations
+    assert recording.name.endswith(kind.name) and recording.preemptions() != []
 
 
 def test_scenario_3_is_recorded_step_by_step(monkeypatch):
-    monkeypatch.setattr(scenario_sampling, "OUTPUT_LEN", 20)
-    record, seen = RunRecord("a setting"), {}
+    monkeypatch.setattr(sampling, "OUTPUT_LEN", 20)
+    report, seen = ScenarioReport(3, "samples", "?"), {}
     step = Recorder.step
 
     def watched(self, *args):
@@ -234,9 +235,9 @@ def test_scenario_3_is_recorded_step_by_step(monkeypatch):
         seen.setdefault(self.name, []).append(tables_of(self.manager))
 
     monkeypatch.setattr(Recorder, "step", watched)
-    for part in (scenario_sampling._figure_8, scenario_sampling._one_prompt):
-        part(setting_of(), ScenarioReport(3, "samples", "?"), record=record)
-    figure, four = (recorder.to_json() for recorder in record.runs)
+    for part in (sampling.figure_8, sampling.one_prompt):
+        part(setting_of(), report)
+    figure, four = map(json_of, report.recordings)
     for run in (figure, four):
         reader = Reader(run)
         states = []
@@ -244,20 +245,10 @@ def test_scenario_3_is_recorded_step_by_step(monkeypatch):
             reader.take(frame)
             states.append(dict(reader.held))
         assert states == seen[run["name"]]
-    assert [frame["t"] for frame in figure["frames"]][-1] == "sample 2 writes its token 8"
-    assert [event[:3] for event in events_of(figure, "copy")] == [["copy", 1, 3]]
+    assert figure["frames"][-1]["title"] == "sample 2 writes its token 8"
+    assert events_of(figure, "copy") == [{"kind": "copy", "sequence": 0, "source": 1, "block": 3}]
     assert len(four["frames"]) == 1 + 3 + 4 * 20 and len(events_of(four, "copy")) == 3
     assert four["groups"][0]["seqs"] == [0, 1, 2, 3]
-
-
-def test_nothing_is_recorded_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(Recorder, "__init__", lambda *_, **__: pytest.fail("recorded"))
-    monkeypatch.setattr(scenario_sampling, "OUTPUT_LEN", 20)
-    scenario_sampling._figure_8(setting_of(), ScenarioReport(3, "samples", "?"))
-    setting = setting_of()
-    longest = scenario_mixed._longest(setting)
-    requests = scenario_mixed._requests(setting, longest, 1.0)
-    scenario_mixed._serve(setting, SWAP, requests, longest, None)
 
 
 # ---- the page ---------------------------------------------------------------------------------
@@ -266,16 +257,16 @@ def test_nothing_is_recorded_unless_asked_for(monkeypatch):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """(path of the page, its recordings): Fig. 8, and a run of each kind of preemption."""
-    record = RunRecord("a </script><script>alert(1)</script> setting")
+    report = ScenarioReport(3, "samples", "?")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenario_sampling, "OUTPUT_LEN", 20)
-        patch.setattr(scenario_sampling, "SAMPLES", (4,))
-        for part in (scenario_sampling._figure_8, scenario_sampling._one_prompt):
-            part(setting_of(), ScenarioReport(3, "samples", "?"), record=record)
-    record.runs += [served(kind)[0] for kind in ("swap", "recompute")]
+        patch.setattr(sampling, "OUTPUT_LEN", 20)
+        patch.setattr(sampling, "SAMPLES", (4,))
+        for part in (sampling.figure_8, sampling.one_prompt):
+            part(setting_of(), report)
+    recordings = [*report.recordings, *(served(kind)[0] for kind in ("swap", "recompute"))]
     path = tmp_path_factory.mktemp("page") / "run.html"
-    timeline.write(path, record)
-    return path, [json.loads(json.dumps(recorder.to_json())) for recorder in record.runs]
+    timeline.write(path, LINE, recordings)
+    return path, [json_of(recording) for recording in recordings]
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(written):
@@ -285,24 +276,24 @@ def test_the_page_is_one_file_that_asks_for_nothing(written):
     assert "default-src 'none'" in text and "/* data */" not in text
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     found = json.loads(data)
-    assert found["format"] == 1 and found["runs"] == runs
-    assert found["setting"] == "a </script><script>alert(1)</script> setting"
+    assert found["format"] == 2 and found["runs"] == runs and found["setting"] == LINE
     assert text.count("<script") == 4 == text.count("</script>")
 
 
 def test_a_page_of_the_default_size_stays_small():
     """A tenth of the blocks; the data grows in proportion."""
-    setting, record = setting_of(), RunRecord("a setting")
-    longest = scenario_mixed._longest(setting)
-    requests = scenario_mixed._requests(setting, longest, 1.0)
-    for kind in (SWAP, RECOMPUTE):
-        scenario_mixed._serve(setting, kind, requests, longest, None, record=record)
-    frames = sum(len(recorder.frames) for recorder in record.runs)
-    assert len(timeline.page(record)) < 45_000 + 200 * frames
+    setting = setting_of()
+    longest = mixed.longest_of(setting)
+    requests = mixed.mix(setting, longest, 1.0)
+    recordings = [
+        mixed.serve(setting, kind, requests, longest, None).recording for kind in (SWAP, RECOMPUTE)
+    ]
+    frames = sum(len(recording.frames) for recording in recordings)
+    assert len(timeline.page(LINE, recordings)) < 45_000 + 400 * frames
 
 
 def test_refused_before_anything_runs(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(main, "run_one", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(scenario_run, "run_one", lambda *_: pytest.fail("ran"))
     monkeypatch.chdir(tmp_path)
     base = ["--model", "opt-125m", "--device", "cpu", "--timeline"]
     (tmp_path / "folder").mkdir()
@@ -327,34 +318,18 @@ def test_a_failed_write_leaves_the_old_page(monkeypatch, tmp_path):
     path.write_text("old")
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OutputError, match="No space left"):
-        timeline.write(path, RunRecord())
+        timeline.write(path, LINE, [])
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["run.html"]
 
 
-def test_what_is_printed_is_the_same_with_a_timeline(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "main.py"),
-        "--scenario",
-        "4",
-        "--model",
-        "opt-125m",
-        "--device",
-        "cpu",
-        "--num-blocks",
-        "140",
-    ]
+def test_what_is_printed_is_the_same_with_a_timeline(run_script, tmp_path):
+    command = ["--scenario", 4, "--model", "opt-125m", "--device", "cpu", "--num-blocks", 140]
     path = tmp_path / "run.html"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    outputs = [
-        re.sub(
-            rb", \d+\.\d s\n\Z",
-            b"",
-            subprocess.run([*command, *more], capture_output=True, check=True, env=env).stdout,
-        )
-        for more in ([], ["--timeline", str(path)])
-    ]
-    assert outputs[0] == outputs[1] != b""
+    outputs = []
+    for more in ([], ["--timeline", path]):
+        done = run_script("main.py", *command, *more, check=True, env={"OMP_NUM_THREADS": 1})
+        outputs.append(re.sub(r", \d+\.\d s\n\Z", "", done.stdout))
+    assert outputs[0] == outputs[1] != ""
     assert path.read_text().count('"name":"Scenario 4: paged,') == 2
 
 
@@ -388,7 +363,7 @@ def expected(run, step, pool):
             if here == pool:
                 filled = min(run["block_size"], tokens - index * run["block_size"])
                 cells.setdefault(str(block), [[], filled])[0].append(seq)
-    lists = {letter: [] for letter in "rwsf"}
+    lists = {status.value: [] for status in SequenceStatus}
     for group in run["groups"]:
         if group["id"] in reader.status:
             lists[reader.status[group["id"]]].append(group["id"])
@@ -434,8 +409,10 @@ def test_keys_step_and_jump(browser, written):
     path, runs = written
     page, frames = browser.open(path, "#run=2"), runs[2]["frames"]
 
-    def steps(*names):
-        return [i for i, f in enumerate(frames) if any(e[0] in names for e in f.get("e", ()))]
+    def steps(*kinds):
+        return [
+            i for i, f in enumerate(frames) if any(e["kind"] in kinds for e in f.get("events", ()))
+        ]
 
     def at():
         return int(page.run("document.documentElement.dataset.step"))
@@ -444,7 +421,7 @@ def test_keys_step_and_jump(browser, written):
     for wanted in [step for step in copies if step > 0][:3]:
         page.press("c", "KeyC")
         assert at() == wanted
-        drawn = len([e for e in frames[wanted]["e"] if e[0] == "copy"])
+        drawn = len([e for e in frames[wanted]["events"] if e["kind"] == "copy"])
         assert page.run("document.querySelectorAll('#copies path').length") == 2 * drawn
     page.press("Home")
     for wanted in preempted[:3]:

@@ -12,119 +12,108 @@ from __future__ import annotations
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
-from vllm_sim.scenarios.record import Bar, Pool, RunRecord, Spans
-from vllm_sim.scenarios.report import ScenarioReport, Table, block_map
-from vllm_sim.scenarios.setting import (
-    BASELINE_ITERATIONS,
-    WARMUP,
-    Setting,
-    UsageMean,
-    num_queued,
-    sample_requests,
-    steady_state,
+from vllm_sim.reporting.tables import Table
+from vllm_sim.scenarios.report import (
+    SERIES_LENGTH,
+    Pool,
+    ScenarioReport,
+    Series,
+    Spans,
+    block_map,
 )
+from vllm_sim.scenarios.setting import BASELINE_ITERATIONS as ITERATIONS
+from vllm_sim.scenarios.setting import WARMUP, Setting, num_queued, sample_requests
 from vllm_sim.serving.scheduler import Scheduler
-from vllm_sim.serving.systems import CONTIGUOUS, limits_of
+from vllm_sim.serving.steady_state import UsageMean, steady_state
+from vllm_sim.serving.systems import CONTIGUOUS, limits_of, new_manager
 from vllm_sim.workload.length_tables import SHAREGPT
 from vllm_sim.workload.requests import Request
 
-PARTS = MemoryUsage.PARTS
-LEGEND = "T tokens, r reserved, i internal, o rounding, . free"
+PARTS = tuple(part for part in MemoryUsage.PARTS if part != "padding")  # no blocks, no padding
+LETTERS = {"tokens": "T", "reserved": "r", "internal": "i", "rounding": "o", "free": "."}
+LEGEND = ", ".join(f"{letter} {part}" for part, letter in LETTERS.items())
 BLOCKS_PER_CHAR = 4
 
 
-def run(
-    setting: Setting, progress: Progress = SILENT, record: RunRecord | None = None
-) -> ScenarioReport:
-    """All of scenario 1; leaves the bars of Fig. 2, slots over time and pools slot by slot."""
+def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
+    """All of scenario 1; with the bars of Fig. 2, slots over time and pools slot by slot."""
     report = ScenarioReport(
         1,
         "baseline fragmentation",
         "How much of the KV cache holds tokens when every request reserves contiguous slots?",
     )
-    _one_request(setting, report)
-    _figure_3(setting, report)
     requests = sample_requests(SHAREGPT, num_queued(setting), setting)
-    first_fill = {policy: _fill(setting, policy, requests) for policy in CONTIGUOUS}
-    report.parts.append(_first_fill_table(setting, first_fill))
-    rows = [
-        (CONTIGUOUS[policy] if number == 0 else "", line)
-        for policy, (manager, _) in first_fill.items()
-        for number, line in enumerate(pool_map(manager).split("\n"))
-    ]
-    title = f"The pool at the first refusal, {BLOCKS_PER_CHAR} blocks a character"
-    keys = ("policy", "line")
-    report.parts.append(
-        Table(
-            title,
-            ("policy", LEGEND),
-            rows,
-            setting.line,
-            picture=True,
-            name="pool_map",
-            keys=keys,
-            index=0,
-        )
-    )
-    if record is not None:
-        record.pools += [
-            Pool(1, CONTIGUOUS[policy], setting.block_size, pool_spans(manager))
-            for policy, (manager, _) in first_fill.items()
-        ]
-    _steady_state(setting, report, requests, progress, record)
+    one_request(setting, report)
+    figure_3(report)
+    first_fill(setting, report, requests)
+    steady_states(setting, report, requests, progress)
     return report
 
 
-def _one_request(setting: Setting, report: ScenarioReport) -> None:
+def one_request(setting: Setting, report: ScenarioReport) -> None:
     """The smallest example: a request of 50 tokens in all."""
-    length = min(50, setting.max_len)
+    length, size = min(50, setting.max_len), setting.max_len
     manager = setting.new_manager("max")
     manager.allocate(0, length, length)
-    usage = manager.usage()
-    kept = setting.max_len - length
+    usage, kept = manager.usage(), size - length
+    unused = 100 * kept / size
     report.parts.append(
-        f"One request of {length} tokens under 'max': {setting.max_len} slots reserved, "
-        f"{kept} of them never used ({100 * kept / setting.max_len:.1f} %)."
+        f"One request of {length} tokens under 'max': {size} slots reserved, "
+        f"{kept} of them never used ({unused:.1f} %)."
     )
-    report.note(
-        "one_request",
-        tokens=usage.tokens,
-        slots_reserved=setting.max_len,
-        never_used=kept,
-        never_used_percent=100 * kept / setting.max_len,
-    )
+    figures = {"tokens": usage.tokens, "slots_reserved": size, "never_used": kept}
+    report.note("one_request", **figures, never_used_percent=unused)
     report.check(
-        f"{length} tokens in a {setting.max_len}-slot reservation",
+        f"{length} tokens in a {size}-slot reservation",
         (usage.tokens, usage.reserved, usage.internal) == (length, 0, kept),
         f"{usage.tokens} tokens, {usage.internal} never used",
     )
 
 
-def _figure_3(setting: Setting, report: ScenarioReport) -> None:
+def figure_3(report: ScenarioReport) -> None:
     """Requests A and B of Fig. 3, each with its own maximum length, in a pool for the two."""
-    size = paper.BLOCK_SIZE
-    longest = max(request["max_len"] for request in paper.FIG3.values())
-    manager = BaselineCacheManager(-(-2 * longest // size), size, policy="max", max_len=longest)
-    rows, same = [], True
+    size, longest = paper.BLOCK_SIZE, max(request["max_len"] for request in paper.FIG3.values())
+    manager = new_manager("max", -(-2 * longest // size), size, max_len=longest)
+    rows, same, parts = [], True, ("tokens", "reserved", "internal")
     before = manager.usage()
     for seq_id, (name, fig) in enumerate(paper.FIG3.items()):
         tokens = fig["prompt"] + fig["current"]
         manager.allocate(seq_id, tokens, tokens + fig["reserved"], max_len=fig["max_len"])
         after = manager.usage()
-        ours = [getattr(after, p) - getattr(before, p) for p in ("tokens", "reserved", "internal")]
+        ours = [getattr(after, part) - getattr(before, part) for part in parts]
         theirs = [tokens, fig["reserved"], fig["never_used"]]
         same = same and ours == theirs
         for who, values in (("ours", ours), ("paper", theirs)):
             rows.append((name, fig["max_len"], who, *values))
         before = after
-    headers = ("request", "maximum", "", "tokens", "reserved", "internal")
-    keys = ("request", "maximum", "who", "tokens", "reserved", "internal")
+    headers, keys = ("request", "maximum", "", *parts), ("request", "maximum", "who", *parts)
     title = "Fig. 3: two requests, slot by slot"
     report.parts.append(Table(title, headers, rows, name="fig3", keys=keys, index=3))
     report.check("Fig. 3's slots", same, "both requests as drawn" if same else "differ from Fig. 3")
 
 
-def _fill(
+def first_fill(setting: Setting, report: ScenarioReport, requests: list[Request]) -> None:
+    """Where the slots are when the first request is refused: in numbers, and as a map."""
+    rows, lines = [], []
+    for policy, system in CONTIGUOUS.items():
+        manager, refused = fill(setting, policy, requests)
+        manager.check_invariants()
+        usage = manager.usage()
+        asked = manager.slots_to_ask(refused.prompt_len, refused.prompt_len + refused.output_len)
+        parts = [getattr(usage, part) for part in PARTS]
+        rows.append((system, len(manager.running_ids), *parts, asked))
+        report.pools.append(Pool(system, setting.block_size, pool_spans(manager)))
+        for number, line in enumerate(pool_map(manager).split("\n")):
+            lines.append(("" if number else system, line))
+    headers = ("policy", "requests", *PARTS, "refused one asks")
+    title, name = "Admitted in order until the first refusal, in slots", "contiguous_first_refusal"
+    report.parts.append(Table(title, headers, rows, setting.line, name=name))
+    title = f"The pool at the first refusal, {BLOCKS_PER_CHAR} blocks a character"
+    look = {"picture": True, "name": "pool_map", "keys": ("policy", "line"), "index": 0}
+    report.parts.append(Table(title, ("policy", LEGEND), lines, setting.line, **look))
+
+
+def fill(
     setting: Setting, policy: str, requests: list[Request]
 ) -> tuple[BaselineCacheManager, Request]:
     """Admit requests in order until the first is refused; returns that one too."""
@@ -137,40 +126,18 @@ def _fill(
     raise ValueError(f"all {len(requests)} requests fit in {setting.num_blocks} blocks at once")
 
 
-def _first_fill_table(
-    setting: Setting, fills: dict[str, tuple[BaselineCacheManager, Request]]
-) -> Table:
-    rows = []
-    for policy, (manager, refused) in fills.items():
-        manager.check_invariants()
-        usage = manager.usage()
-        final_len = refused.prompt_len + refused.output_len
-        asked = manager.slots_to_ask(refused.prompt_len, final_len)
-        parts = [getattr(usage, part) for part in PARTS if part != "padding"]
-        rows.append((CONTIGUOUS[policy], len(manager.running_ids), *parts, asked))
-    parts = tuple(part for part in PARTS if part != "padding")
-    headers = ("policy", "requests", *parts, "refused one asks")
-    title = "Admitted in order until the first refusal, in slots"
-    return Table(title, headers, rows, setting.line, name="contiguous_first_refusal")
-
-
 def pool_map(manager: BaselineCacheManager) -> str:
     """Who has what in a contiguous pool, reservation by reservation."""
-    letters = {"tokens": "T", "reserved": "r", "internal": "i", "rounding": "o", "free": "."}
-    spans = [(count, letters[part]) for count, part in pool_spans(manager)]
+    spans = [(count, LETTERS[part]) for count, part in pool_spans(manager)]
     return block_map(manager.num_blocks, manager.block_size, spans, per_char=BLOCKS_PER_CHAR)
 
 
 def pool_spans(manager: BaselineCacheManager) -> Spans:
     """The same as runs of slots: (how many, part of the slot identity)."""
-    size = manager.block_size
-    held = sorted(
-        (manager.reservation(i) for i in manager.running_ids), key=lambda r: r.start_block
-    )
+    size, spans, slot = manager.block_size, [], 0
     lengths = {manager.start_slot(i): manager.num_tokens(i) for i in manager.running_ids}
-    spans: Spans = []
-    slot = 0
-    for r in held:
+    held = map(manager.reservation, manager.running_ids)
+    for r in sorted(held, key=lambda r: r.start_block):
         start = r.start_block * size
         tokens = lengths[start]
         spans += [
@@ -181,66 +148,50 @@ def pool_spans(manager: BaselineCacheManager) -> Spans:
             (r.num_blocks * size - r.asked, "rounding"),
         ]
         slot = start + r.num_blocks * size
-    spans.append((manager.num_blocks * size - slot, "free"))
-    return spans
+    return [*spans, (manager.num_blocks * size - slot, "free")]
 
 
-def _steady_state(
-    setting: Setting,
-    report: ScenarioReport,
-    requests: list[Request],
-    progress: Progress = SILENT,
-    record: RunRecord | None = None,
+def steady_states(
+    setting: Setting, report: ScenarioReport, requests: list[Request], progress: Progress = SILENT
 ) -> None:
     """Completions and admissions for thousands of iterations: the bars of Fig. 2."""
-    counted = len(CONTIGUOUS) * BASELINE_ITERATIONS
     rows = []
-    shares: dict[str, UsageMean] = {}
+    means: dict[str, UsageMean] = {}
     external: dict[str, int] = {}
     for number, (policy, system) in enumerate(CONTIGUOUS.items()):
         part = progress.part(number, len(CONTIGUOUS), f"steady state, {system}")
         manager = setting.new_manager(policy)
-        refused: set[int] = set()
-        series = None if record is None else record.new_series(1, system)
+        refused, usages = set(), []
 
-        def each(scheduler: Scheduler, manager=manager, refused=refused, series=series) -> None:
-            if series is not None:
-                series.add(manager.usage())
+        def each(scheduler: Scheduler, manager=manager, refused=refused, usages=usages) -> None:
+            if len(usages) < SERIES_LENGTH:
+                usages.append(manager.usage())
             head = scheduler.waiting[0].seqs[0] if scheduler.waiting else None
             if head and manager.refused_by_fragmentation(head.num_tokens, head.final_len):
                 refused.add(head.seq_id)
 
         limits = limits_of(system)
-        mean = steady_state(
-            manager, requests, limits, WARMUP, BASELINE_ITERATIONS, each, progress=part
-        )
-        shares[policy], external[policy] = mean, len(refused)
-        parts = [mean.percent(part) for part in PARTS if part != "padding"]
+        mean = steady_state(manager, requests, limits, WARMUP, ITERATIONS, each, progress=part)
+        means[policy], external[policy] = mean, len(refused)
+        report.series.append(Series(system, usages))
+        report.bars[system] = mean.percents
+        parts = [mean.percent(part) for part in PARTS]
         rows.append((system, "ours", mean.batch, *parts, mean.external_and_others, len(refused)))
-        if record is not None:
-            record.bars.append(Bar(system, mean.percents, paper.FIG2.get(system)))
-        if system in paper.FIG2:  # a policy of one's own has no bar there
-            bar = paper.FIG2[system]
-            rows.append(
-                (system, "paper", paper.FIG13["ShareGPT"][system], bar["tokens"])
-                + (bar["reserved"], bar["internal"])
-                + (None, None, bar["external"], None)
-            )
-    parts = tuple(part for part in PARTS if part != "padding")
-    headers = ("policy", "", "batch", *parts, "external & others", "refused, enough free")
-    keys = ("policy", "who", "batch", *parts, "external_and_others", "refused_enough_free")
+        bar = paper.FIG2[system]
+        theirs = bar["tokens"], bar["reserved"], bar["internal"], None, None, bar["external"]
+        rows.append((system, "paper", paper.FIG13["ShareGPT"][system], *theirs, None))
     report.parts.append(
         Table(
-            f"Steady state, mean of {BASELINE_ITERATIONS:,} iterations, percent of slots (Fig. 2)",
-            headers,
+            f"Steady state, mean of {ITERATIONS:,} iterations, percent of slots (Fig. 2)",
+            ("policy", "", "batch", *PARTS, "external & others", "refused, enough free"),
             rows,
             setting.line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's",
             name="contiguous_steady_state",
-            keys=keys,
+            keys=("policy", "who", "batch", *PARTS, "external_and_others", "refused_enough_free"),
             index=2,
         )
     )
-    agreed = sum(mean.agreed for mean in shares.values())
+    agreed, counted = sum(m.agreed for m in means.values()), len(means) * ITERATIONS
     report.check(
         "slot identity at every iteration",
         agreed == counted,
@@ -260,10 +211,7 @@ def _steady_state(
             f"{external[policy]} requests refused although enough slots were free"
             + (few or many) * " (a pool of this size may have no holes)",
         )
-    low, high = (
-        min(s.percent("tokens") for s in shares.values()),
-        shares["oracle"].percent("tokens"),
-    )
+    low, high = min(m.percent("tokens") for m in means.values()), means["oracle"].percent("tokens")
     told = [paper.FIG2[system]["tokens"] for system in paper.ORCAS]
     report.answer = (
         f"contiguous reservations keep {low:.1f} % (max) to {high:.1f} % (oracle) of the KV cache "

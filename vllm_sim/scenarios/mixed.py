@@ -3,21 +3,17 @@
 Reproduces: section 4.4's mixed decoding (single requests, parallel sampling, beam search and a
 shared prefix in the same batches), section 4.5's preemption, once by swapping and once by
 recomputation, and section 6.1's baselines on the same requests in the same memory. Every finished
-sequence's K and V are read back through its table.
+sequence's K and V are read back through its table. The requests are drawn, or those of a real
+trace: its lengths, its order, its bursts. A trace says nothing of samples, beams or prefixes, so
+these are dealt to its requests at random, in the same proportions.
 
     python main.py --scenario 4
     python main.py --scenario 4 --trace AzureLLMInferenceTrace_conv.csv.gz
-
-[scenario_trace] Scenario 4's requests from a real trace: its lengths, its order, its bursts.
-
-Reproduces: section 4.4's mixed decoding on requests that servers recorded; a trace says nothing of
-samples, beams or prefixes, so these are assigned in the scenario's own proportions, at random.
-
-    requests = requests_of(read_trace("azure.csv.gz"), options, 2048, 320, 0.5, rng)
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,81 +25,24 @@ from paged_attention import PagedKVCache
 from vllm_sim import paper
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.progress import SILENT, Progress
-from vllm_sim.reporting.tables import counted
-from vllm_sim.scenarios.record import RunRecord
-from vllm_sim.scenarios.recorder import Recorder
-from vllm_sim.scenarios.report import ScenarioReport, Table
-from vllm_sim.scenarios.setting import CPU_SHARE, Setting, UsageMean
+from vllm_sim.reporting.tables import Table, counted
+from vllm_sim.scenarios.recorder import Recorder, Recording
+from vllm_sim.scenarios.report import ScenarioReport, Series
+from vllm_sim.scenarios.setting import CPU_SHARE, Setting
 from vllm_sim.scenarios.stamped_cache import StampedCache
 from vllm_sim.serving.scheduler import Iteration, Manager
 from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
-from vllm_sim.serving.systems import PAGED, limits_of
-from vllm_sim.workload.length_tables import ALPACA, SHAREGPT, WMT16, LengthTable
+from vllm_sim.serving.steady_state import UsageMean
+from vllm_sim.serving.systems import PAGED, POLICY, limits_of
+from vllm_sim.workload.length_tables import ALPACA, SHAREGPT, WMT16
 from vllm_sim.workload.requests import Request
 from vllm_sim.workload.traces import Trace
-
-
-def requests_of(
-    trace: Trace,
-    options: Sequence[Mapping[str, int]],
-    longest: int,
-    max_output: int,
-    gap: float,
-    rng: np.random.Generator,
-) -> list[Request]:
-    """One request for each of `options` (Request's), which are dealt to the requests at random.
-
-    Lengths are the first of the trace in its order, from the top again if they run out, cut to
-    `longest` tokens in all and `max_output` of output, which is 2 at least. Arrivals, in
-    iterations, are the trace's own, drawn together or apart to `gap` between two on average;
-    random where the trace has none.
-    """
-    count = len(options)
-    rows = np.arange(count) % len(trace)
-    dealt = [options[i] for i in rng.permutation(count)]
-    requests = []
-    for i, (arrival, which) in enumerate(zip(_arrivals(trace, count, gap, rng), dealt)):
-        prompt, output = int(trace.prompts[rows[i]]), int(trace.outputs[rows[i]])
-        room = longest - which.get("prefix_len", 0)
-        prompt = min(prompt, room - 2)
-        output = min(max(output, 2), room - prompt, max_output)
-        requests.append(Request(i, arrival, prompt, output, **which))
-    return requests
-
-
-def _arrivals(trace: Trace, count: int, gap: float, rng: np.random.Generator) -> list[float]:
-    own = trace.arrivals[:count] if trace.arrivals is not None else np.zeros(1)
-    if own[-1] == own[0]:
-        return np.cumsum(rng.exponential(gap, count)).tolist()
-    gaps = np.diff(own)
-    gaps = gaps / gaps.mean() * gap
-    return np.cumsum(np.concatenate([[0.0], np.resize(gaps, count - 1)])).tolist()
-
-
-def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
-    """What a table must say of requests that `requests_of` made."""
-    count = len(requests)
-    rows = [i % len(trace) for i in range(count)]
-    cut = sum(
-        (request.prompt_len, request.output_len) != (trace.prompts[row], trace.outputs[row])
-        for request, row in zip(requests, rows)
-    )
-    again = f", the {len(trace):,} there are from the top again" if count > len(trace) else ""
-    refused = sum(found.rows for found in trace.refused.values())
-    left_out = f", {refused:,} of {trace.rows_read:,} rows refused" if refused else ""
-    return (
-        f"lengths, order and bursts of the first {count:,} requests of {trace.name}{again}"
-        f"{left_out}; {cut:,} cut to fit the pool, or to {max_output} tokens of output; decoding "
-        "methods dealt at random"
-    )
-
 
 # Requests in a pool of the default size; other pools get them in proportion.
 SINGLES, PARALLEL, BEAMS, PREFIXED = 40, 10, 6, 8
 NUM_SAMPLES = BEAM_WIDTH = 4
-PREFIX_LEN = paper.FIG16["5-shot"][
-    "prefix"
-]  # Fig. 16b's 5-shot prefix, not cut to whole blocks: its last one is part-filled
+# Fig. 16b's 5-shot prefix, not cut to whole blocks: its last one is part-filled.
+PREFIX_LEN = paper.FIG16["5-shot"]["prefix"]
 MAX_OUTPUT = 320  # tokens: a few longer requests would run on alone and show nothing new
 ITERATIONS_BETWEEN = 0.5  # arrivals, on average, in a pool of the default size
 WINDOWS = 6  # rows of the table over time
@@ -119,34 +58,25 @@ class Run:
 
     name: str
     system: str
-    policy: str | None = None  # of the baseline; None: paged
     preemption: str = "auto"
     on_tensors: bool = True
 
+    @property
+    def paged(self) -> bool:
+        """Whether memory is handed out in blocks."""
+        return POLICY[self.system] == PAGED
 
-PAGED_SWAP = Run("paged, swap", paper.VLLM, None, "swap")
+
+PAGED_SWAP = Run("paged, swap", paper.VLLM, "swap")
 # Every run has the same bookkeeping checks. Of the three baselines the strongest also writes and
 # verifies tensors; the other two differ from it only in how many slots they leave unused.
 RUNS = (
-    Run("Orca (Max)", paper.ORCA_MAX, "max", on_tensors=False),
-    Run("Orca (Pow2)", paper.ORCA_POW2, "pow2", on_tensors=False),
-    Run("Orca (Oracle)", paper.ORCA_ORACLE, "oracle"),
+    Run(paper.ORCA_MAX, paper.ORCA_MAX, on_tensors=False),
+    Run(paper.ORCA_POW2, paper.ORCA_POW2, on_tensors=False),
+    Run(paper.ORCA_ORACLE, paper.ORCA_ORACLE),
     PAGED_SWAP,
-    Run("paged, recompute", paper.VLLM, None, "recompute"),
+    Run("paged, recompute", paper.VLLM, "recompute"),
 )
-
-
-@dataclass(slots=True)
-class Outcome:
-    run: Run
-    result: ServingResult
-    log: UsageLog
-    tensors: StampedCache | None
-
-
-def num_cpu_blocks(setting: Setting) -> int:
-    """Swap space in blocks."""
-    return setting.num_blocks // CPU_SHARE
 
 
 class UsageLog(Observer):
@@ -171,34 +101,36 @@ class UsageLog(Observer):
         return mean
 
 
-def run(
-    setting: Setting, progress: Progress = SILENT, record: RunRecord | None = None
-) -> ScenarioReport:
-    """All of scenario 4; leaves its slots over time and every block of its paged runs."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one run did: totals, every iteration, and its tensors if it had any."""
+
+    run: Run
+    result: ServingResult
+    log: UsageLog
+    tensors: StampedCache | None
+    recording: Recording | None  # of a paged run
+
+
+def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
+    """All of scenario 4; with its slots over time and every block of its paged runs."""
     report = ScenarioReport(
         4,
         "mixed workload",
         "Do all decoding methods share one pool under pressure, and is no token ever lost?",
     )
-    longest = _longest(setting)
-    requests = _under_pressure(setting, longest, progress.part(0, 2, "looking for a load"))
+    longest = longest_of(setting)
+    requests = under_pressure(setting, longest, progress.part(0, 2, "looking for a load"))
     cache = setting.new_cache(num_cpu_blocks=num_cpu_blocks(setting))
-    outcomes = [
-        _serve(
-            setting,
-            run,
-            requests,
-            longest,
-            cache if run.on_tensors else None,
-            progress.part(len(RUNS) + number, 2 * len(RUNS), run.name),
-            record,
-        )
-        for number, run in enumerate(RUNS)
-    ]
-    _tables(setting, report, requests, outcomes)
-    _checks(report, requests, outcomes)
-    best = max((o.result for o in outcomes if o.run.policy), key=lambda r: r.mean_batch)
-    swap, recompute = (o.result for o in outcomes[-2:])
+    outcomes = []
+    for number, way in enumerate(RUNS):
+        part = progress.part(len(RUNS) + number, 2 * len(RUNS), way.name)
+        tensors = cache if way.on_tensors else None
+        outcomes.append(serve(setting, way, requests, longest, tensors, part))
+    show(setting, report, requests, outcomes)
+    check(report, requests, outcomes)
+    best = max((o.result for o in outcomes if not o.run.paged), key=lambda r: r.mean_batch)
+    swap, recompute = (o.result for o in outcomes if o.run.paged)
     times = min(swap.mean_batch, recompute.mean_batch) / best.mean_batch
     told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
     verified = [o.tensors.verified for o in outcomes if o.tensors]
@@ -212,7 +144,10 @@ def run(
     return report
 
 
-def _longest(setting: Setting) -> int:
+# ---- the requests -----------------------------------------------------------------------------
+
+
+def longest_of(setting: Setting) -> int:
     """Longest sequence such that a group of four fits even without sharing, in any policy."""
     chunk = 1 << ((setting.num_blocks // NUM_SAMPLES).bit_length() - 1)
     spare = -(-PREFIX_LEN // setting.block_size) + int(paper.WATERMARK * setting.num_blocks)
@@ -220,44 +155,98 @@ def _longest(setting: Setting) -> int:
     return min(setting.max_len, setting.block_size * max(1, min(chunk, paged)))
 
 
-def _requests(setting: Setting, longest: int, load: float) -> list[Request]:
+def mix(setting: Setting, longest: int, load: float) -> list[Request]:
     """The mix in random order, arriving one after the other at random times (in iterations)."""
     rng = np.random.default_rng([setting.seed, 4])
     scale = load * setting.num_slots / paper.TABLE1_DERIVED["opt-13b"]["slots"]
-    prefix_len = min(PREFIX_LEN, longest // 4)
-    kinds: list[tuple[int, LengthTable, dict[str, int]]] = [
+    gap = ITERATIONS_BETWEEN / scale
+    kinds = [
         (SINGLES, SHAREGPT, {}),
         (PARALLEL, SHAREGPT, {"num_samples": NUM_SAMPLES}),
         (BEAMS, ALPACA, {"beam_width": BEAM_WIDTH}),
-        (PREFIXED, WMT16, {"prefix_len": prefix_len}),
+        (PREFIXED, WMT16, {"prefix_len": min(PREFIX_LEN, longest // 4)}),
     ]
+    kinds = [(max(2, round(count * scale)), *rest) for count, *rest in kinds]
     if setting.trace is not None:
-        options = [kind[2] for kind in kinds for _ in range(max(2, round(kind[0] * scale)))]
-        gap = ITERATIONS_BETWEEN / scale
+        options = [options for count, _, options in kinds for _ in range(count)]
         return requests_of(setting.trace, options, longest, MAX_OUTPUT, gap, rng)
     drawn = []
     for count, table, options in kinds:
-        room = longest - options.get("prefix_len", 0)
-        for prompt, output in zip(*table.sample(max(2, round(count * scale)), rng)):
-            prompt = min(int(prompt), room - 2)
-            output = min(max(int(output), 2), room - prompt, MAX_OUTPUT)
-            drawn.append((prompt, output, options))
+        for prompt, output in zip(*(lengths.tolist() for lengths in table.sample(count, rng))):
+            drawn.append((*_cut(prompt, output, options, longest, MAX_OUTPUT), options))
     order = rng.permutation(len(drawn))
-    arrivals = np.cumsum(rng.exponential(ITERATIONS_BETWEEN / scale, len(drawn)))
+    arrivals = np.cumsum(rng.exponential(gap, len(drawn))).tolist()
     return [
-        Request(i, float(arrivals[i]), prompt, output, **options)
+        Request(i, arrivals[i], prompt, output, **options)
         for i, (prompt, output, options) in enumerate(drawn[j] for j in order)
     ]
 
 
-def _under_pressure(setting: Setting, longest: int, progress: Progress = SILENT) -> list[Request]:
+def _cut(
+    prompt: int, output: int, options: Mapping[str, int], longest: int, max_output: int
+) -> tuple[int, int]:
+    """Lengths of at most `longest` tokens in all, prefix included; the output is 2 at least."""
+    room = longest - options.get("prefix_len", 0)
+    prompt = min(prompt, room - 2)
+    return prompt, min(max(output, 2), room - prompt, max_output)
+
+
+def requests_of(
+    trace: Trace,
+    options: Sequence[Mapping[str, int]],
+    longest: int,
+    max_output: int,
+    gap: float,
+    rng: np.random.Generator,
+) -> list[Request]:
+    """One request for each of `options` (Request's), which are dealt to the requests at random.
+
+    Lengths are the first of the trace in its order, from the top again if they run out, cut to
+    `longest` tokens in all and `max_output` of output, which is 2 at least. Arrivals, in
+    iterations, are the trace's own, drawn together or apart to `gap` between two on average;
+    random where the trace has none.
+    """
+    rows = np.arange(len(options)) % len(trace)
+    dealt = [options[i] for i in rng.permutation(len(options))]
+    lengths = zip(trace.prompts[rows].tolist(), trace.outputs[rows].tolist())
+    arrivals = _arrivals(trace, len(options), gap, rng)
+    return [
+        Request(i, arrivals[i], *_cut(*both, which, longest, max_output), **which)
+        for i, (both, which) in enumerate(zip(lengths, dealt))
+    ]
+
+
+def _arrivals(trace: Trace, count: int, gap: float, rng: np.random.Generator) -> list[float]:
+    own = trace.arrivals[:count] if trace.arrivals is not None else np.zeros(1)
+    if own[-1] == own[0]:
+        return np.cumsum(rng.exponential(gap, count)).tolist()
+    gaps = np.diff(own)
+    gaps = gaps / gaps.mean() * gap
+    return np.cumsum(np.concatenate([[0.0], np.resize(gaps, count - 1)])).tolist()
+
+
+def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
+    """What a table must say of requests that `requests_of` made."""
+    count, rows = len(requests), np.arange(len(requests)) % len(trace)
+    there = zip(trace.prompts[rows], trace.outputs[rows])
+    cut = sum((r.prompt_len, r.output_len) != both for r, both in zip(requests, there))
+    again = f", the {len(trace):,} there are from the top again" if count > len(trace) else ""
+    refused = sum(found.rows for found in trace.refused.values())
+    left_out = f", {refused:,} of {trace.rows_read:,} rows refused" if refused else ""
+    return (
+        f"lengths, order and bursts of the first {count:,} requests of {trace.name}{again}"
+        f"{left_out}; {cut:,} cut to fit the pool, or to {max_output} tokens of output; decoding "
+        "methods dealt at random"
+    )
+
+
+def under_pressure(setting: Setting, longest: int, progress: Progress = SILENT) -> list[Request]:
     """The smallest of a few loads at which paging has to preempt, found on bookkeeping alone."""
     loads = LOADS if setting.trace is None else LOADS + MORE_LOADS
     for number, load in enumerate(loads):
-        requests = _requests(setting, longest, load)
+        requests = mix(setting, longest, load)
         part = progress.part(number, len(loads))
-        trial = _serve(setting, PAGED_SWAP, requests, longest, None, part)
-        if trial.result.num_swaps:
+        if serve(setting, PAGED_SWAP, requests, longest, None, part).result.num_swaps:
             return requests
     if setting.trace is not None:
         raise UsageError(
@@ -267,130 +256,102 @@ def _under_pressure(setting: Setting, longest: int, progress: Progress = SILENT)
     return requests
 
 
-def _new_manager(setting: Setting, run: Run, longest: int, prefix_len: int) -> Manager:
-    if run.policy is not None:
-        return setting.new_manager(run.policy, max_len=longest)
-    manager = setting.new_manager(PAGED, num_cpu_blocks=num_cpu_blocks(setting))
-    manager.allocate_prefix(PREFIX_ID, prefix_len)
-    return manager
+# ---- the runs ---------------------------------------------------------------------------------
 
 
-def _serve(
+def num_cpu_blocks(setting: Setting) -> int:
+    """Swap space in blocks."""
+    return setting.num_blocks // CPU_SHARE
+
+
+def serve(
     setting: Setting,
-    run: Run,
+    way: Run,
     requests: list[Request],
     longest: int,
     cache: PagedKVCache | None,
     progress: Progress = SILENT,
-    record: RunRecord | None = None,
 ) -> Outcome:
     """Serve all requests to their end, on tensors if there is a cache."""
     prefix_len = max(request.prefix_len for request in requests)
-    manager = _new_manager(setting, run, longest, prefix_len)
-    paged = run.policy is None
-    log = UsageLog(manager)
-    observers: list[Observer] = [log]
-    tensors = None
-    if cache is not None:
-        tensors = StampedCache(setting, manager, cache)
-        tensors.store_prefix(prefix_len, PREFIX_ID if paged else None)
-        observers.append(tensors)
+    swap_space = num_cpu_blocks(setting)
+    manager = setting.new_manager(POLICY[way.system], max_len=longest, num_cpu_blocks=swap_space)
     groups = make_groups(
         requests,
         first_seq_id=PREFIX_ID + 1,
-        prefix_ids={prefix_len: PREFIX_ID} if paged else {},
+        prefix_ids={prefix_len: PREFIX_ID} if way.paged else {},
         seed=setting.seed,
     )
-    recorder = None
-    if record is not None and paged:
+    log = UsageLog(manager)
+    observers: list[Observer] = [log]
+    recorder = tensors = None
+    if way.paged:
+        manager.allocate_prefix(PREFIX_ID, prefix_len)
         about = f"{len(requests)} requests, {setting.line}"
-        recorder = Recorder(f"Scenario 4: {run.name}", about, manager, groups, (PREFIX_ID,))
+        recorder = Recorder(f"Scenario 4: {way.name}", about, manager, groups, (PREFIX_ID,))
         observers.append(recorder)
-    limits = limits_of(run.system)
-    result = simulate(
-        groups, manager, limits, preemption=run.preemption, observers=observers, progress=progress
-    )
+    if cache is not None:
+        tensors = StampedCache(setting, manager, cache)
+        tensors.store_prefix(prefix_len, PREFIX_ID if way.paged else None)
+        observers.append(tensors)
+    limits, how = limits_of(way.system), {"preemption": way.preemption, "progress": progress}
+    result = simulate(groups, manager, limits, observers=observers, **how)
     manager.check_invariants()
-    if record is not None:
-        _leave(record, run, log, recorder)
-    if cache is not None and paged:
+    if cache is not None and way.paged:
         cache.poison_blocks(manager.free(PREFIX_ID))  # as everything else is by now
-    return Outcome(run, result, log, tensors)
+    return Outcome(way, result, log, tensors, recorder.recording() if recorder else None)
 
 
-def _leave(record: RunRecord, run: Run, log: UsageLog, recorder: Recorder | None) -> None:
-    """What pictures and a timeline show of a run."""
-    series = record.new_series(4, run.name)
-    series.usages = log.usages
-    if recorder is not None:
-        series.preemptions = recorder.preemptions()
-        record.runs.append(recorder)
-        if run is PAGED_SWAP:
-            record.maps[4] = recorder, recorder.fullest
+# ---- what is shown ----------------------------------------------------------------------------
 
 
-def _tables(
+def show(
     setting: Setting, report: ScenarioReport, requests: list[Request], outcomes: list[Outcome]
 ) -> None:
-    kinds = {"single": 0, "parallel": 0, "beam": 0, "prefix": 0}
-    for request in requests:
-        kinds["prefix" if request.prefix_len else request.decoding] += 1
-    prefix_len = max(request.prefix_len for request in requests)
+    """What each run did, where the slots were over time, and both for pictures."""
+    kinds = Counter("prefix" if r.prefix_len else r.decoding for r in requests)
     line = (
         f"{setting.line}; {kinds['single']} single, {kinds['parallel']} with {NUM_SAMPLES} "
         f"samples, {kinds['beam']} with {BEAM_WIDTH} beams, {kinds['prefix']} behind a shared "
-        f"prefix of {prefix_len} tokens"
+        f"prefix of {max(r.prefix_len for r in requests)} tokens"
     )
     if setting.trace is not None:
         line += "; " + told_of(setting.trace, requests, MAX_OUTPUT)
-    rows = []
-    for o in outcomes:
-        r = o.result
-        rows.append(
-            (o.run.name, r.num_iterations, r.mean_batch, r.num_swaps, r.num_recomputations)
-            + (r.num_copies, r.blocks_swapped_out, r.blocks_swapped_in)
-            + ((o.tensors.bytes_moved / 1e6, o.tensors.verified) if o.tensors else (None, None))
-        )
-    headers = (
-        "run",
-        "iterations",
-        "mean batch",
-        "swapped",
-        "recomputed",
-        "block copies",
-        "blocks out",
-        "blocks in",
-        "MB copied",
-        "verified",
-    )
-    title = "All requests served to their end"
-    report.parts.append(Table(title, headers, rows, line, name="all_requests"))
-
     parts = MemoryUsage.PARTS
-    rows = []
+    totals, windows = [], []
     for o in outcomes:
+        r, name, t = o.result, o.run.name, o.tensors
+        preempted = r.num_swaps, r.num_recomputations
+        blocks = r.num_copies, r.blocks_swapped_out, r.blocks_swapped_in
+        verified = (t.bytes_moved / 1e6, t.verified) if t else (None, None)
+        totals.append((name, r.num_iterations, r.mean_batch, *preempted, *blocks, *verified))
         count = len(o.log.usages)
-        edges = [count * i // WINDOWS for i in range(WINDOWS + 1)]
-        for first, end in pairwise(edges):
+        for first, end in pairwise(count * i // WINDOWS for i in range(WINDOWS + 1)):
             if first < end:
                 mean = o.log.mean(first, end)
-                shares = tuple(mean.percent(part) for part in parts)
-                rows.append(
-                    (o.run.name, f"{first}-{end - 1}", mean.batch, *shares, 100.0 * mean.saving)
-                )
-    report.parts.append(
-        Table(
-            "Slots over time, in percent, and blocks saved by sharing",
-            ("run", "iterations", "batch", *parts, "saving"),
-            rows,
-            setting.line,
-            name="slots_over_time",
-            index=2,
+                shares = map(mean.percent, parts)
+                window = f"{first}-{end - 1}"
+                windows.append((name, window, mean.batch, *shares, 100.0 * mean.saving))
+        recording = o.recording
+        report.series.append(
+            Series(name, o.log.usages, recording.preemptions() if recording else ())
         )
-    )
+        if recording:
+            report.recordings.append(recording)
+        if o.run is PAGED_SWAP:
+            report.map = recording, recording.fullest
+    headers = ("run", "iterations", "mean batch", "swapped", "recomputed", "block copies")
+    headers += ("blocks out", "blocks in", "MB copied", "verified")
+    title = "All requests served to their end"
+    report.parts.append(Table(title, headers, totals, line, name="all_requests"))
+    title = "Slots over time, in percent, and blocks saved by sharing"
+    headers = ("run", "iterations", "batch", *parts, "saving")
+    name = "slots_over_time"
+    report.parts.append(Table(title, headers, windows, setting.line, name=name, index=2))
 
 
-def _checks(report: ScenarioReport, requests: list[Request], outcomes: list[Outcome]) -> None:
+def check(report: ScenarioReport, requests: list[Request], outcomes: list[Outcome]) -> None:
+    """Own K and V to the end, preemption of both kinds, and nobody left behind."""
     expected = sum(request.num_seqs for request in requests)
     for o in (o for o in outcomes if o.tensors):
         report.check(
@@ -398,7 +359,7 @@ def _checks(report: ScenarioReport, requests: list[Request], outcomes: list[Outc
             o.tensors.verified == expected and not o.tensors.wrong,
             f"{o.tensors.verified} of {expected} sequences, {o.tensors.tokens_verified:,} tokens",
         )
-    swap, recompute = outcomes[-2].result, outcomes[-1].result
+    swap, recompute = (o.result for o in outcomes if o.run.paged)
     report.check(
         "memory pressure forced preemption by swapping",
         swap.num_swaps > 0 and swap.blocks_swapped_in == swap.blocks_swapped_out > 0,

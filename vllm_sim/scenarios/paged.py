@@ -1,18 +1,12 @@
 """Scenario 2, paged allocation: the same requests in the same memory, block by block.
 
-Reproduces: the vLLM bar of Fig. 2, section 4.3 (waste below one block per sequence), and the
-claim under all of it (section 4.1), in scenario_paged_tensors.py: attention over scattered blocks
-is attention, bit for bit.
+Reproduces: the vLLM bar of Fig. 2, section 4.3 (waste below one block per sequence), and the claim
+under all of it (section 4.1, Eq. 4): attention over scattered blocks is attention, bit for bit.
+K and V of every token of the steady state are written through block tables into the pool and read
+back by the paged kernel, which is compared with the same kernel over contiguous K and V and with
+dense attention in float64.
 
     python main.py --scenario 2
-
-[scenario_paged_tensors] Scenario 2 on tensors: attention over scattered blocks is attention, bit for bit.
-
-Reproduces: section 4.1 (Eq. 4), the claim under all of scenario 2. K and V of every token of its
-steady state are written through block tables into the pool and read back by the paged kernel,
-which is compared with the same kernel over contiguous K and V and with dense attention in float64.
-
-    attend(setting, report, manager)        # python main.py --scenario 2
 """
 
 from __future__ import annotations
@@ -35,9 +29,8 @@ from paged_attention import (
 )
 from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
-from vllm_sim.reporting.tables import counted
-from vllm_sim.scenarios.record import Bar, Pool, RunRecord, Spans
-from vllm_sim.scenarios.report import ScenarioReport, Table
+from vllm_sim.reporting.tables import Table, counted
+from vllm_sim.scenarios.report import SERIES_LENGTH, Pool, ScenarioReport, Series, Spans
 from vllm_sim.scenarios.setting import (
     BASELINE_ITERATIONS,
     ITERATIONS,
@@ -45,9 +38,9 @@ from vllm_sim.scenarios.setting import (
     Setting,
     num_queued,
     sample_requests,
-    steady_state,
 )
 from vllm_sim.serving.scheduler import Scheduler
+from vllm_sim.serving.steady_state import steady_state
 from vllm_sim.serving.systems import PAGED, POLICY, limits_of
 from vllm_sim.workload.length_tables import SHAREGPT
 from vllm_sim.workload.requests import Request
@@ -55,6 +48,136 @@ from vllm_sim.workload.requests import Request
 BANK = 1021  # different random K and V vectors of a token
 CUDA_GRANULE = 2 << 20  # torch rounds large allocations up to a multiple of this
 ERROR_FACTOR = 4.0  # our error may be this many times plain torch's in the same dtype
+
+
+def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
+    """All of scenario 2; with the bars of Fig. 2, slots over time and a pool slot by slot."""
+    report = ScenarioReport(
+        2,
+        "paged allocation",
+        "How many requests fit, and is attention over scattered blocks exact?",
+    )
+    requests = sample_requests(SHAREGPT, num_queued(setting), setting)
+    manager = fill_and_run(setting, report, requests, progress.part(0, 2, "steady state"))
+    attend(setting, report, manager, progress.part(1, 2, "attention"))
+    return report
+
+
+# ---- bookkeeping ------------------------------------------------------------------------------
+
+
+def fill_and_run(
+    setting: Setting, report: ScenarioReport, requests: list[Request], progress: Progress = SILENT
+) -> PagedKVCacheManager:
+    """Admission until the first refusal, then a steady state; returns the manager in it."""
+    first = setting.new_manager(PAGED, num_cpu_blocks=setting.num_blocks)
+    for request in requests:
+        if not first.can_allocate(request.prompt_len):
+            break
+        first.allocate(request.request_id, request.prompt_len)
+
+    manager = setting.new_manager(PAGED, num_cpu_blocks=setting.num_blocks)
+    worst_padding = padded_right = looks = 0
+    usages = []
+
+    def each(scheduler: Scheduler) -> None:
+        nonlocal worst_padding, padded_right, looks
+        if len(usages) < SERIES_LENGTH:
+            usages.append(manager.usage())
+        for group in scheduler.running:
+            for seq in group.unfinished():
+                # What the sequence has, by its own count, against what its table holds.
+                slots = len(manager.block_table(seq.seq_id).blocks) * setting.block_size
+                worst_padding = max(worst_padding, slots - seq.num_tokens)
+                padded_right += 0 <= slots - seq.num_tokens < setting.block_size
+        looks += len(scheduler.running)
+
+    limits, length = limits_of(paper.VLLM), (WARMUP, ITERATIONS)
+    ours = steady_state(manager, requests, limits, *length, each, progress=progress.part(0, 2))
+    pool, limits = setting.new_manager(POLICY[paper.ORCA_ORACLE]), limits_of(paper.ORCA_ORACLE)
+    length = WARMUP, BASELINE_ITERATIONS
+    oracle = steady_state(pool, requests, limits, *length, progress=progress.part(1, 2))
+    report.bars |= {paper.ORCA_ORACLE: oracle.percents, paper.VLLM: ours.percents}
+    report.series.append(Series(paper.VLLM, usages))
+    report.pools.append(Pool(paper.VLLM, setting.block_size, pool_spans(manager)))
+
+    parts, batch, bar = ("tokens", "padding", "free"), paper.FIG13["ShareGPT"], paper.FIG2
+    report.parts.append(
+        Table(
+            "Admitted in order until the first refusal, in slots",
+            ("policy", "requests", *parts),
+            [("paged", len(first.running_ids), *(getattr(first.usage(), p) for p in parts))],
+            setting.line + "; prompts only: outputs take blocks as they grow",
+            name="paged_first_refusal",
+        )
+    )
+    drawn = paper.FIG2_DRAWN[paper.VLLM]
+    rows = []
+    for system, mean, theirs in (
+        (paper.VLLM, ours, (drawn["external"], drawn["reserved"] + drawn["internal"])),
+        (paper.ORCA_ORACLE, oracle, (None, None)),
+    ):
+        rows.append((system, "ours", mean.batch, *map(mean.percent, parts)))
+        rows.append((system, "paper", batch[system], bar[system]["tokens"], *theirs))
+    report.parts.append(
+        Table(
+            f"Steady state, mean of {ITERATIONS:,} iterations ({BASELINE_ITERATIONS:,} for Orca), "
+            "in percent of all slots",
+            ("policy", "", "batch", *parts),
+            rows,
+            setting.line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's "
+            "(2 requests/s), its shares are Fig. 2's",
+            decimals=2,
+            name="paged_steady_state",
+            keys=("policy", "who", "batch", *parts),
+            index=2,
+        )
+    )
+    waste = 100.0 * ours.percent("padding") / (100.0 - ours.percent("free"))
+    report.check(
+        "padding under one block per sequence",
+        padded_right == looks,
+        f"at most {worst_padding} of {setting.block_size} slots, {padded_right:,} of "
+        f"{looks:,} times",
+    )
+    claim = paper.BLOG["waste_vllm_under"].value
+    if setting.block_size <= paper.BLOCK_SIZE:  # the claim is about that size; larger ones pad more
+        report.check(
+            "waste of allocated memory under 4 %",
+            waste < claim,
+            f"{waste:.2f} % of the allocated slots hold no token",
+        )
+    agreed, count = ours.agreed + oracle.agreed, ITERATIONS + BASELINE_ITERATIONS
+    report.check(
+        "slots add up at every iteration",
+        agreed == count,
+        f"tokens equal their sum over the sequences in {agreed:,} of {count:,} iterations",
+    )
+    told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
+    report.answer = (
+        f"paging fills {ours.percent('tokens'):.1f} % of the KV cache with tokens (paper: "
+        f"{bar[paper.VLLM]['tokens']} %) and serves {ours.batch:.1f} requests at a time, "
+        f"{ours.batch / oracle.batch:.2f}x Orca (Oracle) (paper: {told}x); {waste:.2f} % of the "
+        f"allocated slots are wasted (launch blog: under {claim} %)."
+    )
+    return manager
+
+
+def pool_spans(manager: PagedKVCacheManager) -> Spans:
+    """Runs of slots in the order of the physical blocks: (how many, part of the slot identity)."""
+    size = manager.block_size
+    filled = {b: n for i in manager.running_ids for b, n in manager.block_table(i).entries()}
+    spans: Spans = []
+    for block in range(manager.num_blocks):
+        tokens = filled.get(block)
+        if tokens is None:
+            spans.append((size, "free"))
+        else:
+            spans += [(tokens, "tokens"), (size - tokens, "padding")]
+    return spans
+
+
+# ---- tensors ----------------------------------------------------------------------------------
 
 
 def attend(
@@ -65,66 +188,60 @@ def attend(
 ) -> None:
     """K and V of every running sequence in the pool, and attention over them three ways."""
     cache = _allocate_and_weigh(setting, report)
-    generator = torch.Generator(device=setting.device).manual_seed(setting.seed)
-    m = setting.model
-    shape = (BANK, m.num_kv_heads, m.head_size)
+    m, device, num_layers = setting.model, setting.device, setting.num_layers
+    generator = torch.Generator(device=device).manual_seed(setting.seed)
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, device=setting.device, dtype=setting.dtype)
+        return torch.randn(size, generator=generator, device=device, dtype=setting.dtype)
 
-    bank_k, bank_v = random(*shape), random(*shape)
+    bank_k, bank_v = (random(BANK, m.num_kv_heads, m.head_size) for _ in range(2))
     ids = sorted(manager.running_ids, key=manager.num_tokens)
     queries = {seq_id: random(m.num_heads, m.head_size) for seq_id in ids}
     tables = {seq_id: manager.block_table(seq_id).blocks for seq_id in ids}
     lens = {seq_id: manager.num_tokens(seq_id) for seq_id in ids}
-    # Token p of the sequence with running number i has row (337 * i + p) of the bank.
+    # Token p of the sequence with running number i has row (337 * i + p) of the bank, and each
+    # layer holds the bank in another order.
     rows = {
-        seq_id: (337 * i + torch.arange(lens[seq_id], device=setting.device)) % BANK
+        seq_id: (337 * i + torch.arange(lens[seq_id], device=device)) % BANK
         for i, seq_id in enumerate(ids)
     }
     for seq_id in ids:
-        slots = slot_mapping(
-            tables[seq_id], 0, lens[seq_id], setting.block_size, device=setting.device
-        )
-        for layer in range(setting.num_layers):
-            # Each layer holds the bank in another order.
+        slots = slot_mapping(tables[seq_id], 0, lens[seq_id], setting.block_size, device=device)
+        for layer in range(num_layers):
             row = (rows[seq_id] + layer) % BANK
             cache.write(layer, slots, bank_k[row], bank_v[row])
 
     kernel = attention_kernel(setting.kernel)
-    identical = compared = 0
+    identical = compared = widest = 0
     ours_error = torch_error = 0.0
-    widest = 0
     batches = _batches(ids, tables, setting)
     for number, batch in enumerate(batches):
-        for layer in range(setting.num_layers):
-            progress.at(number * setting.num_layers + layer, len(batches) * setting.num_layers)
+        for layer in range(num_layers):
+            progress.at(number * num_layers + layer, len(batches) * num_layers)
             q = torch.stack([queries[i] for i in batch])  # (B, H, D)
-            block_tables = pad_block_tables([tables[i] for i in batch], device=setting.device)
-            seq_lens = torch.tensor([lens[i] for i in batch], device=setting.device)
+            block_tables = pad_block_tables([tables[i] for i in batch], device=device)
+            seq_lens = torch.tensor([lens[i] for i in batch], device=device)
             k_pool, v_pool = cache.k_pool(layer), cache.v_pool(layer)
             widest = max(widest, gather_bytes(k_pool, block_tables))
             out, lse = kernel(q, k_pool, v_pool, block_tables, seq_lens)
 
             num_slots = block_tables.shape[1] * setting.block_size
-            row = torch.zeros(len(batch), num_slots, dtype=torch.int64, device=setting.device)
+            row = torch.zeros(len(batch), num_slots, dtype=torch.int64, device=device)
             for b, i in enumerate(batch):
                 row[b, : lens[i]] = (rows[i] + layer) % BANK
             k, v = bank_k[row], bank_v[row]  # contiguous: (B, T, H_kv, D)
             same_out, same_lse = _contiguous(setting, q, k, v, block_tables, seq_lens)
-            for b in range(len(batch)):
+            for b, i in enumerate(batch):
                 compared += 1
                 identical += torch.equal(out[b], same_out[b]) and torch.equal(lse[b], same_lse[b])
-            for b, i in enumerate(batch):
                 exact, plain = _references(q[b], k[b, : lens[i]], v[b, : lens[i]])
                 ours_error = max(ours_error, _distance(out[b], exact))
                 torch_error = max(torch_error, _distance(plain, exact))
             del k, v, out, same_out
-    layers = counted(setting.num_layers, "layer")
-    what = f"{len(ids)} sequences x {layers}, {sum(lens.values()):,} tokens"
+    what = f"{len(ids)} sequences x {counted(num_layers, 'layer')}, {sum(lens.values()):,} tokens"
     report.check(
         "paged attention bit-identical to contiguous",
-        identical == compared == len(ids) * setting.num_layers,
+        identical == compared == len(ids) * num_layers,
         f"{identical} of {compared} ({what})",
     )
     report.check(
@@ -133,26 +250,18 @@ def attend(
         f"largest relative error {ours_error:.1e}; torch's own in {_name(setting.dtype)} "
         f"{torch_error:.1e}, budget {ERROR_FACTOR:.0f} x that",
     )
-    pool = setting.pool_bytes()
-    report.note(
-        "gather",
-        kernel=setting.kernel,
-        bytes=widest,
-        percent_of_pool=100 * widest / pool,
-        needed=setting.kernel == GATHER,
+    share, gathers = 100 * widest / setting.pool_bytes(), setting.kernel == GATHER
+    figures = {"kernel": setting.kernel, "bytes": widest, "percent_of_pool": share}
+    report.note("gather", **figures, needed=gathers)
+    report.parts.append(
+        f"Kernel gather: copying the blocks of the largest batch together takes {widest:,} "
+        f"more bytes ({share:.1f} % of the pool),\nfor the copies alone. Kernel "
+        "triton, on a GPU, reads them in place and does not need these."
+        if gathers
+        else f"Kernel triton reads the blocks in place: the {widest:,} bytes "
+        f"({share:.1f} % of the pool) into which kernel gather\nwould copy the "
+        "blocks of the largest batch are not needed."
     )
-    if setting.kernel == GATHER:
-        report.parts.append(
-            f"Kernel gather: copying the blocks of the largest batch together takes {widest:,} "
-            f"more bytes ({100 * widest / pool:.1f} % of the pool),\nfor the copies alone. Kernel "
-            "triton, on a GPU, reads them in place and does not need these."
-        )
-    else:
-        report.parts.append(
-            f"Kernel triton reads the blocks in place: the {widest:,} bytes "
-            f"({100 * widest / pool:.1f} % of the pool) into which kernel gather\nwould copy the "
-            "blocks of the largest batch are not needed."
-        )
     del cache
     gc.collect()
 
@@ -257,155 +366,3 @@ def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def run(
-    setting: Setting, progress: Progress = SILENT, record: RunRecord | None = None
-) -> ScenarioReport:
-    """All of scenario 2; leaves the bars of Fig. 2, slots over time and a pool slot by slot."""
-    report = ScenarioReport(
-        2,
-        "paged allocation",
-        "How many requests fit, and is attention over scattered blocks exact?",
-    )
-    requests = sample_requests(SHAREGPT, num_queued(setting), setting)
-    part = progress.part(0, 2, "steady state")
-    manager = _fill_and_run(setting, report, requests, part, record)
-    attend(setting, report, manager, progress.part(1, 2, "attention"))
-    return report
-
-
-def pool_spans(manager: PagedKVCacheManager) -> Spans:
-    """Runs of slots in the order of the physical blocks: (how many, part of the slot identity)."""
-    size = manager.block_size
-    filled = {b: n for i in manager.running_ids for b, n in manager.block_table(i).entries()}
-    spans: Spans = []
-    for block in range(manager.num_blocks):
-        tokens = filled.get(block)
-        parts = (
-            [("free", size)] if tokens is None else [("tokens", tokens), ("padding", size - tokens)]
-        )
-        spans += [(count, part) for part, count in parts]
-    return spans
-
-
-def _fill_and_run(
-    setting: Setting,
-    report: ScenarioReport,
-    requests: list[Request],
-    progress: Progress = SILENT,
-    record: RunRecord | None = None,
-) -> PagedKVCacheManager:
-    """Admission until the first refusal, then a steady state; returns the manager in it."""
-    first = setting.new_manager(PAGED, num_cpu_blocks=setting.num_blocks)
-    for request in requests:
-        if not first.can_allocate(request.prompt_len):
-            break
-        first.allocate(request.request_id, request.prompt_len)
-    filled = first.usage()
-
-    manager = setting.new_manager(PAGED, num_cpu_blocks=setting.num_blocks)
-    worst_padding = padded_right = 0
-    counted: list[int] = []
-    series = None if record is None else record.new_series(2, paper.VLLM)
-
-    def each(scheduler: Scheduler) -> None:
-        nonlocal worst_padding, padded_right
-        if series is not None:
-            series.add(manager.usage())
-        for group in scheduler.running:
-            for seq in group.unfinished():
-                # What the sequence has, by its own count, against what its table holds.
-                slots = len(manager.block_table(seq.seq_id).blocks) * setting.block_size
-                worst_padding = max(worst_padding, slots - seq.num_tokens)
-                padded_right += 0 <= slots - seq.num_tokens < setting.block_size
-        counted.append(len(scheduler.running))
-
-    limits = limits_of(paper.VLLM)
-    mean = steady_state(
-        manager, requests, limits, WARMUP, ITERATIONS, each, progress=progress.part(0, 2)
-    )
-    oracle = steady_state(
-        setting.new_manager(POLICY[paper.ORCA_ORACLE]),
-        requests,
-        limits_of(paper.ORCA_ORACLE),
-        WARMUP,
-        BASELINE_ITERATIONS,
-        progress=progress.part(1, 2),
-    )
-
-    if record is not None:
-        known = {bar.system for bar in record.bars}  # of scenario 1, if it ran
-        record.bars += [
-            Bar(system, found.percents, paper.FIG2[system])
-            for system, found in ((paper.ORCA_ORACLE, oracle), (paper.VLLM, mean))
-            if system not in known
-        ]
-        record.pools.append(Pool(2, paper.VLLM, setting.block_size, pool_spans(manager)))
-
-    parts = ("tokens", "padding", "free")
-    slots = [getattr(filled, part) for part in parts]
-    report.parts.append(
-        Table(
-            "Admitted in order until the first refusal, in slots",
-            ("policy", "requests", *parts),
-            [("paged", len(first.running_ids), *slots)],
-            setting.line + "; prompts only: outputs take blocks as they grow",
-            name="paged_first_refusal",
-        )
-    )
-    bar, drawn = paper.FIG2[paper.VLLM], paper.FIG2_DRAWN[paper.VLLM]
-    unallocated = drawn["reserved"] + drawn["internal"]
-    oracle_bar, batch = paper.FIG2[paper.ORCA_ORACLE], paper.FIG13["ShareGPT"]
-    report.parts.append(
-        Table(
-            f"Steady state, mean of {ITERATIONS:,} iterations ({BASELINE_ITERATIONS:,} for Orca), "
-            "in percent of all slots",
-            ("policy", "", "batch", "tokens", "padding", "free"),
-            [
-                (paper.VLLM, "ours", mean.batch, *(mean.percent(part) for part in parts)),
-                (paper.VLLM, "paper", batch[paper.VLLM], bar["tokens"], drawn["external"])
-                + (unallocated,),
-                (paper.ORCA_ORACLE, "ours", oracle.batch)
-                + tuple(oracle.percent(part) for part in parts),
-                (paper.ORCA_ORACLE, "paper", batch[paper.ORCA_ORACLE], oracle_bar["tokens"])
-                + (None, None),
-            ],
-            setting.line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's "
-            "(2 requests/s), its shares are Fig. 2's",
-            decimals=2,
-            name="paged_steady_state",
-            keys=("policy", "who", "batch", "tokens", "padding", "free"),
-            index=2,
-        )
-    )
-    waste = 100.0 * mean.percent("padding") / (100.0 - mean.percent("free"))
-    report.check(
-        "padding under one block per sequence",
-        padded_right == sum(counted),
-        f"at most {worst_padding} of {setting.block_size} slots, {padded_right:,} of "
-        f"{sum(counted):,} times",
-    )
-    claim = paper.BLOG["waste_vllm_under"].value
-    if (
-        setting.block_size <= paper.BLOCK_SIZE
-    ):  # the claim is about that size; larger blocks pad more
-        report.check(
-            "waste of allocated memory under 4 %",
-            waste < claim,
-            f"{waste:.2f} % of the allocated slots hold no token",
-        )
-    report.check(
-        "slots add up at every iteration",
-        mean.agreed == ITERATIONS and oracle.agreed == BASELINE_ITERATIONS,
-        f"tokens equal their sum over the sequences in {mean.agreed + oracle.agreed:,} of "
-        f"{ITERATIONS + BASELINE_ITERATIONS:,} iterations",
-    )
-    told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
-    report.answer = (
-        f"paging fills {mean.percent('tokens'):.1f} % of the KV cache with tokens (paper: "
-        f"{bar['tokens']} %) and serves {mean.batch:.1f} requests at a time, "
-        f"{mean.batch / oracle.batch:.2f}x Orca (Oracle) (paper: {told}x); {waste:.2f} % of the "
-        f"allocated slots are wasted (launch blog: under {claim} %)."
-    )
-    return manager

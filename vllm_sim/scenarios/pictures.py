@@ -1,10 +1,11 @@
 """What main.py found as pictures: Fig. 2's bars, slots over time, pools slot by slot, block maps.
 
 Reproduces: Fig. 2 (section 3.1) and Fig. 15's parallel half (section 6.3), ours beside the paper's,
-and what stands behind them: every slot by its part of the slot identity (memory_usage.py), every
-block by who holds it. Nothing is run here: main.py hands over a RunRecord.
+and what stands behind them: every slot by its part of the slot identity (MemoryUsage), every block
+by who holds it. Nothing is run here: all is in what the scenarios returned.
 
     python main.py --figures pictures
+    draw([baseline.run(setting)], setting.line, Path("pictures"))
 
 Needs matplotlib (requirements-dev.txt), imported where it is used.
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vllm_sim import paper
 from vllm_sim.reporting.drawing import (
     BAR,
     BLUE,
@@ -35,8 +36,8 @@ from vllm_sim.reporting.drawing import (
     save,
     sheet,
 )
-from vllm_sim.scenarios.record import Pool, RunRecord, Saving, Series
-from vllm_sim.scenarios.recorder import Moment, Recorder
+from vllm_sim.scenarios.recorder import Moment, Recording
+from vllm_sim.scenarios.report import Saving, ScenarioReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,22 +56,6 @@ LINE = 64  # blocks in a row of a pool drawn slot by slot
 MOST_PER_ROW = 40  # blocks of a block map
 
 
-def figures(record: RunRecord) -> dict[str, Callable[[], Figure]]:
-    """File name -> how to draw it, of all that the record has."""
-    chosen: dict[str, Callable[[], Figure]] = {}
-    if record.bars:
-        chosen["memory_bars.png"] = partial(memory_bars, record)
-    for number, series in groupby(record.series, key=lambda one: one.scenario):
-        chosen[f"scenario{number}_over_time.png"] = partial(over_time, list(series), record)
-    for number, pools in groupby(record.pools, key=lambda one: one.scenario):
-        chosen[f"scenario{number}_pool.png"] = partial(pool_slots, list(pools), record)
-    if record.savings:
-        chosen["scenario3_saving.png"] = partial(saving_bars, record.savings, record)
-    for number, (recorder, moment) in record.maps.items():
-        chosen[f"scenario{number}_blocks.png"] = partial(block_map, recorder, moment)
-    return chosen
-
-
 FILES = {  # by scenario
     1: ("memory_bars.png", "scenario1_over_time.png", "scenario1_pool.png"),
     2: ("memory_bars.png", "scenario2_over_time.png", "scenario2_pool.png"),
@@ -79,27 +64,47 @@ FILES = {  # by scenario
 }
 
 
+def figures(reports: Iterable[ScenarioReport], setting: str) -> dict[str, Callable[[], Figure]]:
+    """File name -> how to draw it, of all that the scenarios found in a setting."""
+    chosen: dict[str, Callable[[], Figure]] = {}
+    bars: dict[str, dict[str, float]] = {}
+    for report in reports:
+        name, given = f"scenario{report.number}", (report, setting)
+        for system, shares in report.bars.items():
+            bars.setdefault(system, shares)
+        if report.series:
+            chosen[f"{name}_over_time.png"] = partial(over_time, *given)
+        if report.pools:
+            chosen[f"{name}_pool.png"] = partial(pool_slots, *given)
+        if report.savings:
+            chosen[f"{name}_saving.png"] = partial(saving_bars, *given)
+        if report.map:
+            chosen[f"{name}_blocks.png"] = partial(block_map, *report.map)
+    if bars:
+        chosen["memory_bars.png"] = partial(memory_bars, bars, setting)
+    return chosen
+
+
 def check(directory: Path, scenarios: Iterable[int]) -> None:
     """OutputError unless the pictures of these scenarios can be written there."""
     check_folder(directory, dict.fromkeys(file for number in scenarios for file in FILES[number]))
 
 
-def draw(record: RunRecord, directory: Path) -> list[Path]:
-    """Draw all that the record has; returns the files written. Raises OutputError."""
-    return save(figures(record), directory)
+def draw(reports: Iterable[ScenarioReport], setting: str, directory: Path) -> list[Path]:
+    """Draw all that the scenarios found; returns the files written. Raises OutputError."""
+    return save(figures(reports, setting), directory)
 
 
-def memory_bars(record: RunRecord) -> Figure:
+def memory_bars(bars: dict[str, dict[str, float]], setting: str) -> Figure:
     """Fig. 2: the slots of each system, ours by part and the paper's by its own."""
-    title = f"Where the KV cache goes (Fig. 2)\n{record.setting}"
-    figure, (axes,) = sheet(title, 1, size=(2.0 + 1.75 * max(3, len(record.bars)), 5.4))
-    ours_colours, theirs_colours = PARTS, {**PARTS, "external": GREY}
-    for middle, bar in enumerate(record.bars):
-        _stack(axes, middle - 0.53 * BAR, "ours", bar.ours, ours_colours)
-        if bar.paper:
-            told = {part: bar.paper[part] for part in THEIRS}
-            _stack(axes, middle + 0.53 * BAR, "paper", told, theirs_colours)
-    axes.set_xticks(range(len(record.bars)), [bar.system for bar in record.bars])
+    title = f"Where the KV cache goes (Fig. 2)\n{setting}"
+    figure, (axes,) = sheet(title, 1, size=(2.0 + 1.75 * max(3, len(bars)), 5.4))
+    colours = {**PARTS, "external": GREY}
+    for middle, (system, ours) in enumerate(bars.items()):
+        _stack(axes, middle - 0.53 * BAR, "ours", ours, colours)
+        told = {part: paper.FIG2[system][part] for part in THEIRS}
+        _stack(axes, middle + 0.53 * BAR, "paper", told, colours)
+    axes.set_xticks(range(len(bars)), list(bars))
     axes.set(ylim=(0.0, 107.0), yticks=range(0, 101, 20), ylabel="Share of KV cache slots (%)")
     parts_legend(figure, external=True)
     return figure
@@ -119,16 +124,12 @@ def _stack(
     axes.text(x, 101.0, whose, ha="center", fontsize=SMALL)
 
 
-def over_time(runs: list[Series], record: RunRecord) -> Figure:
+def over_time(report: ScenarioReport, setting: str) -> Figure:
     """Every slot by its part, iteration by iteration; a row for each run, all on one time axis."""
+    runs, title = report.series, f"Scenario {report.number}: slots over time\n{setting}"
     size = (9.6, 1.6 + (2.6 if len(runs) == 1 else 1.75 * len(runs)))
-    figure, grid = sheet(
-        f"Scenario {runs[0].scenario}: slots over time\n{record.setting}",
-        1,
-        len(runs),
-        size,
-        sharex=True,
-    )
+    figure, grid = sheet(title, 1, len(runs), size, sharex=True)
+    seen = set()
     for axes, run in zip(grid, runs):
         shares = [[100.0 * usage.share(part) for usage in run.usages] for part in PARTS]
         x = range(len(run.usages))
@@ -136,54 +137,30 @@ def over_time(runs: list[Series], record: RunRecord) -> Figure:
         axes.set(ylim=(0.0, 100.0), yticks=(0, 50, 100), ylabel="slots (%)")
         axes.set_title(run.name, loc="left", fontsize=11.0, y=1.04)
         if run.preemptions:
-            height = [103.0] * len(run.preemptions)
-            axes.plot(
-                run.preemptions,
-                height,
-                linestyle="",
-                marker="v",
-                color="#303030",
-                markersize=4.5,
-                clip_on=False,
-            )
-            count = len(run.preemptions)
-            axes.set_title(
-                f"{count} iterations preempt (marked)",
-                loc="right",
-                fontsize=SMALL,
-                color="#303030",
-                y=1.04,
-            )
+            look = {"marker": "v", "color": "#303030", "markersize": 4.5, "clip_on": False}
+            height, count = [103.0] * len(run.preemptions), len(run.preemptions)
+            axes.plot(run.preemptions, height, linestyle="", **look)
+            words = {"loc": "right", "fontsize": SMALL, "color": "#303030", "y": 1.04}
+            axes.set_title(f"{count} iterations preempt (marked)", **words)
+        seen |= {part for part, share in zip(PARTS, shares) if any(share)}
     grid[-1].set_xlim(0, max(len(run.usages) for run in runs) - 1)
-    grid[-1].set_xlabel("iteration" if runs[0].scenario == 4 else "iteration of the steady state")
-    parts_legend(
-        figure,
-        (
-            part
-            for part in PARTS
-            for run in runs
-            if any(getattr(usage, part) for usage in run.usages)
-        ),
-    )
+    whose = "" if report.number == 4 else " of the steady state"
+    grid[-1].set_xlabel(f"iteration{whose}")
+    parts_legend(figure, seen)
     return figure
 
 
-def pool_slots(pools: list[Pool], record: RunRecord) -> Figure:
+def pool_slots(report: ScenarioReport, setting: str) -> Figure:
     """Every slot of a pool by its part, in the order of memory, 64 blocks a row."""
     from matplotlib.colors import ListedColormap
 
-    colours = ListedColormap([*PARTS.values(), "white"])
+    pools, colours = report.pools, ListedColormap([*PARTS.values(), "white"])
     names = list(PARTS)
     rows = [-(-sum(count for count, _ in p.spans) // (LINE * p.block_size)) for p in pools]
     size = (9.6, 1.5 + sum(0.45 + 0.1 * n for n in rows))
-    when = "at the first refusal" if pools[0].scenario == 1 else "in the steady state"
-    figure, grid = sheet(
-        f"Scenario {pools[0].scenario}: the pool slot by slot, {when}\n{record.setting}",
-        1,
-        len(pools),
-        size,
-        height_ratios=rows,
-    )
+    when = "at the first refusal" if report.number == 1 else "in the steady state"
+    title = f"Scenario {report.number}: the pool slot by slot, {when}\n{setting}"
+    figure, grid = sheet(title, 1, len(pools), size, height_ratios=rows)
     for axes, pool, height in zip(grid, pools, rows):
         slots = [names.index(part) for count, part in pool.spans for _ in range(count)]
         width = LINE * pool.block_size
@@ -209,13 +186,15 @@ def pool_slots(pools: list[Pool], record: RunRecord) -> Figure:
     return figure
 
 
-def saving_bars(savings: list[Saving], record: RunRecord) -> Figure:
+def saving_bars(report: ScenarioReport, setting: str) -> Figure:
     """Fig. 15a's bars and the text's range for ShareGPT: ours filled, the paper's hollow."""
     from matplotlib.patches import Patch
 
-    panels = {name: list(found) for name, found in groupby(savings, key=lambda s: s.lengths)}
+    panels: dict[str, list[Saving]] = {}
+    for saving in report.savings:
+        panels.setdefault(saving.lengths, []).append(saving)
     hollow = {"fill": False, "linestyle": "--", "linewidth": 1.5}
-    title = f"Scenario 3: blocks saved by sharing the prompt (Fig. 15)\n{record.setting}"
+    title = f"Scenario 3: blocks saved by sharing the prompt (Fig. 15)\n{setting}"
     figure, grid = sheet(title, len(panels), sharey=True)
     for axes, (name, found) in zip(grid, panels.items()):
         for x, one in enumerate(found):
@@ -237,13 +216,12 @@ def saving_bars(savings: list[Saving], record: RunRecord) -> Figure:
     return figure
 
 
-def block_map(recorder: Recorder, moment: Moment) -> Figure:
+def block_map(recording: Recording, moment: Moment) -> Figure:
     """Every GPU block: whose it is, how many sequences share it, how much of it is padding."""
     from matplotlib.patches import Patch, Rectangle
 
-    manager, owners = recorder.manager, recorder.owners()
-    alone = len(recorder.groups) == 0  # one request: its samples are told apart, not requests
-    size = manager.block_size
+    owners, total, size = recording.owners(), recording.num_blocks, recording.block_size
+    alone = len(recording.groups) == 1  # one request: its samples are told apart, not requests
     holders: dict[int, list[int]] = {}
     filled: dict[int, int] = {}
     for seq_id, held in moment.tables.items():
@@ -251,23 +229,25 @@ def block_map(recorder: Recorder, moment: Moment) -> Figure:
         for index, block in enumerate(here):
             holders.setdefault(block, []).append(seq_id)
             filled[block] = held.filled(index, size)
-    columns = min(MOST_PER_ROW, manager.num_blocks)
-    if manager.num_blocks <= 3 * MOST_PER_ROW:
-        columns = -(-manager.num_blocks // -(-manager.num_blocks // 20))
-    rows = -(-manager.num_blocks // columns)
+    columns = min(MOST_PER_ROW, total)
+    if total <= 3 * MOST_PER_ROW:
+        columns = -(-total // -(-total // 20))
+    rows = -(-total // columns)
     wide = columns > 20
     cell = 0.3 if wide else 0.46  # inches
-    figure, (axes,) = sheet(
-        f"{recorder.name}, {moment.title}\n{recorder.about}",
-        1,
-        size=(max(8.4, columns * cell + 0.9), rows * cell + 1.6),
-    )
+    title = f"{recording.name}, {moment.title}\n{recording.about}"
+    figure, (axes,) = sheet(title, 1, size=(max(8.4, columns * cell + 0.9), rows * cell + 1.6))
+    free = {"facecolor": "white", "edgecolor": "#c8c8c8"}
+    padding = {"facecolor": "white", "hatch": "//////", "linewidth": 0.0}
+    shared = {"fill": False, "edgecolor": "black", "linewidth": 1.3}
+    small = {"fontsize": 6.4 if wide else SMALL, "linespacing": 0.9}
+    plate = PLATE | {"boxstyle": "round,pad=0.06"}
     seen = {}
-    for block in range(manager.num_blocks):
+    for block in range(total):
         x, y = block % columns, block // columns
+        inner = (x + 0.04, y + 0.04), 0.92, 0.92
+        axes.add_patch(Rectangle(*inner, **free, linewidth=0.5))
         who = holders.get(block, [])
-        free = {"facecolor": "white", "edgecolor": "#c8c8c8", "linewidth": 0.5}
-        axes.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, **free))
         if not who:
             continue
         name, kind = owners[who[0]]
@@ -278,45 +258,18 @@ def block_map(recorder: Recorder, moment: Moment) -> Figure:
             entry = "shared" if several else f"sample {who[0] + 1}"
             name = "" if several else str(who[0] + 1)
         seen[entry] = colour
-        share = filled[block] / size
-        axes.add_patch(
-            Rectangle(
-                (x + 0.04, y + 0.04),
-                0.92,
-                0.92,
-                facecolor="white",
-                edgecolor=colour,
-                hatch="//////",
-                linewidth=0.0,
-            )
-        )
-        axes.add_patch(
-            Rectangle((x + 0.04, y + 0.04), 0.92 * share, 0.92, facecolor=colour, linewidth=0.0)
-        )
-        text = f"{name} x{len(who)}".strip() if len(who) > 1 else name
+        axes.add_patch(Rectangle(*inner, **padding, edgecolor=colour))
+        share = 0.92 * filled[block] / size
+        axes.add_patch(Rectangle(inner[0], share, 0.92, facecolor=colour, linewidth=0.0))
         if len(who) > 1:
-            axes.add_patch(
-                Rectangle(
-                    (x + 0.07, y + 0.07), 0.86, 0.86, fill=False, edgecolor="black", linewidth=1.3
-                )
-            )
-        axes.text(
-            x + 0.5,
-            y + 0.52,
-            text.replace(" ", "\n"),
-            ha="center",
-            va="center",
-            fontsize=6.4 if wide else SMALL,
-            linespacing=0.9,
-            bbox=PLATE | {"boxstyle": "round,pad=0.06"},
-        )
+            name = f"{name}\nx{len(who)}".strip()
+            axes.add_patch(Rectangle((x + 0.07, y + 0.07), 0.86, 0.86, **shared))
+        axes.text(x + 0.5, y + 0.52, name, ha="center", va="center", bbox=plate, **small)
     axes.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal")
     axes.set_xticks([])
     step = max(1, rows // 12)
-    axes.set_yticks(
-        [row + 0.5 for row in range(0, rows, step)],
-        [f"{row * columns:,}" for row in range(0, rows, step)],
-    )
+    first = range(0, rows, step)
+    axes.set_yticks([row + 0.5 for row in first], [f"{row * columns:,}" for row in first])
     axes.set_ylabel("first block of the row")
     axes.spines[:].set_visible(False)
     order = [kind for kind in KINDS if kind in seen] or sorted(seen)
@@ -329,9 +282,9 @@ def block_map(recorder: Recorder, moment: Moment) -> Figure:
     }
     entries = [Patch(facecolor=seen[kind], label=words.get(kind, kind)) for kind in order]
     entries += [
-        Patch(fill=False, edgecolor="black", linewidth=1.3, label="x4: shared by four"),
-        Patch(facecolor="white", edgecolor=GREY, hatch="//////", linewidth=0.0, label="padding"),
-        Patch(facecolor="white", edgecolor="#c8c8c8", label="free"),
+        Patch(**shared, label="x4: shared by four"),
+        Patch(**padding, edgecolor=GREY, label="padding"),
+        Patch(**free, label="free"),
     ]
     figure.legend(handles=entries, loc="outside lower center", ncols=4)
     return figure

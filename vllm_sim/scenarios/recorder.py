@@ -4,27 +4,11 @@ Reproduces nothing by itself: a Recorder watches the run of a scenario (sections
 on demand, copy-on-write, beam search, preemption by swapping and by recomputation) and keeps what
 changed in the block tables. It decides nothing and repeats no rule: GPU tables are read from the
 manager after each step, CPU blocks from the map that swapping returned, queues from the
-sequences' own status. timeline.py makes a page of it, pictures_memory.py the block map.
+sequences' own status. timeline.py makes a page of it, pictures.py the block map.
 
     recorder = Recorder("paged, swap", "64 requests", manager, groups, prefix_ids=(0,))
     simulate(groups, manager, limits, observers=[recorder])
-    recorder.to_json()["frames"]
-
-A step is a frame, a dict with only those of these that are not empty:
-
-    i, p   number of the iteration, and the phase: "s" scheduled, "c" completed
-    t      in place of those, a text
-    g      [group, status]: "w" waiting, "r" running, "s" swapped, "f" finished
-    o      [sequence, k, blocks]: swapped, it keeps its first k GPU blocks, a shared prefix's; the
-           rest are these CPU blocks
-    x      sequences that hold no block any more
-    a      1: every other sequence that was in GPU memory, prefixes apart, has a token more
-    d      [sequence, k, blocks]: its GPU blocks are the first k it had there, and then these
-    n      [sequence, tokens] where they are others than that, or the sequence is new
-    e      events, a name and what it is about: arrive, admit (group, 1 if not for the first time),
-           swap_out (group, blocks), recompute (group), swap_in (group, blocks), prefix (sequence),
-           fork (parent, child), block (sequence, logical block, physical block),
-           copy (source, destination, sequence), move (child, parent), finish (group)
+    recorder.recording().frames
 """
 
 from __future__ import annotations
@@ -32,20 +16,60 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 
 from kv_cache_manager import BlockPairs, PagedKVCacheManager
 from sequence import SequenceGroup, SequenceStatus
 from vllm_sim.serving.scheduler import Completion, Iteration
 from vllm_sim.serving.simulator import Observer
 
-LETTERS = {
-    SequenceStatus.WAITING: "w",
-    SequenceStatus.RUNNING: "r",
-    SequenceStatus.SWAPPED: "s",
-    SequenceStatus.FINISHED: "f",
-}
-Event = list[int | str]
+WAITING, RUNNING, SWAPPED, FINISHED = (status.value for status in SequenceStatus)
+PREEMPTIONS = ("swap_out", "recompute")  # kinds of events
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened in a step; each kind has the fields named here, the others None.
+
+    arrive, recompute, finish (group); admit (group, again: not for the first time); swap_out and
+    swap_in (group, num_blocks); prefix (sequence); fork, move (sequence, parent: a sample that
+    shares its blocks, a beam that goes on from it); block (sequence, index, block: a new one,
+    logical and physical); copy (source, block: physical, of the sequence that writes).
+    """
+
+    kind: str
+    group: int | None = None
+    again: bool | None = None
+    num_blocks: int | None = None
+    sequence: int | None = None
+    parent: int | None = None
+    index: int | None = None
+    source: int | None = None
+    block: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A sequence's table is its first `keep` GPU blocks as they were, and then these."""
+
+    sequence: int
+    keep: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a step changed, to be applied in the order of the fields."""
+
+    title: str
+    iteration: int | None = None  # of a scheduled run
+    swapped_out: Seq[Change] = ()  # what follows the kept blocks, a prefix's, is on the CPU
+    gone: Seq[int] = ()  # sequences that hold no block any more
+    grown: int | None = None  # every other one in GPU memory, prefixes apart, has a token more
+    changed: Seq[Change] = ()  # tables in GPU memory
+    tokens: dict[int, int] = field(default_factory=dict)  # sequence -> tokens, if not as above
+    statuses: dict[int, str] = field(default_factory=dict)  # group -> waiting, running, ...
+    events: Seq[Event] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +101,62 @@ class Moment:
         return self.num_kinds, self.num_saved
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The sequences of a request, what kind it is, and the lengths of its prompt and output."""
+
+    id: int
+    name: str
+    kind: str
+    seqs: Seq[int]
+    prompt: int | None = None
+    output: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A whole run. `last` is how it ended, `fullest` the moment that shows most."""
+
+    name: str
+    about: str
+    num_blocks: int
+    num_cpu_blocks: int
+    block_size: int
+    prefixes: Seq[int]
+    groups: Seq[Group]
+    frames: Seq[Frame]
+    last: Moment
+    fullest: Moment
+
+    def to_json(self) -> dict:
+        """All but the moments; a frame's fields that are empty are left out."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)[:-2]}
+
+    def owners(self) -> dict[int, tuple[str, str]]:
+        """Sequence -> (what its group is called, its kind); of a prefix too."""
+        found = dict.fromkeys(self.prefixes, ("P", "prefix itself"))
+        for group in self.groups:
+            found |= dict.fromkeys(group.seqs, (group.name, group.kind))
+        return found
+
+    def preemptions(self) -> list[int]:
+        """The iterations that preempted a group."""
+        return [f.iteration for f in self.frames if any(e.kind in PREEMPTIONS for e in f.events)]
+
+
+def _filled(record: object) -> dict:
+    named = ((f.name, getattr(record, f.name)) for f in fields(record))
+    return {name: _plain(value) for name, value in named if value not in (None, (), [], {})}
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value):
+        return _filled(value)
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 class Recorder(Observer):
-    """Frames of one run. Of scheduled runs it is an observer; others call `step`."""
+    """Watches one run. Of scheduled runs it is an observer; others call `step`."""
 
     def __init__(
         self,
@@ -91,7 +169,7 @@ class Recorder(Observer):
         self.name, self.about, self.manager = name, about, manager
         self.groups = sorted(groups, key=lambda group: group.order)
         self.prefix_ids = tuple(prefix_ids)
-        self.frames: list[dict] = []
+        self.frames: list[Frame] = []
         self.last: Moment | None = None
         self.fullest: Moment | None = None
         self._now: dict[int, Held] = {}
@@ -99,12 +177,29 @@ class Recorder(Observer):
         self._samples: list[int] = []  # of a run without groups
         self._preempted: set[int] = set()
 
+    def recording(self) -> Recording:
+        """All that was seen so far."""
+        m = self.manager
+        groups = [
+            Group(
+                g.group_id,
+                str(g.group_id),
+                _kind(g),
+                [seq.seq_id for seq in g.seqs],
+                g.seqs[0].prompt_len,
+                g.seqs[0].output_len,
+            )
+            for g in self.groups
+        ] or [Group(0, "A", "parallel", self._samples)]
+        sizes = m.num_blocks, m.num_cpu_blocks, m.block_size
+        seen = self.prefix_ids, groups, self.frames, self.last, self.fullest
+        return Recording(self.name, self.about, *sizes, *seen)
+
     # -- what is observed ---------------------------------------------------------------------
 
     def on_iteration(self, iteration: Iteration) -> None:
         """The tables as they stand after scheduling."""
-        frame = {"i": iteration.index, "p": "s"}
-        events, out = self._statuses(frame, iteration.start_s)
+        statuses, events, out = self._statuses(iteration.start_s)
         moved = dict(iteration.swapped_out)
         after = self._tables()
         for group in out:
@@ -115,106 +210,59 @@ class Recorder(Observer):
                 cpu = tuple(moved[block] for block in before.blocks[kept:])
                 blocks |= set(cpu)
                 after[seq.seq_id] = Held(before.blocks[:kept] + cpu, before.num_tokens, kept, True)
-            events.append(["swap_out", group.group_id, len(blocks)])
-        self._keep(frame, after, events, iteration.copies, f"iteration {iteration.index}")
+            events.append(Event("swap_out", group.group_id, num_blocks=len(blocks)))
+        title, copies = f"iteration {iteration.index}", iteration.copies
+        self._keep(title, iteration.index, after, statuses, events, copies)
 
     def on_completion(self, completion: Completion) -> None:
         """The tables once sequences have ended and beams have moved; no frame if neither did."""
-        frame = {"i": self.frames[-1]["i"], "p": "c"}
-        events, _ = self._statuses(frame, float("-inf"))
-        moves = [["move", *pair] for moved in completion.reorders for pair in moved.items()]
-        after = self._tables()
-        if events or moves or after != self._now:
-            self._keep(frame, after, events + moves, (), f"after iteration {frame['i']}")
+        statuses, events, _ = self._statuses(float("-inf"))
+        pairs = (pair for moved in completion.reorders for pair in moved.items())
+        events += [Event("move", sequence=child, parent=parent) for child, parent in pairs]
+        after, index = self._tables(), self.frames[-1].iteration
+        if events or after != self._now:
+            self._keep(f"after iteration {index}", index, after, statuses, events, completed=True)
 
     def step(
         self, text: str, copies: BlockPairs = (), forked: tuple[int, int] | None = None
     ) -> None:
         """A step of a run without scheduler: samples of one prompt."""
         after = self._tables()
-        events = [["fork", *forked]] if forked else []
+        events = [Event("fork", parent=forked[0], sequence=forked[1])] if forked else []
         self._samples += [seq_id for seq_id in after if seq_id not in self._samples]
-        self._keep({"t": text}, after, events, copies, text)
-
-    # -- what is kept -------------------------------------------------------------------------
-
-    def to_json(self) -> dict:
-        """The whole recording."""
-        manager = self.manager
-        return {
-            "name": self.name,
-            "about": self.about,
-            "num_blocks": manager.num_blocks,
-            "num_cpu_blocks": manager.num_cpu_blocks,
-            "block_size": manager.block_size,
-            "prefixes": list(self.prefix_ids),
-            "groups": self._described(),
-            "frames": self.frames,
-        }
-
-    def owners(self) -> dict[int, tuple[str, str]]:
-        """Sequence -> (what its group is called, its kind); of a prefix too."""
-        found = dict.fromkeys(self.prefix_ids, ("P", "prefix itself"))
-        for group in self._described():
-            found |= dict.fromkeys(group["seqs"], (group["name"], group["kind"]))
-        return found
-
-    def preemptions(self) -> list[int]:
-        """The iterations that preempted a group."""
-        names = ("swap_out", "recompute")
-        return [f["i"] for f in self.frames if any(e[0] in names for e in f.get("e", ()))]
-
-    def _described(self) -> list[dict]:
-        if not self.groups:
-            return [{"id": 0, "name": "A", "kind": "parallel", "seqs": self._samples}]
-        return [
-            {
-                "id": g.group_id,
-                "name": str(g.group_id),
-                "kind": _kind(g),
-                "seqs": [seq.seq_id for seq in g.seqs],
-                "prompt": g.seqs[0].prompt_len,
-                "output": g.seqs[0].output_len,
-            }
-            for g in self.groups
-        ]
+        self._keep(text, None, after, {}, events, copies)
 
     # -- the parts ----------------------------------------------------------------------------
 
-    def _statuses(self, frame: dict, now_s: float) -> tuple[list[Event], list[SequenceGroup]]:
-        """Events of groups whose status changed, and those that were swapped out."""
-        changed, events, out = [], [], []
+    def _statuses(self, now_s: float) -> tuple[dict[int, str], list[Event], list[SequenceGroup]]:
+        """Groups whose status changed, what happened to them, and those that were swapped out."""
+        changed, events, out = {}, [], []
         for group in self.groups:
             number = group.group_id
             old, new = self._status.get(number), _status(group)
-            if old is None and group.arrival_s > now_s and new == "w":
-                continue  # it is not here yet
-            if new == old:
-                continue
+            if new == old or (old is None and group.arrival_s > now_s and new == WAITING):
+                continue  # in the second case it is not here yet
             if old is None:
-                events.append(["arrive", number])
-            if new == "r" and old == "s":
-                moved = {b for s in group.unfinished() for b in self._cpu_blocks(s.seq_id)}
-                events.append(["swap_in", number, len(moved)])
-            elif new == "r":
-                events.append(["admit", number, int(number in self._preempted)])
-            elif new == "s":
+                events.append(Event("arrive", number))
+            if new == RUNNING and old == SWAPPED:
+                moved = set()
+                for seq in group.unfinished():
+                    held = self._now[seq.seq_id]
+                    moved |= set(held.blocks[held.num_prefix_blocks :])
+                events.append(Event("swap_in", number, num_blocks=len(moved)))
+            elif new == RUNNING:
+                events.append(Event("admit", number, again=number in self._preempted))
+            elif new == SWAPPED:
                 out.append(group)
-            elif new == "w" and old == "r":
-                events.append(["recompute", number])
-            elif new == "f":
-                events.append(["finish", number])
-            if old == "r" and new in "ws":
+            elif new == WAITING and old == RUNNING:
+                events.append(Event("recompute", number))
+            elif new == FINISHED:
+                events.append(Event("finish", number))
+            if old == RUNNING and new in (WAITING, SWAPPED):
                 self._preempted.add(number)
-            self._status[number] = new
-            changed.append([number, new])
-        if changed:
-            frame["g"] = changed
-        return events, out
-
-    def _cpu_blocks(self, seq_id: int) -> tuple[int, ...]:
-        held = self._now[seq_id]
-        return held.blocks[held.num_prefix_blocks :]
+            changed[number] = new
+        self._status |= changed
+        return changed, events, out
 
     def _tables(self) -> dict[int, Held]:
         """All GPU tables as the manager has them, and what is known of those still swapped."""
@@ -223,7 +271,7 @@ class Recorder(Observer):
             table = self.manager.block_table(seq_id)
             found[seq_id] = Held(tuple(table.blocks), table.num_tokens, table.num_prefix_blocks)
         for group in self.groups:
-            if self._status.get(group.group_id) == "s":
+            if self._status.get(group.group_id) == SWAPPED:
                 for seq in group.unfinished():
                     if seq.seq_id in self._now and self._now[seq.seq_id].swapped:
                         found[seq.seq_id] = self._now[seq.seq_id]
@@ -231,47 +279,52 @@ class Recorder(Observer):
 
     def _keep(
         self,
-        frame: dict,
-        after: dict[int, Held],
-        events: list[Event],
-        copies: BlockPairs,
         title: str,
+        iteration: int | None,
+        after: dict[int, Held],
+        statuses: dict[int, str],
+        events: list[Event],
+        copies: BlockPairs = (),
+        completed: bool = False,
     ) -> None:
         """A frame of what differs from the one before."""
         before = self._now
-        events += [["prefix", p] for p in self.prefix_ids if p in after and p not in before]
+        prefixes = (p for p in self.prefix_ids if p in after and p not in before)
+        events += [Event("prefix", sequence=p) for p in prefixes]
         changed, out = [], []
         for seq_id, held in after.items():
             old = before.get(seq_id)
             if held.swapped:
                 if held != old:
                     kept = held.num_prefix_blocks
-                    out.append([seq_id, kept, list(held.blocks[kept:])])
+                    out.append(Change(seq_id, kept, held.blocks[kept:]))
                 continue
             keep = 0
             if old is not None:
                 if not old.swapped and old.blocks == held.blocks:
                     continue  # tokens alone
-                if frame.get("p") != "c":
-                    new = range(len(old.blocks), len(held.blocks))
-                    events += [["block", seq_id, index, held.blocks[index]] for index in new]
+                new = () if completed else range(len(old.blocks), len(held.blocks))
+                for index in new:
+                    block = held.blocks[index]
+                    events.append(Event("block", sequence=seq_id, index=index, block=block))
                 there = old.blocks[: old.num_prefix_blocks] if old.swapped else old.blocks
                 for one, other in zip(there, held.blocks):
                     if one != other:
                         break
                     keep += 1
-            changed.append([seq_id, keep, list(held.blocks[keep:])])
-        holder = {block: entry[0] for entry in reversed(changed) for block in entry[2]}
-        events += [["copy", source, new, holder[new]] for source, new in copies]
+            changed.append(Change(seq_id, keep, held.blocks[keep:]))
+        holder = {block: entry.sequence for entry in reversed(changed) for block in entry.blocks}
+        for source, block in copies:
+            events.append(Event("copy", sequence=holder[block], source=source, block=block))
         gone = [seq_id for seq_id in before if seq_id not in after]
-        frame |= self._token_counts(after)
-        named = {"d": changed, "o": out, "x": gone, "e": events}
-        frame |= {name: value for name, value in named.items() if value}
-        self.frames.append(frame)
+        grown, tokens = self._token_counts(after)
+        self.frames.append(
+            Frame(title, iteration, out, gone, grown, changed, tokens, statuses, events)
+        )
         self._now = after
         self._consider(title)
 
-    def _token_counts(self, after: dict[int, Held]) -> dict:
+    def _token_counts(self, after: dict[int, Held]) -> tuple[int | None, dict[int, int]]:
         """Whether the tables in GPU memory grew by a token, and those of which it is not true."""
         grow = {
             seq_id: held.num_tokens
@@ -281,18 +334,16 @@ class Recorder(Observer):
         running = {s: held.num_tokens for s, held in after.items() if not held.swapped}
         more = Counter(running[s] - tokens for s, tokens in grow.items() if s in running)
         known = {s: held.num_tokens for s, held in self._now.items()}
-        all_grew = more[1] > more[0]
-        if all_grew:
+        grown = 1 if more[1] > more[0] else None
+        if grown:
             known |= {seq_id: tokens + 1 for seq_id, tokens in grow.items()}
-        others = [[s, tokens] for s, tokens in running.items() if known.get(s) != tokens]
-        return ({"a": 1} if all_grew else {}) | ({"n": others} if others else {})
+        return grown, {s: tokens for s, tokens in running.items() if known.get(s) != tokens}
 
     def _consider(self, title: str) -> None:
         """Note the moment, also as the one that shows most if it does."""
         on_gpu = [h.blocks for h in self._now.values() if not h.swapped]
-        references = sum(map(len, on_gpu))
-        saved = references - len(set().union(*on_gpu))
-        kinds = {_kind(g) for g in self.groups if self._status.get(g.group_id) == "r"}
+        saved = sum(map(len, on_gpu)) - len(set().union(*on_gpu))
+        kinds = {_kind(g) for g in self.groups if self._status.get(g.group_id) == RUNNING}
         self.last = Moment(title, self._now, len(kinds), saved)
         if self.fullest is None or self.last.rank > self.fullest.rank:
             self.fullest = self.last
@@ -300,7 +351,7 @@ class Recorder(Observer):
 
 def _status(group: SequenceGroup) -> str:
     left = group.unfinished()
-    return LETTERS[left[0].status if left else SequenceStatus.FINISHED]
+    return left[0].status.value if left else FINISHED
 
 
 def _kind(group: SequenceGroup) -> str:

@@ -1,7 +1,11 @@
-"""How a scenario shows what it found, the ASCII map of the pool, and runs put together.
+"""What a scenario returns: what it measured, as tables and checks and as data for pictures.
 
 Reproduces: the presentation only: one question, one table with its setting in the line above,
 the paper's number beside ours, one sentence of answer, the checks that held. All is ASCII.
+
+    report = baseline.run(setting)
+    print(render_scenario(report, "plain"))
+    report.tables_json(), report.bars           # for --json, for --figures
 """
 
 from __future__ import annotations
@@ -9,30 +13,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vllm_sim.reporting.files import (
-    OutputError,
-    check_writable,
-    write_json,
-    write_whole,
-)
-from vllm_sim.reporting.tables import FORMATS, Cell, Table, cell_text, render
+from kv_cache_manager import MemoryUsage
+from vllm_sim.reporting.tables import Cell, Table, render
+from vllm_sim.scenarios.recorder import Moment, Recording
 
-__all__ = [
-    "FORMATS",
-    "Cell",
-    "Check",
-    "OutputError",
-    "ScenarioReport",
-    "Table",
-    "block_map",
-    "cell_text",
-    "check_writable",
-    "checks_table",
-    "render",
-    "render_scenario",
-    "write_json",
-    "write_whole",
-]
+SERIES_LENGTH = 2000  # iterations of a steady state that a picture shows
+Spans = list[tuple[int, str]]  # runs of slots from slot 0 on: how many, and a part of MemoryUsage
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The slots of one run over its iterations, and those of them in which a group gave way."""
+
+    name: str
+    usages: Sequence[MemoryUsage]
+    preemptions: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Slot by slot, what a pool holds; spans of different requests are never joined."""
+
+    name: str
+    block_size: int
+    spans: Spans
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Blocks saved by sharing in percent (Fig. 15): ours and, where there is one, the paper's."""
+
+    lengths: str
+    num_samples: int
+    ours: float
+    paper: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +60,10 @@ class Check:
 
 @dataclass(slots=True)
 class ScenarioReport:
-    """What a scenario shows: text and tables in order, checks, and one sentence of answer.
+    """What a scenario found: text and tables in order, checks, and one sentence of answer.
 
-    `data` are tables for JSON alone: the figures that stand in a sentence of the text.
+    `data` are tables for JSON alone: the figures that stand in a sentence of the text. The rest is
+    what pictures and the timeline are made of.
     """
 
     number: int
@@ -58,6 +73,12 @@ class ScenarioReport:
     checks: list[Check] = field(default_factory=list)
     answer: str = ""
     data: list[Table] = field(default_factory=list)
+    bars: dict[str, dict[str, float]] = field(default_factory=dict)  # system -> part -> percent
+    series: list[Series] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
+    savings: list[Saving] = field(default_factory=list)
+    recordings: list[Recording] = field(default_factory=list)
+    map: tuple[Recording, Moment] | None = None  # a moment that is worth a picture
 
     def check(self, name: str, ok: bool, detail: str) -> None:
         """Note that something held or did not; the run goes on either way."""
@@ -65,24 +86,12 @@ class ScenarioReport:
 
     def note(self, name: str, **figures: Cell) -> None:
         """A table of one row for JSON alone."""
-        self.data.append(
-            Table(
-                name.replace("_", " "),
-                tuple(figures),
-                [tuple(figures.values())],
-                name=name,
-                index=0,
-            )
-        )
+        row = [tuple(figures.values())]
+        self.data.append(Table(name.replace("_", " "), tuple(figures), row, name=name, index=0))
 
     def to_json(self) -> dict:
         """What it asked and answered; its tables and checks are in lists of their own."""
-        return {
-            "number": self.number,
-            "name": self.name,
-            "question": self.question,
-            "answer": self.answer,
-        }
+        return {key: getattr(self, key) for key in ("number", "name", "question", "answer")}
 
     def tables_json(self) -> list[dict]:
         """Its tables, each with the scenario's number."""
@@ -90,6 +99,7 @@ class ScenarioReport:
         return [{**table.to_json(), "scenario": self.number} for table in [*shown, *self.data]]
 
     def checks_json(self) -> list[dict]:
+        """Its checks, each with the scenario's number."""
         return [
             {"scenario": self.number, "name": c.name, "ok": c.ok, "detail": c.detail}
             for c in self.checks
@@ -100,11 +110,9 @@ def render_scenario(report: ScenarioReport, fmt: str) -> str:
     """A whole scenario: heading, question, parts, answer."""
     comment = "% " if fmt == "latex" else ""
     heading = f"Scenario {report.number}: {report.name}"
-    lines = (
-        [f"## {heading}"]
-        if fmt == "github"
-        else [f"{comment}{heading}", f"{comment}{'=' * len(heading)}"]
-    )
+    lines = [f"{comment}{heading}", f"{comment}{'=' * len(heading)}"]
+    if fmt == "github":
+        lines = [f"## {heading}"]
     lines += [f"{comment}{report.question}", ""]
     for part in report.parts:
         if isinstance(part, Table):
@@ -128,12 +136,7 @@ def checks_table(reports: Sequence[ScenarioReport]) -> Table:
 
 
 def block_map(
-    num_blocks: int,
-    block_size: int,
-    spans: Sequence[tuple[int, str]],
-    *,
-    per_char: int,
-    width: int = 82,
+    num_blocks: int, block_size: int, spans: Spans, *, per_char: int, width: int = 82
 ) -> str:
     """An ASCII picture of the pool, each character the commonest kind among `per_char` blocks.
 

@@ -1,7 +1,10 @@
 """What the four scenarios share: the setting, and requests for a queue that never runs dry.
 
 Reproduces: section 6.1's standing conditions (OPT-13B on one A100-40GB, ShareGPT lengths, block
-size 16). Run by main.py; each scenario_*.py is one scenario.
+size 16). run.py makes one from main.py's options.
+
+    setting = Setting(paper.MODELS["opt-13b"], torch.device("cpu"), 1, 983, 16, seed=0)
+    check_setting(setting)
 """
 
 from __future__ import annotations
@@ -16,24 +19,10 @@ from paged_attention import PagedKVCache, check_device_memory
 from vllm_sim import models, paper
 from vllm_sim.reporting.tables import counted
 from vllm_sim.serving.scheduler import Manager
-from vllm_sim.serving.steady_state import UsageMean, steady_state
 from vllm_sim.serving.systems import new_manager
 from vllm_sim.workload.length_tables import LengthTable
 from vllm_sim.workload.requests import Request
 from vllm_sim.workload.traces import Trace
-
-__all__ = [
-    "BASELINE_ITERATIONS",
-    "CPU_SHARE",
-    "ITERATIONS",
-    "WARMUP",
-    "Setting",
-    "UsageMean",
-    "check_setting",
-    "num_queued",
-    "sample_requests",
-    "steady_state",
-]
 
 WARMUP, ITERATIONS = 1000, 2000  # of a paged steady state
 BASELINE_ITERATIONS = 10_000  # longer: with 7 to 13 requests at a time a mean moves slowly

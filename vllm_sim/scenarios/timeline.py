@@ -1,13 +1,13 @@
 """One page that plays recorded runs back, block by block, in any browser and without a network.
 
 Reproduces nothing by itself: it shows sections 4.3 to 4.5 happen (blocks on demand, copy-on-write,
-preemption) in the runs of scenarios 3 and 4, as recording.py saw them.
+preemption) in the runs of scenarios 3 and 4, as recorder.py saw them.
 
     python main.py --scenario 4 --timeline run.html
 
-The page is the files of timeline_page/ in one, with the recordings as JSON in it: what is in
-a frame is told in recording.py. It asks for nothing from outside, and says so to the browser (its
-content security policy).
+The page is the files of timeline_page/ in one, with the recordings as JSON in it: their frames are
+recorder.Frame. It asks for nothing from outside, and says so to the browser (its content security
+policy).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_sim.reporting.command_line import UsageError
-from vllm_sim.scenarios.record import RunRecord
-from vllm_sim.scenarios.report import check_writable, write_whole
+from vllm_sim.reporting.files import check_writable, write_whole
+from vllm_sim.scenarios.recorder import Recording
 
-FORMAT = 1  # of the data in the page
+FORMAT = 2  # of the data in the page
 SCENARIOS = (3, 4)  # that are recorded
 MAX_BLOCKS = 4096  # of a pool: a page of more is slow to watch, and its data grows with the pool
 PARTS = Path(__file__).resolve().parent / "timeline_page"
@@ -38,18 +38,15 @@ def check(path: Path, scenarios: Iterable[int], num_blocks: int) -> None:
     check_writable(path)
 
 
-def write(path: Path, record: RunRecord) -> None:
+def write(path: Path, setting: str, recordings: Iterable[Recording]) -> None:
     """Write the page, whole or not at all. Raises OutputError."""
-    write_whole(path, page(record).encode("ascii"))
+    write_whole(path, page(setting, recordings).encode("ascii"))
 
 
-def page(record: RunRecord) -> str:
-    """The whole page; ASCII."""
-    data = {
-        "format": FORMAT,
-        "setting": record.setting,
-        "runs": [recorder.to_json() for recorder in record.runs],
-    }
+def page(setting: str, recordings: Iterable[Recording]) -> str:
+    """The whole page; ASCII. `setting` is the line that is printed above tables."""
+    runs = [recording.to_json() for recording in recordings]
+    data = {"format": FORMAT, "setting": setting, "runs": runs}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c")  # or a name could end the script element
     html = (PARTS / "page.html").read_text(encoding="ascii")

@@ -1,5 +1,5 @@
 // The recording as it was: which tables hold which blocks at a step. No rule of the manager is
-// here; recording.py says what the letters of a frame mean.
+// here; recorder.py says what the fields of a frame mean. Empty ones are not there.
 "use strict";
 
 const EVERY = 64; // frames between two states that are kept
@@ -38,26 +38,22 @@ class Replay {
 
   apply(state, frame) {
     const tables = state.tables;
-    for (const [seq, kept, blocks] of frame.o || []) {
-      const old = tables.get(seq);
-      tables.set(seq, {
-        blocks: old.blocks.slice(0, kept).concat(blocks), tokens: old.tokens, kept, swapped: true,
+    const change = ({ sequence, keep, blocks }, swapped) => {
+      const old = tables.get(sequence) || { blocks: [], tokens: 0 };
+      tables.set(sequence, {
+        blocks: old.blocks.slice(0, keep).concat(blocks || []), tokens: old.tokens,
+        kept: swapped ? keep : 0, swapped,
       });
+    };
+    const numbered = (found) => Object.entries(found || {}).map(([key, value]) => [Number(key), value]);
+    for (const one of frame.swapped_out || []) change(one, true);
+    for (const sequence of frame.gone || []) tables.delete(sequence);
+    for (const [sequence, table] of tables) {
+      if (!table.swapped && !this.prefixes.has(sequence)) table.tokens += frame.grown || 0;
     }
-    for (const seq of frame.x || []) tables.delete(seq);
-    if (frame.a) {
-      for (const [seq, table] of tables) {
-        if (!table.swapped && !this.prefixes.has(seq)) table.tokens += 1;
-      }
-    }
-    for (const [seq, keep, blocks] of frame.d || []) {
-      const old = tables.get(seq) || { blocks: [], tokens: 0 };
-      tables.set(seq, {
-        blocks: old.blocks.slice(0, keep).concat(blocks), tokens: old.tokens, kept: 0, swapped: false,
-      });
-    }
-    for (const [seq, tokens] of frame.n || []) tables.get(seq).tokens = tokens;
-    for (const [group, status] of frame.g || []) state.status.set(group, status);
+    for (const one of frame.changed || []) change(one, false);
+    for (const [sequence, tokens] of numbered(frame.tokens)) tables.get(sequence).tokens = tokens;
+    for (const [group, status] of numbered(frame.statuses)) state.status.set(group, status);
   }
 
   // Block -> [{seq, index, filled}] of the GPU's pool or the CPU's.
@@ -78,10 +74,10 @@ class Replay {
     return found;
   }
 
-  // The step of the next event with one of these names, or of the one before; null if none.
-  find(names, from, way) {
+  // The step of the next event of one of these kinds, or of the one before; null if none.
+  find(kinds, from, way) {
     for (let i = from + way; i >= 0 && i < this.length; i += way) {
-      if ((this.run.frames[i].e || []).some((event) => names.includes(event[0]))) return i;
+      if ((this.run.frames[i].events || []).some((event) => kinds.includes(event.kind))) return i;
     }
     return null;
   }

@@ -4,7 +4,9 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 const PREEMPTIONS = ["swap_out", "recompute"];
-const STATES = { r: "Running", w: "Waiting", s: "Swapped out", f: "Finished" };
+const STATES = {
+  running: "Running", waiting: "Waiting", swapped: "Swapped out", finished: "Finished",
+};
 const LOG_LENGTH = 120;
 let replay, owners, groups, alone; // of the run that is shown
 let step = 0, timer = null, picked = null, cells = {}, drawn = {};
@@ -95,8 +97,8 @@ function overview() {
   const x = (i) => (n > 1 ? (i * width) / (n - 1) : 0).toFixed(1);
   const y = (used) => (height - 6 - (used / total) * (height - 13)).toFixed(1);
   const area = replay.used.map((used, i) => `L${x(i)},${y(used)}`).join("");
-  const marks = (names, cls, top) => replay.run.frames.map((frame, i) =>
-    (frame.e || []).some((event) => names.includes(event[0]))
+  const marks = (kinds, cls, top) => replay.run.frames.map((frame, i) =>
+    (frame.events || []).some((event) => kinds.includes(event.kind))
       ? `<rect class="${cls}" x="${x(i) - 1}" y="${top}" width="2" height="6"/>` : "").join("");
   const chart = element("chart");
   chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -138,11 +140,7 @@ function goto(index) {
   document.documentElement.dataset.step = step;
 }
 
-function title(index) {
-  const frame = replay.run.frames[index];
-  if (frame.t !== undefined) return frame.t;
-  return frame.p === "s" ? `iteration ${frame.i}` : `after iteration ${frame.i}`;
-}
+const title = (index) => replay.run.frames[index].title;
 
 function paint(cell, pool, block, holders, wasUsed) {
   const flags = `${holders && !wasUsed ? "taken" : ""}${!holders && wasUsed ? "freed" : ""}`;
@@ -175,13 +173,13 @@ function paint(cell, pool, block, holders, wasUsed) {
 }
 
 function arrows() {
-  const copies = (replay.run.frames[step].e || []).filter((event) => event[0] === "copy");
+  const copies = (replay.run.frames[step].events || []).filter((event) => event.kind === "copy");
   const middle = (block) => {
     const cell = cells.gpu[block];
     return [cell.offsetLeft + cell.offsetWidth / 2, cell.offsetTop + cell.offsetHeight / 2];
   };
-  element("copies").innerHTML = copies.slice(0, 40).map(([, source, destination]) => {
-    const [x1, y1] = middle(source), [x2, y2] = middle(destination);
+  element("copies").innerHTML = copies.slice(0, 40).map(({ source, block }) => {
+    const [x1, y1] = middle(source), [x2, y2] = middle(block);
     const length = Math.hypot(x2 - x1, y2 - y1) || 1;
     const [dx, dy] = [(x2 - x1) / length, (y2 - y1) / length];
     const head = `M${x2 - 11 * dx - 6 * dy},${y2 - 11 * dy + 6 * dx}L${x2},${y2}` +
@@ -193,9 +191,9 @@ function arrows() {
 }
 
 function queues(state) {
-  const lists = { r: [], w: [], s: [], f: [] };
+  const lists = { running: [], waiting: [], swapped: [], finished: [] };
   for (const group of replay.run.groups) {
-    const status = state.status.get(group.id) || (alone ? "r" : null);
+    const status = state.status.get(group.id) || (alone ? "running" : null);
     if (status) lists[status].push(group);
   }
   element("queues").replaceChildren(...Object.entries(lists).flatMap(([status, found]) => {
@@ -208,12 +206,12 @@ function queues(state) {
       }, group.name);
       return chip;
     });
-    if (alone && status !== "r") return [];
-    if (status === "f") chips.length = 0;
+    if (alone && status !== "running") return [];
+    if (status === "finished") chips.length = 0;
     return [make("h3", {}, `${STATES[status]}: ${found.length}`),
       make("div", { class: "chips", "data-queue": status,
         "data-groups": found.map((group) => group.id).join() },
-      ...(chips.length || status === "f" ? chips : [make("span", { class: "none" }, "none")]))];
+      ...(chips.length || status === "finished" ? chips : [make("span", { class: "none" }, "none")]))];
   }));
 }
 
@@ -221,18 +219,21 @@ function queues(state) {
 
 function told(frame) {
   const lines = [], blocks = [];
-  for (const [kind, a, b, c] of frame.e || []) {
-    if (kind === "block") blocks.push(`${nameOf(a)} (block ${c})`);
-    else if (kind === "arrive") lines.push(`${requestName(a)} arrives`);
-    else if (kind === "admit") lines.push(`${requestName(a)} is admitted${b ? " again" : ""}`);
-    else if (kind === "swap_out") lines.push(`preempted: ${requestName(a)} is swapped out, ${plural(b, "block")}`);
-    else if (kind === "recompute") lines.push(`preempted: ${requestName(a)} is freed, to be recomputed`);
-    else if (kind === "swap_in") lines.push(`${requestName(a)} is swapped in, ${plural(b, "block")}`);
-    else if (kind === "prefix") lines.push("the shared prefix is stored");
-    else if (kind === "fork") lines.push(`${nameOf(b)} shares all blocks of ${nameOf(a)}`);
-    else if (kind === "copy") lines.push(`copy-on-write: block ${a} to ${b} for ${nameOf(c)}`);
-    else if (kind === "move") lines.push(`beam ${nameOf(a)} goes on from ${nameOf(b)}`);
-    else if (kind === "finish") lines.push(`${requestName(a)} is finished`);
+  const tell = {
+    arrive: (e) => `${requestName(e.group)} arrives`,
+    admit: (e) => `${requestName(e.group)} is admitted${e.again ? " again" : ""}`,
+    swap_out: (e) => `preempted: ${requestName(e.group)} is swapped out, ${plural(e.num_blocks, "block")}`,
+    recompute: (e) => `preempted: ${requestName(e.group)} is freed, to be recomputed`,
+    swap_in: (e) => `${requestName(e.group)} is swapped in, ${plural(e.num_blocks, "block")}`,
+    prefix: () => "the shared prefix is stored",
+    fork: (e) => `${nameOf(e.sequence)} shares all blocks of ${nameOf(e.parent)}`,
+    copy: (e) => `copy-on-write: block ${e.source} to ${e.block} for ${nameOf(e.sequence)}`,
+    move: (e) => `beam ${nameOf(e.sequence)} goes on from ${nameOf(e.parent)}`,
+    finish: (e) => `${requestName(e.group)} is finished`,
+  };
+  for (const event of frame.events || []) {
+    if (event.kind === "block") blocks.push(`${nameOf(event.sequence)} (block ${event.block})`);
+    else lines.push(tell[event.kind](event));
   }
   if (blocks.length && element("appends").checked) {
     const more = blocks.length > 4 ? ` and ${blocks.length - 4} more` : "";
@@ -254,7 +255,7 @@ function log() {
   for (let i = step; i >= 0 && items.length < LOG_LENGTH; i--) {
     for (const line of told(replay.run.frames[i])) {
       const kind = line.startsWith("copy") ? "copy" : line.startsWith("preempted") ? "preempt" : "";
-      const when = replay.run.frames[i].i ?? i + 1;
+      const when = replay.run.frames[i].iteration ?? i + 1;
       items.push(make("li", i === step ? { class: "now" } : {},
         make("button", { type: "button", class: "when", "aria-label": `go to step ${i + 1}`,
           onclick: () => { pause(); goto(i); } }, String(when)),

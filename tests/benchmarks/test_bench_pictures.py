@@ -1,0 +1,143 @@
+"""`--figures` of the GPU benchmarks: what is drawn, read back from the artists, without a GPU."""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_sim.paper.figures import BLOCK_SIZES, FASTER_TRANSFORMER, FIG18A, FIG19A, VLLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import bench_attention
+import bench_paging_cost
+import pictures
+
+needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="no matplotlib")
+
+
+def kernel_rows():
+    return [
+        {
+            "batch": batch,
+            "context": context,
+            "paged_us": context / 8,
+            "contiguous_us": context / 9,
+            "cudnn_us": None if batch == 8 else context / 10,
+            "flash_us": context / 7,
+        }
+        for batch in (8, 32)
+        for context in (64, 256, 1024)
+    ]
+
+
+@needs_matplotlib
+def test_fig_18a_has_a_panel_for_each_batch_size():
+    figure = pictures.kernel_latency(kernel_rows(), "a GPU")
+    assert [axes.get_title() for axes in figure.axes] == ["batch size 8", "batch size 32"]
+    for axes, batch, peer in zip(figure.axes, (8, 32), (9, 10)):
+        by_name = {}
+        for bars in axes.containers:
+            by_name.setdefault(bars.get_label(), []).append(bars[0].get_height())
+            assert bars[0].get_fill() != bars.get_label().startswith("paper")
+        told = [FIG18A[batch, context] for context in (64, 256)]
+        expected = [
+            [8.0, 32.0, 128.0],
+            [64 / peer, 256 / peer, 1024 / peer],
+            [one[VLLM] for one in told],
+            [one[FASTER_TRANSFORMER] for one in told],
+        ]
+        assert by_name == dict(zip(pictures.BARS, expected))
+        assert axes.get_yscale() == "log" and "Context" in axes.get_xlabel()
+
+
+@needs_matplotlib
+def test_fig_19a_has_ours_and_the_papers_in_one_axis():
+    rows = [
+        {"block_size": s, "recompute_ms": 20.0 + s, "swap_in_ms": 3.0, "swap_out_ms": 2.0 + s}
+        for s in (256, 1, 16)
+    ]
+    (axes,) = pictures.swap_times(rows, "a GPU").axes
+    lines = [list(map(tuple, line.get_xydata())) for line in axes.get_lines()]
+    assert lines[1::2] == [
+        [(s, 20.0 + s) for s in (1, 16, 256)],
+        [(s, 3.0) for s in (1, 16, 256)],
+        [(s, 2.0 + s) for s in (1, 16, 256)],
+        [(s, 5.0 + s) for s in (1, 16, 256)],
+    ]
+    assert lines[:6:2] == [list(FIG19A[n].items()) for n in ("recompute", "swap in", "swap out")]
+    assert [t.get_text() for t in axes.get_xticklabels()] == list(map(str, BLOCK_SIZES))
+
+
+@needs_matplotlib
+def test_times_over_the_floor_are_points():
+    rows = {"one": {"triton": 1.1, "read": 1.0, "cat": None}, "two": {"triton": 1.2, "cat": 40.0}}
+    (axes,) = pictures.over_floor(rows, "a GPU").axes
+    points = [tuple(line.get_xydata()[0]) for line in axes.get_lines()[:4]]
+    assert points == [(1.1, 0), (1.0, 0), (1.2, 1), (40.0, 1)]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["one", "two"]
+
+
+@needs_matplotlib
+def test_the_benchmarks_draw_what_they_measured(monkeypatch, tmp_path, capsys):
+    """Without a GPU: the measurements are made up, all else is the scripts' own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    swap = [{"block_size": 16, "recompute_ms": 1.0, "swap_in_ms": 1.0, "swap_out_ms": 1.0}]
+    found = {"attention": kernel_rows(), "swap": swap, "moves": []}
+    monkeypatch.setattr(bench_paging_cost, "measure", lambda *_: found)
+    arguments = ["--kernel", "gather", "--figures", str(tmp_path / "a")]
+    assert bench_paging_cost.main(arguments) == 0
+    assert sorted(os.listdir(tmp_path / "a")) == ["fig18a.png", "fig19a.png"]
+    found.pop("attention")
+    assert bench_paging_cost.main([*arguments[:-1], str(tmp_path / "b"), "--part", "swap"]) == 0
+    assert os.listdir(tmp_path / "b") == ["fig19a.png"]
+    found = {"attention": kernel_rows()}
+    part = ["--part", "attention"]
+    assert bench_paging_cost.main([*arguments[:-1], str(tmp_path / "d"), *part]) == 0
+    assert os.listdir(tmp_path / "d") == ["fig18a.png"]
+
+    row = {
+        "shape": "OPT-13B 8 x 2000",
+        "floor_us": 10.0,
+        "aim": 1.1,
+        "triton_us": 11.0,
+        "read_us": 10.1,
+        "flashinfer_us": 13.0,
+        "flashinfer_tc_us": 12.0,
+        "gather_share": 0.9,
+    }
+    monkeypatch.setattr(bench_attention, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(bench_attention, "measure", lambda *_: row)
+    drawn = []
+    over_floor = pictures.over_floor
+    monkeypatch.setattr(
+        pictures, "over_floor", lambda *given: drawn.append(given) or over_floor(*given)
+    )
+    shape = ["--shape", "OPT-13B 8 x 2000", "--figures", str(tmp_path / "c")]
+    assert bench_attention.main(shape) == 0
+    assert os.listdir(tmp_path / "c") == ["attention_over_floor.png"]
+    times = {name: time for name, time in drawn[0][0]["OPT-13B 8 x 2000"].items() if time}
+    assert times == pytest.approx({"triton": 1.1, "read": 1.01, "FlashInfer": 1.2})
+    assert "a GPU" in drawn[0][1] and capsys.readouterr().err == ""
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("script", [bench_attention, bench_paging_cost])
+def test_a_benchmark_refuses_a_folder_before_it_measures(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("copy_bandwidth", "measure"):
+        monkeypatch.setattr(script, name, lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("old")
+    assert script.main(["--figures", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_looks_of_kernels_cover_what_is_measured():
+    assert set(pictures.KERNELS) == set(bench_attention.COLUMNS)
+    looks = list(pictures.KERNELS.values())
+    assert len(set(looks)) == len(looks)
