@@ -23,11 +23,11 @@ from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code
 if __name__ == "__main__":
     command_line.begin("sweep.py", "numpy", "tabulate")
 
-import main as scenarios
 from vllm_sim.evaluation import options as evaluation
 from vllm_sim.reporting import sweep_cells, sweep_table
 from vllm_sim.reporting.files import make_folder
 from vllm_sim.reporting.tables import FORMATS, counted
+from vllm_sim.scenarios import options as scenarios
 from vllm_sim.sizing import options as sizing
 
 PARSERS = {

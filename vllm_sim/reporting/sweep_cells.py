@@ -98,7 +98,7 @@ def done_code(path: Path, script: str, cell: Cell) -> int | None:
     """The exit code of a cell whose result is there, None if it must run."""
     with suppress(UsageError):  # not there, or cut off by something else: it is written anew
         run = read_run(path)
-        if (run.script, run.options) == (script, cell.options) and run.code != 2:
+        if (run.script, run.options) == (script, cell.options) and run.code in (0, 1):
             return run.code
     return None
 
