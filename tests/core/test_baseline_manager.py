@@ -582,3 +582,12 @@ def test_the_invariants_hold_of_many_reservations():
     for seq_id in range(300):
         manager.allocate(seq_id, 1, 1)
     manager.check_invariants()
+
+
+def test_a_sequence_that_has_a_reservation_is_not_admitted_again():
+    manager = BaselineCacheManager(64, 16, policy="oracle")
+    manager.allocate(1, 10, 20)
+    group = SequenceGroup(1, [Sequence(1, 10, 20)])
+    for admit in (manager.admit, manager.try_admit):
+        with pytest.raises(DuplicateSequenceError, match="sequence 1 exists already"):
+            admit(group)

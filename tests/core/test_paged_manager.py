@@ -1264,3 +1264,8 @@ def test_every_assert_of_the_invariants_is_seen_to_fail():
     assert sorted(messages) == sorted(CORRUPTIONS)
     manager = example()
     assert observable(manager) == observable(clone(manager))
+
+
+def test_an_empty_block_table_has_no_entries():
+    table = BlockTable([], 4, 0, Clock())
+    assert table.entries() == [] and table.num_tokens == 0
