@@ -276,20 +276,20 @@ class PagedKVCacheManager:
         """
         clock, size, tails = self._clock, self.block_size, self._tails
         free, extra_refs = self._gpu.free_blocks, self._gpu.extra_refs
-        now, num_free = clock.now, len(free)
+        now = clock.now
         if num_tokens is ONE:
             need = len(self._due[now % size])
         else:
             check_count("number of tokens", num_tokens)
             need = len(self._tables) * -(-num_tokens // size)
-        if need + len(tails) > num_free:  # at most so many; rarely worth an exact count
+        if need + len(tails) > len(free):  # at most so many; rarely worth an exact count
             self._require_free(self.blocks_for_step(num_tokens), "a step of", num_tokens)
         copies = NO_COPIES
         if tails:
             still = (table for table in tails.values() if table.blocks[-1] in extra_refs)
             copies = tuple(map(self._copy_last_block, still))
             tails.clear()
-        pop = free.pop
+        pop, before = free.pop, len(free)
         for ahead in range(num_tokens if num_tokens < size else size):
             due = self._due[(now + ahead) % size]
             if due:
@@ -297,7 +297,7 @@ class PagedKVCacheManager:
                 for _ in range(ahead, num_tokens, size):
                     for blocks in due.values():
                         blocks.append(pop())
-        self._logical_blocks += num_free - len(free) - len(copies)
+        self._logical_blocks += before - len(free)
         clock.now = now + num_tokens
         return copies
 
