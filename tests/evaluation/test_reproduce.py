@@ -363,6 +363,19 @@ def test_no_copy_on_write_is_found(monkeypatch):
     """All samples go on writing into the prompt's last block, which they still share."""
     itself = lambda self, table: (table.blocks[-1],) * 2  # noqa: E731
     monkeypatch.setattr(PagedKVCacheManager, "_copy_last_block", itself)
+    with pytest.raises(AssertionError, match="slot identity broken"):
+        regenerate([Fig15(beams=False)], COMPACT, 1, 1)
+
+
+def test_samples_that_share_nothing_are_found(monkeypatch):
+    def apart(self, group):
+        seqs = group.unfinished()
+        need = sum(self.blocks_for(seq.num_tokens) for seq in seqs)
+        if need > self.num_free_blocks - self.watermark_blocks:
+            return None
+        return tuple(copy for seq in seqs for copy in self.allocate(seq.seq_id, seq.num_tokens))
+
+    monkeypatch.setattr(PagedKVCacheManager, "try_admit", apart)
     failed = failures([Fig15(beams=False)])
     assert failed and all("parallel" in row.setting for row in failed)
 
