@@ -158,15 +158,9 @@ def measure(
     speed, pinned = copy_bandwidth(), pinned_bandwidth()
     where = f"{where}, large copy {speed / 1e9:,.0f} GB/s"
     m = setting.model
-    found: dict[str, object] = {
-        "model": m.name,
-        "layers": m.num_layers,
-        "heads": m.num_heads,
-        "head_size": m.head_size,
-        "dtype": str(setting.dtype).removeprefix("torch."),
-        "copy_bytes_per_s": speed,
-        "pinned_bytes_per_s": pinned._asdict(),
-    }
+    found: dict[str, object] = {"model": m.name, "layers": m.num_layers, "heads": m.num_heads}
+    found |= {"head_size": m.head_size, "dtype": str(setting.dtype).removeprefix("torch.")}
+    found |= {"copy_bytes_per_s": speed, "pinned_bytes_per_s": pinned._asdict()}
 
     def rows_of(part: str, points: Sequence, measured: Callable[..., Row]) -> list[Row]:
         shown = each(points, part, (PARTS.index(part), len(PARTS)))

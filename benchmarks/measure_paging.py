@@ -62,15 +62,8 @@ class Setting:
     def quick(self) -> Setting:
         """A few small sizes, and a model of four layers: whether all of it runs."""
         model = replace(self.model, num_layers=4)
-        return replace(
-            self,
-            model=model,
-            repeats=10,
-            attention=((8, 64), (32, 1024)),
-            block_sizes=(1, 16, 256),
-            moved_blocks=(1, 100),
-            pool_blocks=256,
-        )
+        few = {"repeats": 10, "attention": ((8, 64), (32, 1024)), "block_sizes": (1, 16, 256)}
+        return replace(self, model=model, **few, moved_blocks=(1, 100), pool_blocks=256)
 
 
 def best_us(

@@ -197,16 +197,8 @@ def columns(table):
 
 
 def test_fig18a_stands_beside_the_papers():
-    row = {
-        "batch": 32,
-        "context": 128,
-        "block_size": 16,
-        "floor_us": 10.0,
-        "paged_us": 12.0,
-        "contiguous_us": 11.0,
-        "cudnn_us": 10.0,
-        "flash_us": 16.0,
-    }
+    row = {"batch": 32, "context": 128, "block_size": 16, "floor_us": 10.0, "paged_us": 12.0}
+    row |= {"contiguous_us": 11.0, "cudnn_us": 10.0, "flash_us": 16.0}
     rows = [row, row | {"context": 8192, "cudnn_us": None, "flash_us": None}]
     first, second = columns(bench.attention_table(rows, "here"))
     published = paper_figures.FIG18A[32, 128]
@@ -225,46 +217,20 @@ def test_the_other_tables_stand_beside_the_papers():
     for record, size in zip(columns(bench.blocks_table(rows, "here")), sizes, strict=True):
         assert record["over floor"] == 1.5 and record["paging %"] == pytest.approx(25.0)
         assert record["paper: Alpaca s/token"] == paper_figures.FIG18B["Alpaca"][size]
-    rows = [
-        {
-            "block_size": s,
-            "blocks": 256 // s,
-            "num_bytes": 1 << 20,
-            "recompute_ms": 9.0,
-            "swap_in_ms": 2.0,
-            "swap_out_ms": 4.0,
-            "swap_in_median_ms": 2.0,
-            "swap_out_median_ms": 4.0,
-        }
-        for s in sizes
-    ]
+    times = {"recompute_ms": 9.0, "swap_in_ms": 2.0, "swap_out_ms": 4.0}
+    times |= {"num_bytes": 1 << 20, "swap_in_median_ms": 2.0, "swap_out_median_ms": 4.0}
+    rows = [{"block_size": size, "blocks": 256 // size, **times} for size in sizes]
     table = bench.swap_table(rows, "here")
     for row, size in zip(table.rows, sizes, strict=True):
-        fig = paper_figures.FIG19A
-        assert row == (
-            size,
-            9.0,
-            fig["recompute"][size],
-            2.0,
-            fig["swap in"][size],
-            4.0,
-            fig["swap out"][size],
-            1.5,
-            paper_figures.FIG19A_RATIO[size],
-        )
+        assert (row[0], row[1::2]) == (size, (9.0, 2.0, 4.0, 1.5))
+        told = [paper_figures.FIG19A[name] for name in ("recompute", "swap in", "swap out")]
+        assert row[2::2] == tuple(fig[size] for fig in [*told, paper_figures.FIG19A_RATIO])
     limits = gpu_timing.PinnedBandwidth(to_device=(1 << 20) * 1e3, to_host=(1 << 20) * 1e3)
     shares = bench.transfer_table(rows, limits, "here").rows
     assert shares[0][:3] == (1, 256, 4) and shares[-1][:3] == (256, 1, 1024)
     assert shares[0][4] == pytest.approx(0.5) and shares[0][6] == pytest.approx(0.25)
-    row = {
-        "what": "copy",
-        "layers": 40,
-        "blocks": 10,
-        "fused_us": 10.0,
-        "plain_us": 40.0,
-        "limit_us": 9.0,
-        "call_us": None,
-    }
+    row = {"what": "copy", "layers": 40, "blocks": 10, "fused_us": 10.0, "plain_us": 40.0}
+    row |= {"limit_us": 9.0, "call_us": None}
     (moved,) = bench.moves_table([row], "here").rows
     assert moved == ("copy", 40, 10, 10.0, 0.9, 40.0, 0.225, None)
 
@@ -287,13 +253,8 @@ def test_a_whole_run_prints_its_tables_and_can_be_written(clock, monkeypatch, ca
 
 
 def test_no_published_number_is_written_down_in_a_benchmark():
-    told = {str(v) for point in paper_figures.FIG18A.values() for v in point.values()}
-    told |= {
-        str(v)
-        for f in (paper_figures.FIG19A, paper_figures.FIG18B)
-        for column in f.values()
-        for v in column.values()
-    }
+    figures = paper_figures.FIG18A, paper_figures.FIG19A, paper_figures.FIG18B
+    told = {str(v) for figure in figures for part in figure.values() for v in part.values()}
     told = {number for number in told if "." in number and not number.endswith(".0")}
     for name in ("bench_paging_cost", "measure_paging", "opt_prefill", "gpu_timing"):
         tree = ast.parse((BENCHMARKS / f"{name}.py").read_text(encoding="ascii"))

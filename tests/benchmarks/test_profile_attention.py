@@ -28,29 +28,15 @@ ROWS = [
 def test_a_launch_is_a_row_and_its_order_says_which():
     found = profile.parse(said(ROWS))
     assert len(found) == len(profile.CASES) == 3
-    assert found[0] == {
-        "us": 2.0,
-        "bytes_read": 8000.5,
-        "memory_busy_percent": 88.2,
-        "warps_percent": 30.0,
-        "issue_percent": 25.0,
-        "waves": 1.5,
-        "registers": 88.0,
-    }
+    first = [2.0, 8000.5, 88.2, 30.0, 25.0, 1.5, 88.0]  # us, bytes, busy, warps, issue, waves, ...
+    assert found[0] == dict(zip(profile.METRICS, first))
     assert found[2]["us"] == 1.0
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "==ERROR== no permission",
-        said(ROWS[:2]),
-        said(ROWS * 2),
-        said(ROWS, NAMES[1:]),
-        said([["n/a"] * 7] * 3),
-        said([["1"]] * 3),
-    ],
+    ["", "==ERROR== no permission", said(ROWS[:2]), said(ROWS * 2), said(ROWS, NAMES[1:])]
+    + [said([["n/a"] * 7] * 3), said([["1"]] * 3)],
 )
 def test_other_words_are_refused(text):
     with pytest.raises(profile.ProfilerError, match="ncu"):
@@ -83,17 +69,13 @@ def test_it_prints_what_ncu_said(monkeypatch, tmp_path, capsys):
 
 
 def test_random_blocks_are_launched_first_then_consecutive_ones_then_a_read(monkeypatch):
-    modules = [
-        pytest.importorskip(name, exc_type=ImportError)
-        for name in ("paged_attention_triton", "read_only")
-    ]
+    kernels = pytest.importorskip("paged_attention_triton", exc_type=ImportError)
+    import read_only  # needs triton as well
+
     launches = []
-    monkeypatch.setattr(
-        modules[0],
-        "paged_attention_kernel",
-        lambda q, k, v, tables, lens: launches.append(tables.clone()),
-    )
-    monkeypatch.setattr(modules[1], "read_bytes", lambda source, *_: launches.append(source.nbytes))
+    attend = lambda q, k, v, tables, lens: launches.append(tables.clone())  # noqa: E731
+    monkeypatch.setattr(kernels, "paged_attention_kernel", attend)
+    monkeypatch.setattr(read_only, "read_bytes", lambda source, *_: launches.append(source.nbytes))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     shape = profile.SHAPES["OPT-13B 32 x 1024"].__class__(4, 2, (100, 17, 48), 1.0)
     monkeypatch.setitem(profile.SHAPES, "tiny", shape)
