@@ -42,13 +42,11 @@ def quick(monkeypatch):
             monkeypatch.setattr(module, name, iterations)
     monkeypatch.setattr("vllm_sim.sizing.concurrency.COMPLETIONS", 100)
     monkeypatch.setattr("vllm_sim.sizing.concurrency.ENOUGH_REQUESTS", 50)
-    fill, _ = bench_manager.WORKLOADS["W1"]
-    monkeypatch.setattr(bench_manager, "WORKLOADS", {"W1": (fill, 2)})
+    monkeypatch.setattr(bench_manager, "WORKLOADS", {"W1": (bench_manager.WORKLOADS["W1"][0], 2)})
     run = Run(paper.VLLM, "opt-13b", "ShareGPT", 2.0, 60.0)
     monkeypatch.setattr(bench_serving, "RUNS", {"a": (run, 1, True), "b": (run, 2, False)})
-    runs = {key: dict(value) for key, value in paper.ARTIFACT_RUNS.items()}
-    runs["Fig. 2"] |= {"seconds": 60, "window": (20, 60)}
-    monkeypatch.setattr(paper, "ARTIFACT_RUNS", runs)
+    short = {**paper.ARTIFACT_RUNS["Fig. 2"], "seconds": 60, "window": (20, 60)}
+    monkeypatch.setitem(paper.ARTIFACT_RUNS, "Fig. 2", short)
 
 
 def finite(value):
