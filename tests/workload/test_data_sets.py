@@ -5,7 +5,6 @@ else in ../shared/data beside the repository, and are skipped where they are abs
 """
 
 import gzip
-import io
 import os
 import pickle
 import random
@@ -134,9 +133,7 @@ def test_malformed_files_are_refused_with_one_line(tmp_path, content, message):
     with pytest.raises(WorkloadError, match=message) as caught:
         read_lengths(path)
     text = str(caught.value)
-    assert text.startswith(str(path))
-    assert "\n" not in text
-    assert text.isascii()
+    assert text.startswith(str(path)) and "\n" not in text and text.isascii()
     assert len(text) < len(str(path)) + 120
 
 
@@ -150,11 +147,9 @@ def test_missing_file_and_directory_are_refused(tmp_path):
 def test_size_is_bounded_after_unpacking(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "MAX_FILE_BYTES", 1000)
     path = tmp_path / "lengths.csv.gz"
-    buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode="wb") as stream:
-        stream.write(HEAD + b"1,2\n" * 2000)
-    assert len(buffer.getvalue()) < 1000
-    path.write_bytes(buffer.getvalue())
+    packed = gzip.compress(HEAD + b"1,2\n" * 2000)
+    assert len(packed) < 1000
+    path.write_bytes(packed)
     with pytest.raises(WorkloadError, match="too long"):
         read_lengths(path)
     path.write_bytes(HEAD + b"1,2\n" * 240)
@@ -265,9 +260,7 @@ def test_a_bad_named_file_is_refused_with_one_line(write, text, message):
     path = write("lengths.csv", text)
     with pytest.raises(WorkloadError, match=message) as caught:
         find_lengths([path], None)
-    error = str(caught.value)
-    assert error.startswith(path)
-    assert "\n" not in error
+    assert str(caught.value).startswith(path) and "\n" not in str(caught.value)
 
 
 def test_what_cannot_be_read_is_refused(write, tmp_path):
@@ -322,11 +315,8 @@ def test_bad_arguments_are_refused():
 
 
 def of_requests(requests):
-    return (
-        [request.arrival_s for request in requests],
-        [request.prompt_len for request in requests],
-        [request.output_len for request in requests],
-    )
+    names = ("arrival_s", "prompt_len", "output_len")
+    return tuple([getattr(request, name) for request in requests] for name in names)
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -393,34 +383,18 @@ def test_replies_join_the_history_uncut(rounds_of):
 
 
 def test_a_query_is_paired_with_the_reply_after_it(rounds_of):
-    turns = [
-        (0, 0, "system", 7),
-        (0, 0, "human", 11),
-        (0, 0, "human", 21),
-        (0, 0, "gpt", 31),
-        (0, 0, "gpt", 41),
-        (0, 0, "human", 51),
-        (0, 0, "system", 7),
-        (0, 0, "gpt", 61),
-        (0, 0, "human", 71),
-        (1, 0, "gpt", 81),
-        (1, 0, "human", 91),
-        (1, 0, "gpt", 101),
-    ]
+    first = [("system", 7), ("human", 11), ("human", 21), ("gpt", 31), ("gpt", 41), ("human", 51)]
+    first += [("system", 7), ("gpt", 61), ("human", 71)]
+    turns = [(0, 0, *turn) for turn in first]
+    turns += [(1, 0, *turn) for turn in (("gpt", 81), ("human", 91), ("gpt", 101))]
     assert rounds_of(*turns) == [(25, 35), (95, 105)]
 
 
 def test_a_later_chunk_starts_with_a_full_history(rounds_of):
     """It repeats the last reply of the chunk before, which is not a query."""
-    turns = [
-        (4, 0, "human", 6),
-        (4, 0, "gpt", 16),
-        (5, 1, "gpt", 16),
-        (5, 1, "human", 6),
-        (5, 1, "gpt", 26),
-        (6, 0, "human", 6),
-        (6, 0, "gpt", 36),
-    ]
+    turns = [(4, 0, "human", 6), (4, 0, "gpt", 16)]
+    turns += [(5, 1, "gpt", 16), (5, 1, "human", 6), (5, 1, "gpt", 26)]
+    turns += [(6, 0, "human", 6), (6, 0, "gpt", 36)]
     assert rounds_of(*turns) == [(10, 20), (1024, 30), (10, 40)]
 
 

@@ -142,8 +142,7 @@ def test_samples_respect_the_bounds(drawn):
     for inputs, outputs in drawn.values():
         assert inputs.dtype == outputs.dtype == np.int64
         assert inputs.shape == outputs.shape == (COUNT,)
-        assert inputs.min() >= 1
-        assert outputs.min() >= 1
+        assert inputs.min() >= 1 and outputs.min() >= 1
     total = sum(drawn["sharegpt"])
     assert total.max() <= 2048
     inputs, outputs = drawn["chat"]

@@ -178,6 +178,8 @@ WRONG_ROWS = [
     ("1,5", "more or fewer cells than the header"),
     ("1,5,5,5", "more or fewer cells than the header"),
     ("1,5\0,5", "the prompt is not a number of tokens"),
+    ("1,5\r6,5", "the prompt is not a number of tokens"),
+    ('1,"5"\r6,5', "more or fewer cells than the header"),
 ]
 
 
