@@ -10,7 +10,14 @@ import pytest
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from sequence import Sequence, SequenceGroup
 from vllm_sim.models import DEPLOYMENTS, GPU, GPUS, MODELS, Deployment
-from vllm_sim.serving.latency import FITTED, UNIT, LatencyModel, Software, latency_model
+from vllm_sim.serving.latency import (
+    FITTED,
+    SWAP_IN,
+    UNIT,
+    LatencyModel,
+    Software,
+    latency_model,
+)
 from vllm_sim.serving.scheduler import Completion, Iteration, Limits
 from vllm_sim.serving.simulator import simulate
 
@@ -356,9 +363,12 @@ def test_what_is_not_known_is_refused():
 
 
 def test_a_model_takes_nothing_for_what_it_does_not_name():
-    assert LatencyModel(1.0).iteration(busy_iteration()) == 1.0
-    with pytest.raises(FrozenInstanceError):
-        UNIT.step_s = 2.0
+    assert UNIT.iteration(busy_iteration()) == 1.0
+    assert (UNIT.block_size, UNIT.weights_s) == (1, 0.0)
+    assert LatencyModel(*range(1, 8), block_size=8, weights_s=0.5).weights_s == 0.5
+    for record, field in ((UNIT, "step_s"), (SOFTWARE, "prompt_s"), (SWAP_IN, "call_s")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, field, 2.0)
     with pytest.raises(TypeError):
         latency_model(DEPLOYMENTS["opt-13b"], 16, None, True)
 
