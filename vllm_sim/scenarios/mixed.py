@@ -22,6 +22,7 @@ import numpy as np
 
 from kv_cache_manager import MemoryUsage
 from paged_attention import PagedKVCache
+from sequence import SequenceGroup
 from vllm_sim import paper
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.progress import SILENT, Progress
@@ -246,7 +247,9 @@ def under_pressure(setting: Setting, longest: int, progress: Progress = SILENT) 
     for number, load in enumerate(loads):
         requests = mix(setting, longest, load)
         part = progress.part(number, len(loads))
-        if serve(setting, PAGED_SWAP, requests, longest, None, part).result.num_swaps:
+        how = {"preemption": PAGED_SWAP.preemption, "progress": part}
+        manager, groups = prepared(setting, PAGED_SWAP, requests, longest)
+        if simulate(groups, manager, limits_of(PAGED_SWAP.system), **how).num_swaps:
             return requests
     if setting.trace is not None:
         raise UsageError(
@@ -264,6 +267,21 @@ def num_cpu_blocks(setting: Setting) -> int:
     return setting.num_blocks // CPU_SHARE
 
 
+def prepared(
+    setting: Setting, way: Run, requests: list[Request], longest: int
+) -> tuple[Manager, list[SequenceGroup]]:
+    """An empty pool, but for the shared prefix if there are blocks, and the requests' groups."""
+    prefix_len = max(request.prefix_len for request in requests)
+    swap_space = num_cpu_blocks(setting)
+    manager = setting.new_manager(POLICY[way.system], max_len=longest, num_cpu_blocks=swap_space)
+    if way.paged:
+        manager.allocate_prefix(PREFIX_ID, prefix_len)
+    prefix_ids = {prefix_len: PREFIX_ID} if way.paged else {}
+    first = PREFIX_ID + 1
+    groups = make_groups(requests, first_seq_id=first, prefix_ids=prefix_ids, seed=setting.seed)
+    return manager, groups
+
+
 def serve(
     setting: Setting,
     way: Run,
@@ -273,25 +291,17 @@ def serve(
     progress: Progress = SILENT,
 ) -> Outcome:
     """Serve all requests to their end, on tensors if there is a cache."""
-    prefix_len = max(request.prefix_len for request in requests)
-    swap_space = num_cpu_blocks(setting)
-    manager = setting.new_manager(POLICY[way.system], max_len=longest, num_cpu_blocks=swap_space)
-    groups = make_groups(
-        requests,
-        first_seq_id=PREFIX_ID + 1,
-        prefix_ids={prefix_len: PREFIX_ID} if way.paged else {},
-        seed=setting.seed,
-    )
+    manager, groups = prepared(setting, way, requests, longest)
     log = UsageLog(manager)
     observers: list[Observer] = [log]
     recorder = tensors = None
     if way.paged:
-        manager.allocate_prefix(PREFIX_ID, prefix_len)
         about = f"{len(requests)} requests, {setting.line}"
         recorder = Recorder(f"Scenario 4: {way.name}", about, manager, groups, (PREFIX_ID,))
         observers.append(recorder)
     if cache is not None:
         tensors = StampedCache(setting, manager, cache)
+        prefix_len = max(request.prefix_len for request in requests)
         tensors.store_prefix(prefix_len, PREFIX_ID if way.paged else None)
         observers.append(tensors)
     limits, how = limits_of(way.system), {"preemption": way.preemption, "progress": progress}

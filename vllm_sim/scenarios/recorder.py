@@ -239,7 +239,10 @@ class Recorder(Observer):
         changed, events, out = {}, [], []
         for group in self.groups:
             number = group.group_id
-            old, new = self._status.get(number), _status(group)
+            old = self._status.get(number)
+            if old == FINISHED:
+                continue
+            new = _status(group)
             if new == old or (old is None and group.arrival_s > now_s and new == WAITING):
                 continue  # in the second case it is not here yet
             if old is None:

@@ -89,25 +89,15 @@ class SharedPrompt:
 
     def holds(self, sample: int) -> bool:
         """Whether the sample's table leads to exactly its own tokens, in every layer."""
-        slots, tokens = self._slots(sample, 0), self._numbers(sample, 0)
-        for layer in range(self.cache.num_layers):
-            found, stamps = self.cache.read(layer, slots), self._stamps.values(tokens, layer)
-            if not all(map(torch.equal, found, stamps)):
-                return False
-        return True
+        return self._stamps.held(self.cache, self._slots(sample, 0), self.tokens[sample])
 
     def _slots(self, sample: int, start: int) -> torch.Tensor:
-        blocks = self.manager.block_table(sample).blocks
-        count = len(self.tokens[sample]) - start
+        blocks, count = self.manager.block_table(sample).blocks, len(self.tokens[sample]) - start
         return slot_mapping(blocks, start, count, self.manager.block_size, self.cache.device)
 
-    def _numbers(self, sample: int, start: int) -> torch.Tensor:
-        return torch.tensor(self.tokens[sample][start:], device=self.cache.device)
-
     def _write(self, sample: int, start: int) -> None:
-        slots, tokens = self._slots(sample, start), self._numbers(sample, start)
-        for layer in range(self.cache.num_layers):
-            self.cache.write(layer, slots, *self._stamps.values(tokens, layer))
+        slots, tokens = self._slots(sample, start), self.tokens[sample][start:]
+        self._stamps.write(self.cache, slots, tokens)
 
 
 def figure_8(setting: Setting, report: ScenarioReport) -> None:

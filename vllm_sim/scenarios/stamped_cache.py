@@ -8,6 +8,8 @@ its tokens, which knows nothing of blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -48,6 +50,28 @@ class Stamps:
         number = torch.where(self._odd, high, low).to(pattern.dtype)  # (T, 1, D)
         return number + pattern[0], number + pattern[1]
 
+    def write(self, cache: PagedKVCache, slots: torch.Tensor, tokens: list[int]) -> None:
+        """Store tokens, by number, in slots (T,); in pieces, so that buffers are reused."""
+        for at, numbers in _pieces(slots, tokens, cache.device):
+            for layer in range(cache.num_layers):
+                cache.write(layer, at, *self.values(numbers, layer))
+
+    def held(self, cache: PagedKVCache, slots: torch.Tensor, tokens: list[int]) -> bool:
+        """Whether slots (T,) hold these tokens, in every layer."""
+        for at, numbers in _pieces(slots, tokens, cache.device):
+            for layer in range(cache.num_layers):
+                if not all(map(torch.equal, cache.read(layer, at), self.values(numbers, layer))):
+                    return False
+        return True
+
+
+def _pieces(
+    slots: torch.Tensor, tokens: list[int], device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for first in range(0, len(tokens), PIECE):
+        numbers = torch.tensor(tokens[first : first + PIECE], device=device)
+        yield slots[first : first + PIECE].to(device), numbers
+
 
 class StampedCache(Observer):
     """The tensors of one run. Give it to `simulate` as an observer.
@@ -81,7 +105,7 @@ class StampedCache(Observer):
         """
         self._prefix = self._new_tokens(prefix_len)
         if prefix_id is not None:
-            self._write(self._slots(prefix_id, 0, prefix_len), self._prefix)
+            self._stamps.write(self.cache, self._slots(prefix_id, 0, prefix_len), self._prefix)
 
     # -- what an iteration does to the tensors -----------------------------------------------
 
@@ -96,10 +120,12 @@ class StampedCache(Observer):
         self.bytes_moved += len(iteration.copies) * cache.bytes_per_block
         for group in iteration.prefills:
             for seq_id, start, tokens in self._prefill(group):
-                self._write(self._slots(seq_id, start, len(tokens)), tokens)
+                self._stamps.write(self.cache, self._slots(seq_id, start, len(tokens)), tokens)
         ids = [seq.seq_id for group in iteration.decodes for seq in group.unfinished()]
         new = self._new_tokens(len(ids))
-        self._write(torch.tensor([self._last_slot(i) for i in ids], dtype=torch.int64), new)
+        self._stamps.write(
+            self.cache, torch.tensor([self._last_slot(i) for i in ids], dtype=torch.int64), new
+        )
         for seq_id, token in zip(ids, new):
             self._tokens[seq_id].append(token)
         for group in (*iteration.prefills, *iteration.decodes):
@@ -163,33 +189,12 @@ class StampedCache(Observer):
         table = self.manager.block_table(seq_id)
         return (table.blocks[-1] + 1) * table.block_size - table.unfilled - 1
 
-    def _write(self, slots: torch.Tensor, tokens: list[int]) -> None:
-        """Store tokens, by number, in slots (T,); in pieces, so that buffers are reused."""
-        for first in range(0, len(tokens), PIECE):
-            device = self.cache.device
-            to = slots[first : first + PIECE].to(device)
-            numbers = torch.tensor(tokens[first : first + PIECE], device=device)
-            for layer in range(self.cache.num_layers):
-                self.cache.write(layer, to, *self._stamps.values(numbers, layer))
-
-    def _holds(self, slots: torch.Tensor, tokens: list[int]) -> bool:
-        """Whether slots (T,) hold these tokens, in every layer."""
-        for first in range(0, len(tokens), PIECE):
-            device = self.cache.device
-            at = slots[first : first + PIECE].to(device)
-            numbers = torch.tensor(tokens[first : first + PIECE], device=device)
-            for layer in range(self.cache.num_layers):
-                found, stamps = self.cache.read(layer, at), self._stamps.values(numbers, layer)
-                if not all(torch.equal(a, b) for a, b in zip(found, stamps)):
-                    return False
-        return True
-
     def _verify(self, seq: Sequence) -> None:
         """Read a sequence that is about to finish through its table, every layer."""
         expected = self._tokens[seq.seq_id]
         length = self.manager.num_tokens(seq.seq_id)
         right = length == len(expected) == seq.final_len - 1
-        if right and self._holds(self._slots(seq.seq_id, 0, length), expected):
+        if right and self._stamps.held(self.cache, self._slots(seq.seq_id, 0, length), expected):
             self.verified += 1
             self.tokens_verified += length
         else:
