@@ -48,10 +48,10 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError(f"--quick: nothing of figure {', '.join(args.figure)} is quick")
     if args.beam_seconds != BEAM_SECONDS and "Fig. 14" not in {f.name for f in figures}:
         raise UsageError("--beam-seconds is for figure 14, which is not among those asked for")
-    if args.figures is not None:
-        pictures.check_pictures(args.figures)
     lengths = find_lengths(args.lengths, os.environ.get("LENGTHS_DIR"))
     sources = {dataset: lengths.source(dataset) for dataset in DATASETS}
+    if args.figures is not None:  # last, as it makes the folder
+        pictures.check_pictures(args.figures)
     start = time.perf_counter()
     found = reproduce(figures, lengths, args.seeds, args.jobs, progress)
     elapsed = time.perf_counter() - start

@@ -1,17 +1,14 @@
-"""`--figures`: each figure is drawn from its rows and curves, or one line says why it is not.
+"""`--figures` of reproduce.py: each figure is drawn from its rows and curves.
 
-Nothing is simulated: figures get outcomes made up here. Only the first tests run where there is
-no matplotlib.
+Nothing is simulated: figures get outcomes made up here.
 """
 
 import os
-import sys
 from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
 
-import reproduce
 from kv_cache_manager import MemoryUsage
 from vllm_sim import paper
 from vllm_sim.evaluation import pictures
@@ -21,7 +18,6 @@ from vllm_sim.evaluation.figures_rates import Fig12
 from vllm_sim.evaluation.options import FIGURES
 from vllm_sim.evaluation.runner import Found, choose
 from vllm_sim.paper import RATE_AT_LATENCY, VLLM
-from vllm_sim.reporting.files import OutputError
 
 FILES = [f"fig{name}.png" for name in ("2", "12", "13", "14", "15", "16", "17", "18b", "19b")]
 CURVES = ("12", "14", "16", "17")
@@ -30,7 +26,6 @@ SHARES = {"tokens": 0.7, "padding": 0.1, "free": 0.2}
 SOME_ROW = relative("Fig. 0", "a setting", "a metric", 1.0, 1.0, 1.0)
 
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="no matplotlib")
-not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 
 
 class Anything(dict):
@@ -70,63 +65,6 @@ def panels_of(names):
                 yield curve, pictures.panel_of(figure.name, key)[1][system]
 
 
-def one_line(error):
-    return str(error.value).count("\n") == 0 and str(error.value).isascii()
-
-
-# ---- what cannot be drawn ---------------------------------------------------------------------
-
-
-def test_missing_matplotlib_is_told_before_anything_is_simulated(monkeypatch, tmp_path, capfd):
-    for module in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr("vllm_sim.evaluation.runner.reproduce", lambda *_: pytest.fail("simulated"))
-    code = reproduce.main(["--figure", "2", "--figures", str(tmp_path / "pictures")])
-    printed, errors = capfd.readouterr()
-    assert (code, printed) == (2, "")
-    assert errors.startswith("reproduce.py: error: cannot draw figures: matplotlib is not ")
-    assert "requirements-dev.txt" in errors
-    assert errors.count("\n") == 1 and os.listdir(tmp_path) == []
-
-
-def test_module_needs_no_matplotlib(run_script):
-    code = "import sys; sys.modules['matplotlib'] = None; import vllm_sim.evaluation.pictures"
-    done = run_script("-c", code)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@needs_matplotlib
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("file", "cannot make "),
-        ("file/below", "cannot make "),
-        ("x" * 300, "cannot make "),
-        (".", r"fig19b\.png: it is a directory"),
-    ],
-)
-def test_directory_that_cannot_be_made_or_written_to(name, says, tmp_path):
-    (tmp_path / "file").write_text("old")
-    (tmp_path / "fig19b.png").mkdir()
-    with pytest.raises(OutputError, match=says) as error:
-        pictures.check_pictures(tmp_path / name)
-    assert one_line(error) and (tmp_path / "file").read_text() == "old"
-    assert sorted(os.listdir(tmp_path)) == ["fig19b.png", "file"]
-
-
-@needs_matplotlib
-@not_as_root
-def test_directory_without_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    try:
-        for directory in (tmp_path, tmp_path / "below"):
-            with pytest.raises(OutputError, match=r"(?i)permission denied") as error:
-                pictures.check_pictures(directory)
-            assert one_line(error)
-    finally:
-        tmp_path.chmod(0o700)
-
-
 @needs_matplotlib
 def test_directory_is_made_and_left_empty_by_a_table(tmp_path):
     directory = tmp_path / "new" / "pictures"
@@ -135,9 +73,6 @@ def test_directory_is_made_and_left_empty_by_a_table(tmp_path):
     (table,) = choose(["table1"], True)
     assert pictures.draw([made_up(table)], directory) == []
     assert os.listdir(directory) == []
-
-
-# ---- what is drawn ----------------------------------------------------------------------------
 
 
 @needs_matplotlib

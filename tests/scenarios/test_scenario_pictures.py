@@ -1,11 +1,7 @@
-"""`--figures` of main.py: what is drawn, read back from the artists, and what is refused.
-
-Only the first tests run where there is no matplotlib.
-"""
+"""`--figures` of main.py: what is drawn, read back from the artists."""
 
 import os
 import re
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -16,7 +12,6 @@ from kv_cache_manager import MemoryUsage
 from vllm_sim import models, paper
 from vllm_sim.paper.figures import VLLM
 from vllm_sim.reporting import drawing
-from vllm_sim.reporting.files import OutputError
 from vllm_sim.scenarios import baseline, mixed, paged, pictures, sampling
 from vllm_sim.scenarios import run as scenario_run
 from vllm_sim.scenarios.report import SERIES_LENGTH
@@ -51,50 +46,6 @@ def colours(bars):
     from matplotlib.colors import to_hex
 
     return [to_hex(bar.get_facecolor()) for bar in bars]
-
-
-# ---- what cannot be drawn ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_run(monkeypatch):
-    monkeypatch.setattr(scenario_run, "run_one", lambda *_: pytest.fail("ran"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def test_missing_matplotlib_is_told_before_anything_runs(monkeypatch, tmp_path, capfd, no_run):
-    for module in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, module, None)
-    assert main.main([*MAIN, "--figures", str(tmp_path / "new")]) == 2
-    printed, errors = capfd.readouterr()
-    told = ".py: error: cannot draw figures: matplotlib is not installed (it is in require"
-    assert printed == "" and told in errors and errors.count("\n") == 1
-    assert os.listdir(tmp_path) == []
-
-
-@needs_matplotlib
-@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
-def test_a_folder_that_cannot_be_is_told_before_anything_runs(name, tmp_path, capfd, no_run):
-    (tmp_path / "file").write_text("old")
-    assert main.main([*MAIN, "--figures", str(tmp_path / name)]) == 2
-    printed, errors = capfd.readouterr()
-    assert printed == "" and "error: cannot make " in errors and errors.count("\n") == 1
-    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
-
-
-@needs_matplotlib
-def test_bad_input_makes_no_folder(tmp_path, capfd, no_run):
-    assert main.main([*MAIN[:-1], "3", "--figures", str(tmp_path / "new")]) == 2
-    assert capfd.readouterr().err.count("\n") == 1 and os.listdir(tmp_path) == []
-
-
-def test_modules_need_no_matplotlib(run_script):
-    names = "vllm_sim.reporting.drawing, vllm_sim.scenarios.pictures, vllm_sim.sizing.pictures"
-    done = run_script("-c", f"import sys; sys.modules['matplotlib'] = None; import {names}")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-# ---- what is drawn ---------------------------------------------------------------------------
 
 
 @needs_matplotlib
@@ -242,19 +193,6 @@ def test_what_is_printed_is_the_same_with_pictures(tmp_path, capfd, monkeypatch)
         printed.append(re.sub(r", \d+\.\d s\n$", "", capfd.readouterr().out))
     assert printed[0] == printed[1] and "Scenario 2" in printed[0]
     assert sorted(os.listdir(tmp_path / "new")) == sorted(pictures.FILES[2])
-
-
-@needs_matplotlib
-def test_a_failed_write_leaves_the_old_picture(reports, monkeypatch, tmp_path):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    (tmp_path / "memory_bars.png").write_text("old")
-    with pytest.raises(OutputError, match="No space left"):
-        pictures.draw(reports.values(), SETTING.line, tmp_path)
-    assert os.listdir(tmp_path) == ["memory_bars.png"]
-    assert (tmp_path / "memory_bars.png").read_text() == "old"
 
 
 @needs_matplotlib

@@ -1,7 +1,6 @@
-"""`capacity.py --figures`: what its artists say was drawn, and what is refused."""
+"""`capacity.py --figures`: what its artists say was drawn."""
 
 import os
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -24,43 +23,6 @@ SHORT = ["--gpu-memory", "30", "--workload", "20,30"]
 def sections(case_of):
     case = case_of(*SHORT, "--max-model-len", 300)
     return {section.name: section for section in answers.sections(case)}
-
-
-@pytest.fixture
-def no_run(monkeypatch):
-    monkeypatch.setattr(answers, "sections", lambda *_: pytest.fail("ran"))
-
-
-# ---- what is refused before anything runs -----------------------------------------------------
-
-
-def test_missing_matplotlib_is_told(monkeypatch, tmp_path, capfd, no_run):
-    for module in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, module, None)
-    assert capacity.main(["--figures", str(tmp_path / "new")]) == 2
-    printed, errors = capfd.readouterr()
-    assert printed == "" and errors.count("\n") == 1 and os.listdir(tmp_path) == []
-    assert "cannot draw figures: matplotlib is not installed" in errors
-
-
-@needs_matplotlib
-@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
-def test_a_folder_that_cannot_be_is_told(name, tmp_path, capfd, no_run):
-    (tmp_path / "file").write_text("old")
-    assert capacity.main(["--figures", str(tmp_path / name)]) == 2
-    printed, errors = capfd.readouterr()
-    assert printed == "" and "error: cannot make " in errors and errors.count("\n") == 1
-    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
-
-
-@needs_matplotlib
-@pytest.mark.parametrize("given", [("--model", "none.json"), ("--trace", "none.csv")])
-def test_bad_input_makes_no_folder(given, tmp_path, capfd, no_run):
-    assert capacity.main([*given, "--figures", str(tmp_path / "new")]) == 2
-    assert capfd.readouterr().err.count("\n") == 1 and os.listdir(tmp_path) == []
-
-
-# ---- what is drawn ----------------------------------------------------------------------------
 
 
 @needs_matplotlib
