@@ -49,6 +49,18 @@ def run_script():
 
 
 @pytest.fixture
+def write(tmp_path):
+    """write(text, name) makes a file and returns its path."""
+
+    def write(text, name="trace"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
 def few_bytes():
     """For tensors of a few bytes: a second thread only ever waits."""
     before = torch.get_num_threads()

@@ -6,37 +6,18 @@ import re
 
 import numpy as np
 import pytest
+from made_up_traces import burst
 
 import main
 from vllm_sim.scenarios import mixed as scenario_trace
 from vllm_sim.workload.traces import Trace
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text, name="trace"):
-        path = tmp_path / name
-        path.write_text(text)
-        return str(path)
-
-    return write
-
-
-def requests(count, gap=0.05, seed=0):
-    """A plain CSV of a burst."""
-    rng = np.random.default_rng(seed)
-    times = np.cumsum(rng.exponential(gap, count))
-    tokens = rng.integers(1, 500, (count, 2))
-    rows = [f"{at:.4f},{prompt},{output}" for at, (prompt, output) in zip(times, tokens)]
-    return "\n".join(["time,input_len,output_len", *rows]) + "\n"
-
 
 SMALL = ("--scenario", "4", "--device", "cpu", "--model", "opt-125m", "--num-blocks", "160")
 
 
 def test_scenario_4_serves_a_trace(capfd, tmp_path, write):
     path = tmp_path / "out.json"
-    trace = write(requests(200) + "1,5,0\n", "real.csv")
+    trace = write(burst(200) + "1,5,0\n", "real.csv")
     assert main.main([*SMALL, "--trace", trace, "--json", str(path), "--quiet"]) == 0
     printed, errors = capfd.readouterr()
     found = json.loads(path.read_text())

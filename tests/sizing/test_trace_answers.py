@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_traces import burst
 from test_traces import AZURE, BURSTGPT, MOONCAKE, needs_data
 
 import capacity
@@ -36,25 +37,6 @@ QUESTIONS = (
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(text, name="trace"):
-        path = tmp_path / name
-        path.write_text(text)
-        return str(path)
-
-    return write
-
-
-def requests(count=60, gap=0.05, seed=0):
-    """A plain CSV of a burst."""
-    rng = np.random.default_rng(seed)
-    times = np.cumsum(rng.exponential(gap, count))
-    tokens = rng.integers(1, 500, (count, 2))
-    rows = [f"{at:.4f},{prompt},{output}" for at, (prompt, output) in zip(times, tokens)]
-    return "\n".join(["time,input_len,output_len", *rows]) + "\n"
-
-
-@pytest.fixture
 def run(capfd, tmp_path, monkeypatch):
     """(what was printed, the JSON) of a run that succeeds without a word on stderr."""
     monkeypatch.setattr(progress, "LOG_S", math.inf)  # a busy machine is no finding
@@ -78,7 +60,7 @@ def rows_of(found, start):
 
 
 def test_the_answer_first_then_a_table_and_an_answer_each(run, write):
-    printed, found = run("--trace", write(requests() + "9,0,5\nx,5,5\n", "my trace.csv"))
+    printed, found = run("--trace", write(burst() + "9,0,5\nx,5,5\n", "my trace.csv"))
     assert printed.startswith("Answer: 60 of 62 rows of my trace.csv served; with none held up")
     asked = [section["title"] for section in found["tables"]]
     assert [q.startswith(start) for q, start in zip(asked, QUESTIONS, strict=True)] == [True] * 9
@@ -98,7 +80,7 @@ def test_the_answer_first_then_a_table_and_an_answer_each(run, write):
 
 def test_the_figures_are_those_of_the_parts(run, write, case_of):
     """Lengths by numpy, the rest by serving the trace again with what was found."""
-    path = write(requests())
+    path = write(burst())
     printed, found = run("--trace", path, "--preemption-rate", 0.1)
     trace = read_trace(path)
     prompt, output, both = rows_of(found, "How long")
@@ -137,7 +119,7 @@ def test_the_figures_are_those_of_the_parts(run, write, case_of):
 
 
 def test_gpus_are_those_of_all_servers(run, write):
-    path = write(requests(40))
+    path = write(burst(40))
     printed, found = run("--trace", path, "--model", "opt-66b", "--gpus", 4)
     rows = rows_of(found, "How many GPUs")
     assert all(row["gpus"] == 4 * row["servers"] for row in rows)
@@ -148,7 +130,7 @@ def test_gpus_are_those_of_all_servers(run, write):
 
 
 def test_a_preemption_rate_of_zero_asks_once(run, write):
-    printed, found = run("--trace", write(requests(20)), "--preemption-rate", 0)
+    printed, found = run("--trace", write(burst(20)), "--preemption-rate", 0)
     assert len(rows_of(found, "What is the smallest")) == len(POLICIES)
     assert "at most" not in printed.split("\n")[0]
 
@@ -184,12 +166,12 @@ def test_a_rate_stands_in_for_the_times(run, write):
     rows = {row["what"]: row["number"] for row in rows_of(found, "What is in")}
     assert rows["seconds from the first to the last"] == 0 and "requests a second" not in rows
     assert rows_of(found, "How many requests run")[0]["number"] == 80
-    timed = write(requests(30))
+    timed = write(burst(30))
     assert run("--trace", timed)[1]["tables"] != run("--trace", timed, "--rate", 9)[1]["tables"]
 
 
 def test_only_some_rows(run, write):
-    _, found = run("--trace", write(requests()), "--trace-rows", 20)
+    _, found = run("--trace", write(burst()), "--trace-rows", 20)
     trace = found["setting"]["trace"]
     assert (trace["rows_read"], trace["requests"]) == (20, 20)
 
@@ -206,7 +188,7 @@ def test_a_server_that_falls_behind_is_told(run, write):
     first, rest = printed.split("\n", 1)
     assert "one server falls behind whatever its memory, going on for " in first
     assert "go by the GPUs" in first and "falls behind" in rest
-    printed, _ = run("--trace", write(requests(20, 5.0)), "--preemption-rate", 0)
+    printed, _ = run("--trace", write(burst(20, 5.0)), "--preemption-rate", 0)
     assert "falls behind" not in printed
 
 
@@ -224,13 +206,13 @@ def test_a_request_too_long_for_a_server_is_told(run, write, config):
 
 def test_windows_are_told(run, write, config):
     path = config("Gemma-3-1B")
-    printed, found = run("--model", path, "--gpu", "t4", "--trace", write(requests(20)))
+    printed, found = run("--model", path, "--gpu", "t4", "--trace", write(burst(20)))
     assert "every layer whole, without windows" in printed
     assert len(found["tables"]) == 10
 
 
 def test_same_input_same_output(run, write):
-    path = write(requests())
+    path = write(burst())
     first, again = (run("--trace", path, "--format", "github") for _ in range(2))
     assert first[0] == again[0] and first[1]["tables"] == again[1]["tables"]
     printed, _ = run("--trace", path, "--format", "latex")
@@ -240,12 +222,12 @@ def test_same_input_same_output(run, write):
 
 def test_a_slow_run_says_which_step_it_is_at(write, capfd, monkeypatch):
     monkeypatch.setattr(progress, "LOG_S", -1.0)
-    assert capacity.main(["--trace", write(requests(12))]) == 0
+    assert capacity.main(["--trace", write(burst(12))]) == 0
     steps = [line.split(" s, ", 1)[1] for line in capfd.readouterr().err.splitlines()]
     assert steps[0] == "serving the trace with unbounded memory"
     assert "searching the smallest memory, pow2, 1 % held up" in steps
     assert len(steps) == 2 + 2 * 2 * len(POLICIES)
-    assert capacity.main(["--trace", write(requests(12)), "--quiet"]) == 0
+    assert capacity.main(["--trace", write(burst(12)), "--quiet"]) == 0
     assert capfd.readouterr().err == ""
 
 
@@ -307,7 +289,7 @@ def test_what_cannot_be_had_takes_one_line(args, told, capfd, tmp_path, monkeypa
 def test_too_much_at_a_time_takes_one_line(write, capfd, monkeypatch):
     monkeypatch.setattr("vllm_sim.sizing.trace_serving.FIRST_POOL", 16)
     monkeypatch.setattr("vllm_sim.sizing.trace_serving.LARGEST_POOL", 64)
-    assert capacity.main(["--trace", write(requests())]) == 2
+    assert capacity.main(["--trace", write(burst())]) == 2
     assert "the trace needs more than 64 blocks of 16 slots at a time" in capfd.readouterr().err
 
 
