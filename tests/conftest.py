@@ -61,6 +61,21 @@ def write(tmp_path):
 
 
 @pytest.fixture
+def refused(capfd):
+    """refused(main, "--seed", "x"): why a script refuses these, in one line and with code 2."""
+
+    def refused(script, *args):
+        code = script.main([*map(str, args)])
+        printed, errors = capfd.readouterr()
+        told, _, reason = errors.partition(": error: ")
+        assert (code, printed, told) == (2, "", f"{script.__name__}.py"), errors
+        assert errors.count("\n") == 1 and errors.isascii()
+        return reason
+
+    return refused
+
+
+@pytest.fixture
 def few_bytes():
     """For tensors of a few bytes: a second thread only ever waits."""
     before = torch.get_num_threads()

@@ -280,17 +280,15 @@ def bad_files(folder):
         (["--json", "{folder}/none/out.json"], "out.json"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, says, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, says, refused, tmp_path, monkeypatch):
     monkeypatch.delenv("LENGTHS_DIR", raising=False)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     folder = bad_files(tmp_path)
     monkeypatch.setattr(runner, "execute", lambda *_, **__: pytest.fail("simulated"))
-    code = reproduce.main(["--jobs", "1", *(word.format(folder=folder) for word in arguments)])
-    printed, errors = capsys.readouterr()
-    assert (code, printed) == (2, "")
-    assert errors.count("\n") == 1 and errors.startswith("reproduce.py: error: ")
-    assert says in errors and os.listdir(tmp_path / "empty") == []
+    arguments = [word.format(folder=folder) for word in arguments]
+    assert says in refused(reproduce, "--jobs", 1, *arguments)
+    assert os.listdir(tmp_path / "empty") == []
 
 
 def test_a_folder_that_is_not_there(run_script, tmp_path):

@@ -34,27 +34,18 @@ BAD = (
 
 
 @pytest.fixture
-def refused(monkeypatch, capfd):
-    """The line that says why a script refuses its arguments, before it has run anything."""
+def early(monkeypatch, refused):
+    """Why a script refuses its arguments, before it has run anything."""
     for module, name in ((scenario_run, "run_one"), (runner, "reproduce"), (answers, "sections")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("ran"))
-
-    def refused(script, *args):
-        assert script.main([*SCRIPTS[script], *map(str, args), "--quiet"]) == 2
-        printed, errors = capfd.readouterr()
-        assert printed == "" and errors.count("\n") == 1 and errors.isascii()
-        told, reason = errors.split(": error: ")
-        assert told == f"{script.__name__}.py"
-        return reason
-
-    return refused
+    return lambda script, *args: refused(script, *SCRIPTS[script], *args, "--quiet")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_missing_matplotlib_is_told_before_anything_runs(script, refused, monkeypatch, tmp_path):
+def test_missing_matplotlib_is_told_before_anything_runs(script, early, monkeypatch, tmp_path):
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
-    told = refused(script, "--figures", tmp_path / "new")
+    told = early(script, "--figures", tmp_path / "new")
     reason = "matplotlib is not installed (it is in requirements-dev.txt)"
     assert told == f"cannot draw figures: {reason}\n" and os.listdir(tmp_path) == []
 
@@ -69,18 +60,18 @@ def test_modules_need_no_matplotlib(room, run_script):
 @needs_matplotlib
 @pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_folder_that_cannot_be_is_told_before_anything_runs(script, name, refused, tmp_path):
+def test_a_folder_that_cannot_be_is_told_before_anything_runs(script, name, early, tmp_path):
     (tmp_path / "file").write_text("old")
-    assert refused(script, "--figures", tmp_path / name).startswith("cannot make ")
+    assert early(script, "--figures", tmp_path / name).startswith("cannot make ")
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
 
 
 @needs_matplotlib
 @pytest.mark.parametrize("name", ["memory_bars.png", "fig2.png", "capacity_slots.png"])
-def test_a_picture_that_cannot_be_written_is_told_before_anything_runs(name, refused, tmp_path):
+def test_a_picture_that_cannot_be_written_is_told_before_anything_runs(name, early, tmp_path):
     (script,) = [one for one, start in zip(SCRIPTS, ("m", "f", "c")) if name.startswith(start)]
     (tmp_path / name).mkdir()
-    told = refused(script, "--figures", tmp_path)
+    told = early(script, "--figures", tmp_path)
     assert told.endswith(f"{name}: it is a directory\n") and os.listdir(tmp_path) == [name]
 
 
@@ -99,8 +90,8 @@ def test_a_folder_without_permission_is_told(tmp_path):
 
 @needs_matplotlib
 @pytest.mark.parametrize(("script", "given"), BAD)
-def test_bad_input_makes_no_folder(script, given, refused, tmp_path):
-    refused(script, *given, "--figures", tmp_path / "new")
+def test_bad_input_makes_no_folder(script, given, early, tmp_path):
+    early(script, *given, "--figures", tmp_path / "new")
     assert os.listdir(tmp_path) == []
 
 

@@ -18,6 +18,7 @@ from vllm_sim.reporting.sweep_cells import MAX_CELLS, write_list
 SWEEP = Path(sweep.__file__)
 CAPACITY = ["--script", "capacity.py", "--workload", "30,20", "--quiet"]  # a second a cell
 TWO = [*CAPACITY, "--block-size", "16,32"]
+MANY = ",".join(map(str, range(1, 102)))
 
 
 def expand(script, arguments):
@@ -92,26 +93,15 @@ def test_flags_repeated_options_and_workloads():
         (["--json", "x.json"], "--json is not for a sweep"),
         (["--figures=x"], "--figures is not for a sweep"),
         (["--timeline"], "--timeline is not for a sweep"),
-        (
-            [
-                "--seed",
-                ",".join(map(str, range(101))),
-                "--num-blocks",
-                ",".join(map(str, range(1, 101))),
-            ],
-            f"at most {MAX_CELLS:,}",
-        ),
+        (["--seed", MANY, "--num-blocks", MANY], f"at most {MAX_CELLS:,}"),
         (["--model", "opt-13b,\u00e9"], "invalid choice"),
     ],
 )
-def test_what_is_no_sweep_is_refused_before_anything_runs(arguments, says, tmp_path, capfd):
+def test_what_is_no_sweep_is_refused_before_anything_runs(arguments, says, tmp_path, refused):
     with pytest.raises(UsageError) as caught:
         expand("main.py", arguments)
     assert says in str(caught.value) and "\n" not in str(caught.value)
-    assert sweep.main(["--out", str(tmp_path / "new"), *arguments]) == 2
-    printed, errors = capfd.readouterr()
-    assert printed == "" and errors.count("\n") == 1
-    assert errors.startswith("sweep.py: error: ")
+    assert refused(sweep, "--out", tmp_path / "new", *arguments)
     assert os.listdir(tmp_path) == []
 
 
@@ -133,13 +123,11 @@ def test_what_is_no_sweep_is_refused_before_anything_runs(arguments, says, tmp_p
     ],
 )
 def test_a_cell_that_is_not_there_takes_one_line(
-    task, arguments, says, monkeypatch, tmp_path, capfd
+    task, arguments, says, monkeypatch, tmp_path, refused
 ):
     if task is not None:
         monkeypatch.setenv(sweep.TASK, task)
-    assert sweep.main([*TWO, "--out", str(tmp_path / "new"), *arguments]) == 2
-    printed, errors = capfd.readouterr()
-    assert printed == "" and errors.count("\n") == 1 and says in errors
+    assert says in refused(sweep, *TWO, "--out", tmp_path / "new", *arguments)
     assert os.listdir(tmp_path) == []
 
 
@@ -153,14 +141,12 @@ def test_a_list_runs_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["file", "file/x", "pipe", "loop", "x" * 300, "a\0b"])
-def test_a_folder_that_cannot_be_had_takes_one_line(name, tmp_path, monkeypatch, capfd):
+def test_a_folder_that_cannot_be_had_takes_one_line(name, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("old")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
-    assert sweep.main([*TWO, "--out", name, "--cell", "0"]) == 2
-    printed, errors = capfd.readouterr()
-    assert printed == "" and errors.count("\n") == 1 and "cannot make" in errors
+    assert "cannot make" in refused(sweep, *TWO, "--out", name, "--cell", 0)
     assert sorted(os.listdir(tmp_path)) == ["file", "loop", "pipe"]
 
 

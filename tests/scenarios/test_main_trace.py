@@ -55,14 +55,11 @@ def test_without_a_trace_nothing_is_said_of_one(capfd, tmp_path):
         ("--trace", "argument --trace: expected one argument"),
     ],
 )
-def test_a_trace_that_main_cannot_use_takes_one_line(args, told, capfd, tmp_path, monkeypatch):
+def test_a_trace_that_main_cannot_use_takes_one_line(args, told, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good").write_text("input_len,output_len\n9,9\n")
     (tmp_path / "bad").write_text("input_len,output_len\n0,9\n")
-    code = main.main(["--device", "cpu", *args.split(), "--json", "out.json"])
-    printed, errors = capfd.readouterr()
-    assert (code, printed) == (2, "") and told in errors
-    assert errors.startswith("main.py: error: ") and errors.count("\n") == 1
+    assert told in refused(main, "--device", "cpu", *args.split(), "--json", "out.json")
     assert sorted(os.listdir(tmp_path)) == ["bad", "good"]
 
 
