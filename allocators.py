@@ -61,10 +61,6 @@ class BlockAllocator:
         self.free_blocks = blocks
         self.extra_refs: dict[int, int] = {}
 
-    @property
-    def num_free(self) -> int:
-        return len(self.free_blocks)
-
     def take(self, count: int) -> list[int]:
         """`count` blocks, one reference each. The caller has checked that they are there."""
         free = self.free_blocks

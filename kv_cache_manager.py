@@ -244,9 +244,7 @@ class PagedKVCacheManager:
 
     def append(self, seq_id: int, num_tokens: int = 1) -> BlockPairs:
         """Room for `num_tokens` more tokens of one sequence; returns the copies to make first."""
-        table = self._tables.get(seq_id)
-        if table is None:
-            raise UnknownSequenceError(f"sequence {seq_id} is not running")
+        table = self._tables.get(seq_id) or self._running(seq_id)
         if num_tokens is not ONE:
             check_count("number of tokens", num_tokens)
         pool, size, offset = self._gpu, self.block_size, table.offset
@@ -598,9 +596,12 @@ class PagedKVCacheManager:
         for seq_id, table in tables.items():
             clock, keep = self._clock if seq_id in running else None, table.num_prefix_blocks
             assert table.clock is clock, "a table grows that does not run, or the other way round"
+            assert table.block_size == size, "a table counts in blocks of another size"
             assert table.blocks, "a table without a block"
             assert 0 <= table.unfilled < size, "the last block is empty or over-full"
-            assert 0 <= keep <= len(table.blocks), "prefix longer than the table"
+            full = table.num_tokens // size
+            assert 0 <= keep <= full, "a part-filled block is taken for one of a shared prefix"
+            assert keep == full or seq_id not in self._prefixes, "not all full blocks of a prefix"
             before = None
             for index, (block, filled) in enumerate(table.entries()):
                 where = "CPU" if seq_id in swapped and index >= keep else "GPU", block

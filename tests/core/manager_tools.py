@@ -35,7 +35,6 @@ def observable(manager):
     }
     for name, pool in (("gpu", manager._gpu), ("cpu", manager._cpu)):
         state[f"{name} free"] = frozenset(pool.free_blocks)
-        state[f"{name} num_free"] = pool.num_free
         state[f"{name} references"] = dict(pool.extra_refs)
     state["running_ids"] = manager.running_ids
     state["usage"] = manager.usage()

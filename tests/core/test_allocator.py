@@ -14,7 +14,7 @@ from allocators import BlockAllocator, BuddyAllocator
 
 def test_blocks_come_in_the_free_order_and_the_last_freed_is_the_first_reused():
     pool = BlockAllocator(5, order=[3, 1, 4, 0, 2])
-    assert (pool.num_blocks, pool.num_free) == (5, 5)
+    assert (pool.num_blocks, len(pool.free_blocks)) == (5, 5)
     first = pool.take(2)
     assert first == [3, 1]
     assert pool.take(0) == []
@@ -36,7 +36,7 @@ def test_take_refuses_what_is_not_there():
     for count in (3, -1):
         with pytest.raises(AssertionError, match="only after the need was compared"):
             pool.take(count)
-    assert pool.num_free == 2
+    assert len(pool.free_blocks) == 2
 
 
 def test_replace_gives_up_one_reference_and_takes_one_block():
@@ -51,7 +51,7 @@ def test_replace_gives_up_one_reference_and_takes_one_block():
     assert pool.extra_refs == {}  # a single holder must cost nothing
     with pytest.raises(KeyError):
         pool.replace(block)  # its only holder writes in place
-    assert pool.num_free == 1
+    assert len(pool.free_blocks) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -64,7 +64,7 @@ def test_block_allocator_against_a_counter(seed):
         action = rng.choice(["take", "share", "drop", "drop", "replace"])
         live = sorted(held)
         if action == "take":
-            taken = pool.take(rng.randint(0, pool.num_free))
+            taken = pool.take(rng.randint(0, len(pool.free_blocks)))
             assert held.keys().isdisjoint(taken) and len(set(taken)) == len(taken)
             held.update(taken)
         elif action == "share" and live:
@@ -76,7 +76,7 @@ def test_block_allocator_against_a_counter(seed):
             gone = [block for block in blocks if held[block] == 1]
             assert pool.drop(blocks) == gone
             held -= Counter(blocks)
-        elif action == "replace" and pool.num_free:
+        elif action == "replace" and pool.free_blocks:
             shared = [block for block in live if held[block] > 1]
             if shared:
                 block = rng.choice(shared)
@@ -104,7 +104,7 @@ def test_move_takes_all_references_along(seed):
     assert {mapping[b]: c for b, c in moving.items()} == {
         b: target.ref_count(b) for b in mapping.values()
     }
-    assert (source.num_free, target.num_free) == (6, 2)
+    assert (len(source.free_blocks), len(target.free_blocks)) == (6, 2)
     assert set(source.free_blocks).isdisjoint(staying)
     assert {b: source.ref_count(b) for b in staying} == staying
     assert source.extra_refs.keys() <= staying.keys()

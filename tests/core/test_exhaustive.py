@@ -87,7 +87,7 @@ def renamed(manager, rng):
     for pool in (m._gpu, m._cpu):
         count = pool.num_blocks
         names[pool] = new = dict(zip(range(count), rng.sample(range(count), count)))
-        pool.free_blocks = rng.sample([new[b] for b in pool.free_blocks], pool.num_free)
+        pool.free_blocks = [new[b] for b in rng.sample(pool.free_blocks, len(pool.free_blocks))]
         pool.extra_refs = {new[b]: n for b, n in pool.extra_refs.items()}
     ids = [*m._tables, *m._swapped, *m._prefixes]
     other = dict(zip(ids, rng.sample(range(100), len(ids))))

@@ -1195,10 +1195,16 @@ CORRUPTIONS = {
         longer_by(4, "_swapped", 4),
         longer_by(-2, "_prefixes", 100),
     ),
-    "prefix longer than the table": (
-        lambda m: put(m._tables[5], "num_prefix_blocks", 3),
-        lambda m: put(m._tables[5], "num_prefix_blocks", -1),
+    "a table counts in blocks of another size": (
+        lambda m: put(m._tables[0], "block_size", 3),
+        lambda m: put(m._swapped[4], "block_size", 5),
     ),
+    "a part-filled block is taken for one of a shared prefix": (
+        lambda m: put(m._tables[5], "num_prefix_blocks", 2),
+        lambda m: put(m._tables[5], "num_prefix_blocks", -1),
+        padding_kept_on_the_gpu,
+    ),
+    "not all full blocks of a prefix": (lambda m: put(m._prefixes[100], "num_prefix_blocks", 0),),
     "holders of block {} disagree about it": (
         longer_by(1, seq_id=3),
         longer_by(-1, seq_id=3),
@@ -1244,7 +1250,6 @@ CORRUPTIONS = {
         wrong("logical_tokens", 1),
         wrong("logical_blocks", 1),
         wrong("physical_blocks", -1),
-        padding_kept_on_the_gpu,
     ),
 }
 
