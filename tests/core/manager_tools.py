@@ -10,6 +10,7 @@ import textwrap
 import pytest
 
 from kv_cache_manager import CacheError, PagedKVCacheManager, UnknownSequenceError
+from sequence import Sequence, SequenceGroup
 
 
 def observable(manager):
@@ -69,6 +70,18 @@ def fill(manager, leave, filler_id=10**6):
     assert take >= 0
     if take:
         manager.allocate_prefix(filler_id, take * manager.block_size)
+
+
+def group_of(ids, prompt_len, generated=None, prefix_len=0, prefix_id=None, output_len=64):
+    """A group of sequences that have generated so many tokens before (none unless told)."""
+    generated = generated or [0] * len(ids)
+    seqs = [Sequence(i, prompt_len, output_len, prefix_len, n) for i, n in zip(ids, generated)]
+    return SequenceGroup(0, seqs, prefix_id=prefix_id)
+
+
+def add_to(name, count=1):
+    """What corrupts a sum of a manager or an allocator, in a field of that name."""
+    return lambda thing: setattr(thing, name, getattr(thing, name) + count)
 
 
 def random_manager(seed, steps=25, num_blocks=24, num_cpu_blocks=12):

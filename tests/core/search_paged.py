@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from manager_tools import group_of
 from search_tools import frozen_paged
 
 from kv_cache_manager import (
@@ -21,7 +22,6 @@ from kv_cache_manager import (
     SharedBlockError,
     UnknownSequenceError,
 )
-from sequence import Sequence, SequenceGroup
 
 SIZE = 2
 PREFIX, STRANGER = 100, 10**6
@@ -102,11 +102,6 @@ class View:
         for i in ids:
             kinds.setdefault(tuple(self.blocks[i]), []).append(i)
         return list(kinds.values())
-
-
-def group_of(ids, prompt_len, generated, prefix_len=0, prefix_id=None):
-    seqs = [Sequence(i, prompt_len, 99, prefix_len, n) for i, n in zip(ids, generated)]
-    return SequenceGroup(0, seqs, prefix_id=prefix_id)
 
 
 def group_need(prompt_len, generated, prefix_len):

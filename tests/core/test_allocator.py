@@ -5,7 +5,7 @@ import random
 from collections import Counter
 
 import pytest
-from manager_tools import assert_messages, pattern
+from manager_tools import add_to, assert_messages, pattern
 
 from allocators import BlockAllocator, BuddyAllocator
 
@@ -135,14 +135,8 @@ def free_runs(buddy, order):
 
 def test_the_papers_pool_is_cut_into_powers_of_two():
     buddy = BuddyAllocator(983, 128)
-    assert chunks(buddy) == {
-        128: [0, 128, 256, 384, 512, 640, 768],
-        64: [896],
-        16: [960],
-        4: [976],
-        2: [980],
-        1: [982],
-    }
+    largest = [0, 128, 256, 384, 512, 640, 768]
+    assert chunks(buddy) == {128: largest, 64: [896], 16: [960], 4: [976], 2: [980], 1: [982]}
     assert buddy.num_free == 983
     buddy.check_invariants()
 
@@ -249,32 +243,12 @@ def test_nothing_always_fits():
     assert not any(buddy.fits(want, 1) for want in (1, 4, 100))
 
 
-def lose_a_chunk(buddy):
-    del buddy.chunk_order[4]
-
-
-def give_a_chunk_twice(buddy):
-    buddy.chunk_order[6] = 1
-
-
 def shift_a_chunk(buddy):
     # Blocks 4 and 5 free, 6 and 7 free: now 4 free, 5 and 6 free, 7 free.
     buddy.free_chunks[1].clear()
     buddy.chunk_order.clear()
     for order, start in ((0, 4), (1, 5), (0, 7), (2, 0)):
         buddy.free_chunks[order][start] = None
-
-
-def forget_the_end(buddy):
-    buddy.num_blocks += 1
-
-
-def end_too_early(buddy):
-    buddy.num_blocks -= 1
-
-
-def miscount_free(buddy):
-    buddy.num_free += 1
 
 
 def leave_buddies_apart(buddy):
@@ -284,10 +258,13 @@ def leave_buddies_apart(buddy):
 
 
 BUDDY_CORRUPTIONS = {
-    "chunks overlap or leave a gap at block {}": (lose_a_chunk, give_a_chunk_twice),
+    "chunks overlap or leave a gap at block {}": (
+        lambda buddy: buddy.chunk_order.pop(4),
+        lambda buddy: buddy.chunk_order.update({6: 1}),  # free as well
+    ),
     "chunk at {} is not aligned to its size": (shift_a_chunk,),
-    "chunks cover {} of {} blocks": (forget_the_end, end_too_early),
-    "num_free is wrong": (miscount_free,),
+    "chunks cover {} of {} blocks": (add_to("num_blocks"), add_to("num_blocks", -1)),
+    "num_free is wrong": (add_to("num_free"),),
     "free buddies at {} not merged": (leave_buddies_apart,),
 }
 

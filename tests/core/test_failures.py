@@ -10,7 +10,7 @@ above it succeeds and takes exactly the need.
 import random
 
 import pytest
-from manager_tools import clone, fill, prefix_ids, random_manager, refused, swapped_ids
+from manager_tools import clone, fill, group_of, prefix_ids, random_manager, refused, swapped_ids
 
 from kv_cache_manager import (
     BaselineCacheManager,
@@ -21,11 +21,7 @@ from kv_cache_manager import (
 from sequence import Sequence, SequenceGroup, SequenceStatus
 
 SIZE = 4
-
-
-def group_of(prompt_len, generated, prefix_len=0, prefix_id=None):
-    seqs = [Sequence(500 + i, prompt_len, 64, prefix_len, n) for i, n in enumerate(generated)]
-    return SequenceGroup(0, seqs, prefix_id=prefix_id)
+NEW = (500, 501, 502)  # ids that nobody has
 
 
 def two_of(length):
@@ -36,8 +32,8 @@ def two_of(length):
     return manager
 
 
-def behind_prefix(prefix_len):
-    manager = PagedKVCacheManager(32, SIZE, num_cpu_blocks=32)
+def behind_prefix(prefix_len, cpu_blocks=32):
+    manager = PagedKVCacheManager(32, SIZE, num_cpu_blocks=cpu_blocks)
     manager.allocate_prefix(100, prefix_len)
     manager.allocate(0, 3, prefix_id=100)
     return manager
@@ -84,12 +80,12 @@ OPERATIONS = {
     "step of 9": (two_alone_and_two_shared, lambda m: m.append_all(9), 2 + 3 + 2 + 2 + 1),
     "step of one copy": (lambda: two_of(6), lambda m: m.append_all(2), 1),
     "step of samples at a full block": (lambda: two_of(8), lambda m: m.append_all(), 2),
-    "admit": (lambda: two_of(7), lambda m: m.admit(group_of(9, [0, 0, 0])), 3),
-    "admit recomputed": (lambda: two_of(7), lambda m: m.admit(group_of(9, [2, 4])), 2 + 1 + 2),
-    "admit unlike": (lambda: two_of(7), lambda m: m.admit(group_of(9, [0, 4, 0])), 2 + 1 + 2),
+    "admit": (lambda: two_of(7), lambda m: m.admit(group_of(NEW, 9)), 3),
+    "admit recomputed": (lambda: two_of(7), lambda m: m.admit(group_of(NEW[:2], 9, [2, 4])), 5),
+    "admit unlike": (lambda: two_of(7), lambda m: m.admit(group_of(NEW, 9, [0, 4, 0])), 2 + 1 + 2),
     "admit behind a prefix": (
         lambda: behind_prefix(6),
-        lambda m: m.admit(group_of(1, [1, 2, 2], 6, 100)),
+        lambda m: m.admit(group_of(NEW, 1, [1, 2, 2], 6, 100)),
         1 + 2 + 2,
     ),
     "reorder": (two_alone_and_two_shared, lambda m: m.reorder({0: 1, 2: 1}), 0),
@@ -116,9 +112,7 @@ def test_paged_operations_take_exactly_their_need_or_nothing(name):
 
 @pytest.mark.parametrize("cpu_blocks", range(8))
 def test_swapping_out_takes_exactly_its_need_or_nothing(cpu_blocks):
-    manager = PagedKVCacheManager(32, SIZE, num_cpu_blocks=cpu_blocks)
-    manager.allocate_prefix(100, 6)
-    manager.allocate(0, 3, prefix_id=100)
+    manager = behind_prefix(6, cpu_blocks)
     manager.fork(0, 1)
     manager.append_all(2)  # 11 tokens each: a block of the prefix, one shared, one of their own
     own = {block for i in (0, 1) for block in manager.block_table(i).blocks[1:]}
@@ -143,7 +137,7 @@ def some_operations(manager, rng):
             operations.append(lambda m, n=count, p=prefix_id: m.allocate(500, n, p))
         prefix_len = 0 if prefix_id is None else manager.num_tokens(prefix_id)
         generated = [rng.choice((0, rng.randint(1, 5))) for _ in range(3)]
-        group = group_of(rng.randint(1, 6), generated, prefix_len, prefix_id)
+        group = group_of(NEW, rng.randint(1, 6), generated, prefix_len, prefix_id)
         group.seqs[2].status = rng.choice((SequenceStatus.WAITING, SequenceStatus.FINISHED))
         operations.append(lambda m, g=group: m.admit(g))
     if ids := swapped_ids(manager):

@@ -48,7 +48,7 @@ from paged_attention import (
 )
 from vllm_sim import models
 from vllm_sim.scenarios.setting import Setting
-from vllm_sim.scenarios.stamped_cache import StampedCache
+from vllm_sim.scenarios.stamped_cache import StampedCache, Stamps
 from vllm_sim.serving.simulator import make_groups, simulate
 from vllm_sim.workload.requests import Request
 
@@ -72,7 +72,7 @@ KINDS = (
 pytestmark = pytest.mark.usefixtures("few_bytes")
 
 
-class Bank:
+class Bank(Stamps):
     """K and V of each token by its number: random, no two alike, others in each layer."""
 
     def __init__(self, seed):

@@ -66,7 +66,20 @@ BAD_COUNTS = (0, -1, True, 1.0, None)
 UNUSED = 10**9  # an id that nobody has
 
 
-class PagedMachine(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
+    """What both have: a count of rules, and stamps that were never given before."""
+
+    @invariant()
+    def count(self):
+        """Hypothesis asks after `start` and after each rule."""
+        self.events["rules"] += 1
+
+    def fresh(self, count):
+        self.next_stamp += count
+        return list(range(self.next_stamp - count, self.next_stamp))
+
+
+class PagedMachine(Machine):
     events: ClassVar = Counter()  # what the histories went through, over all examples of a run
 
     @initialize(
@@ -99,16 +112,7 @@ class PagedMachine(RuleBasedStateMachine):
         self.admit(prompt_len=2, generated=generated, pick=0, behind=True, finished=0)
         self.events["rules"] -= 1
 
-    @invariant()
-    def count(self):
-        """Hypothesis asks after `start` and after each rule."""
-        self.events["rules"] += 1
-
     # -- the shadow -------------------------------------------------------------------------
-
-    def fresh(self, count):
-        self.next_stamp += count
-        return list(range(self.next_stamp - count, self.next_stamp))
 
     def new_id(self):
         self.next_id += 1
@@ -569,7 +573,7 @@ class PagedMachine(RuleBasedStateMachine):
             refused(m, ValueError, lambda: m.append(seq_id, count))
 
 
-class BaselineMachine(RuleBasedStateMachine):
+class BaselineMachine(Machine):
     """The same for contiguous reservations: slots are an array, a sequence lies at its start."""
 
     events: ClassVar = Counter()
@@ -590,14 +594,6 @@ class BaselineMachine(RuleBasedStateMachine):
         for _ in range(beams):
             self.allocate(tokens=2, more=max_len - 2, limit=max_len)
         self.events["rules"] -= 1
-
-    @invariant()
-    def count(self):
-        self.events["rules"] += 1
-
-    def fresh(self, count):
-        self.next_stamp += count
-        return list(range(self.next_stamp - count, self.next_stamp))
 
     def some(self, pick):
         return sorted(self.contents)[pick % len(self.contents)]

@@ -21,6 +21,10 @@ def group(number, prompt_len, outputs, arrival_s=0.0, prefix=None, parents=None)
 
 def scheduler_of(groups, num_blocks, *, mode="auto", cpu=0, watermark=0.0, limits=WIDE, size=SIZE):
     manager = PagedKVCacheManager(num_blocks, size, num_cpu_blocks=cpu, watermark=watermark)
+    return submitted(groups, manager, limits, mode)
+
+
+def submitted(groups, manager, limits=WIDE, mode="auto"):
     scheduler = Scheduler(manager, limits, mode)
     for one in groups:
         scheduler.add(one)

@@ -16,6 +16,7 @@ from scheduler_tools import (
     run_until,
     scheduler_of,
     step,
+    submitted,
 )
 
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, RequestTooLargeError
@@ -320,9 +321,7 @@ def test_the_last_token_is_never_stored():
     groups = [group(0, 5, [1, 3, 6]), group(1, 3, [4], 1.0, prefix=(9, 6))]
     manager = PagedKVCacheManager(30, SIZE, watermark=0.0)
     manager.allocate_prefix(9, 6)
-    scheduler = Scheduler(manager, WIDE)
-    for one in groups:
-        scheduler.add(one)
+    scheduler = submitted(groups, manager)
     final = {}
     while not scheduler.idle:
         scheduler.schedule()
@@ -343,12 +342,10 @@ def test_equal_lengths_finish_in_order_of_arrival():
 def test_contiguous_reservations_never_preempt(policy):
     rng = random.Random(policy)
     manager = BaselineCacheManager(32, 2, policy=policy, max_len=16)
-    scheduler = Scheduler(manager, Limits(64, 8))
     groups = [
         group(n, rng.randint(1, 8), [rng.randint(1, 8)] * rng.randint(1, 4)) for n in range(40)
     ]
-    for one in groups:
-        scheduler.add(one)
+    scheduler = submitted(groups, manager, Limits(64, 8))
     blocked = 0
     while not scheduler.idle:
         iteration, _ = step(scheduler)
