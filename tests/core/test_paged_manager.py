@@ -1026,6 +1026,7 @@ def test_a_table_grows_with_its_clock_and_not_without_one():
     assert (table.entries(), still.entries()) == ([(1, 4), (2, 1)], [(5, 4), (6, 4)])
     twin.blocks.append(3)
     assert table.blocks == [1, 2], "a list of its own"
+    assert BlockTable([], 4, 0, Clock()).entries() == []
 
 
 # ---- the invariants are seen to fail ----------------------------------------------------------
@@ -1207,8 +1208,3 @@ def test_every_assert_of_the_invariants_is_seen_to_fail():
     assert sorted(messages) == sorted(CORRUPTIONS)
     manager = example()
     assert observable(manager) == observable(clone(manager))
-
-
-def test_an_empty_block_table_has_no_entries():
-    table = BlockTable([], 4, 0, Clock())
-    assert table.entries() == [] and table.num_tokens == 0

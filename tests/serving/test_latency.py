@@ -8,7 +8,6 @@ from fractions import Fraction
 import pytest
 
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
-from sequence import Sequence, SequenceGroup
 from vllm_sim.models import DEPLOYMENTS, GPU, GPUS, MODELS, Deployment
 from vllm_sim.serving.latency import (
     FITTED,
@@ -18,8 +17,7 @@ from vllm_sim.serving.latency import (
     Software,
     latency_model,
 )
-from vllm_sim.serving.scheduler import Completion, Iteration, Limits
-from vllm_sim.serving.simulator import simulate
+from vllm_sim.serving.scheduler import Completion, Iteration
 
 SOFTWARE = Software(step_s=3e-3, prompt_s=7e-3, static_step_s=0.5e-3)
 
@@ -245,27 +243,6 @@ def test_a_paged_beam_moves_for_nothing():
     manager = PagedKVCacheManager(8, 4)
     model = LatencyModel(step_s=1.0, copy_s=0.5, block_size=4)
     assert model.completion(Completion(reorders=[{1: 0}, {2: 0, 3: 0}]), manager) == 0.0
-
-
-def test_beams_in_reservations_finish_later_by_their_copies():
-    """Two beams of 4 steps that move after the first and the third."""
-
-    def finish(manager, copy_s):
-        parents = [[0, 0], [0, 1], [1, 1], [0, 1]]
-        group = SequenceGroup(0, [Sequence(i, 3, 4) for i in range(2)], 0.0, None, parents)
-        model = LatencyModel(step_s=1.0, copy_s=copy_s, block_size=4)
-        result = simulate([group], manager, Limits(64, 8), model)
-        return result.finish_s[0], result.num_copies
-
-    def reserved():
-        return BaselineCacheManager(8, 4, policy="max", max_len=16)
-
-    assert finish(reserved(), 0.0) == (4.0, 0)
-    assert finish(reserved(), 0.125) == (4.0 + 2 * 16 * 0.125, 0)
-    # In blocks, only those that both beams hold and one of them writes are copied, one at a time.
-    plain, copies = finish(PagedKVCacheManager(8, 4), 0.0)
-    assert plain == 4.0 and copies > 0
-    assert finish(PagedKVCacheManager(8, 4), 0.125) == (4.0 + copies * 4 * 0.125, copies)
 
 
 @pytest.mark.parametrize("step_s", [0.0, -1.0, math.nan])

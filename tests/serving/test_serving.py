@@ -193,17 +193,22 @@ def test_normalized_latency_is_per_token_of_the_longest_output(outputs):
 def test_beams_that_change_parents_copy_whole_reservations_where_nothing_is_shared(plain):
     """As in the artifact's Orca, which that takes time after the step; paged beams share."""
 
-    def finish_s(manager):
+    def finish(manager, copy_s=0.125):
         seqs = [Sequence(i, 3, 5) for i in range(2)]
-        # The second beam continues the first after its second step, then each itself.
-        group = SequenceGroup(0, seqs, beam_parents=[[0, 1], [0, 0], [0, 1], [0, 1], [0, 1]])
-        latency = LatencyModel(1.0, copy_s=0.125, block_size=2)
-        return simulate([group], manager, LIMITS, latency, plain=plain).finish_s[0]
+        # One beam continues the other after the second and the third step, else each itself.
+        group = SequenceGroup(0, seqs, beam_parents=[[0, 1], [0, 0], [1, 1], [0, 1], [0, 1]])
+        latency = LatencyModel(1.0, copy_s=copy_s, block_size=2)
+        result = simulate([group], manager, LIMITS, latency, plain=plain)
+        return result.finish_s[0], result.num_copies
 
-    contiguous = BaselineCacheManager(16, 2, policy="oracle", max_len=16)
-    assert finish_s(contiguous) == 5 + 0.125 * 2 * 4, "8 tokens, so 4 blocks of 2, once"
-    # One copy-on-write behind the prompt of 3; where the beam moves, all blocks are full.
-    assert finish_s(PagedKVCacheManager(16, 2)) == 5 + 0.125 * 2
+    def contiguous():
+        return BaselineCacheManager(16, 2, policy="oracle", max_len=16)
+
+    assert finish(contiguous()) == (5 + 2 * 0.125 * 2 * 4, 0), "8 tokens: 4 blocks of 2, twice"
+    # A copy behind the prompt of 3 and one after the third step; after the second, blocks are full.
+    assert finish(PagedKVCacheManager(16, 2)) == (5 + 2 * 0.125 * 2, 2)
+    assert finish(contiguous(), 0.0) == (5.0, 0)
+    assert finish(PagedKVCacheManager(16, 2), 0.0) == (5.0, 2)
 
 
 def test_each_iteration_takes_a_second_unless_told():

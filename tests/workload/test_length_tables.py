@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data_sets import DATA, FILES, SHAREGPT_FILE, needs_data
+from test_data_sets import DATA, FILES, MALFORMED, SHAREGPT_FILE, needs_data
 
 from vllm_sim.workload import length_tables
 from vllm_sim.workload.data_sets import chat_rounds, read_lengths
@@ -76,19 +76,13 @@ def with_sums(inputs, outputs):
 # --- the tables ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "mean_input", "mean_output", "rank_correlation"),
-    [("sharegpt", 161.31, 337.99, 0.214), ("alpaca", 19.31, 58.45, -0.225)],
-)
-def test_sampled_means_are_those_of_fig_11(drawn, name, mean_input, mean_output, rank_correlation):
-    inputs, outputs = drawn[name]
-    assert inputs.mean() == pytest.approx(mean_input, rel=0.01)
-    assert outputs.mean() == pytest.approx(mean_output, rel=0.01)
-    assert spearman(inputs, outputs) == pytest.approx(rank_correlation, abs=0.02)
+@pytest.mark.parametrize(("name", "correlation"), [("sharegpt", 0.214), ("alpaca", -0.225)])
+def test_rank_correlations_are_those_of_fig_11(drawn, name, correlation):
+    assert spearman(*drawn[name]) == pytest.approx(correlation, abs=0.02)
 
 
 @pytest.mark.parametrize("table", LENGTH_TABLES.values(), ids=LENGTH_TABLES)
-def test_averages_over_many_samples_show_no_bias(table):
+def test_averages_are_those_of_fig_11_and_over_many_samples_show_no_bias(table):
     """Standard errors here are 0.1 % of ShareGPT's input mean and less elsewhere."""
     expected = {
         SHAREGPT: (161.31, 337.99),
@@ -213,13 +207,6 @@ def test_regenerating_gives_the_committed_bytes(run_script, tmp_path):
 
 
 @needs_data
-def test_most_chat_prompts_have_the_greatest_length(drawn, exact):
-    (inputs, _), (true_inputs, _) = drawn["chat"], exact["chat"]
-    longest = (true_inputs == true_inputs.max()).mean()
-    assert (inputs == inputs.max()).mean() == pytest.approx(longest, abs=0.005)
-
-
-@needs_data
 def test_five_shot_suffix_is_the_input_plus_a_constant():
     with gzip.open(FILES["WMT16 1-shot"], "rt") as stream:
         rows = list(csv.DictReader(stream))
@@ -228,17 +215,10 @@ def test_five_shot_suffix_is_the_input_plus_a_constant():
         assert {int(row[many]) - int(row[one]) for row in rows} == {added}
 
 
-BAD_SOURCES = {
+BAD_SOURCES = {name: gzip.compress(content) for name, (content, _) in MALFORMED.items()} | {
     "missing": None,
     "not gzip": b"input_len,output_len\n1 2\n",
-    "truncated": gzip.compress(b"input_len,output_len\n" + b"12,34\n" * 999)[:40],
-    "column": gzip.compress(b"input_len,other\n1,2\n"),
-    "value": gzip.compress(b"input_len,output_len\n1,2\n1,x\n"),
-    "short row": gzip.compress(b"input_len,output_len\n1,2\n1\n"),
-    "zero": gzip.compress(b"input_len,output_len\n1,0\n"),
-    "binary": gzip.compress(bytes(range(256))),
-    "empty": gzip.compress(b""),
-    "header only": gzip.compress(b"input_len,output_len\n"),
+    "truncated": MALFORMED["truncated gzip"][0],
     "all too long": gzip.compress(b"input_len,output_len\n2000,2000\n"),
 }
 
