@@ -15,7 +15,7 @@ Bookkeeping only: no tensor is touched. What moves data returns the map of it: a
 copies (source, destination) that copy-on-write asks for, swaps their (source, destination) pairs,
 and `free` and `reorder` the blocks that nobody holds any more. Every operation checks first, so on
 an error nothing has changed: OutOfBlocksError, UnknownSequenceError for an id that the operation
-does not know, DuplicateSequenceError for one in use, ValueError for a count that is none.
+does not know, DuplicateSequenceError for one in use, ValueError for a count that makes no sense.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class MemoryUsage:
         return (self.rounding + self.padding + self.free) / self.capacity
 
 
-ONE = 1  # compared by identity: True and 1.0, which equal it, are no counts and go the slow way
+ONE = 1  # compared by identity: True and 1.0 equal it, and must reach check_count to be refused
 
 
 class PagedKVCacheManager:

@@ -377,28 +377,21 @@ def test_every_state_and_every_past_of_a_tiny_world(policy):
 
 
 def never_merged(monkeypatch):
-    def give_back(buddy, start):
-        order = buddy.chunk_order.pop(start)
-        buddy.num_free += 1 << order
-        buddy.free_chunks[order][start] = None
-
-    monkeypatch.setattr(BuddyAllocator, "give_back", give_back)
+    merged_with_a_neighbour(monkeypatch, at=0)
 
 
-def merged_with_a_neighbour(monkeypatch):
-    """Any two chunks of a size side by side, whether or not they are halves of one."""
+def merged_with_a_neighbour(monkeypatch, at=1):
+    """Any two chunks of a size side by side, halves of one or not; with at=0 there are none."""
 
     def give_back(buddy, start):
         order = buddy.chunk_order.pop(start)
         buddy.num_free += 1 << order
         while order < buddy.max_order:
-            other = next(
-                (s for s in buddy.free_chunks[order] if abs(s - start) == 1 << order), None
-            )
-            if other is None:
+            others = [s for s in buddy.free_chunks[order] if abs(s - start) == at << order]
+            if not others:
                 break
-            del buddy.free_chunks[order][other]
-            start, order = min(start, other), order + 1
+            del buddy.free_chunks[order][others[0]]
+            start, order = min(start, others[0]), order + 1
         buddy.free_chunks[order][start] = None
 
     monkeypatch.setattr(BuddyAllocator, "give_back", give_back)

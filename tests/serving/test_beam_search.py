@@ -120,9 +120,6 @@ def test_bad_arguments_are_refused(width, theta):
         beam_parents(width, 5, np.random.default_rng(0), theta)
     with pytest.raises(ValueError, match=r"width|theta"):
         beam_histories(width, [5], 0, theta)
-
-
-def test_a_search_has_no_fewer_than_no_steps():
     with pytest.raises(ValueError, match="num_steps"):
         beam_parents(2, -1, np.random.default_rng(0))
 

@@ -99,7 +99,8 @@ def test_every_system_has_the_manager_of_its_policy():
 
 
 def test_swap_space_and_watermark_are_the_paged_managers():
-    manager = new_manager("".join(("pag", "ed")), 10, 4, num_cpu_blocks=3, watermark=0.5)
+    policy = "".join(("pag", "ed"))  # equal to the constant, and another object
+    manager = new_manager(policy, 10, 4, num_cpu_blocks=3, watermark=0.5)
     assert isinstance(manager, PagedKVCacheManager)
     assert manager.can_allocate(20) and not manager.can_allocate(24)
     manager.allocate(0, 12)
