@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from manager_tools import swapped_ids
 from test_attention import refuses
 
 import paged_attention
@@ -283,7 +284,7 @@ def test_a_run_that_a_transfer_ends_leaves_a_manager_that_can_be_used(mode):
             whole = True
         except TransferError:
             manager.check_invariants()
-            for seq_id in [*manager.running_ids, *manager._swapped]:
+            for seq_id in [*manager.running_ids, *swapped_ids(manager)]:
                 manager.free(seq_id)
         manager.check_invariants()
         assert (manager.num_free_blocks, manager.num_free_cpu_blocks) == (12, 6)
