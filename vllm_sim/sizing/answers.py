@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kv_cache_manager import MemoryUsage, PagedKVCacheManager
+from kv_cache_manager import MemoryUsage
 from vllm_sim import paper
 from vllm_sim.models.memory_plan import requests_of_length
 from vllm_sim.paper import BLOCK_SIZES, GIB
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import counted
-from vllm_sim.serving.systems import POLICIES
+from vllm_sim.serving.systems import PAGED, POLICIES, new_manager
 from vllm_sim.sizing.case import Case, Section, is_papers
 from vllm_sim.sizing.concurrency import Holding, Means, hold, means
 
@@ -279,7 +279,7 @@ def block_sizes(case: Case, found: Means) -> Section:
 def copies_per_fork(prompt_lens: list[int], block_size: int) -> float:
     """Copy-on-write copies when parent and child of a fork each write a token, on average."""
     blocks = -(-max(prompt_lens) // block_size) + 2
-    manager = PagedKVCacheManager(blocks, block_size, watermark=0.0)
+    manager = new_manager(PAGED, blocks, block_size, watermark=0.0)
     copies = 0
     for prompt_len in prompt_lens:
         manager.allocate(0, prompt_len)
