@@ -40,6 +40,7 @@ index = partial(whole, range(10**9), "the number of a cell")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of sweep.py's own options; all others are the script's."""
     parser = OneLineParser(
         prog="sweep.py",
         description="Run a script over every combination of values. All other options are the "

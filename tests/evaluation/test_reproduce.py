@@ -361,8 +361,8 @@ def test_no_copy_on_write_is_found(monkeypatch):
     """All samples go on writing into the prompt's last block, which they still share."""
     itself = lambda self, table: (table.blocks[-1],) * 2  # noqa: E731
     monkeypatch.setattr(PagedKVCacheManager, "_copy_last_block", itself)
-    with pytest.raises(AssertionError, match="slot identity broken"):
-        regenerate([Fig15(beams=False)], COMPACT, 1, 1)
+    failed = failures([Fig15(beams=False)])
+    assert failed and all("parallel" in row.setting for row in failed)
 
 
 def test_samples_that_share_nothing_are_found(monkeypatch):

@@ -261,39 +261,35 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("number", range(len(TEXTS)))
-def test_what_is_no_document_takes_one_line(number, tmp_path, merged):
+def test_what_is_no_document_takes_one_line(number, tmp_path, refused):
     text, says = [*TEXTS.items()][number]
     path, sound = tmp_path / "bad.json", tmp_path / "sound.json"
     path.write_text(text, encoding="utf-8")
     sound.write_text(json.dumps(run(1)))
     out = tmp_path / "out.json"
     for given in ([path], [path, sound], [sound, path]):
-        code, printed, errors = merged(given, "--json", str(out))
-        assert (code, printed) == (2, "") and errors.count("\n") == 1 and len(errors) < 700
-        assert errors.startswith("sweep.py: error: ") and says in errors
+        reason = refused(sweep, "--merge", *given, "--json", out)
+        assert says in reason and len(reason) < 700
     assert not out.exists()
 
 
-def test_scripts_are_not_mixed(folder, merged):
+def test_scripts_are_not_mixed(folder, refused):
     paths = folder(a=run(0), b=run(1, script="main.py"))
     for given in (paths, paths[::-1]):
-        code, _, errors = merged(given)
-        assert code == 2 and "a.json is of capacity.py, " in errors
-        assert "b.json is of main.py: merge one script at a time" in errors
+        reason = refused(sweep, "--merge", *given)
+        assert "a.json is of capacity.py, " in reason
+        assert "b.json is of main.py: merge one script at a time" in reason
 
 
-def test_what_is_no_file_takes_one_line(tmp_path, four, merged):
+def test_what_is_no_file_takes_one_line(tmp_path, four, refused):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe{")
     names = ["folder", "pipe", "loop", "none", "a\0b", "x" * 300, "a.json/x", "bytes", "two\nlines"]
     for name in names:
-        code, printed, errors = merged([*four, tmp_path / name])
-        assert (code, printed) == (2, "") and errors.count("\n") == 1, name
-        assert OTHER in errors and errors.startswith("sweep.py: error: "), name
-    code, _, errors = merged(four, "--json", str(tmp_path / "loop"))
-    assert code == 2 and errors.count("\n") == 1
+        assert OTHER in refused(sweep, "--merge", *four, tmp_path / name), name
+    assert refused(sweep, "--merge", *four, "--json", tmp_path / "loop")
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
@@ -316,11 +312,9 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         (["--table", "saving"], "are for --merge"),
     ],
 )
-def test_arguments_that_cannot_be_used(arguments, says, four, monkeypatch, capsys):
+def test_arguments_that_cannot_be_used(arguments, says, four, monkeypatch, refused):
     monkeypatch.chdir(four[0].parent)
-    assert sweep.main(arguments) == 2
-    printed, errors = capsys.readouterr()
-    assert printed == "" and errors.count("\n") == 1 and says in errors
+    assert says in refused(sweep, *arguments)
 
 
 def test_the_script_itself(run_script, four):

@@ -7,7 +7,6 @@
 Two file descriptors carry the DevTools protocol: JSON messages that end with a zero byte.
 """
 
-import base64
 import fcntl
 import json
 import os
@@ -178,8 +177,3 @@ class Page:
             if event.get("sessionId") == self.session
             and event["method"] == "Network.requestWillBeSent"
         ]
-
-    def screenshot(self, path):
-        """A PNG of what a window shows."""
-        data = self.ask("Page.captureScreenshot", format="png")["data"]
-        Path(path).write_bytes(base64.b64decode(data))

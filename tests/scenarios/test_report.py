@@ -1,4 +1,4 @@
-"""report.py: a scenario and the map of the pool, as a reader sees them."""
+"""report.py of scenarios/: a scenario and the map of the pool, as a reader sees them."""
 
 import json
 
@@ -16,9 +16,7 @@ from vllm_sim.scenarios.report import (
 
 @pytest.fixture
 def table():
-    rows = [("max", 1998, 97.56), ("oracle", 12, None)]
-    headers = ("policy", "slots", "share %")
-    return Table("Slots", headers, rows, "983 blocks of 16", name="slots")
+    return Table("Slots", ("policy", "slots"), [("max", 1998)], "983 blocks of 16", name="slots")
 
 
 @pytest.fixture

@@ -292,7 +292,7 @@ def test_a_page_of_the_default_size_stays_small():
     assert len(timeline.page(LINE, recordings)) < 45_000 + 400 * frames
 
 
-def test_refused_before_anything_runs(monkeypatch, tmp_path, capfd):
+def test_refused_before_anything_runs(monkeypatch, tmp_path, refused):
     monkeypatch.setattr(scenario_run, "run_one", lambda *_: pytest.fail("ran"))
     monkeypatch.chdir(tmp_path)
     base = ["--model", "opt-125m", "--device", "cpu", "--timeline"]
@@ -304,9 +304,7 @@ def test_refused_before_anything_runs(monkeypatch, tmp_path, capfd):
         (["none/run.html"], "there is no directory none"),
         (["a.html", "--json", "./a.html"], "--json and --timeline are the same file"),
     ):
-        assert main.main([*base, *more]) == 2
-        printed, errors = capfd.readouterr()
-        assert printed == "" and told in errors and errors.count("\n") == 1, errors
+        assert told in refused(main, *base, *more)
         assert os.listdir(tmp_path) == ["folder"]
 
 
