@@ -68,16 +68,20 @@ import capacity  # noqa: E402
 import main  # noqa: E402
 import reproduce  # noqa: E402
 import sweep  # noqa: E402
-from vllm_sim.evaluation import pictures  # noqa: E402
-from vllm_sim.evaluation import runner as reproduction  # noqa: E402
+from vllm_sim.evaluation import (
+    pictures,
+    runner,
+)
 from vllm_sim.models.config_file import ConfigError  # noqa: E402
 from vllm_sim.reporting import command_line, sweep_cells  # noqa: E402
 from vllm_sim.reporting.command_line import UsageError  # noqa: E402
 from vllm_sim.reporting.sweep_cells import PATHS  # noqa: E402
 from vllm_sim.scenarios import run as scenario_run  # noqa: E402
 from vllm_sim.scenarios.report import ScenarioReport  # noqa: E402
-from vllm_sim.sizing import answers as capacity_tables  # noqa: E402
-from vllm_sim.sizing import trace_answers as trace_tables  # noqa: E402
+from vllm_sim.sizing import (
+    answers,
+    trace_answers,
+)
 from vllm_sim.workload import data_sets, text_files  # noqa: E402
 from vllm_sim.workload.data_sets import read_lengths  # noqa: E402
 from vllm_sim.workload.text_files import WorkloadError  # noqa: E402
@@ -111,9 +115,9 @@ def no_work(monkeypatch, room):
     monkeypatch.setattr(scenario_run, "run_one", lambda *_: report)
     monkeypatch.setattr(scenario_run, "tune_cpu", lambda: None)
     monkeypatch.setattr(sweep_cells, "run_cell", lambda *_: 0)
-    monkeypatch.setattr(capacity_tables, "sections", lambda *_: [])
-    monkeypatch.setattr(trace_tables, "answer_trace", lambda *_: [])
-    monkeypatch.setattr(reproduction, "reproduce", lambda *_: [])
+    monkeypatch.setattr(answers, "sections", lambda *_: [])
+    monkeypatch.setattr(trace_answers, "answer_trace", lambda *_: [])
+    monkeypatch.setattr(runner, "reproduce", lambda *_: [])
     monkeypatch.setattr(pictures, "draw", lambda *_: [])
     monkeypatch.setattr(fit_latency, "check_software", lambda *_: [])
     monkeypatch.setattr(bench_serving, "measure", lambda *_: {"ns_per_token": 1.0})
@@ -484,10 +488,10 @@ def merge_of(cell):
 def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(script, tmp_path, monkeypatch):
     """After each number of writes: silence, 141, and the file whole or as it was before."""
     shown = ScenarioReport(1, "nothing", "What?", parts=["text"], answer="Nothing.")
-    section = capacity_tables.Section("t", ("a",), [(1,)], name="t", answer="so")
+    section = answers.Section("t", ("a",), [(1,)], name="t", answer="so")
     monkeypatch.setattr(scenario_run, "run_one", lambda *_: shown)
     monkeypatch.setattr(scenario_run, "tune_cpu", lambda: None)
-    monkeypatch.setattr(capacity_tables, "sections", lambda *_: iter([section]))
+    monkeypatch.setattr(answers, "sections", lambda *_: iter([section]))
     cell = long_document(tmp_path / "cell.json")
     arguments = [
         *HARMLESS[script],

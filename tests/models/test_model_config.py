@@ -16,7 +16,7 @@ from vllm_sim.models.families import FAMILIES
 from vllm_sim.models.memory_plan import PlanError
 from vllm_sim.models.model import Experts
 from vllm_sim.models.presets import NO_PLAIN_CACHE, model_of
-from vllm_sim.reporting import files as input_files
+from vllm_sim.reporting import files
 
 LLAMA = PUBLISHED["Llama-3-8B"][1]
 
@@ -511,9 +511,9 @@ class MadeUp(io.BytesIO):
 @pytest.mark.parametrize(("length", "found"), [(4, b"xxxx"), (5, None), (10**6, None)])
 def test_a_file_without_a_size_is_not_read_to_its_end(monkeypatch, length, found):
     there = MadeUp(b"x" * length)
-    monkeypatch.setattr(input_files, "open_regular", lambda _: there)
+    monkeypatch.setattr(files, "open_regular", lambda _: there)
     monkeypatch.setattr(there, "close", lambda: None)
-    assert input_files.read_bounded("a", 4) == found
+    assert files.read_bounded("a", 4) == found
     assert there.tell() <= 5
 
 
@@ -521,7 +521,7 @@ def test_a_file_that_would_have_to_be_waited_for_is_refused(monkeypatch):
     """As the kernel's log, which is a regular file and may have nothing yet."""
     there = MadeUp(b"")
     monkeypatch.setattr(there, "read", lambda _: None)
-    monkeypatch.setattr(input_files, "open_regular", lambda _: there)
+    monkeypatch.setattr(files, "open_regular", lambda _: there)
     with pytest.raises(ConfigError, match="a: cannot be read: it would have to be waited for"):
         read_config("a")
 

@@ -9,7 +9,7 @@ import pytest
 from made_up_traces import burst
 
 import main
-from vllm_sim.scenarios import mixed as scenario_trace
+from vllm_sim.scenarios import mixed
 from vllm_sim.workload.traces import Trace
 
 SMALL = ("--scenario", "4", "--device", "cpu", "--model", "opt-125m", "--num-blocks", "160")
@@ -76,7 +76,7 @@ def made(trace, count=40, gap=0.5, longest=100, seed=0):
     options = [{}] * (count // 2) + [{"prefix_len": 30}] * (count // 4)
     options += [{"num_samples": 4}] * (count - len(options))
     rng = np.random.default_rng(seed)
-    return scenario_trace.requests_of(trace, options, longest, 50, gap, rng), options
+    return mixed.requests_of(trace, options, longest, 50, gap, rng), options
 
 
 def test_lengths_and_order_are_the_traces_and_cut_to_fit():
@@ -91,7 +91,7 @@ def test_lengths_and_order_are_the_traces_and_cut_to_fit():
     dealt = [{"prefix_len": r.prefix_len, "num_samples": r.num_samples} for r in requests]
     assert sum(d["prefix_len"] == 30 for d in dealt) == sum(d["num_samples"] == 4 for d in dealt)
     assert dealt != [{"prefix_len": 0, "num_samples": 1} | option for option in options]
-    told = scenario_trace.told_of(trace, requests, 50)
+    told = mixed.told_of(trace, requests, 50)
     assert "the first 40 requests of t, the 5 there are from the top again; " in told
     cut = sum(
         (r.prompt_len, r.output_len) != (prompts[i % 5], outputs[i % 5])
