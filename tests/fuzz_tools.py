@@ -14,41 +14,36 @@ import math
 import os
 import random
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 
+import bench_attention
+import bench_beam_step
+import bench_manager
+import bench_paging_cost
+import bench_serving
+import fit_latency
+import make_length_tables
+import profile_attention
 import pytest
 from published_models import PUBLISHED
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
-
-import bench_attention  # noqa: E402
-import bench_beam_step  # noqa: E402
-import bench_manager  # noqa: E402
-import bench_paging_cost  # noqa: E402
-import bench_serving  # noqa: E402
-import fit_latency  # noqa: E402
-import make_length_tables  # noqa: E402
-import profile_attention  # noqa: E402
-
-import capacity  # noqa: E402
-import main  # noqa: E402
-import reproduce  # noqa: E402
-import sweep  # noqa: E402
-from vllm_sim.models.config_file import ConfigError, read_config  # noqa: E402
-from vllm_sim.reporting import sweep_cells  # noqa: E402
-from vllm_sim.reporting.command_line import (  # noqa: E402
+import capacity
+import main
+import reproduce
+import sweep
+from vllm_sim.models.config_file import ConfigError, read_config
+from vllm_sim.reporting import sweep_cells
+from vllm_sim.reporting.command_line import (
     OneLineParser,
     UsageError,
     folder,
     positive,
     seed,
 )
-from vllm_sim.reporting.documents import document, rows_table  # noqa: E402
-from vllm_sim.reporting.sweep_table import read_run  # noqa: E402
-from vllm_sim.workload.data_sets import (  # noqa: E402
+from vllm_sim.reporting.documents import document, rows_table
+from vllm_sim.reporting.sweep_table import read_run
+from vllm_sim.workload.data_sets import (
     ALPACA_COLUMNS,
     DATASETS,
     chat_rounds,
@@ -57,8 +52,10 @@ from vllm_sim.workload.data_sets import (  # noqa: E402
     read_lengths,
     read_pairs,
 )
-from vllm_sim.workload.text_files import WorkloadError  # noqa: E402
-from vllm_sim.workload.traces import read_trace  # noqa: E402
+from vllm_sim.workload.text_files import WorkloadError
+from vllm_sim.workload.traces import read_trace
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SECONDS = 10  # that one input may take before it counts as a hang
 LONGEST = 1200  # characters of a line that is still clear

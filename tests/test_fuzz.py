@@ -29,7 +29,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import bench_beam_step
+import bench_manager
+import bench_serving
+import fit_latency
 import fuzz_tools
+import make_length_tables
 import pytest
 from fuzz_tools import (
     BAD_INPUTS,
@@ -55,36 +60,29 @@ from fuzz_tools import (
     no_longer_than,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
-
-import bench_beam_step  # noqa: E402
-import bench_manager  # noqa: E402
-import bench_serving  # noqa: E402
-import fit_latency  # noqa: E402
-import make_length_tables  # noqa: E402
-
-import capacity  # noqa: E402
-import main  # noqa: E402
-import reproduce  # noqa: E402
-import sweep  # noqa: E402
+import capacity
+import main
+import reproduce
+import sweep
 from vllm_sim.evaluation import (
     pictures,
     runner,
 )
-from vllm_sim.models.config_file import ConfigError  # noqa: E402
-from vllm_sim.reporting import command_line, sweep_cells  # noqa: E402
-from vllm_sim.reporting.command_line import UsageError  # noqa: E402
-from vllm_sim.reporting.sweep_cells import PATHS  # noqa: E402
-from vllm_sim.scenarios import run as scenario_run  # noqa: E402
-from vllm_sim.scenarios.report import ScenarioReport  # noqa: E402
+from vllm_sim.models.config_file import ConfigError
+from vllm_sim.reporting import command_line, sweep_cells
+from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.reporting.sweep_cells import PATHS
+from vllm_sim.scenarios import run as scenario_run
+from vllm_sim.scenarios.report import ScenarioReport
 from vllm_sim.sizing import (
     answers,
     trace_answers,
 )
-from vllm_sim.workload import data_sets, text_files  # noqa: E402
-from vllm_sim.workload.data_sets import read_lengths  # noqa: E402
-from vllm_sim.workload.text_files import WorkloadError  # noqa: E402
+from vllm_sim.workload import data_sets, text_files
+from vllm_sim.workload.data_sets import read_lengths
+from vllm_sim.workload.text_files import WorkloadError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # ---- malformed options -------------------------------------------------------------------------
 

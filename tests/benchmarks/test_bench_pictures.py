@@ -1,20 +1,15 @@
 """`--figures` of the GPU benchmarks: what is drawn, read back from the artists, without a GPU."""
 
 import os
-import sys
 from importlib.util import find_spec
-from pathlib import Path
-
-import pytest
-import torch
-
-from vllm_sim.paper.figures import BLOCK_SIZES, FASTER_TRANSFORMER, FIG18A, FIG19A, VLLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench_attention
 import bench_paging_cost
 import pictures
+import pytest
+import torch
+
+from vllm_sim.paper.figures import BLOCK_SIZES, FASTER_TRANSFORMER, FIG18A, FIG19A, VLLM
 
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="no matplotlib")
 

@@ -5,11 +5,12 @@ The fits of the models to the whole of Fig. 12 take minutes: the tool's --check 
 """
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fit_latency
 import pytest
+from fit_latency import Point
 
 from vllm_sim import models, paper
 from vllm_sim.evaluation.curves import fitted_points, left_end
@@ -21,10 +22,6 @@ from vllm_sim.serving.latency import FITTED, Software
 from vllm_sim.workload.data_sets import Lengths
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import fit_latency  # noqa: E402
-from fit_latency import Point  # noqa: E402
 
 TABLES = Lengths({})
 

@@ -2,15 +2,13 @@
 
 import json
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+import record
+import update_readme
 
-import record  # noqa: E402
-import update_readme  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def row(number, held, fitted=False):
