@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import inspect
 import random
 import re
@@ -172,3 +173,28 @@ def assert_messages(*objects):
 def pattern(message):
     """A regular expression for a message of assert_messages."""
     return "^" + ".*".join(re.escape(part) for part in message.split("{}"))
+
+
+def manager_of(num_blocks=32, size=4, cpu=0, watermark=0.0, order=()):
+    """A manager that hands out the blocks of `order` first, then the others upwards."""
+    order = [*order, *(block for block in range(num_blocks) if block not in order)]
+    return PagedKVCacheManager(
+        num_blocks, size, num_cpu_blocks=cpu, watermark=watermark, free_order=order
+    )
+
+
+def blocks_of(manager, *ids):
+    return [manager.block_table(i).blocks for i in ids]
+
+
+def wrong(name, count, total="free"):
+    """A part of the usage that is off, at the cost of another."""
+
+    def corrupt(m):
+        right = m.usage()
+        parts = {name: getattr(right, name) + count}
+        if name in right.PARTS:
+            parts[total] = getattr(right, total) - count
+        m.usage = lambda: dataclasses.replace(right, **parts)
+
+    return corrupt

@@ -7,7 +7,7 @@ and V that each sequence holds when it finishes, read through its table, must be
 every attention output of its life the same to 1e-5 (a batch of other width sums in another order).
 
 See also test_stamped_cache.py (whose tokens each sequence holds, contiguous memory included) and
-test_paged_manager.py (fork then diverge, swap out and in, on tables).
+test_paged_groups.py (swap out and in, on tables).
 """
 
 import random
