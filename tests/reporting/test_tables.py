@@ -1,6 +1,8 @@
 """tables.py: a table as text in three formats, and its rows for JSON."""
 
 import re
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +51,23 @@ def test_plain_table(table):
         "max         1,998       97.6",
         "oracle         12          -",
     ]
+
+
+def test_plain_lines_have_at_most_100_columns_and_no_word_is_lost_or_cut():
+    told = [("a long sentence of words " * 4, 1234567, 0.5), ("  indented", None, 1e9)]
+    headers = ("what it is", "many words above a number that is narrow", "share of it all")
+    wide = Table("A title", headers, told * 2, "a setting of many words, " * 9)
+    text = render(wide, "plain")
+    assert max(map(len, text.splitlines())) <= 100 and "\n  indented " in text
+    found = Counter(re.sub(r"-{2,}", "", text).split())
+    given = [
+        *headers,
+        wide.title,
+        f"({wide.setting})",
+        *(cell_text(c, 1) for r in wide.rows for c in r),
+    ]
+    assert found == Counter(" ".join(given).split())
+    assert max(map(len, render(replace(wide, picture=True), "plain").splitlines())) > 100
 
 
 def test_github_table(table):

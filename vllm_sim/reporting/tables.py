@@ -4,13 +4,14 @@ Reproduces: the presentation only. A title may say how many iterations a mean is
 be empty; what reads the JSON goes by `name` and `keys` (docs/json.md).
 
     table = Table("Slots by part", ("policy", "tokens"), [("max", 20.4)], name="slots")
-    print(render(table, "plain"))
+    print(render(table, "plain"))           # lines of at most 100 columns
     table.to_json()["rows"]                 # [{"policy": "max", "tokens": 20.4}]
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from tabulate import tabulate
 # --format: the name tabulate knows each by.
 FORMATS = {"github": "pipe", "plain": "simple", "latex": "latex_booktabs"}
 Cell = str | int | float | None
+WIDTH = 100  # columns of a printed line
 
 
 def counted(number: int, noun: str) -> str:
@@ -94,8 +96,43 @@ def cell_text(value: Cell, decimals: int) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
+def wrapped(text: str, start: str = "", width: int = WIDTH) -> str:
+    """Text in lines of at most `width` columns, words whole; each line begins with `start`."""
+    indents = {"initial_indent": start, "subsequent_indent": start}
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, width, **indents, **whole)
+
+
+def _folded(lines: list[list[str]]) -> list[list[str]]:
+    """Headers and rows with as many breaks as WIDTH asks for: the widest columns give way."""
+    headers, *body = lines
+    widths, least = [], []
+    for header, *cells in zip(headers, *body):
+        # tabulate makes a column two wider than its header.
+        widths.append(max(len(header) + 2, *map(len, cells)))
+        words = [word for cell in cells for word in cell.split()]
+        words += [f"{word}  " for word in header.split()]
+        least.append(max(map(len, words), default=0))
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        wide = [column for column, width in enumerate(widths) if width > least[column]]
+        if not wide:
+            break
+        widths[max(wide, key=widths.__getitem__)] -= 1
+
+    def fold(line: list[str], less: int = 0) -> list[str]:
+        return [
+            cell if len(cell) <= width - less else wrapped(cell, width=width - less)
+            for cell, width in zip(line, widths)
+        ]
+
+    return [fold(headers, 2), *map(fold, body)]
+
+
 def render(table: Table, fmt: str) -> str:
-    """The table as text in one of FORMATS, its title and setting above it."""
+    """The table as text in one of FORMATS, its title and setting above it.
+
+    In plain text cells and headers are folded where a line would have more than WIDTH columns.
+    """
     if table.picture and fmt == "github":
         return f"```\n{render(table, 'plain')}\n```"
     body = [[cell_text(value, table.decimals) for value in row] for row in table.rows]
@@ -103,15 +140,18 @@ def render(table: Table, fmt: str) -> str:
         all(isinstance(row[i], int | float | None) for row in table.rows)
         for i in range(len(table.headers))
     ]
+    headers = [*table.headers]
+    if fmt == "plain" and body and not table.picture:
+        headers, *body = _folded([headers, *body])
     text = tabulate(
         body,
-        headers=table.headers,
+        headers=headers,
         tablefmt=FORMATS[fmt],
         disable_numparse=True,
         colalign=["right" if n else "left" for n in numeric] if body else None,
+        preserve_whitespace=True,  # of what is indented
     )
-    lines = [f"{table.title}", f"({table.setting})"] if table.setting else [table.title]
-    if fmt == "latex":
-        lines = [f"% {line}" for line in lines]
+    above = [table.title, f"({table.setting})"] if table.setting else [table.title]
+    lines = [wrapped(line, "% " if fmt == "latex" else "") for line in above]
     # Markdown needs an empty line before a table.
     return "\n".join([*lines, "", text] if fmt == "github" else [*lines, text])
