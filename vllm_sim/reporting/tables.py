@@ -104,7 +104,10 @@ def wrapped(text: str, start: str = "", width: int = WIDTH) -> str:
 
 
 def _folded(lines: list[list[str]]) -> list[list[str]]:
-    """Headers and rows with as many breaks as WIDTH asks for: the widest columns give way."""
+    """Headers and rows with as many breaks as WIDTH asks for: the widest columns give way.
+
+    None where even a word a line would be too wide.
+    """
     headers, *body = lines
     widths, least = [], []
     for header, *cells in zip(headers, *body):
@@ -113,10 +116,11 @@ def _folded(lines: list[list[str]]) -> list[list[str]]:
         words = [word for cell in cells for word in cell.split()]
         words += [f"{word}  " for word in header.split()]
         least.append(max(map(len, words), default=0))
-    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+    room = WIDTH - 2 * (len(widths) - 1)
+    if sum(least) > room:
+        return lines
+    while sum(widths) > room:
         wide = [column for column, width in enumerate(widths) if width > least[column]]
-        if not wide:
-            break
         widths[max(wide, key=widths.__getitem__)] -= 1
 
     def fold(line: list[str], less: int = 0) -> list[str]:
