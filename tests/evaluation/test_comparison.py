@@ -226,12 +226,22 @@ def test_a_fitted_row_says_so_and_is_judged_as_the_others(kind):
 
 
 @pytest.mark.parametrize(
-    ("held", "reason", "text"),
-    [(True, "", "yes"), (False, "", "NO"), (EXPLAINED, "D3: a reason: so it is", "D3")],
+    ("held", "expected", "text", "failed"),
+    [
+        (True, "", "yes", False),
+        (False, "", "NO", True),
+        (EXPLAINED, "", "D3", False),
+        (False, "why", "missed", False),
+        (True, "why", "NOT MISSED", True),
+        (EXPLAINED, "why", "NOT MISSED", True),
+    ],
 )
-def test_what_a_table_says_of_a_row(held, reason, text):
-    assert verdict(held, reason, False) == text
-    assert verdict(held, reason, True) == f"{text}, fitted"
+def test_what_a_table_says_of_a_row_and_which_rows_fail(held, expected, text, failed):
+    reason = "D3: a reason: so it is" if held == EXPLAINED else ""
+    row = replace(relative(*WHERE, 1.0, 1.0, 5.0), held=held, reason=reason, expected=expected)
+    assert (verdict(row), row.failed) == (text, failed)
+    assert verdict(replace(row, fitted=True)) == f"{text}, fitted"
+    assert ("expected" in row.to_json()) == bool(expected)
 
 
 def test_zero_is_a_value():

@@ -6,6 +6,7 @@ value and ours, how far apart they are and how far they may be. It is
 - *held* if ours is no further off than that;
 - *explained* if it is further off, but an item of docs/differences.md (D1 to D15) shows why no
   faithful simulator can hold it, and it is no further off than that item allows;
+- *missed as expected* if it is neither, and listed with why (expected_misses.py);
 - *fitted*, besides, if a constant of ours was fitted to this value: that it holds shows little.
 
     row = relative("Fig. 12", "13B ShareGPT, vLLM", "requests/s at 0.5 s/token", 1.929, 1.98, 12)
@@ -76,7 +77,10 @@ class Figure(ABC):
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `held` is True, False or "explained"; `reason` says why if it is the last."""
+    """One comparison. `held` is True, False or "explained"; `reason` says why if it is the last.
+
+    `expected` is why the row is expected to be missed, if it is.
+    """
 
     figure: str
     setting: str
@@ -88,11 +92,17 @@ class Row:
     held: bool | str
     fitted: bool = False
     reason: str = ""
+    expected: str = ""
     # How far off in tolerances: 1 is the limit.
     excess: float = field(default=0.0, repr=False, compare=False)
     spread: float | None = None  # highest less lowest over the seeds, if there are several
     # The same comparison for another value of ours, if its constructor gave it.
     remake: Callable[[float], Row] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def failed(self) -> bool:
+        """Missed and not expected to be, or expected and not missed."""
+        return (self.held is False) != bool(self.expected)
 
     def to_json(self) -> dict:
         """The row with its words as keys."""
@@ -101,10 +111,12 @@ class Row:
         return {**shown, "ours": None} if math.isnan(self.ours) else shown
 
 
-def verdict(held: bool | str, reason: str, fitted: bool) -> str:
+def verdict(row: Row) -> str:
     """What a table says of a row: yes, NO, or the difference that explains it; and if fitted."""
-    text = {True: "yes", False: "NO"}.get(held) or reason.split(":")[0]
-    return f"{text}, fitted" if fitted else text
+    text = {True: "yes", False: "NO"}.get(row.held) or row.reason.split(":")[0]
+    if row.expected:
+        text = "NOT MISSED" if row.failed else "missed"
+    return f"{text}, fitted" if row.fitted else text
 
 
 def relative(

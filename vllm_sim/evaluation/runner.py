@@ -21,6 +21,7 @@ from multiprocessing import active_children
 from threading import current_thread, main_thread
 
 from vllm_sim.evaluation.comparison import Figure, Row, allow, over_seeds
+from vllm_sim.evaluation.expected_misses import expected, mark
 from vllm_sim.evaluation.experiments import Done, Outcome, Run, execute
 from vllm_sim.evaluation.figures_blocks import Fig18b, Fig19b
 from vllm_sim.evaluation.figures_memory import Fig2, Fig13, Fig15, Table1
@@ -90,6 +91,7 @@ def reproduce(
     for figure in figures:
         same = zip(*(figure.rows(done) for done in by_seed), strict=True)
         rows = [_judge(over_seeds(list(one)), lengths) for one in same]
+        rows = mark(rows, expected(figures, lengths, num_seeds))
         found.append(Found(figure, rows, figure.notes(by_seed[0]), by_seed[0]))
     return found
 

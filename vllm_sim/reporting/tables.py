@@ -106,7 +106,7 @@ def wrapped(text: str, start: str = "", width: int = WIDTH) -> str:
 def _folded(lines: list[list[str]]) -> list[list[str]]:
     """Headers and rows with as many breaks as WIDTH asks for: the widest columns give way.
 
-    None where even a word a line would be too wide.
+    Nothing is folded where even a word a line would be too wide.
     """
     headers, *body = lines
     widths, least = [], []

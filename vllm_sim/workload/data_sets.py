@@ -40,6 +40,7 @@ COMPACT = {  # table, and tokens to add to its inputs
     "WMT16 5-shot": (length_tables.WMT16, WMT16_PROMPTS[5][1]),
     "chat": (length_tables.CHAT, 0),
 }
+COMPACT_SOURCE = "compact table (length_tables.py)"
 PAIR_COLUMNS = ("input_len", "output_len")
 ALPACA_COLUMNS = (*PAIR_COLUMNS, "input_len_llama")
 WMT16_OUTPUT = "output_llama_tokens"
@@ -171,7 +172,7 @@ class Lengths:
         """One line of ASCII for reports: a file's name and size, or which table."""
         _check_dataset(dataset)
         if dataset not in self.files:
-            return "compact table (length_tables.py)"
+            return COMPACT_SOURCE
         name, count = ascii(_name(self.files[dataset]))[1:-1], len(self.pairs(dataset))
         return f"{name} ({count:,} pair{'s' * (count != 1)})"
 
