@@ -98,7 +98,11 @@ def pytest_terminal_summary(terminalreporter, config):
     """Reports come from all processes of the run; a line for each search that passed."""
     passed = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
     told = [pair for report in passed for pair in report.user_properties]
-    searches = {name: numbers for name, numbers in told if isinstance(numbers, dict)}
+    searches: dict[str, dict] = {}
+    for name, numbers in told:  # the parts of a search have its name, and are summed
+        if isinstance(numbers, dict):
+            sums = searches.setdefault(name, {})
+            sums |= {key: round(sums.get(key, 0) + value, 1) for key, value in numbers.items()}
     if searches:
         terminalreporter.section("figures")
     for name, numbers in searches.items():

@@ -9,9 +9,9 @@ if and only if its contents are the same stamps, so the pool in use must be as l
 of different block contents, and an operation needs as many blocks as that set grows by.
 
 The long runs (marker `slow`) go on until a million rules have run, or RULE_STEPS of them
-(environment), with the seeds 0, 1, 2, ... of Hypothesis:
+(environment), with the seeds 0, 1, 2, ... of Hypothesis, in parts that run side by side:
 
-    python -m pytest -m slow tests/core/test_state_machine.py     # 20 minutes for each manager
+    python -m pytest -m slow -n 8 tests/core/test_state_machine.py
 """
 
 import math
@@ -60,6 +60,7 @@ SHORT = settings(
 # One round of a long run: other examples for each seed, and longer ones.
 ROUND = settings(SHORT, max_examples=250, stateful_step_count=100, derandomize=False)
 RULE_STEPS = int(os.environ.get("RULE_STEPS", "1000000"))
+PARTS = 8
 
 PICK = st.integers(0, 2**12)  # chooses among what there is, modulo its number
 BAD_COUNTS = (0, -1, True, 1.0, None)
@@ -811,18 +812,20 @@ def test_baseline_manager_against_contents(figure):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize(
     ("machine", "least"),
     [(PagedMachine, PAGED_EVENTS), (BaselineMachine, BASELINE_EVENTS)],
     ids=["paged", "baseline"],
 )
-def test_a_manager_against_contents_for_long(machine, least, figure):
-    """Rounds with the seeds 0, 1, 2, ... until RULE_STEPS rules have run."""
+def test_a_manager_against_contents_for_long(machine, least, part, figure):
+    """Rounds with seeds of this part until its share of RULE_STEPS rules has run."""
     machine.events.clear()
     begin, rounds = time.process_time(), 0
-    while machine.events["rules"] < RULE_STEPS:
+    while machine.events["rules"] < RULE_STEPS / PARTS:
         one_of_its_own = type(machine.__name__, (machine,), {})  # which keeps the seed
-        run_state_machine_as_test(seeded(rounds)(one_of_its_own), settings=ROUND)
+        seed = part + PARTS * rounds
+        run_state_machine_as_test(seeded(seed)(one_of_its_own), settings=ROUND)
         rounds += 1
     assert_exercised(machine, least)
     events = {event: machine.events[event] for event in ("rules", *least)}
