@@ -25,7 +25,7 @@ def test_scenario_2_holds_with_either_kernel():
     reports = {}
     for kernel in (GATHER, TRITON):
         setting = Setting(MODELS["opt-125m"], device, 1, 160, 16, 0, kernel)
-        reports[kernel] = scenario_paged.run(setting)
+        reports[kernel] = scenario_paged.report(scenario_paged.run(setting))
     for kernel, report in reports.items():
         assert report.checks and all(check.ok for check in report.checks), report.checks
         told = [part for part in report.parts if isinstance(part, str) and "Kernel " in part]

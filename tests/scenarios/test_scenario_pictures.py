@@ -39,7 +39,9 @@ def reports():
             for name in {"ITERATIONS", "BASELINE_ITERATIONS"} & {*vars(module)}:
                 patch.setattr(module, name, iterations)
         patch.setattr(sampling, "OUTPUT_LEN", 20)
-        return {n: module.run(SETTING) for n, module in scenario_run.SCENARIOS.items()}
+        return {
+            n: module.report(module.run(SETTING)) for n, module in scenario_run.SCENARIOS.items()
+        }
 
 
 def colours(bars):
@@ -86,9 +88,9 @@ def test_a_long_run_keeps_its_first_iterations(monkeypatch):
         monkeypatch.setattr(module, "WARMUP", 20)
         for name in {"ITERATIONS", "BASELINE_ITERATIONS"} & {*vars(module)}:
             monkeypatch.setattr(module, name, 12)
-        whole = module.run(SETTING).series
+        whole = module.report(module.run(SETTING)).series
         monkeypatch.setattr(module, "SERIES_LENGTH", 5)
-        cut = module.run(SETTING).series
+        cut = module.report(module.run(SETTING)).series
         assert [run.usages[:5] for run in whole] == [run.usages for run in cut]
         assert all(len(run.usages) == 12 for run in whole)
 

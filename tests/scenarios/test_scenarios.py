@@ -6,6 +6,8 @@ that a scenario takes a fraction of a second; the bookkeeping is that of the ful
 """
 
 import dataclasses
+import functools
+import gc
 import random
 
 import pytest
@@ -17,11 +19,11 @@ from paged_attention import PagedKVCache
 from vllm_sim import models, paper
 from vllm_sim.reporting.tables import Table
 from vllm_sim.scenarios import baseline, mixed, paged, sampling
-from vllm_sim.scenarios.report import ScenarioReport, render_scenario
+from vllm_sim.scenarios.report import Pool, render_scenario
 from vllm_sim.scenarios.setting import Setting, check_setting, sample_requests
 from vllm_sim.scenarios.stamped_cache import StampedCache
 from vllm_sim.serving import systems
-from vllm_sim.serving.simulator import make_groups
+from vllm_sim.serving.simulator import Observer, make_groups
 from vllm_sim.workload.length_tables import ALPACA, SHAREGPT
 from vllm_sim.workload.requests import Request
 
@@ -29,6 +31,7 @@ TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
 SHORT = models.Model("short", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
 GROUPED = models.Model("grouped", "opt", 3, 32, 4, 2, 8, 64, 100, 2048)
 SCENARIOS = (baseline, paged, sampling, mixed)
+MANAGERS = (BaselineCacheManager, PagedKVCacheManager)
 
 
 pytestmark = pytest.mark.usefixtures("few_bytes")
@@ -54,8 +57,14 @@ def setting_of(num_blocks, block_size=16, seed=0, model=TINY, num_layers=1):
     return Setting(model, torch.device("cpu"), num_layers, num_blocks, block_size, seed)
 
 
-def empty_report():
-    return ScenarioReport(0, "a part", "Does it hold?")
+def shown(module, setting):
+    return module.report(module.run(setting))
+
+
+@functools.cache
+def right(module, setting):
+    """What a scenario measures where nothing is broken; ask for it while nothing is."""
+    return module.run(setting)
 
 
 def failed(report):
@@ -95,7 +104,7 @@ def assert_all_hold(report):
 )
 def test_all_checks_hold(module, setting, quick):
     check_setting(setting)
-    report = module.run(setting)
+    report = shown(module, setting)
     assert_all_hold(report)
     assert {check.name for check in report.checks} <= names_that_can_fail()
 
@@ -115,14 +124,31 @@ ONCE_FAILED = [
     [pytest.param(m, s, marks=[pytest.mark.slow] * (s.num_blocks > 200)) for m, s in ONCE_FAILED],
 )
 def test_no_check_fails_where_nothing_is_wrong(module, setting):
-    assert_all_hold(module.run(setting))
+    assert_all_hold(shown(module, setting))
 
 
 def test_the_same_setting_gives_the_same_report(quick):
     for module in (baseline, mixed):
-        first, again = (module.run(setting_of(130, seed=5)).to_json() for _ in range(2))
-        assert first == again
-    assert baseline.run(setting_of(130, seed=6)) != baseline.run(setting_of(130))
+        first, again = (shown(module, setting_of(130, seed=5)) for _ in range(2))
+        assert first.tables_json() == again.tables_json() and first.answer == again.answer
+    other, report = (shown(baseline, setting_of(130, seed=seed)) for seed in (6, 0))
+    assert other.answer != report.answer
+
+
+@pytest.mark.parametrize("module", SCENARIOS)
+def test_what_is_measured_is_plain_data(module, quick):
+    """Nothing of the run lives on in it; and the report that is made of it is always the same."""
+    found = right(module, setting_of(130, seed=1))
+    seen, left = set(), [found]
+    while left:
+        one = left.pop()
+        if id(one) not in seen and not isinstance(one, type):
+            seen.add(id(one))
+            assert not isinstance(one, (torch.Tensor, PagedKVCache, Observer, *MANAGERS)), one
+            left += gc.get_referents(one)
+    assert len(seen) > 1000 and module.report(found) == module.report(found)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        module.report(found).answer = ""
 
 
 # --- the setting ---------------------------------------------------------------------------------
@@ -191,22 +217,22 @@ def test_a_setting_describes_itself():
 # --- scenario 1 ----------------------------------------------------------------------------------
 
 
-def test_fifty_tokens_in_a_reservation_of_2048():
-    report = empty_report()
-    baseline.one_request(setting_of(130), report)
+def test_fifty_tokens_in_a_reservation_of_2048(quick):
+    found = right(baseline, setting_of(130, seed=1))
+    report = baseline.report(found)
     assert (
         "50 tokens under 'max': 2048 slots reserved, 1998 of them never used (97.6 %)"
         in (report.parts[0])
     )
     assert report.checks[0].name == "50 tokens in a 2048-slot reservation" and report.checks[0].ok
-    short = empty_report()
-    baseline.one_request(setting_of(16, model=SHORT), short)
-    assert short.checks[0].name == "50 tokens in a 256-slot reservation" and short.checks[0].ok
+    setting = setting_of(16, model=SHORT)
+    one = {"setting": setting, "one_request": baseline.one_request(setting)}
+    short, *_ = baseline.checks(dataclasses.replace(found, **one))
+    assert short.name == "50 tokens in a 256-slot reservation" and short.ok
 
 
-def test_figure_3_slot_by_slot():
-    report = empty_report()
-    baseline.figure_3(report)
+def test_figure_3_slot_by_slot(quick):
+    report = baseline.report(right(baseline, setting_of(130, seed=1)))
     rows = [tuple(row.values()) for row in records(report, "Fig. 3")]
     # Counted in the figure: prompt and current token, two (one) to come, and the rest.
     assert rows == [
@@ -215,12 +241,12 @@ def test_figure_3_slot_by_slot():
         ("B", 512, "ours", 4, 1, 507),
         ("B", 512, "paper", 4, 1, 507),
     ]
-    assert report.checks[0].ok
+    assert report.checks[1].ok
 
 
 def test_the_shares_of_the_contiguous_policies(quick):
     """Beside each other as in Fig. 2: what each policy wastes, and what it cannot waste."""
-    report = baseline.run(setting_of(300))
+    report = shown(baseline, setting_of(300))
     rows = [row for row in records(report, "Steady state") if row["who"] == "ours"]
     policies = {row["policy"]: row for row in rows}
     for row in rows:
@@ -244,7 +270,8 @@ def test_the_map_of_the_pool_shows_each_slot_where_it_is():
     manager.allocate(1, 20, 32)  # 20 tokens, 12 to come
     # 16 slots a character: what most of them are. Chunks are given from the upper end.
     assert (manager.start_slot(1), manager.start_slot(0)) == (0, 32)
-    assert baseline.pool_map(manager) == "Tr" + "To" + "."
+    pool = Pool("pow2", 4, baseline.pool_spans(manager))
+    assert baseline.pool_map(pool, 20) == "Tr" + "To" + "."
 
 
 def test_a_request_pool_that_nothing_fills_is_an_error():
@@ -255,10 +282,8 @@ def test_a_request_pool_that_nothing_fills_is_an_error():
 
 def test_requests_that_fit_all_at_once_are_an_error_in_scenario_2():
     """No steady state, and no first refusal to show: it is not told as one."""
-    report = empty_report()
     with pytest.raises(ValueError, match="the queue of 2 ran dry"):
-        paged.fill_and_run(setting_of(130), report, [Request(n, 0.0, 3, 3) for n in range(2)])
-    assert report.parts == []
+        paged.fill_and_run(setting_of(130), [Request(n, 0.0, 3, 3) for n in range(2)])
 
 
 # --- scenario 3: closed forms --------------------------------------------------------------------
@@ -293,21 +318,23 @@ def test_n_samples_cost_what_a_count_by_hand_says(block_size, prompt_len, monkey
 
 
 def test_figure_8_as_drawn():
-    report = empty_report()
-    sampling.figure_8(setting_of(1), report)
-    rows = [tuple(row.values()) for row in records(report, "Fig. 8")]
-    assert rows == [
+    found = sampling.figure_8(setting_of(1))
+    assert found.rows == [
         ("prompt shared", "7(4) 1(3)", "7(4) 1(3)", 2),
         ("A1 writes: copy, then write", "7(4) 3(4)", "7(4) 1(3)", 1),
         ("A2 writes in place", "7(4) 3(4)", "7(4) 1(4)", 1),
     ]
-    assert failed(report) == []
+    assert (found.copies, found.in_place, found.intact) == (1, True, True)
 
 
-def test_the_prompt_is_cut_to_a_short_model(quick):
-    report = empty_report()
-    sampling.one_prompt(setting_of(16, model=SHORT), report)
-    assert failed(report) == [] and "a prompt of 161 tokens" in report.parts[0].setting
+def test_the_prompt_is_cut_to_a_short_model(monkeypatch):
+    monkeypatch.setattr(sampling, "OUTPUT_LEN", 120)
+    setting = setting_of(16, model=SHORT)
+    found = sampling.one_prompt(setting)
+    assert sampling.prompt_len_of(setting) == 136 < sampling.prompt_len_of(setting_of(130))
+    for n, samples in found.items():
+        counts = samples.copies, samples.usage.physical_blocks, samples.usage.logical_blocks
+        assert counts == sampling.closed_form(setting, n) and samples.intact
 
 
 # --- broken on purpose ---------------------------------------------------------------------------
@@ -528,7 +555,14 @@ def swapped_to_the_wrong_place(mp):
     mp.setattr(PagedKVCache, "swap_in", turned)
 
 
-SAMPLES_OF_ONE = sampling.one_prompt
+# Parts of what is measured: the field, and how it is.
+ONE_REQUEST = {"one_request": baseline.one_request}
+FIGURE_3 = {"figure_3": lambda s: baseline.figure_3()}
+STATES = {"steady_states": lambda s: baseline.steady_states(s, sample_requests(SHAREGPT, 2000, s))}
+STEADY = {"steady": lambda s: paged.fill_and_run(s, sample_requests(SHAREGPT, 2000, s))[0]}
+FIGURE_8 = {"figure_8": sampling.figure_8}
+ONE_PROMPT = {"one_prompt": sampling.one_prompt}
+FIGURE_15 = {"figure_15": sampling.figure_15}
 FIG_8 = "Fig. 8: exactly one block copied, both samples intact"
 CLOSED = "copies and blocks equal their closed forms"
 INTACT = "every sample's K and V intact through its table"
@@ -537,59 +571,66 @@ BUDGET = "within the error budget of dense float64"
 SAVED = "the blocks saved are the prompts' own"
 OWN = "every finished sequence holds its own K and V"
 BREAKS = [
-    # (what is broken, the part that is run, the checks that must fail: no more and no less)
-    (no_reservation, baseline.one_request, {"50 tokens in a 2048-slot reservation"}),
-    (no_reservation, lambda s, r: baseline.figure_3(r), {"Fig. 3's slots"}),
+    # (what is broken, the scenario, the parts that are measured so or {} for all of it,
+    # the checks that must fail: no more and no less)
+    (no_reservation, baseline, ONE_REQUEST, {"50 tokens in a 2048-slot reservation"}),
+    (no_reservation, baseline, FIGURE_3, {"Fig. 3's slots"}),
     (
         never_a_hole,
-        baseline.run,
+        baseline,
+        {},
         {"external fragmentation under pow2", "external fragmentation under oracle"},
     ),
     (
         a_token_misplaced,
-        lambda s, r: baseline.steady_states(s, r, sample_requests(SHAREGPT, 2000, s)),
+        baseline,
+        STATES,
         {"slot identity at every iteration"},
     ),
     (
         a_token_forgotten,
-        lambda s, r: paged.fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
+        paged,
+        STEADY,
         {"slots add up at every iteration"},
     ),
     (
         coarse_blocks,
-        lambda s, r: paged.fill_and_run(s, r, sample_requests(SHAREGPT, 2000, s)),
+        paged,
+        STEADY,
         {"padding under one block per sequence", "waste of allocated memory under 4 %"},
     ),
-    (a_token_dropped, paged.run, {IDENTICAL, BUDGET}),
-    (padding_not_masked, paged.run, {IDENTICAL, BUDGET}),
-    (blocks_out_of_order, paged.run, {IDENTICAL, BUDGET}),
-    (one_k_for_v, paged.run, {IDENTICAL, BUDGET}),
-    (a_slot_off, paged.run, {IDENTICAL, BUDGET}),
-    (rounded_otherwise, paged.run, {IDENTICAL}),
-    (both_scaled_wrongly, paged.run, {BUDGET}),
-    (a_byte_forgotten, paged.run, {"predicted bytes are the tensors' bytes"}),
-    (a_layer_too_many, paged.run, {"predicted bytes are the tensors' bytes"}),
-    (no_copy_on_write, sampling.figure_8, {FIG_8}),
-    (copies_not_made, sampling.figure_8, {FIG_8}),
-    (copies_too_late, sampling.figure_8, {FIG_8}),
-    (copies_for_all, sampling.figure_8, {FIG_8}),
-    (no_copy_on_write, SAMPLES_OF_ONE, {CLOSED, INTACT}),
-    (copies_not_made, SAMPLES_OF_ONE, {INTACT}),
-    (copies_too_late, SAMPLES_OF_ONE, {INTACT}),
-    (prompts_not_shared, sampling.figure_15, {f"Alpaca: {SAVED}", f"ShareGPT: {SAVED}"}),
-    (copies_not_made, mixed.run, {f"paged, swap: {OWN}", f"paged, recompute: {OWN}"}),
-    (swapped_to_the_wrong_place, mixed.run, {f"paged, swap: {OWN}"}),
+    (a_token_dropped, paged, {}, {IDENTICAL, BUDGET}),
+    (padding_not_masked, paged, {}, {IDENTICAL, BUDGET}),
+    (blocks_out_of_order, paged, {}, {IDENTICAL, BUDGET}),
+    (one_k_for_v, paged, {}, {IDENTICAL, BUDGET}),
+    (a_slot_off, paged, {}, {IDENTICAL, BUDGET}),
+    (rounded_otherwise, paged, {}, {IDENTICAL}),
+    (both_scaled_wrongly, paged, {}, {BUDGET}),
+    (a_byte_forgotten, paged, {}, {"predicted bytes are the tensors' bytes"}),
+    (a_layer_too_many, paged, {}, {"predicted bytes are the tensors' bytes"}),
+    (no_copy_on_write, sampling, FIGURE_8, {FIG_8}),
+    (copies_not_made, sampling, FIGURE_8, {FIG_8}),
+    (copies_too_late, sampling, FIGURE_8, {FIG_8}),
+    (copies_for_all, sampling, FIGURE_8, {FIG_8}),
+    (no_copy_on_write, sampling, ONE_PROMPT, {CLOSED, INTACT}),
+    (copies_not_made, sampling, ONE_PROMPT, {INTACT}),
+    (copies_too_late, sampling, ONE_PROMPT, {INTACT}),
+    (prompts_not_shared, sampling, FIGURE_15, {f"Alpaca: {SAVED}", f"ShareGPT: {SAVED}"}),
+    (copies_not_made, mixed, {}, {f"paged, swap: {OWN}", f"paged, recompute: {OWN}"}),
+    (swapped_to_the_wrong_place, mixed, {}, {f"paged, swap: {OWN}"}),
     # With swapping too: where the CPU pool is full, it falls back to recomputation.
     (
         recomputed_blocks_not_rewritten,
-        mixed.run,
+        mixed,
+        {},
         {f"paged, swap: {OWN}", f"paged, recompute: {OWN}"},
     ),
-    (contiguous_copies_not_made, mixed.run, {f"Orca (Oracle): {OWN}"}),
-    (never_room_to_swap, mixed.run, {"memory pressure forced preemption by swapping"}),
+    (contiguous_copies_not_made, mixed, {}, {f"Orca (Oracle): {OWN}"}),
+    (never_room_to_swap, mixed, {}, {"memory pressure forced preemption by swapping"}),
     (
         no_pressure,
-        mixed.run,
+        mixed,
+        {},
         {
             "memory pressure forced preemption by swapping",
             "memory pressure forced preemption by recomputation",
@@ -604,26 +645,24 @@ def names_that_can_fail():
     return seen | {"all groups finished in every run"}
 
 
-def run_part(part, setting):
-    if part.__name__ == "run":
-        return part(setting)
-    report = empty_report()
-    part(setting, report)
-    return report
-
-
 @pytest.mark.parametrize(
-    ("broken", "part", "checks"), BREAKS, ids=lambda value: getattr(value, "__name__", None)
+    ("broken", "module", "parts", "checks"),
+    BREAKS,
+    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_what_is_broken_fails_its_check(broken, part, checks, quick):
+def test_what_is_broken_fails_its_check(broken, module, parts, checks, quick):
+    """A part that is measured wrongly stands among others that are right."""
     setting = setting_of(300 if broken in (never_a_hole, coarse_blocks) else 130, seed=1)
+    others = right(module, setting) if parts else None
     broken(quick)
-    assert set(failed(run_part(part, setting))) == checks
+    measured = {field: measure(setting) for field, measure in parts.items()}
+    found = dataclasses.replace(others, **measured) if parts else module.run(setting)
+    assert set(failed(module.report(found))) == checks
 
 
 def test_a_request_that_is_lost_is_missed(quick):
     a_request_lost(quick)
-    lost = failed(mixed.run(setting_of(130, seed=1)))
+    lost = failed(shown(mixed, setting_of(130, seed=1)))
     assert "all groups finished in every run" in lost
 
 
@@ -668,9 +707,7 @@ def test_a_run_of_fewer_iterations_than_rows_has_a_row_for_each():
     setting = setting_of(130)
     requests = [Request(n, 0.0, 20, 4, prefix_len=16 * (n == 2)) for n in range(3)]
     outcome = mixed.serve(setting, mixed.PAGED_SWAP, requests, 500, None)
-    report = empty_report()
-    mixed.show(setting, report, requests, [outcome])
-    rows = records(report, "Slots over time")
+    rows = mixed.tables(mixed.Found(setting, requests, [outcome]))[1].records()
     assert [row["iterations"] for row in rows] == ["0-0", "1-1", "2-2", "3-3"]
     assert [row["batch"] for row in rows] == [3.0] * 4
     tokens = [100 * (16 + 3 * n) / setting.num_slots for n in (20, 21, 22, 23)]

@@ -21,7 +21,6 @@ from vllm_sim.reporting.files import OutputError
 from vllm_sim.scenarios import mixed, sampling, timeline
 from vllm_sim.scenarios import run as scenario_run
 from vllm_sim.scenarios.recorder import Recorder
-from vllm_sim.scenarios.report import ScenarioReport
 from vllm_sim.scenarios.setting import Setting
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import Observer, make_groups, simulate
@@ -227,7 +226,7 @@ def test_scenario_4_is_recorded_as_it_runs(kind, monkeypatch):
 
 def test_scenario_3_is_recorded_step_by_step(monkeypatch):
     monkeypatch.setattr(sampling, "OUTPUT_LEN", 20)
-    report, seen = ScenarioReport(3, "samples", "?"), {}
+    seen = {}
     step = Recorder.step
 
     def watched(self, *args):
@@ -235,9 +234,8 @@ def test_scenario_3_is_recorded_step_by_step(monkeypatch):
         seen.setdefault(self.name, []).append(tables_of(self.manager))
 
     monkeypatch.setattr(Recorder, "step", watched)
-    for part in (sampling.figure_8, sampling.one_prompt):
-        part(setting_of(), report)
-    figure, four = map(json_of, report.recordings)
+    samples = sampling.figure_8(setting_of()), sampling.one_prompt(setting_of())[4]
+    figure, four = (json_of(one.recording) for one in samples)
     for run in (figure, four):
         reader = Reader(run)
         states = []
@@ -257,13 +255,12 @@ def test_scenario_3_is_recorded_step_by_step(monkeypatch):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """(path of the page, its recordings): Fig. 8, and a run of each kind of preemption."""
-    report = ScenarioReport(3, "samples", "?")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "OUTPUT_LEN", 20)
         patch.setattr(sampling, "SAMPLES", (4,))
-        for part in (sampling.figure_8, sampling.one_prompt):
-            part(setting_of(), report)
-    recordings = [*report.recordings, *(served(kind)[0] for kind in ("swap", "recompute"))]
+        samples = sampling.figure_8(setting_of()), sampling.one_prompt(setting_of())[4]
+    recordings = [one.recording for one in samples]
+    recordings += [served(kind)[0] for kind in ("swap", "recompute")]
     path = tmp_path_factory.mktemp("page") / "run.html"
     timeline.write(path, LINE, recordings)
     return path, [json_of(recording) for recording in recordings]

@@ -9,17 +9,21 @@ the same slots whether or not tensors stand behind them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import Table
 from vllm_sim.scenarios.report import (
     SERIES_LENGTH,
+    Check,
     Pool,
     ScenarioReport,
     Series,
     Spans,
     block_map,
+    note,
 )
 from vllm_sim.scenarios.setting import BASELINE_ITERATIONS as ITERATIONS
 from vllm_sim.scenarios.setting import WARMUP, Setting, num_queued, sample_requests
@@ -33,84 +37,83 @@ PARTS = tuple(part for part in MemoryUsage.PARTS if part != "padding")  # no blo
 LETTERS = {"tokens": "T", "reserved": "r", "internal": "i", "rounding": "o", "free": "."}
 LEGEND = ", ".join(f"{letter} {part}" for part, letter in LETTERS.items())
 BLOCKS_PER_CHAR = 4
+ONE_LENGTH = 50  # tokens of the one request
+FIG3_PARTS = ("tokens", "reserved", "internal")
+FIG3_DRAWN = {
+    name: [fig["prompt"] + fig["current"], fig["reserved"], fig["never_used"]]
+    for name, fig in paper.FIG3.items()
+}
 
 
-def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
-    """All of scenario 1; with the bars of Fig. 2, slots over time and pools slot by slot."""
-    report = ScenarioReport(
-        1,
-        "baseline fragmentation",
-        "How much of the KV cache holds tokens when every request reserves contiguous slots?",
-    )
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A pool that was filled in order until a request was refused."""
+
+    num_requests: int
+    usage: MemoryUsage
+    pool: Pool
+    asked: int  # slots that the refused request asks for
+
+
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """Completions and admissions for thousands of iterations."""
+
+    mean: UsageMean
+    series: Series  # its first iterations
+    refused: int  # requests, although enough slots were free
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What scenario 1 measured: by request of Fig. 3 (slots by part), and by policy."""
+
+    setting: Setting
+    one_request: MemoryUsage
+    figure_3: dict[str, list[int]]
+    first_fill: dict[str, Refusal]
+    steady_states: dict[str, Steady]
+
+
+def run(setting: Setting, progress: Progress = SILENT) -> Found:
+    """All of scenario 1."""
     requests = sample_requests(SHAREGPT, num_queued(setting), setting)
-    one_request(setting, report)
-    figure_3(report)
-    first_fill(setting, report, requests)
-    steady_states(setting, report, requests, progress)
-    return report
+    fills, steady = first_fill(setting, requests), steady_states(setting, requests, progress)
+    return Found(setting, one_request(setting), figure_3(), fills, steady)
 
 
-def one_request(setting: Setting, report: ScenarioReport) -> None:
+def one_request(setting: Setting) -> MemoryUsage:
     """The smallest example: a request of 50 tokens in all."""
-    length, size = min(50, setting.max_len), setting.max_len
+    length = min(ONE_LENGTH, setting.max_len)
     manager = setting.new_manager("max")
     manager.allocate(0, length, length)
-    usage, kept = manager.usage(), size - length
-    unused = 100 * kept / size
-    report.parts.append(
-        f"One request of {length} tokens under 'max': {size} slots reserved, "
-        f"{kept} of them never used ({unused:.1f} %)."
-    )
-    figures = {"tokens": usage.tokens, "slots_reserved": size, "never_used": kept}
-    report.note("one_request", **figures, never_used_percent=unused)
-    report.check(
-        f"{length} tokens in a {size}-slot reservation",
-        (usage.tokens, usage.reserved, usage.internal) == (length, 0, kept),
-        f"{usage.tokens} tokens, {usage.internal} never used",
-    )
+    return manager.usage()
 
 
-def figure_3(report: ScenarioReport) -> None:
+def figure_3() -> dict[str, list[int]]:
     """Requests A and B of Fig. 3, each with its own maximum length, in a pool for the two."""
     size, longest = paper.BLOCK_SIZE, max(request["max_len"] for request in paper.FIG3.values())
     manager = new_manager("max", -(-2 * longest // size), size, max_len=longest)
-    rows, same, parts = [], True, ("tokens", "reserved", "internal")
-    before = manager.usage()
+    found, before = {}, manager.usage()
     for seq_id, (name, fig) in enumerate(paper.FIG3.items()):
         tokens = fig["prompt"] + fig["current"]
         manager.allocate(seq_id, tokens, tokens + fig["reserved"], max_len=fig["max_len"])
         after = manager.usage()
-        ours = [getattr(after, part) - getattr(before, part) for part in parts]
-        theirs = [tokens, fig["reserved"], fig["never_used"]]
-        same = same and ours == theirs
-        for who, values in (("ours", ours), ("paper", theirs)):
-            rows.append((name, fig["max_len"], who, *values))
+        found[name] = [getattr(after, part) - getattr(before, part) for part in FIG3_PARTS]
         before = after
-    headers, keys = ("request", "maximum", "", *parts), ("request", "maximum", "who", *parts)
-    title = "Fig. 3: two requests, slot by slot"
-    report.parts.append(Table(title, headers, rows, name="fig3", keys=keys, index=3))
-    report.check("Fig. 3's slots", same, "both requests as drawn" if same else "differ from Fig. 3")
+    return found
 
 
-def first_fill(setting: Setting, report: ScenarioReport, requests: list[Request]) -> None:
-    """Where the slots are when the first request is refused: in numbers, and as a map."""
-    rows, lines = [], []
+def first_fill(setting: Setting, requests: list[Request]) -> dict[str, Refusal]:
+    """Where the slots are when the first request is refused."""
+    found = {}
     for policy, system in CONTIGUOUS.items():
         manager, refused = fill(setting, policy, requests)
         manager.check_invariants()
-        usage = manager.usage()
         asked = manager.slots_to_ask(refused.prompt_len, refused.prompt_len + refused.output_len)
-        parts = [getattr(usage, part) for part in PARTS]
-        rows.append((system, len(manager.running_ids), *parts, asked))
-        report.pools.append(Pool(system, setting.block_size, pool_spans(manager)))
-        for number, line in enumerate(pool_map(manager).split("\n")):
-            lines.append(("" if number else system, line))
-    headers = ("policy", "requests", *PARTS, "refused one asks")
-    title, name = "Admitted in order until the first refusal, in slots", "contiguous_first_refusal"
-    report.parts.append(Table(title, headers, rows, setting.line, name=name))
-    title = f"The pool at the first refusal, {BLOCKS_PER_CHAR} blocks a character"
-    look = {"picture": True, "name": "pool_map", "keys": ("policy", "line"), "index": 0}
-    report.parts.append(Table(title, ("policy", LEGEND), lines, setting.line, **look))
+        pool = Pool(system, setting.block_size, pool_spans(manager))
+        found[policy] = Refusal(len(manager.running_ids), manager.usage(), pool, asked)
+    return found
 
 
 def fill(
@@ -126,14 +129,8 @@ def fill(
     raise ValueError(f"all {len(requests)} requests fit in {setting.num_blocks} blocks at once")
 
 
-def pool_map(manager: BaselineCacheManager) -> str:
-    """Who has what in a contiguous pool, reservation by reservation."""
-    spans = [(count, LETTERS[part]) for count, part in pool_spans(manager)]
-    return block_map(manager.num_blocks, manager.block_size, spans, per_char=BLOCKS_PER_CHAR)
-
-
 def pool_spans(manager: BaselineCacheManager) -> Spans:
-    """The same as runs of slots: (how many, part of the slot identity)."""
+    """Who has what in a contiguous pool: runs of slots (how many, part of the slot identity)."""
     size, spans, slot = manager.block_size, [], 0
     lengths = {manager.start_slot(i): manager.num_tokens(i) for i in manager.running_ids}
     held = map(manager.reservation, manager.running_ids)
@@ -152,12 +149,10 @@ def pool_spans(manager: BaselineCacheManager) -> Spans:
 
 
 def steady_states(
-    setting: Setting, report: ScenarioReport, requests: list[Request], progress: Progress = SILENT
-) -> None:
+    setting: Setting, requests: list[Request], progress: Progress = SILENT
+) -> dict[str, Steady]:
     """Completions and admissions for thousands of iterations: the bars of Fig. 2."""
-    rows = []
-    means: dict[str, UsageMean] = {}
-    external: dict[str, int] = {}
+    found = {}
     for number, (policy, system) in enumerate(CONTIGUOUS.items()):
         part = progress.part(number, len(CONTIGUOUS), f"steady state, {system}")
         manager = setting.new_manager(policy)
@@ -172,48 +167,114 @@ def steady_states(
 
         limits = limits_of(system)
         mean = steady_state(manager, requests, limits, WARMUP, ITERATIONS, each, progress=part)
-        means[policy], external[policy] = mean, len(refused)
-        report.series.append(Series(system, usages))
-        report.bars[system] = mean.percents
-        parts = [mean.percent(part) for part in PARTS]
-        rows.append((system, "ours", mean.batch, *parts, mean.external_and_others, len(refused)))
-        bar = paper.FIG2[system]
-        theirs = bar["tokens"], bar["reserved"], bar["internal"], None, None, bar["external"]
-        rows.append((system, "paper", paper.FIG13["ShareGPT"][system], *theirs, None))
-    report.parts.append(
-        Table(
-            f"Steady state, mean of {ITERATIONS:,} iterations, percent of slots (Fig. 2)",
-            ("policy", "", "batch", *PARTS, "external & others", "refused, enough free"),
-            rows,
-            setting.line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's",
-            name="contiguous_steady_state",
-            keys=("policy", "who", "batch", *PARTS, "external_and_others", "refused_enough_free"),
-            index=2,
-        )
+        found[policy] = Steady(mean, Series(system, usages), len(refused))
+    return found
+
+
+# ---- what is shown ------------------------------------------------------------------------------
+
+
+def report(found: Found) -> ScenarioReport:
+    """All that is shown; with the bars of Fig. 2, slots over time and pools slot by slot."""
+    one, reserved, steady = found.one_request, found.setting.max_len, found.steady_states
+    unused = reserved - one.tokens
+    percent = 100 * unused / reserved
+    figures = {"tokens": one.tokens, "slots_reserved": reserved, "never_used": unused}
+    shares = {policy: s.mean.percent("tokens") for policy, s in steady.items()}
+    low, high = min(shares.values()), shares["oracle"]
+    told = [paper.FIG2[system]["tokens"] for system in paper.ORCAS]
+    return ScenarioReport(
+        1,
+        "baseline fragmentation",
+        "How much of the KV cache holds tokens when every request reserves contiguous slots?",
+        [
+            f"One request of {one.tokens} tokens under 'max': {reserved} slots reserved, "
+            f"{unused} of them never used ({percent:.1f} %).",
+            *tables(found),
+        ],
+        checks(found),
+        f"contiguous reservations keep {low:.1f} % (max) to {high:.1f} % (oracle) of the KV cache "
+        f"filled with tokens; the paper's Fig. 2 says {min(told)} % to {max(told)} %.",
+        data=[note("one_request", **figures, never_used_percent=percent)],
+        bars={s.series.name: s.mean.percents for s in steady.values()},
+        series=[s.series for s in steady.values()],
+        pools=[refusal.pool for refusal in found.first_fill.values()],
     )
-    agreed, counted = sum(m.agreed for m in means.values()), len(means) * ITERATIONS
-    report.check(
-        "slot identity at every iteration",
-        agreed == counted,
-        f"tokens and reserved equal their sums over the sequences in {agreed:,} of "
-        f"{counted:,} iterations",
-    )
+
+
+def tables(found: Found) -> list[Table]:
+    """Fig. 3; the first refusals, in numbers and as a map; the steady states."""
+    line, fig3, refusals, maps, steady = found.setting.line, [], [], [], []
+    for name, fig in paper.FIG3.items():
+        for who, slots in (("ours", found.figure_3), ("paper", FIG3_DRAWN)):
+            fig3.append((name, fig["max_len"], who, *slots[name]))
+    for r in found.first_fill.values():
+        parts = (getattr(r.usage, part) for part in PARTS)
+        refusals.append((r.pool.name, r.num_requests, *parts, r.asked))
+        drawn = pool_map(r.pool, found.setting.num_blocks).split("\n")
+        maps += zip((r.pool.name, *[""] * (len(drawn) - 1)), drawn)
+    for s in found.steady_states.values():
+        system, mean = s.series.name, s.mean
+        shares = map(mean.percent, PARTS)
+        steady.append((system, "ours", mean.batch, *shares, mean.external_and_others, s.refused))
+        bar, batch = paper.FIG2[system], paper.FIG13["ShareGPT"][system]
+        theirs = (*(bar[part] for part in FIG3_PARTS), None, None, bar["external"])
+        steady.append((system, "paper", batch, *theirs, None))
+    title, head = "Fig. 3: two requests, slot by slot", ("request", "maximum", "", *FIG3_PARTS)
+    look = {"name": "fig3", "keys": ("request", "maximum", "who", *FIG3_PARTS), "index": 3}
+    made = [Table(title, head, fig3, **look)]
+    title, name = "Admitted in order until the first refusal, in slots", "contiguous_first_refusal"
+    head = ("policy", "requests", *PARTS, "refused one asks")
+    made.append(Table(title, head, refusals, line, name=name))
+    title = f"The pool at the first refusal, {BLOCKS_PER_CHAR} blocks a character"
+    look = {"picture": True, "name": "pool_map", "keys": ("policy", "line"), "index": 0}
+    made.append(Table(title, ("policy", LEGEND), maps, line, **look))
+    title = f"Steady state, mean of {ITERATIONS:,} iterations, percent of slots (Fig. 2)"
+    head = ("policy", "", "batch", *PARTS, "external & others", "refused, enough free")
+    line += ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's"
+    keys = ("policy", "who", "batch", *PARTS, "external_and_others", "refused_enough_free")
+    look = {"name": "contiguous_steady_state", "keys": keys, "index": 2}
+    return [*made, Table(title, head, steady, line, **look)]
+
+
+def pool_map(pool: Pool, num_blocks: int) -> str:
+    """Who has what in a contiguous pool, reservation by reservation."""
+    spans = [(count, LETTERS[part]) for count, part in pool.spans]
+    return block_map(num_blocks, pool.block_size, spans, per_char=BLOCKS_PER_CHAR)
+
+
+def checks(found: Found) -> list[Check]:
+    """What must hold of each part."""
+    setting, one, steady = found.setting, found.one_request, found.steady_states
+    length, size = min(ONE_LENGTH, setting.max_len), setting.max_len
+    same = found.figure_3 == FIG3_DRAWN
+    agreed, counted = sum(s.mean.agreed for s in steady.values()), len(steady) * ITERATIONS
     # Holes need chunks of several sizes side by side: where a block holds the longest request, or
     # the pool no two of the largest chunks, there may be none. In a pool far above Table 1's a
     # large enough chunk is nearly always free as long as enough slots are.
     blocks = -(-setting.max_len // setting.block_size)
     few = blocks == 1 or setting.num_blocks < 2 << (blocks - 1).bit_length()
     many = setting.num_slots > max(table["slots"] for table in paper.TABLE1_DERIVED.values())
-    for policy in ("pow2", "oracle"):
-        report.check(
-            f"external fragmentation under {policy}",
-            external[policy] > 0 or few or many,
-            f"{external[policy]} requests refused although enough slots were free"
-            + (few or many) * " (a pool of this size may have no holes)",
-        )
-    low, high = min(m.percent("tokens") for m in means.values()), means["oracle"].percent("tokens")
-    told = [paper.FIG2[system]["tokens"] for system in paper.ORCAS]
-    report.answer = (
-        f"contiguous reservations keep {low:.1f} % (max) to {high:.1f} % (oracle) of the KV cache "
-        f"filled with tokens; the paper's Fig. 2 says {min(told)} % to {max(told)} %."
-    )
+    return [
+        Check(
+            f"{length} tokens in a {size}-slot reservation",
+            (one.tokens, one.reserved, one.internal) == (length, 0, size - length),
+            f"{one.tokens} tokens, {one.internal} never used",
+        ),
+        Check("Fig. 3's slots", same, "both requests as drawn" if same else "differ from Fig. 3"),
+        Check(
+            "slot identity at every iteration",
+            agreed == counted,
+            f"tokens and reserved equal their sums over the sequences in {agreed:,} of "
+            f"{counted:,} iterations",
+        ),
+        *(
+            Check(
+                f"external fragmentation under {policy}",
+                steady[policy].refused > 0 or few or many,
+                f"{steady[policy].refused} requests refused although enough slots were free"
+                + (few or many) * " (a pool of this size may have no holes)",
+            )
+            for policy in ("pow2", "oracle")
+        ),
+    ]

@@ -28,7 +28,7 @@ from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import Table, counted
 from vllm_sim.scenarios.recorder import Recorder, Recording
-from vllm_sim.scenarios.report import ScenarioReport, Series
+from vllm_sim.scenarios.report import Check, ScenarioReport, Series
 from vllm_sim.scenarios.setting import CPU_SHARE, Setting
 from vllm_sim.scenarios.stamped_cache import StampedCache
 from vllm_sim.serving.scheduler import Iteration, Manager
@@ -94,6 +94,28 @@ class UsageLog(Observer):
         if iteration.index % CHECK_EVERY == 0:
             self.manager.check_invariants()
 
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a run's tensors held in the end (see StampedCache)."""
+
+    verified: int  # sequences with all of their own K and V
+    tokens: int  # of these
+    num_wrong: int  # other sequences
+    bytes_moved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one run did: totals, every iteration, and its tensors if it had any."""
+
+    run: Run
+    result: ServingResult
+    usages: list[MemoryUsage]
+    batches: list[int]
+    kept: Kept | None
+    recording: Recording | None  # of a paged run
+
     def mean(self, first: int, end: int) -> UsageMean:
         """Means over a range of iterations."""
         mean = UsageMean()
@@ -103,23 +125,16 @@ class UsageLog(Observer):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one run did: totals, every iteration, and its tensors if it had any."""
+class Found:
+    """What scenario 4 measured."""
 
-    run: Run
-    result: ServingResult
-    log: UsageLog
-    tensors: StampedCache | None
-    recording: Recording | None  # of a paged run
+    setting: Setting
+    requests: list[Request]
+    outcomes: list[Outcome]  # in the order of RUNS
 
 
-def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
-    """All of scenario 4; with its slots over time and every block of its paged runs."""
-    report = ScenarioReport(
-        4,
-        "mixed workload",
-        "Do all decoding methods share one pool under pressure, and is no token ever lost?",
-    )
+def run(setting: Setting, progress: Progress = SILENT) -> Found:
+    """All of scenario 4."""
     longest = longest_of(setting)
     requests = under_pressure(setting, longest, progress.part(0, 2, "looking for a load"))
     cache = setting.new_cache(num_cpu_blocks=num_cpu_blocks(setting))
@@ -128,21 +143,7 @@ def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
         part = progress.part(len(RUNS) + number, 2 * len(RUNS), way.name)
         tensors = cache if way.on_tensors else None
         outcomes.append(serve(setting, way, requests, longest, tensors, part))
-    show(setting, report, requests, outcomes)
-    check(report, requests, outcomes)
-    best = max((o.result for o in outcomes if not o.run.paged), key=lambda r: r.mean_batch)
-    swap, recompute = (o.result for o in outcomes if o.run.paged)
-    times = min(swap.mean_batch, recompute.mean_batch) / best.mean_batch
-    told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
-    verified = [o.tensors.verified for o in outcomes if o.tensors]
-    report.answer = (
-        f"paging batches {swap.mean_batch:.1f} (swap) or {recompute.mean_batch:.1f} (recompute) "
-        f"requests at a time and is done after {recompute.num_iterations:,} iterations, the best "
-        f"contiguous policy {best.mean_batch:.1f} and after {best.num_iterations:,}: {times:.2f}x "
-        f"(the paper's Fig. 13, on ShareGPT and without sharing: {told}x); {min(verified)} of "
-        f"{sum(r.num_seqs for r in requests)} sequences kept their K and V to the end in each run."
-    )
-    return report
+    return Found(setting, requests, outcomes)
 
 
 # ---- the requests -----------------------------------------------------------------------------
@@ -226,21 +227,6 @@ def _arrivals(trace: Trace, count: int, gap: float, rng: np.random.Generator) ->
     return np.cumsum(np.concatenate([[0.0], np.resize(gaps, count - 1)])).tolist()
 
 
-def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
-    """What a table must say of requests that `requests_of` made."""
-    count, rows = len(requests), np.arange(len(requests)) % len(trace)
-    there = zip(trace.prompts[rows], trace.outputs[rows])
-    cut = sum((r.prompt_len, r.output_len) != both for r, both in zip(requests, there))
-    again = f", the {len(trace):,} there are from the top again" if count > len(trace) else ""
-    refused = sum(found.rows for found in trace.refused.values())
-    left_out = f", {refused:,} of {trace.rows_read:,} rows refused" if refused else ""
-    return (
-        f"lengths, order and bursts of the first {count:,} requests of {trace.name}{again}"
-        f"{left_out}; {cut:,} cut to fit the pool, or to {max_output} tokens of output; decoding "
-        "methods dealt at random"
-    )
-
-
 def under_pressure(setting: Setting, longest: int, progress: Progress = SILENT) -> list[Request]:
     """The smallest of a few loads at which paging has to preempt, found on bookkeeping alone."""
     loads = LOADS if setting.trace is None else LOADS + MORE_LOADS
@@ -309,16 +295,61 @@ def serve(
     manager.check_invariants()
     if cache is not None and way.paged:
         cache.poison_blocks(manager.free(PREFIX_ID))  # as everything else is by now
-    return Outcome(way, result, log, tensors, recorder.recording() if recorder else None)
+    recording, kept = recorder and recorder.recording(), None
+    if tensors is not None:
+        counts = tensors.verified, tensors.tokens_verified, len(tensors.wrong)
+        kept = Kept(*counts, tensors.bytes_moved)
+    return Outcome(way, result, log.usages, log.batches, kept, recording)
 
 
 # ---- what is shown ----------------------------------------------------------------------------
 
 
-def show(
-    setting: Setting, report: ScenarioReport, requests: list[Request], outcomes: list[Outcome]
-) -> None:
-    """What each run did, where the slots were over time, and both for pictures."""
+def report(found: Found) -> ScenarioReport:
+    """All that is shown; with slots over time and every block of the paged runs."""
+    outcomes, count = found.outcomes, sum(r.num_seqs for r in found.requests)
+    best = max((o.result for o in outcomes if not o.run.paged), key=lambda r: r.mean_batch)
+    swap, recompute = (o.result for o in outcomes if o.run.paged)
+    times = min(swap.mean_batch, recompute.mean_batch) / best.mean_batch
+    told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
+    verified = min(o.kept.verified for o in outcomes if o.kept)
+    recordings = {o.run: o.recording for o in outcomes if o.recording}
+    marks = {way.name: one.preemptions() for way, one in recordings.items()}
+    return ScenarioReport(
+        4,
+        "mixed workload",
+        "Do all decoding methods share one pool under pressure, and is no token ever lost?",
+        tables(found),
+        checks(found),
+        f"paging batches {swap.mean_batch:.1f} (swap) or {recompute.mean_batch:.1f} (recompute) "
+        f"requests at a time and is done after {recompute.num_iterations:,} iterations, the best "
+        f"contiguous policy {best.mean_batch:.1f} and after {best.num_iterations:,}: {times:.2f}x "
+        f"(the paper's Fig. 13, on ShareGPT and without sharing: {told}x); {verified} of {count} "
+        "sequences kept their K and V to the end in each run.",
+        series=[Series(o.run.name, o.usages, marks.get(o.run.name, ())) for o in outcomes],
+        recordings=[*recordings.values()],
+        map=(recordings[PAGED_SWAP], recordings[PAGED_SWAP].fullest),
+    )
+
+
+def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
+    """What a table must say of requests that `requests_of` made."""
+    count, rows = len(requests), np.arange(len(requests)) % len(trace)
+    there = zip(trace.prompts[rows], trace.outputs[rows])
+    cut = sum((r.prompt_len, r.output_len) != both for r, both in zip(requests, there))
+    again = f", the {len(trace):,} there are from the top again" if count > len(trace) else ""
+    refused = sum(found.rows for found in trace.refused.values())
+    left_out = f", {refused:,} of {trace.rows_read:,} rows refused" if refused else ""
+    return (
+        f"lengths, order and bursts of the first {count:,} requests of {trace.name}{again}"
+        f"{left_out}; {cut:,} cut to fit the pool, or to {max_output} tokens of output; decoding "
+        "methods dealt at random"
+    )
+
+
+def tables(found: Found) -> list[Table]:
+    """What each run did, and where the slots were over time."""
+    setting, requests = found.setting, found.requests
     kinds = Counter("prefix" if r.prefix_len else r.decoding for r in requests)
     line = (
         f"{setting.line}; {kinds['single']} single, {kinds['parallel']} with {NUM_SAMPLES} "
@@ -329,60 +360,57 @@ def show(
         line += "; " + told_of(setting.trace, requests, MAX_OUTPUT)
     parts = MemoryUsage.PARTS
     totals, windows = [], []
-    for o in outcomes:
-        r, name, t = o.result, o.run.name, o.tensors
+    for o in found.outcomes:
+        r, name = o.result, o.run.name
         preempted = r.num_swaps, r.num_recomputations
         blocks = r.num_copies, r.blocks_swapped_out, r.blocks_swapped_in
-        verified = (t.bytes_moved / 1e6, t.verified) if t else (None, None)
-        totals.append((name, r.num_iterations, r.mean_batch, *preempted, *blocks, *verified))
-        count = len(o.log.usages)
+        kept = (o.kept.bytes_moved / 1e6, o.kept.verified) if o.kept else (None, None)
+        totals.append((name, r.num_iterations, r.mean_batch, *preempted, *blocks, *kept))
+        count = len(o.usages)
         for first, end in pairwise(count * i // WINDOWS for i in range(WINDOWS + 1)):
             if first < end:
-                mean = o.log.mean(first, end)
+                mean = o.mean(first, end)
                 shares = map(mean.percent, parts)
                 window = f"{first}-{end - 1}"
                 windows.append((name, window, mean.batch, *shares, 100.0 * mean.saving))
-        recording = o.recording
-        report.series.append(
-            Series(name, o.log.usages, recording.preemptions() if recording else ())
-        )
-        if recording:
-            report.recordings.append(recording)
-        if o.run is PAGED_SWAP:
-            report.map = recording, recording.fullest
     headers = ("run", "iterations", "mean batch", "swapped", "recomputed", "block copies")
     headers += ("blocks out", "blocks in", "MB copied", "verified")
     title = "All requests served to their end"
-    report.parts.append(Table(title, headers, totals, line, name="all_requests"))
+    served = Table(title, headers, totals, line, name="all_requests")
     title = "Slots over time, in percent, and blocks saved by sharing"
-    headers = ("run", "iterations", "batch", *parts, "saving")
-    name = "slots_over_time"
-    report.parts.append(Table(title, headers, windows, setting.line, name=name, index=2))
+    headers, name = ("run", "iterations", "batch", *parts, "saving"), "slots_over_time"
+    return [served, Table(title, headers, windows, setting.line, name=name, index=2)]
 
 
-def check(report: ScenarioReport, requests: list[Request], outcomes: list[Outcome]) -> None:
+def checks(found: Found) -> list[Check]:
     """Own K and V to the end, preemption of both kinds, and nobody left behind."""
+    requests, outcomes = found.requests, found.outcomes
     expected = sum(request.num_seqs for request in requests)
-    for o in (o for o in outcomes if o.tensors):
-        report.check(
-            f"{o.run.name}: every finished sequence holds its own K and V",
-            o.tensors.verified == expected and not o.tensors.wrong,
-            f"{o.tensors.verified} of {expected} sequences, {o.tensors.tokens_verified:,} tokens",
-        )
     swap, recompute = (o.result for o in outcomes if o.run.paged)
-    report.check(
-        "memory pressure forced preemption by swapping",
-        swap.num_swaps > 0 and swap.blocks_swapped_in == swap.blocks_swapped_out > 0,
-        f"{counted(swap.num_swaps, 'group')}, {counted(swap.blocks_swapped_out, 'block')} out and "
-        f"back in; {swap.num_recomputations} recomputed as the CPU pool was full",
-    )
-    report.check(
-        "memory pressure forced preemption by recomputation",
-        recompute.num_recomputations > 0 and recompute.num_swaps == 0,
-        counted(recompute.num_recomputations, "group"),
-    )
-    report.check(
-        "all groups finished in every run",
-        all(len(o.result.finish_s) == len(requests) for o in outcomes),
-        f"{len(requests)} groups in {len(outcomes)} runs",
-    )
+    return [
+        *(
+            Check(
+                f"{o.run.name}: every finished sequence holds its own K and V",
+                o.kept.verified == expected and not o.kept.num_wrong,
+                f"{o.kept.verified} of {expected} sequences, {o.kept.tokens:,} tokens",
+            )
+            for o in outcomes
+            if o.kept
+        ),
+        Check(
+            "memory pressure forced preemption by swapping",
+            swap.num_swaps > 0 and swap.blocks_swapped_in == swap.blocks_swapped_out > 0,
+            f"{counted(swap.num_swaps, 'group')}, {counted(swap.blocks_swapped_out, 'block')} out "
+            f"and back in; {swap.num_recomputations} recomputed as the CPU pool was full",
+        ),
+        Check(
+            "memory pressure forced preemption by recomputation",
+            recompute.num_recomputations > 0 and recompute.num_swaps == 0,
+            counted(recompute.num_recomputations, "group"),
+        ),
+        Check(
+            "all groups finished in every run",
+            all(len(o.result.finish_s) == len(requests) for o in outcomes),
+            f"{len(requests)} groups in {len(outcomes)} runs",
+        ),
+    ]

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import gc
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from attention import attention, length_mask
-from kv_cache_manager import PagedKVCacheManager
+from kv_cache_manager import MemoryUsage, PagedKVCacheManager
 from paged_attention import (
     GATHER,
     PagedKVCache,
@@ -30,7 +31,15 @@ from paged_attention import (
 from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import Table, counted
-from vllm_sim.scenarios.report import SERIES_LENGTH, Pool, ScenarioReport, Series, Spans
+from vllm_sim.scenarios.report import (
+    SERIES_LENGTH,
+    Check,
+    Pool,
+    ScenarioReport,
+    Series,
+    Spans,
+    note,
+)
 from vllm_sim.scenarios.setting import (
     BASELINE_ITERATIONS,
     ITERATIONS,
@@ -40,36 +49,69 @@ from vllm_sim.scenarios.setting import (
     sample_requests,
 )
 from vllm_sim.serving.scheduler import Scheduler
-from vllm_sim.serving.steady_state import steady_state
+from vllm_sim.serving.steady_state import UsageMean, steady_state
 from vllm_sim.serving.systems import PAGED, POLICY, limits_of
 from vllm_sim.workload.length_tables import SHAREGPT
 from vllm_sim.workload.requests import Request
 
 BANK = 1021  # different random K and V vectors of a token
 CUDA_GRANULE = 2 << 20  # torch rounds large allocations up to a multiple of this
+WASTE_UNDER = paper.BLOG["waste_vllm_under"].value  # percent
 ERROR_FACTOR = 4.0  # our error may be this many times plain torch's in the same dtype
 
 
-def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
-    """All of scenario 2; with the bars of Fig. 2, slots over time and a pool slot by slot."""
-    report = ScenarioReport(
-        2,
-        "paged allocation",
-        "How many requests fit, and is attention over scattered blocks exact?",
-    )
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """Admission until the first refusal, and thousands of iterations under a full queue."""
+
+    admitted: int
+    first: MemoryUsage  # at the first refusal
+    ours: UsageMean
+    oracle: UsageMean  # Orca's, for as many requests
+    series: Series
+    pool: Pool  # at the end
+    worst_padding: int  # of a sequence, in slots
+    padded_right: int  # sequences with less than a block of padding
+    looks: int  # at sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """K and V of every running sequence in the pool, and attention over them three ways."""
+
+    num_bytes: tuple[int, ...]  # of the pool: asked for, and on a GPU allocated for it
+    num_seqs: int
+    num_tokens: int
+    compared: int  # once a sequence and layer
+    identical: int  # to attention over contiguous K and V
+    ours_error: float  # relative, from dense attention in float64; the largest
+    torch_error: float
+    gathered: int  # bytes of the largest batch's blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What scenario 2 measured."""
+
+    setting: Setting
+    steady: Steady
+    attended: Attended
+
+
+def run(setting: Setting, progress: Progress = SILENT) -> Found:
+    """All of scenario 2."""
     requests = sample_requests(SHAREGPT, num_queued(setting), setting)
-    manager = fill_and_run(setting, report, requests, progress.part(0, 2, "steady state"))
-    attend(setting, report, manager, progress.part(1, 2, "attention"))
-    return report
+    steady, manager = fill_and_run(setting, requests, progress.part(0, 2, "steady state"))
+    return Found(setting, steady, attend(setting, manager, progress.part(1, 2, "attention")))
 
 
 # ---- bookkeeping ------------------------------------------------------------------------------
 
 
 def fill_and_run(
-    setting: Setting, report: ScenarioReport, requests: list[Request], progress: Progress = SILENT
-) -> PagedKVCacheManager:
-    """Admission until the first refusal, then a steady state; returns the manager in it."""
+    setting: Setting, requests: list[Request], progress: Progress = SILENT
+) -> tuple[Steady, PagedKVCacheManager]:
+    """Admission until the first refusal, then a steady state; with the manager in it."""
     first = setting.new_manager(PAGED, num_cpu_blocks=setting.num_blocks)
     for request in requests:
         if not first.can_allocate(request.prompt_len):
@@ -94,73 +136,13 @@ def fill_and_run(
 
     limits, length = limits_of(paper.VLLM), (WARMUP, ITERATIONS)
     ours = steady_state(manager, requests, limits, *length, each, progress=progress.part(0, 2))
-    pool, limits = setting.new_manager(POLICY[paper.ORCA_ORACLE]), limits_of(paper.ORCA_ORACLE)
+    other, limits = setting.new_manager(POLICY[paper.ORCA_ORACLE]), limits_of(paper.ORCA_ORACLE)
     length = WARMUP, BASELINE_ITERATIONS
-    oracle = steady_state(pool, requests, limits, *length, progress=progress.part(1, 2))
-    report.bars |= {paper.ORCA_ORACLE: oracle.percents, paper.VLLM: ours.percents}
-    report.series.append(Series(paper.VLLM, usages))
-    report.pools.append(Pool(paper.VLLM, setting.block_size, pool_spans(manager)))
-
-    parts, batch, bar = ("tokens", "padding", "free"), paper.FIG13["ShareGPT"], paper.FIG2
-    report.parts.append(
-        Table(
-            "Admitted in order until the first refusal, in slots",
-            ("policy", "requests", *parts),
-            [("paged", len(first.running_ids), *(getattr(first.usage(), p) for p in parts))],
-            setting.line + "; prompts only: outputs take blocks as they grow",
-            name="paged_first_refusal",
-        )
-    )
-    drawn = paper.FIG2_DRAWN[paper.VLLM]
-    rows = []
-    for system, mean, theirs in (
-        (paper.VLLM, ours, (drawn["external"], drawn["reserved"] + drawn["internal"])),
-        (paper.ORCA_ORACLE, oracle, (None, None)),
-    ):
-        rows.append((system, "ours", mean.batch, *map(mean.percent, parts)))
-        rows.append((system, "paper", batch[system], bar[system]["tokens"], *theirs))
-    report.parts.append(
-        Table(
-            f"Steady state, mean of {ITERATIONS:,} iterations ({BASELINE_ITERATIONS:,} for Orca), "
-            "in percent of all slots",
-            ("policy", "", "batch", *parts),
-            rows,
-            setting.line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's "
-            "(2 requests/s), its shares are Fig. 2's",
-            decimals=2,
-            name="paged_steady_state",
-            keys=("policy", "who", "batch", *parts),
-            index=2,
-        )
-    )
-    waste = 100.0 * ours.percent("padding") / (100.0 - ours.percent("free"))
-    report.check(
-        "padding under one block per sequence",
-        padded_right == looks,
-        f"at most {worst_padding} of {setting.block_size} slots, {padded_right:,} of "
-        f"{looks:,} times",
-    )
-    claim = paper.BLOG["waste_vllm_under"].value
-    if setting.block_size <= paper.BLOCK_SIZE:  # the claim is about that size; larger ones pad more
-        report.check(
-            "waste of allocated memory under 4 %",
-            waste < claim,
-            f"{waste:.2f} % of the allocated slots hold no token",
-        )
-    agreed, count = ours.agreed + oracle.agreed, ITERATIONS + BASELINE_ITERATIONS
-    report.check(
-        "slots add up at every iteration",
-        agreed == count,
-        f"tokens equal their sum over the sequences in {agreed:,} of {count:,} iterations",
-    )
-    told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
-    report.answer = (
-        f"paging fills {ours.percent('tokens'):.1f} % of the KV cache with tokens (paper: "
-        f"{bar[paper.VLLM]['tokens']} %) and serves {ours.batch:.1f} requests at a time, "
-        f"{ours.batch / oracle.batch:.2f}x Orca (Oracle) (paper: {told}x); {waste:.2f} % of the "
-        f"allocated slots are wasted (launch blog: under {claim} %)."
-    )
-    return manager
+    oracle = steady_state(other, requests, limits, *length, progress=progress.part(1, 2))
+    admitted, series = len(first.running_ids), Series(paper.VLLM, usages)
+    pool = Pool(paper.VLLM, setting.block_size, pool_spans(manager))
+    counts = worst_padding, padded_right, looks
+    return Steady(admitted, first.usage(), ours, oracle, series, pool, *counts), manager
 
 
 def pool_spans(manager: PagedKVCacheManager) -> Spans:
@@ -180,14 +162,9 @@ def pool_spans(manager: PagedKVCacheManager) -> Spans:
 # ---- tensors ----------------------------------------------------------------------------------
 
 
-def attend(
-    setting: Setting,
-    report: ScenarioReport,
-    manager: PagedKVCacheManager,
-    progress: Progress = SILENT,
-) -> None:
+def attend(setting: Setting, manager: PagedKVCacheManager, progress: Progress = SILENT) -> Attended:
     """K and V of every running sequence in the pool, and attention over them three ways."""
-    cache = _allocate_and_weigh(setting, report)
+    cache, num_bytes = _allocate_and_weigh(setting)
     m, device, num_layers = setting.model, setting.device, setting.num_layers
     generator = torch.Generator(device=device).manual_seed(setting.seed)
 
@@ -238,76 +215,25 @@ def attend(
                 ours_error = max(ours_error, _distance(out[b], exact))
                 torch_error = max(torch_error, _distance(plain, exact))
             del k, v, out, same_out
-    what = f"{len(ids)} sequences x {counted(num_layers, 'layer')}, {sum(lens.values()):,} tokens"
-    report.check(
-        "paged attention bit-identical to contiguous",
-        identical == compared == len(ids) * num_layers,
-        f"{identical} of {compared} ({what})",
-    )
-    report.check(
-        "within the error budget of dense float64",
-        ours_error <= ERROR_FACTOR * torch_error,
-        f"largest relative error {ours_error:.1e}; torch's own in {_name(setting.dtype)} "
-        f"{torch_error:.1e}, budget {ERROR_FACTOR:.0f} x that",
-    )
-    share, gathers = 100 * widest / setting.pool_bytes(), setting.kernel == GATHER
-    figures = {"kernel": setting.kernel, "bytes": widest, "percent_of_pool": share}
-    report.note("gather", **figures, needed=gathers)
-    report.parts.append(
-        f"Kernel gather: copying the blocks of the largest batch together takes {widest:,} "
-        f"more bytes ({share:.1f} % of the pool),\nfor the copies alone. Kernel "
-        "triton, on a GPU, reads them in place and does not need these."
-        if gathers
-        else f"Kernel triton reads the blocks in place: the {widest:,} bytes "
-        f"({share:.1f} % of the pool) into which kernel gather\nwould copy the "
-        "blocks of the largest batch are not needed."
-    )
     del cache
     gc.collect()
+    counts = len(ids), sum(lens.values()), compared, identical
+    return Attended(num_bytes, *counts, ours_error, torch_error, widest)
 
 
-def _allocate_and_weigh(setting: Setting, report: ScenarioReport) -> PagedKVCache:
-    """The pool, after comparing the bytes accounted for with the bytes the tensors take."""
-    predicted = setting.pool_bytes()
-    before = _cuda_bytes(setting)
-    cache = setting.new_cache()
-    if setting.device.type == "cuda":
-        requested, allocated = (b - a for a, b in zip(before, _cuda_bytes(setting)))
-        same = requested == predicted <= allocated < predicted + CUDA_GRANULE
-        found = f"torch.cuda: {requested:,} requested, memory_allocated {allocated:,} (of 2 MiB)"
-    else:
-        taken = cache.pool.untyped_storage().nbytes()
-        same, found = taken == predicted, f"the tensor's storage has {taken:,}"
-    report.check(
-        "predicted bytes are the tensors' bytes", same, f"{predicted:,} predicted; {found}"
-    )
-    m = setting.model
-    whole = m.kv_bytes_per_token * setting.num_slots
-    report.note(
-        "kv_pool",
-        bytes=predicted,
-        layers=setting.num_layers,
-        model_layers=m.num_layers,
-        dtype=_name(setting.dtype),
-        model_fp16_bytes=whole,
-        model_fp16_gib=whole / paper.GIB,
-        model_fp16_bytes_per_token=m.kv_bytes_per_token,
-    )
-    report.parts.append(
-        f"K/V pool: {predicted:,} bytes for {setting.num_layers} of {m.num_layers} layers in "
-        f"{_name(setting.dtype)}; the whole model in fp16: {whole / paper.GIB:.2f} GiB\n"
-        f"(2 x {m.num_layers} layers x {m.num_kv_heads} heads x {m.head_size} x 2 bytes = "
-        f"{m.kv_bytes_per_token:,} bytes per token)."
-    )
-    return cache
-
-
-def _cuda_bytes(setting: Setting) -> tuple[int, int]:
-    """(bytes that tensors asked for, bytes torch allocated for them) on the device."""
+def _allocate_and_weigh(setting: Setting) -> tuple[PagedKVCache, tuple[int, ...]]:
+    """The pool, and the bytes its tensors take: asked for, and on a GPU what torch allocated."""
     if setting.device.type != "cuda":
-        return 0, 0
-    requested = torch.cuda.memory_stats(setting.device).get("requested_bytes.all.current", 0)
-    return requested, torch.cuda.memory_allocated(setting.device)
+        cache = setting.new_cache()
+        return cache, (cache.pool.untyped_storage().nbytes(),)
+    before = _cuda_bytes(setting.device)
+    cache = setting.new_cache()
+    return cache, tuple(b - a for a, b in zip(before, _cuda_bytes(setting.device)))
+
+
+def _cuda_bytes(device: torch.device) -> tuple[int, int]:
+    requested = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
+    return requested, torch.cuda.memory_allocated(device)
 
 
 def _batches(ids: list[int], tables: dict[int, list[int]], setting: Setting) -> list[list[int]]:
@@ -366,3 +292,127 @@ def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# ---- what is shown ------------------------------------------------------------------------------
+
+
+def report(found: Found) -> ScenarioReport:
+    """All that is shown; with the bars of Fig. 2, slots over time and a pool slot by slot."""
+    setting, steady, m = found.setting, found.steady, found.setting.model
+    ours, oracle, dtype = steady.ours, steady.oracle, _name(setting.dtype)
+    predicted, whole = setting.pool_bytes(), m.kv_bytes_per_token * setting.num_slots
+    widest, gathers = found.attended.gathered, setting.kernel == GATHER
+    share, told = 100 * widest / predicted, paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
+    gather = {"bytes": widest, "percent_of_pool": share, "needed": gathers}
+    pool = {"bytes": predicted, "layers": setting.num_layers, "model_layers": m.num_layers}
+    pool |= {"dtype": dtype, "model_fp16_bytes": whole, "model_fp16_gib": whole / paper.GIB}
+    pool["model_fp16_bytes_per_token"] = m.kv_bytes_per_token
+    return ScenarioReport(
+        2,
+        "paged allocation",
+        "How many requests fit, and is attention over scattered blocks exact?",
+        [
+            *tables(found),
+            f"K/V pool: {predicted:,} bytes for {setting.num_layers} of {m.num_layers} layers in "
+            f"{dtype}; the whole model in fp16: {whole / paper.GIB:.2f} GiB\n"
+            f"(2 x {m.num_layers} layers x {m.num_kv_heads} heads x {m.head_size} x 2 bytes = "
+            f"{m.kv_bytes_per_token:,} bytes per token).",
+            f"Kernel gather: copying the blocks of the largest batch together takes {widest:,} "
+            f"more bytes ({share:.1f} % of the pool),\nfor the copies alone. Kernel "
+            "triton, on a GPU, reads them in place and does not need these."
+            if gathers
+            else f"Kernel triton reads the blocks in place: the {widest:,} bytes "
+            f"({share:.1f} % of the pool) into which kernel gather\nwould copy the "
+            "blocks of the largest batch are not needed.",
+        ],
+        checks(found),
+        f"paging fills {ours.percent('tokens'):.1f} % of the KV cache with tokens (paper: "
+        f"{paper.FIG2[paper.VLLM]['tokens']} %) and serves {ours.batch:.1f} requests at a time, "
+        f"{ours.batch / oracle.batch:.2f}x Orca (Oracle) (paper: {told}x); {_waste(ours):.2f} % of "
+        f"the allocated slots are wasted (launch blog: under {WASTE_UNDER} %).",
+        data=[note("kv_pool", **pool), note("gather", kernel=setting.kernel, **gather)],
+        bars={paper.ORCA_ORACLE: oracle.percents, paper.VLLM: ours.percents},
+        series=[steady.series],
+        pools=[steady.pool],
+    )
+
+
+def _waste(mean: UsageMean) -> float:
+    """Padding in percent of the allocated slots."""
+    return 100.0 * mean.percent("padding") / (100.0 - mean.percent("free"))
+
+
+def tables(found: Found) -> list[Table]:
+    """The first refusal and the steady state."""
+    line, steady, parts = found.setting.line, found.steady, ("tokens", "padding", "free")
+    title, name = "Admitted in order until the first refusal, in slots", "paged_first_refusal"
+    row = ("paged", steady.admitted, *(getattr(steady.first, part) for part in parts))
+    setting = line + "; prompts only: outputs take blocks as they grow"
+    refusal = Table(title, ("policy", "requests", *parts), [row], setting, name=name)
+    drawn = paper.FIG2_DRAWN[paper.VLLM]
+    rows = []
+    for system, mean, theirs in (
+        (paper.VLLM, steady.ours, (drawn["external"], drawn["reserved"] + drawn["internal"])),
+        (paper.ORCA_ORACLE, steady.oracle, (None, None)),
+    ):
+        batch, tokens = paper.FIG13["ShareGPT"][system], paper.FIG2[system]["tokens"]
+        rows.append((system, "ours", mean.batch, *map(mean.percent, parts)))
+        rows.append((system, "paper", batch, tokens, *theirs))
+    title = f"Steady state, mean of {ITERATIONS:,} iterations ({BASELINE_ITERATIONS:,} for Orca), "
+    title += "in percent of all slots"
+    setting = line + ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's "
+    setting += "(2 requests/s), its shares are Fig. 2's"
+    keys = ("policy", "who", "batch", *parts)
+    look = {"decimals": 2, "name": "paged_steady_state", "keys": keys, "index": 2}
+    return [refusal, Table(title, ("policy", "", "batch", *parts), rows, setting, **look)]
+
+
+def checks(found: Found) -> list[Check]:
+    """What must hold of the slots, the tensors and attention."""
+    setting, s, a = found.setting, found.steady, found.attended
+    waste, dtype, predicted = _waste(s.ours), _name(setting.dtype), setting.pool_bytes()
+    agreed, count = s.ours.agreed + s.oracle.agreed, ITERATIONS + BASELINE_ITERATIONS
+    taken, *allocated = a.num_bytes
+    weighed = f"the tensor's storage has {taken:,}"
+    if allocated:
+        weighed = f"torch.cuda: {taken:,} requested, memory_allocated {allocated[0]:,} (of 2 MiB)"
+    made = [
+        Check(
+            "padding under one block per sequence",
+            s.padded_right == s.looks,
+            f"at most {s.worst_padding} of {setting.block_size} slots, {s.padded_right:,} of "
+            f"{s.looks:,} times",
+        ),
+        Check(
+            "waste of allocated memory under 4 %",
+            waste < WASTE_UNDER,
+            f"{waste:.2f} % of the allocated slots hold no token",
+        ),
+        Check(
+            "slots add up at every iteration",
+            agreed == count,
+            f"tokens equal their sum over the sequences in {agreed:,} of {count:,} iterations",
+        ),
+        Check(
+            "predicted bytes are the tensors' bytes",
+            taken == predicted
+            and all(predicted <= one < predicted + CUDA_GRANULE for one in allocated),
+            f"{predicted:,} predicted; {weighed}",
+        ),
+        Check(
+            "paged attention bit-identical to contiguous",
+            a.identical == a.compared == a.num_seqs * setting.num_layers,
+            f"{a.identical} of {a.compared} ({a.num_seqs} sequences x "
+            f"{counted(setting.num_layers, 'layer')}, {a.num_tokens:,} tokens)",
+        ),
+        Check(
+            "within the error budget of dense float64",
+            a.ours_error <= ERROR_FACTOR * a.torch_error,
+            f"largest relative error {a.ours_error:.1e}; torch's own in {dtype} "
+            f"{a.torch_error:.1e}, budget {ERROR_FACTOR:.0f} x that",
+        ),
+    ]
+    if setting.block_size > paper.BLOCK_SIZE:
+        del made[1]  # the claim is about that size; larger ones pad more
+    return made

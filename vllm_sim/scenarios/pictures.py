@@ -5,7 +5,7 @@ and what stands behind them: every slot by its part of the slot identity (Memory
 by who holds it. Nothing is run here: all is in what the scenarios returned.
 
     python main.py --figures pictures
-    draw([baseline.run(setting)], setting.line, Path("pictures"))
+    draw([baseline.report(baseline.run(setting))], setting.line, Path("pictures"))
 
 Needs matplotlib (requirements-dev.txt), imported where it is used.
 """

@@ -1,16 +1,18 @@
-"""What a scenario returns: what it measured, as tables and checks and as data for pictures.
+"""What is shown of a scenario: tables, checks and an answer, and data for JSON and pictures.
 
 Reproduces: the presentation only: one question, one table with its setting in the line above,
-the paper's number beside ours, one sentence of answer, the checks that held. All is ASCII.
+the paper's number beside ours, one sentence of answer, the checks that held. All is ASCII. A
+scenario's `run` returns what it measured, and its `report` makes all of this from that alone.
 
-    report = baseline.run(setting)
+    report = baseline.report(baseline.run(setting))
     print(render_scenario(report, "plain"))
     report.tables_json(), report.bars           # for --json, for --figures
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kv_cache_manager import MemoryUsage
@@ -47,6 +49,8 @@ class Saving:
     num_samples: int
     ours: float
     paper: float | None
+    batch: float  # mean
+    unexplained: int  # iterations in which the blocks saved were not those of the shared prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class Check:
     detail: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ScenarioReport:
     """What a scenario found: text and tables in order, checks, and one sentence of answer.
 
@@ -69,25 +73,16 @@ class ScenarioReport:
     number: int
     name: str
     question: str
-    parts: list[Table | str] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
+    parts: Sequence[Table | str] = ()
+    checks: Sequence[Check] = ()
     answer: str = ""
-    data: list[Table] = field(default_factory=list)
-    bars: dict[str, dict[str, float]] = field(default_factory=dict)  # system -> part -> percent
-    series: list[Series] = field(default_factory=list)
-    pools: list[Pool] = field(default_factory=list)
-    savings: list[Saving] = field(default_factory=list)
-    recordings: list[Recording] = field(default_factory=list)
+    data: Sequence[Table] = ()
+    bars: Mapping[str, dict[str, float]] = field(default_factory=dict)  # system -> part -> percent
+    series: Sequence[Series] = ()
+    pools: Sequence[Pool] = ()
+    savings: Sequence[Saving] = ()
+    recordings: Sequence[Recording] = ()
     map: tuple[Recording, Moment] | None = None  # a moment that is worth a picture
-
-    def check(self, name: str, ok: bool, detail: str) -> None:
-        """Note that something held or did not; the run goes on either way."""
-        self.checks.append(Check(name, bool(ok), detail))
-
-    def note(self, name: str, **figures: Cell) -> None:
-        """A table of one row for JSON alone."""
-        row = [tuple(figures.values())]
-        self.data.append(Table(name.replace("_", " "), tuple(figures), row, name=name, index=0))
 
     def to_json(self) -> dict:
         """What it asked and answered; its tables and checks are in lists of their own."""
@@ -101,9 +96,15 @@ class ScenarioReport:
     def checks_json(self) -> list[dict]:
         """Its checks, each with the scenario's number."""
         return [
-            {"scenario": self.number, "name": c.name, "ok": c.ok, "detail": c.detail}
+            {"scenario": self.number, "name": c.name, "ok": bool(c.ok), "detail": c.detail}
             for c in self.checks
         ]
+
+
+def note(name: str, **figures: Cell) -> Table:
+    """A table of one row for JSON alone."""
+    title, row = name.replace("_", " "), tuple(figures.values())
+    return Table(title, tuple(figures), [row], name=name, index=0)
 
 
 def render_scenario(report: ScenarioReport, fmt: str) -> str:
@@ -142,18 +143,10 @@ def block_map(
 
     `spans` gives runs of slots from slot 0 on: (number of slots, kind), a kind being a character.
     """
-    total = sum(count for count, _ in spans)
-    if total != num_blocks * block_size:
-        raise ValueError(f"the spans cover {total} of {num_blocks * block_size} slots")
-    per_cell = per_char * block_size
-    cells: list[dict[str, int]] = [{} for _ in range(-(-total // per_cell))]
-    slot = 0
-    for count, kind in spans:
-        end = slot + count
-        while slot < end:
-            cell = slot // per_cell
-            step = min(end, (cell + 1) * per_cell) - slot
-            cells[cell][kind] = cells[cell].get(kind, 0) + step
-            slot += step
-    text = "".join(max(cell, key=lambda kind: cell[kind]) for cell in cells)
+    slots = [kind for count, kind in spans for _ in range(count)]
+    if len(slots) != num_blocks * block_size:
+        raise ValueError(f"the spans cover {len(slots)} of {num_blocks * block_size} slots")
+    step = per_char * block_size
+    cells = (Counter(slots[first : first + step]) for first in range(0, len(slots), step))
+    text = "".join(max(cell, key=cell.get) for cell in cells)
     return "\n".join(text[i : i + width] for i in range(0, len(text), width))

@@ -23,7 +23,7 @@ from vllm_sim.reporting.files import check_writable, write_json
 from vllm_sim.reporting.progress import Progress
 from vllm_sim.reporting.tables import render
 from vllm_sim.scenarios import baseline, mixed, paged, pictures, sampling, timeline
-from vllm_sim.scenarios.report import ScenarioReport, checks_table, render_scenario
+from vllm_sim.scenarios.report import Check, ScenarioReport, checks_table, render_scenario
 from vllm_sim.scenarios.setting import Setting, check_setting
 from vllm_sim.workload.traces import read_trace
 
@@ -131,13 +131,15 @@ def tune_cpu() -> None:
 
 def run_one(number: int, setting: Setting, progress: Progress) -> ScenarioReport:
     """One scenario; an invariant that does not hold is a check that failed, not a crash."""
+    scenario = SCENARIOS[number]
     try:
-        return SCENARIOS[number].run(setting, progress)
+        return scenario.report(scenario.run(setting, progress))
     except AssertionError as error:
-        report = ScenarioReport(number, SCENARIOS[number].__name__, "What went wrong?")
-        report.check("all invariants", False, " ".join(str(error).split()) or "assertion failed")
-        report.answer = "an invariant did not hold, so nothing is shown."
-        return report
+        reason = " ".join(str(error).split()) or "assertion failed"
+        checks = [Check("all invariants", False, reason)]
+        answer = "an invariant did not hold, so nothing is shown."
+        about = scenario.__name__, "What went wrong?"
+        return ScenarioReport(number, *about, checks=checks, answer=answer)
 
 
 def write_outputs(

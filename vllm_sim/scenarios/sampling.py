@@ -9,18 +9,18 @@ K and V are read back through its block table after it diverged.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from kv_cache_manager import PagedKVCacheManager
+from kv_cache_manager import MemoryUsage, PagedKVCacheManager
 from paged_attention import slot_mapping
 from sequence import SequenceGroup
 from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import Table, counted
-from vllm_sim.scenarios.recorder import Recorder
-from vllm_sim.scenarios.report import Saving, ScenarioReport
+from vllm_sim.scenarios.recorder import Recorder, Recording
+from vllm_sim.scenarios.report import Check, Saving, ScenarioReport
 from vllm_sim.scenarios.setting import Setting, num_queued, sample_requests
 from vllm_sim.scenarios.stamped_cache import Stamps
 from vllm_sim.serving.scheduler import Scheduler
@@ -33,19 +33,49 @@ OUTPUT_LEN = 100  # tokens that each sample generates
 WARMUP, ITERATIONS = 200, 400
 RECORDED = 4  # samples of the prompt that a timeline and a picture show
 LONGER = {ALPACA.name: 1, SHAREGPT.name: 5}  # requests that live longer need longer means
+FIG15_TOLD = {  # by lengths and number of samples; for ShareGPT a range in the text: its ends
+    ALPACA.name: paper.FIG15["parallel"],
+    SHAREGPT.name: dict(zip((2, 6), paper.FIG15_SHAREGPT["parallel"])),
+}
 
 
-def run(setting: Setting, progress: Progress = SILENT) -> ScenarioReport:
-    """All of scenario 3; with the savings of Fig. 15 and every block of two small pools."""
-    report = ScenarioReport(
-        3,
-        "parallel sampling with copy-on-write",
-        "What do n samples of one prompt cost when they share its blocks?",
-    )
-    figure_8(setting, report)
-    one_prompt(setting, report, progress.part(0, 2, "samples of one prompt"))
-    figure_15(setting, report, progress.part(1, 2, "steady states"))
-    return report
+@dataclass(frozen=True, slots=True)
+class Figure8:
+    """Two samples on the blocks that the figure draws."""
+
+    rows: list[tuple[str, str, str, int]]  # step, blocks of each sample, references to `last`
+    last: int  # block of the prompt
+    copies: int
+    in_place: bool  # the second sample writes into that block
+    intact: bool
+    recording: Recording
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """n samples of one prompt, after the last token."""
+
+    usage: MemoryUsage
+    copies: int
+    intact: bool  # each sample's K and V
+    recording: Recording
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What scenario 3 measured, each by the function of its name."""
+
+    setting: Setting
+    figure_8: Figure8
+    one_prompt: dict[int, Samples]  # by the number of samples
+    figure_15: list[Saving]
+
+
+def run(setting: Setting, progress: Progress = SILENT) -> Found:
+    """All of scenario 3."""
+    samples = one_prompt(setting, progress.part(0, 2, "samples of one prompt"))
+    savings = figure_15(setting, progress.part(1, 2, "steady states"))
+    return Found(setting, figure_8(setting), samples, savings)
 
 
 class SharedPrompt:
@@ -100,7 +130,7 @@ class SharedPrompt:
         self._stamps.write(self.cache, slots, tokens)
 
 
-def figure_8(setting: Setting, report: ScenarioReport) -> None:
+def figure_8(setting: Setting) -> Figure8:
     """Two samples of a 7-token prompt in blocks of 4, on the blocks that the figure draws."""
     fig = paper.FIG6
     size, prompt_len = fig["block_size"], fig["prompt"]
@@ -116,24 +146,9 @@ def figure_8(setting: Setting, report: ScenarioReport) -> None:
     rows.append(("A1 writes: copy, then write", *_tables(both), manager.ref_count(last)))
     copies += both.generate(1)
     rows.append(("A2 writes in place", *_tables(both), manager.ref_count(last)))
-    report.parts.append(
-        Table(
-            "Fig. 8: two samples, physical blocks (filled slots)",
-            ("step", "sample A1", "sample A2", f"references to block {last}"),
-            rows,
-            f"block size {size}, a prompt of {prompt_len} tokens",
-            name="fig8",
-            keys=("step", "sample_a1", "sample_a2", "references"),
-        )
-    )
-    right = both.holds(0) and both.holds(1)
-    report.check(
-        "Fig. 8: exactly one block copied, both samples intact",
-        copies == 1 and right and manager.block_table(1).blocks[-1] == last,
-        f"{copies} copy; A2 keeps block {last}",
-    )
+    intact, in_place = both.holds(0) and both.holds(1), manager.block_table(1).blocks[-1] == last
     manager.check_invariants()
-    report.recordings.append(both.recorder.recording())
+    return Figure8(rows, last, copies, in_place, intact, both.recorder.recording())
 
 
 def _tables(prompt: SharedPrompt) -> list[str]:
@@ -143,99 +158,50 @@ def _tables(prompt: SharedPrompt) -> list[str]:
     ]
 
 
-def one_prompt(setting: Setting, report: ScenarioReport, progress: Progress = SILENT) -> None:
+def one_prompt(setting: Setting, progress: Progress = SILENT) -> dict[int, Samples]:
     """n samples of a ShareGPT-sized prompt, from the fork to the last token."""
-    size = setting.block_size
-    prompt_len = round(paper.FIG11_MEANS["ShareGPT"]["input"])
-    prompt_len = max(1, min(prompt_len, setting.max_len - OUTPUT_LEN))
+    size, prompt_len = setting.block_size, prompt_len_of(setting)
     about = f"{prompt_len} tokens and {OUTPUT_LEN} of each sample, blocks of {size} slots"
-    blocks, shared = -(-(prompt_len + OUTPUT_LEN) // size), prompt_len // size
-    rows, closed, intact = [], True, True
+    found: dict[int, Samples] = {}
     for n in SAMPLES:
         told = f"Scenario 3: {n} samples of one prompt", about
-        pool = shared + n * (blocks - shared) + n
-        samples = SharedPrompt(setting, pool, size, prompt_len, told=told)
+        _, blocks, _ = closed_form(setting, n)
+        samples = SharedPrompt(setting, blocks + n, size, prompt_len, told=told)
         for sample in range(1, n):
             samples.fork(sample)
         copies = 0
         for token in range(OUTPUT_LEN):
-            progress.at(len(rows) * OUTPUT_LEN + token, len(SAMPLES) * OUTPUT_LEN)
+            progress.at(len(found) * OUTPUT_LEN + token, len(SAMPLES) * OUTPUT_LEN)
             copies += sum(samples.generate(sample) for sample in range(n))
         samples.manager.check_invariants()
-        usage = samples.manager.usage()
-        # Closed forms: all but one sample copy a part-filled last prompt block, and whole prompt
-        # blocks stay shared.
-        expect = (n - 1) * (prompt_len % size > 0), n * blocks - (n - 1) * shared, n * blocks
-        closed = closed and expect == (copies, usage.physical_blocks, usage.logical_blocks)
-        intact = intact and all(samples.holds(sample) for sample in range(n))
-        counts = usage.logical_blocks, usage.physical_blocks, 100 * usage.saved, copies
-        rows.append((n, *counts, expect[0]))
-        if n == RECORDED:
-            recording = samples.recorder.recording()
-            report.recordings.append(recording)
-            report.map = recording, recording.last
-    headers = ("samples", "logical blocks", "physical blocks", "saving %", "copies", "closed form")
-    report.parts.append(
-        Table(
-            "n samples of one prompt, after the last token",
-            headers,
-            rows,
-            f"{setting.model.name}, a prompt of {prompt_len} tokens, {OUTPUT_LEN} generated by "
-            f"each sample, block size {size}",
-            name="one_prompt",
-        )
-    )
-    report.check(
-        "copies and blocks equal their closed forms",
-        closed,
-        f"n = {', '.join(map(str, SAMPLES))}",
-    )
-    report.check(
-        "every sample's K and V intact through its table",
-        intact,
-        f"{sum(SAMPLES)} samples of {prompt_len + OUTPUT_LEN} tokens, "
-        f"{counted(setting.num_layers, 'layer')}",
-    )
+        intact, usage = all(map(samples.holds, range(n))), samples.manager.usage()
+        found[n] = Samples(usage, copies, intact, samples.recorder.recording())
+    return found
 
 
-def figure_15(setting: Setting, report: ScenarioReport, progress: Progress = SILENT) -> None:
+def prompt_len_of(setting: Setting) -> int:
+    """Tokens of the one prompt: ShareGPT's mean, or what a short model has room for."""
+    mean = round(paper.FIG11_MEANS["ShareGPT"]["input"])
+    return max(1, min(mean, setting.max_len - OUTPUT_LEN))
+
+
+def closed_form(setting: Setting, n: int) -> tuple[int, int, int]:
+    """Copies, and physical and logical blocks, of n samples after the last token.
+
+    All but one copy a part-filled last prompt block, and whole prompt blocks stay shared.
+    """
+    size, prompt_len = setting.block_size, prompt_len_of(setting)
+    blocks, shared = -(-(prompt_len + OUTPUT_LEN) // size), prompt_len // size
+    return (n - 1) * (prompt_len % size > 0), n * blocks - (n - 1) * shared, n * blocks
+
+
+def figure_15(setting: Setting, progress: Progress = SILENT) -> list[Saving]:
     """The saving under load: a saturated queue of requests with n samples each."""
-    low, high = paper.FIG15_SHAREGPT["parallel"]  # a range in the text: its ends are 2 and 6
-    rows = []
-    for table, told in ((ALPACA, paper.FIG15["parallel"]), (SHAREGPT, {2: low, 6: high})):
-        unexplained = 0
+    found: list[Saving] = []
+    for table in (ALPACA, SHAREGPT):
         for n in (2, 4, 6):
-            saving, batch, wrong = saving_of(setting, table, n, progress.part(len(rows), 6))
-            unexplained += wrong
-            rows.append((table.name, n, batch, saving, told.get(n)))
-            report.savings.append(Saving(table.name, n, saving, told.get(n)))
-        # How the curve runs is for the table: a mean over so few requests may fall where it should
-        # rise. What saves a block is exact.
-        report.check(
-            f"{table.name}: the blocks saved are the prompts' own",
-            not unexplained,
-            f"in all {3 * LONGER[table.name] * ITERATIONS:,} iterations; "
-            + ", ".join(f"{row[3]:.1f} %" for row in rows[-3:]),
-        )
-    report.parts.append(
-        Table(
-            "Saving by sharing in percent of the blocks without it (Fig. 15)",
-            ("lengths", "samples", "batch", "ours", "paper"),
-            rows,
-            f"{setting.line}, saturated queue, mean of {ITERATIONS} iterations "
-            f"({LONGER[SHAREGPT.name] * ITERATIONS:,} for ShareGPT); "
-            f"for ShareGPT the paper gives a range, {low} to {high} %",
-            decimals=2,
-            name="saving",
-            index=2,
-        )
-    )
-    two, six, told = rows[0][3], rows[2][3], paper.FIG15["parallel"]
-    report.answer = (
-        f"sharing the prompt saves {two:.1f} % (2 samples) to {six:.1f} % (6) of the "
-        f"blocks on Alpaca lengths, and n samples cost n - 1 block copies once; the paper's "
-        f"Fig. 15 says {told[2]} % to {told[6]} %."
-    )
+            found.append(saving_of(setting, table, n, progress.part(len(found), 6)))
+    return found
 
 
 def _shared_blocks(group: SequenceGroup, block_size: int) -> int:
@@ -250,9 +216,8 @@ def _shared_blocks(group: SequenceGroup, block_size: int) -> int:
 
 def saving_of(
     setting: Setting, table: LengthTable, num_samples: int, progress: Progress = SILENT
-) -> tuple[float, float, int]:
-    """Requests with this many samples under a full queue: (saving in percent, mean batch,
-    iterations in which the blocks saved were not those of the shared prompts)."""
+) -> Saving:
+    """Requests with this many samples under a full queue."""
     manager = setting.new_manager(PAGED, num_cpu_blocks=setting.num_blocks)
     requests = sample_requests(table, num_queued(setting), setting, num_samples)
     unexplained, times = 0, LONGER[table.name]
@@ -265,4 +230,95 @@ def saving_of(
 
     length = times * WARMUP, times * ITERATIONS
     mean = steady_state(manager, requests, limits_of(paper.VLLM), *length, each, progress=progress)
-    return 100.0 * mean.saving, mean.batch, unexplained
+    told = FIG15_TOLD[table.name].get(num_samples)
+    saving = 100.0 * mean.saving
+    return Saving(table.name, num_samples, saving, told, mean.batch, unexplained)
+
+
+# ---- what is shown ------------------------------------------------------------------------------
+
+
+def report(found: Found) -> ScenarioReport:
+    """All that is shown; with the savings of Fig. 15 and every block of two small pools."""
+    recordings = [found.figure_8.recording, found.one_prompt[RECORDED].recording]
+    alpaca = {s.num_samples: s for s in found.figure_15 if s.lengths == ALPACA.name}
+    return ScenarioReport(
+        3,
+        "parallel sampling with copy-on-write",
+        "What do n samples of one prompt cost when they share its blocks?",
+        tables(found),
+        checks(found),
+        f"sharing the prompt saves {alpaca[2].ours:.1f} % (2 samples) to {alpaca[6].ours:.1f} % "
+        "(6) of the blocks on Alpaca lengths, and n samples cost n - 1 block copies once; the "
+        f"paper's Fig. 15 says {alpaca[2].paper} % to {alpaca[6].paper} %.",
+        savings=found.figure_15,
+        recordings=recordings,
+        map=(recordings[-1], recordings[-1].last),
+    )
+
+
+def tables(found: Found) -> list[Table]:
+    """Fig. 8, what n samples cost, and Fig. 15."""
+    setting, fig = found.setting, paper.FIG6
+    title = "Fig. 8: two samples, physical blocks (filled slots)"
+    line = f"block size {fig['block_size']}, a prompt of {fig['prompt']} tokens"
+    headers = ("step", "sample A1", "sample A2", f"references to block {found.figure_8.last}")
+    look = {"name": "fig8", "keys": ("step", "sample_a1", "sample_a2", "references")}
+    made = [Table(title, headers, found.figure_8.rows, line, **look)]
+    rows = []
+    for n, s in found.one_prompt.items():
+        counts = s.usage.logical_blocks, s.usage.physical_blocks, 100 * s.usage.saved, s.copies
+        rows.append((n, *counts, closed_form(setting, n)[0]))
+    title = "n samples of one prompt, after the last token"
+    line = f"{setting.model.name}, a prompt of {prompt_len_of(setting)} tokens, {OUTPUT_LEN} "
+    line += f"generated by each sample, block size {setting.block_size}"
+    headers = ("samples", "logical blocks", "physical blocks", "saving %", "copies", "closed form")
+    made.append(Table(title, headers, rows, line, name="one_prompt"))
+    rows = [(s.lengths, s.num_samples, s.batch, s.ours, s.paper) for s in found.figure_15]
+    title = "Saving by sharing in percent of the blocks without it (Fig. 15)"
+    low, high = FIG15_TOLD[SHAREGPT.name].values()
+    line = f"{setting.line}, saturated queue, mean of {ITERATIONS} iterations "
+    line += f"({LONGER[SHAREGPT.name] * ITERATIONS:,} for ShareGPT); "
+    line += f"for ShareGPT the paper gives a range, {low} to {high} %"
+    headers, look = ("lengths", "samples", "batch", "ours", "paper"), {"decimals": 2, "index": 2}
+    return [*made, Table(title, headers, rows, line, name="saving", **look)]
+
+
+def checks(found: Found) -> list[Check]:
+    """What must hold of each part."""
+    setting, fig = found.setting, found.figure_8
+    closed = all(
+        closed_form(setting, n) == (s.copies, s.usage.physical_blocks, s.usage.logical_blocks)
+        for n, s in found.one_prompt.items()
+    )
+    made = [
+        Check(
+            "Fig. 8: exactly one block copied, both samples intact",
+            fig.copies == 1 and fig.intact and fig.in_place,
+            f"{fig.copies} copy; A2 keeps block {fig.last}",
+        ),
+        Check(
+            "copies and blocks equal their closed forms",
+            closed,
+            f"n = {', '.join(map(str, found.one_prompt))}",
+        ),
+        Check(
+            "every sample's K and V intact through its table",
+            all(s.intact for s in found.one_prompt.values()),
+            f"{sum(found.one_prompt)} samples of {prompt_len_of(setting) + OUTPUT_LEN} tokens, "
+            f"{counted(setting.num_layers, 'layer')}",
+        ),
+    ]
+    # How the curve runs is for the table: a mean over so few requests may fall where it should
+    # rise. What saves a block is exact.
+    for name, times in LONGER.items():
+        savings = [saving for saving in found.figure_15 if saving.lengths == name]
+        made.append(
+            Check(
+                f"{name}: the blocks saved are the prompts' own",
+                not any(saving.unexplained for saving in savings),
+                f"in all {3 * times * ITERATIONS:,} iterations; "
+                + ", ".join(f"{saving.ours:.1f} %" for saving in savings),
+            )
+        )
+    return made
