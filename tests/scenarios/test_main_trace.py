@@ -20,6 +20,8 @@ def test_scenario_4_serves_a_trace(capfd, tmp_path, write):
     trace = write(burst(200) + "1,5,0\n", "real.csv")
     assert main.main([*SMALL, "--trace", trace, "--json", str(path), "--quiet"]) == 0
     printed, errors = capfd.readouterr()
+    printed = " ".join(printed.split())  # a line above a table is folded
+    assert "dealt at random; times in seconds: 200 requests over " in printed
     found = json.loads(path.read_text())
     assert errors == "" and found["setting"]["trace"] == "real.csv"
     told = re.search(

@@ -36,6 +36,9 @@ QUESTIONS = (
 )
 
 
+UNKNOWN = '{{"timestamp": {}, "input_length": 5, "output_length": 2}}\n'
+
+
 @pytest.fixture
 def run(capfd, tmp_path, monkeypatch):
     """(what was printed, the JSON) of a run that succeeds without a word on stderr."""
@@ -136,13 +139,16 @@ def test_a_preemption_rate_of_zero_asks_once(run, write):
 
 
 def test_mooncake_says_what_could_be_shared(run, write):
-    long = MOONCAKE.replace("6955", "955").replace("6472", "472")
-    printed, found = run("--trace", write(long), "--gpu", "h100")
+    printed, found = run("--trace", write(MOONCAKE), "--gpu", "h100")
     rows = rows_of(found, "How much of its prompts")
     assert [row["number"] for row in rows] == [8, 2, 25.0]
     assert "a cache without bound would find 25.0 % of the prompts' blocks" in printed
     assert found["setting"]["trace"]["format"] == "Mooncake JSON lines"
-    _, found = run("--trace", write(MOONCAKE), "--gpu", "h100")  # two are longer than OPT's 2,048
+    told = "times in milliseconds, as blocks of 512 tokens say"
+    assert f"0 refused; {told}: 3 requests over 3.054 s, 0.655 requests a second." in printed
+    assert found["setting"]["trace"]["times"] == told
+    args = ("--gpu", "h100", "--max-model-len", 1000)  # two are longer
+    _, found = run("--trace", write(MOONCAKE), *args)
     assert rows_of(found, "How much of its prompts")[0]["number"] == 8
     assert found["setting"]["trace"]["requests"] == 1
 
@@ -242,7 +248,10 @@ def test_a_slow_run_says_which_step_it_is_at(write, capfd, monkeypatch):
         ("--trace bare", "bare: no column of times: give --rate, requests a second, or --rate inf"),
         ("--trace zeros", "zeros: no request can be served: 2 an output of 0 tokens (first in"),
         ("--trace long", "long: no request can be served: 1 longer than 2,048 tokens"),
-        ("--trace other", "line 1: no trace of a known format: no column is one of those for the"),
+        (
+            "--trace other",
+            "line 1: no trace of a known format: its columns, separated by ',': 'a', 'b'; ",
+        ),
         ("--trace good --max-model-len 9", "good: no request can be served: "),
         ("--trace good --workload alpaca", "--workload and --trace are two answers"),
         ("--trace good --gpu-memory 40", "--gpu-memory says no speed, which --trace needs: give"),
@@ -251,6 +260,12 @@ def test_a_slow_run_says_which_step_it_is_at(write, capfd, monkeypatch):
         ("--rate 3", "--rate is about a trace: give --trace"),
         ("--preemption-rate 0.1", "--preemption-rate is about a trace: give --trace"),
         ("--trace-rows 3", "--trace-rows is about a trace: give --trace"),
+        ("--time-unit s", "--time-unit is about a trace: give --trace"),
+        ("--trace unit", "unit: are its times seconds or milliseconds? They are whole, with no ha"),
+        (
+            "--trace text",
+            "'prompt' seems to be text: give its tokens as prompt_tokens; there are n",
+        ),
         ("--speed-of t4", "--speed-of is about a trace: give --trace"),
         ("--trace", "argument --trace: expected one argument"),
         *(
@@ -274,6 +289,8 @@ def test_what_cannot_be_had_takes_one_line(args, told, refused, tmp_path, monkey
         "bare": "input_len,output_len\n9,9\n",
         "zeros": "time,input_len,output_len\n0,9,0\n1,9,0\n",
         "other": "a,b\n1,2\n",
+        "unit": UNKNOWN.format(1) + UNKNOWN.format(2),
+        "text": '{"prompt": "What is the capital of India?", "output_tokens": 128}',
         "long": "time,input_len,output_len\n0,2000,49\n",
     }.items():
         (tmp_path / name).write_text(text)

@@ -27,9 +27,9 @@ BURSTGPT = (
     "120,GPT-4,417,276,693,API log\n"
 )
 MOONCAKE = (
-    '{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47, 2353]}\n'
-    '{"timestamp": 30535, "input_length": 6472, "output_length": 26, "hash_ids": [46, 47, 2366]}\n'
-    '{"timestamp": 30536, "input_length": 100, "output_length": 7, "hash_ids": [9, 47]}\n'
+    '{"timestamp": 27482, "input_length": 1455, "output_length": 52, "hash_ids": [46, 47, 2353]}\n'
+    '{"timestamp": 30535, "input_length": 1472, "output_length": 26, "hash_ids": [46, 47, 2366]}\n'
+    '{"timestamp": 30536, "input_length": 600, "output_length": 7, "hash_ids": [9, 47]}\n'
 )
 
 
@@ -37,10 +37,10 @@ MOONCAKE = (
 def read(tmp_path):
     """Reads text as a file of a name that says nothing."""
 
-    def read(text, at_most=None):
+    def read(text, at_most=None, **more):
         path = tmp_path / "x"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_trace(path, at_most)
+        return read_trace(path, at_most, **more)
 
     return read
 
@@ -94,7 +94,7 @@ def test_mooncake(read, pack):
     assert trace.form == "Mooncake JSON lines"
     times, prompts, outputs = columns(trace)
     assert times == pytest.approx([0.0, 3.053, 3.054])
-    assert (prompts, outputs) == ([6955, 6472, 100], [52, 26, 7])
+    assert (prompts, outputs) == ([1455, 1472, 600], [52, 26, 7])
     # 46 and 47 lead the second prompt; the third's 47 comes behind a block that is new.
     assert (trace.hash_hits, trace.hash_blocks) == (2, 8)
 
@@ -109,14 +109,14 @@ def test_mooncake_without_blocks_and_other_json_lines(read):
     assert trace.arrivals.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("prompt", COLUMNS["prompt"])
-@pytest.mark.parametrize("output", COLUMNS["output"])
+@pytest.mark.parametrize("prompt", " ".join(COLUMNS["prompt"]).split())
+@pytest.mark.parametrize("output", " ".join(COLUMNS["output"]).split()[::4])
 def test_named_columns_in_any_order_and_spelling(read, prompt, output):
     trace = read(f"Row,{output.upper()},time_ms,{prompt}\na,2,500,10\nb,3,2500,20\n")
     assert columns(trace) == ([0.0, 2.0], [10, 20], [2, 3]) and trace.form == "plain CSV"
 
 
-@pytest.mark.parametrize("name", COLUMNS["time"])
+@pytest.mark.parametrize("name", " ".join(COLUMNS["time"]).split())
 def test_names_of_the_time(read, name):
     assert read(f"input_len,output_len,{name}\n1,1,3\n1,1,7.25\n").arrivals.tolist() == [0.0, 4.25]
 
@@ -142,6 +142,96 @@ def test_a_cell_in_quotes_may_hold_commas_and_line_breaks(read):
     assert columns(read('input_len,"the\noutput len",output_len\n1,2,3\n')) == (None, [1], [3])
 
 
+DATES = "TIMESTAMP,ContextTokens,GeneratedTokens\n{},374,44\n{},396,109\n"
+OBJECT = '{"usage": {"prompt_tokens": 374, "completion_tokens": 44}, "arrival_time": 5, "x": 1, '
+OBJECT += '"start_time": 9, "prompt": "a b"}'
+OBJECTS = OBJECT + "\n" + OBJECT.replace("374", "396").replace("44", "109").replace(": 5", ": 9")
+PLAIN, SEMICOLONS = DATES.format(1, 5), DATES.replace(",", ";")
+
+
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        (SEMICOLONS.format("0,5", "4,5"), "times in seconds"),
+        (PLAIN.replace(",", "\t"), "times in seconds"),
+        ("sep=|\r\n" + PLAIN.replace(",", "|"), "times in seconds"),
+        (PLAIN.encode("utf-16"), "times in seconds"),
+        (PLAIN.encode("utf-16-le"), "times in seconds"),
+        (PLAIN.replace("\n", ",M\xe9\n").encode("latin-1"), "times in seconds"),
+        (PLAIN.replace("374", '"0 374"'), "times in seconds"),
+        (PLAIN.replace("374", "0\xa0374").encode("latin-1"), "times in seconds"),
+        (DATES.format("1700158546680000", "1700158550680000"), "times in microseconds since 1970"),
+        (DATES.format("1700158546680", "1700158550680"), "times in milliseconds since 1970"),
+        (
+            PLAIN.replace("TIMESTAMP", "time (ns)").replace("5,", "4000000001,"),
+            "as 'time (ns)' say",
+        ),
+        (DATES.format('"11/16/2023 11:59:58 AM"', '"11/16/2023, 12:00:02 PM"'), "the month first"),
+        (DATES.format("31/12/2023 23:59:58", "1/1/2024 0:00:02"), "dates, the day first"),
+        (SEMICOLONS.format("5.12.23 18:15:46,5", "5.12.23 18:15:50,5"), "the day first"),
+        (DATES.format("2023/12/05 18:15", "2023/12/05 18:15:04"), "times are dates"),
+        (DATES.format("23:59:58", "00:00:02"), "times of day"),
+        ("ts,input_tokens,total_tokens\n1,374,418\n5,396,505\n", "times in seconds"),
+        (OBJECTS, "times in seconds"),
+        (f" [{OBJECTS}]".replace("\n", ",\n"), "times in seconds"),
+        (f"[{OBJECTS}]".replace("\n", ",").encode("utf-16"), "times in seconds"),
+    ],
+)
+def test_traces_as_people_have_them(read, text, times):
+    """Excel's separators and encodings, other names, JSON arrays, and times in any form."""
+    trace = read(text)
+    assert columns(trace)[1:] == ([374, 396], [44, 109]) and times in trace.understood
+    assert trace.arrivals.tolist() == pytest.approx([0.0, 4.0], abs=1e-6)
+    assert trace.understood.endswith(": 2 requests over 4.000 s, 0.25 requests a second")
+
+
+def test_a_long_array_on_one_line_and_one_that_breaks_off(read):
+    text = "[" + ", ".join([OBJECT] * 3000)
+    assert len(text) > 5 * text_files.MAX_LINE_BYTES
+    assert len(read(text + "]")) == len(read(text)) == 3000 and len(read(text, 7)) == 7
+    trace = read(f"[{OBJECT},\n{OBJECT},\n{{nothing}}, {OBJECT}]")
+    assert len(trace) == 2 and trace.refused["not a JSON object"].first_line == 3
+    with pytest.raises(WorkloadError, match="line 1: the file, or this line, is too long"):
+        read("[" + OBJECT.replace("a b", "a" * 70_000) + "]")
+
+
+def mooncake(block, scale, ids=True):
+    lengths = np.random.default_rng(2).integers(1, 5000, 20).tolist()
+    row = '{{"timestamp": {}, "input_length": {}, "output_length": 5, "hash_ids": {}}}\n'.format
+    blocks = [[*range(-(-length // block))] * ids for length in lengths]
+    return "".join(row(i * 37 * scale, *both) for i, both in enumerate(zip(lengths, blocks)))
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "span", "says"),
+    [
+        (mooncake(512, 1), None, 0.703, "times in milliseconds, as blocks of 512 tokens say: 20"),
+        (mooncake(16, 0.1), None, 70.3, "times in seconds, as they have fractions: 20 requests"),
+        (mooncake(16, 1), None, 703.0, "times in seconds, as blocks of 16 tokens say"),
+        (mooncake(64, 0.1), None, 70.3, "times in seconds, as they have fractions"),
+        (
+            mooncake(64, 1),
+            None,
+            None,
+            "They are whole, with blocks of 64 tokens; Mooncake's are mil",
+        ),
+        (mooncake(64, 1, False), None, None, "They are whole, with no hash_ids that fit the lengt"),
+        (mooncake(512, 0.1), None, None, "They are not whole, with blocks of 512 tokens; Mooncake"),
+        (mooncake(64, 1), "ms", 0.703, "times in milliseconds, as --time-unit says"),
+        (DATES.format("00:01", "00:02"), "s", None, "times of day: --time-unit is for numbers"),
+    ],
+)
+def test_the_unit_of_mooncakes_keys_is_found_or_asked_for(read, text, unit, span, says):
+    if span is not None:
+        trace = read(text, unit=unit)
+        assert says in trace.understood and trace.span_s == pytest.approx(span)
+        return
+    with pytest.raises(WorkloadError) as caught:
+        read(text, unit=unit)
+    assert says in str(caught.value) and len(str(caught.value)) < 400
+    assert unit or read(text, timed=False).span_s > 0.0  # as --rate needs no unit
+
+
 def test_the_format_is_not_told_by_the_name(tmp_path):
     for name in ("trace.jsonl", "mooncake.csv.gz", "azure"):
         path = tmp_path / name
@@ -160,7 +250,7 @@ WRONG_ROWS = [
     (",5,5", "the time is not one"),
     ("1_0,5,5", "the time is not one"),
     ("2023-13-01 00:00:00,5,5", "the time is not one"),
-    ("1700000000000,5,5", "a time after the year 5000: milliseconds, under another name?"),
+    ("1700000000000,5,5", "a time after the year 5000: in another unit? (--time-unit)"),
     ("2023-11-16 18:15:46,5,5", "the time is of another kind than in the rows above"),
     ("1,x,5", "the prompt is not a number of tokens"),
     ("1,5.5,5", "the prompt is not a number of tokens"),
@@ -189,7 +279,7 @@ def test_a_row_that_cannot_be_served_is_refused_alone(read, row, reason):
     assert columns(trace) == ([0.0, 3.0], [7, 9], [8, 10])
     assert reasons(trace) == {reason: 2} and trace.refused[reason].first_line == 3
     assert trace.rows_read == 4
-    if "another kind" not in reason:  # alone it is sound
+    if reason.startswith("a time after") is ("another kind" in reason):  # alone they are sound
         with pytest.raises(WorkloadError) as caught:
             read(f"time,input_len,output_len\n{row}\n")
         assert str(caught.value).endswith(f"no request can be served: 1 {reason} (first in line 2)")
@@ -200,7 +290,7 @@ NO_OBJECT, NO_TOKENS, NO_TIME = (
     "is not a number of tokens",
     "the time is not one",
 )
-WHOLE_ROW = '{"timestamp": 1, "input_length": 5, "output_length": 5, "hash_ids": '
+WHOLE_ROW = '{"timestamp": 1, "input_length": 500, "output_length": 5, "hash_ids": '
 NO_HASHES = "hash_ids are not whole numbers"
 WRONG_JSON = [
     ("[1, 2]", NO_OBJECT),
@@ -256,7 +346,7 @@ def test_times_that_go_backwards_are_sorted_and_counted(read):
 
 def test_blocks_are_counted_in_order_of_arrival(read):
     one = '{"timestamp": 9, "input_length": 9, "output_length": 1, "hash_ids": [1, 2, 3]}\n'
-    two = '{"timestamp": 5, "input_length": 9, "output_length": 1, "hash_ids": [1, 7]}\n'
+    two = '{"timestamp": 5.5, "input_length": 8, "output_length": 1, "hash_ids": [1, 7]}\n'
     trace = read(one + two)
     assert (trace.hash_hits, trace.hash_blocks) == (1, 5)  # 1, when the second line was first
     assert trace.up_to(10).hash_hits == 1
@@ -278,22 +368,22 @@ def test_only_the_first_rows(read):
         ("", "the file is empty"),
         ("\n \n", "the file is empty"),
         (AZURE.split("\r")[0], "no rows after the header"),
-        ("a,b,c\n1,2,3\n", "no column is one of those for the prompt: contexttokens, "),
-        ("input_len,b\n1,2\n", "no column is one of those for the output: generatedtokens, "),
+        ("a,b,c\n1,2,3\n", "its columns, separated by ',': 'a', 'b', 'c'; wanted is one"),
+        (
+            "input_len;b\n1;2\n",
+            "separated by ';': 'input_len', 'b'; wanted is one for the output: ",
+        ),
+        ("a\tb\n1\t2\n", "'\\t': 'a', 'b'; wanted is one for the prompt: prompt_tokens, input_"),
         ("1,2,3\n", "no trace of a known format"),
         ("[1, 2]\n", "no trace of a known format"),
-        ('{"a": 1}\n', "no key is one of those for the prompt: "),
+        ('{"a": 1}\n', "its keys: 'a'; wanted is one for the prompt: prompt_tokens, "),
         ('{"a": 1\n', "no trace of a known format: not a JSON object"),
         (
             "input_len,prompt_len,output_len\n1,2,3\n",
             "'input_len' and 'prompt_len' could both be the prompt: keep one column",
         ),
         ("input_len,input_len,output_len\n1,2,3\n", "could both be the prompt"),
-        ("input_len,output_len,time,arrival\n1,2,3,4\n", "could both be the time"),
-        (
-            "input_len,output_len,time,time_ms\n1,2,3,4\n",
-            "a time in seconds and one in milliseconds: keep one column",
-        ),
+        ("input_len,output_len,time,time_ms\n1,2,3,4\n", "could both be the time: keep one column"),
         ("input_len,output_len,time\n1,2,0\n1,2,1e9\n", "more than ten years"),
         ("input_len,output_len\n1,0\n", "no request can be served: 1 an output of 0 tokens"),
         (b"\x1f\x8b\x08", "cannot be read: "),
@@ -324,10 +414,15 @@ def test_a_gzip_bomb_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "MAX_FILE_BYTES", 10**6)
     path = tmp_path / "x"
     row = b'{"timestamp": 1, "input_length": 5, "output_length": 5}\n'
-    path.write_bytes(gzip.compress(row * 20_000))
-    with pytest.raises(WorkloadError, match="is too long"):
-        read_trace(path)
-    assert len(read_trace(path, 1000)) == 1000  # not read any further
+    monkeypatch.setattr(text_files, "MAX_PACKED_BYTES", 10**5)
+    noise = b"".join(b'{"x": "%s"}\n' % os.urandom(500).hex().encode() for _ in range(999))
+    for content in (row * 20_000, gzip.compress(row * 20_000), gzip.compress(row * 2000 + noise)):
+        path.write_bytes(content)
+        with pytest.raises(WorkloadError, match="too long: read its first rows with --trace-rows"):
+            read_trace(path)
+        assert len(read_trace(path, 1000)) == 1000  # not read any further
+    with pytest.raises(WorkloadError, match="too long"):
+        read_trace(path, 2999)
 
 
 # ---- arrivals and prefixes --------------------------------------------------------------------

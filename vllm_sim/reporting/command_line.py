@@ -52,6 +52,7 @@ positive = partial(whole, range(1, 10**12), "a positive integer of at most 12 di
 seed = partial(whole, range(2**32), "an integer from 0 to 2**32 - 1")
 folder = partial(name, "folder ('.' is the current one)")
 file_name = partial(name, "file")
+TIME_UNITS = ("s", "ms", "us", "ns")  # of --time-unit
 
 
 def begin(script: str, *packages: str) -> None:

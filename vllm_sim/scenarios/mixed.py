@@ -343,7 +343,7 @@ def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
     return (
         f"lengths, order and bursts of the first {count:,} requests of {trace.name}{again}"
         f"{left_out}; {cut:,} cut to fit the pool, or to {max_output} tokens of output; decoding "
-        "methods dealt at random"
+        f"methods dealt at random; {trace.understood}"
     )
 
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from vllm_sim import models, paper
-from vllm_sim.reporting.command_line import OneLineParser, file_name, positive, seed
+from vllm_sim.reporting.command_line import TIME_UNITS, OneLineParser, file_name, positive, seed
 from vllm_sim.reporting.files import add_output_options
 
 EXAMPLE = """\
@@ -69,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--block-size", type=positive, default=size, metavar="N", help=help)
     help = "scenario 4 serves the first requests of this trace (docs/capacity.md)"
     add("--trace", type=file_name, metavar="FILE", help=help)
+    help = "of the trace's times where they are numbers (default: found; what it is, is printed)"
+    add("--time-unit", choices=TIME_UNITS, help=help)
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     help = "write a page here that plays scenarios 3 and 4 back, block by block"
     add("--timeline", type=Path, metavar="FILE", help=help)

@@ -84,6 +84,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
     num_layers = model.num_layers if args.layers is None else args.layers
     if num_layers > model.num_layers:
         raise UsageError(f"--layers {num_layers}: {model.name} has {model.num_layers}")
+    if args.trace is None and args.time_unit is not None:
+        raise UsageError("--time-unit is about a trace: give --trace")
     if args.trace is not None and 4 not in (args.scenario or (4,)):
         raise UsageError("--trace is for scenario 4: add --scenario 4")
     # Models that the paper does not use get as many slots as its smallest.
@@ -92,7 +94,9 @@ def make_setting(args: argparse.Namespace) -> Setting:
     try:
         heads = model.num_heads, model.num_kv_heads, model.head_size
         kernel, why = choose_kernel(args.kernel, device, *heads)
-        trace = None if args.trace is None else read_trace(args.trace, MAX_TRACE_ROWS)
+        trace = None
+        if args.trace is not None:
+            trace = read_trace(args.trace, MAX_TRACE_ROWS, args.time_unit)
         sizes = num_layers, num_blocks, args.block_size
         setting = Setting(model, device, *sizes, args.seed, kernel, why, trace)
         check_setting(setting)

@@ -199,6 +199,8 @@ class TraceCase:
             "rows_read": trace.rows_read,
             "rows_refused": {reason: found.rows for reason, found in trace.refused.items()},
             "rows_sorted": trace.rows_sorted,
+            "times": trace.times,
+            "span_s": trace.span_s,
             "requests": len(trace),
             "arrival_rate": None if self.arrival_rate == float("inf") else self.arrival_rate,
             "all_at_once": self.arrival_rate == float("inf"),
@@ -210,7 +212,7 @@ class TraceCase:
 
 def make_trace_case(args: argparse.Namespace, case: Case) -> TraceCase:
     """The trace that the options name, for this case. UsageError, WorkloadError."""
-    trace = read_trace(args.trace, args.trace_rows)
+    trace = read_trace(args.trace, args.trace_rows, args.time_unit, timed=args.rate is None)
     if args.rate is None and trace.arrivals is None:
         raise UsageError(
             f"{args.trace}: no column of times: give --rate, requests a second, or --rate inf"

@@ -16,7 +16,14 @@ from functools import partial
 
 from vllm_sim import paper
 from vllm_sim.models import GPUS, MODELS
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, file_name, positive, seed
+from vllm_sim.reporting.command_line import (
+    TIME_UNITS,
+    OneLineParser,
+    UsageError,
+    file_name,
+    positive,
+    seed,
+)
 from vllm_sim.reporting.files import add_output_options
 
 MATRIX_BITS = {"fp16": 16, "bf16": 16, "fp8": 8}
@@ -94,6 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "requests a second, Poisson, instead of the file's times; inf: all at once"
     add("--rate", text, arrival_rate, metavar="N|inf")
     add("--trace-rows", "only the first rows of the file", positive)
+    text = "of the file's times where they are numbers (default: found; what it is, is printed)"
+    add("--time-unit", text, choices=TIME_UNITS)
     text = "whose bandwidth and FLOPS, with --gpu-memory (docs/capacity.md)"
     add("--speed-of", text, str.lower, metavar="GPU", choices=gpus)
     return parser
@@ -119,7 +128,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.gpu and args.gpu_memory:
         raise UsageError("--gpu and --gpu-memory are two answers to one question: give one of them")
     if args.trace is None:
-        for name in ("preemption_rate", "rate", "trace_rows", "speed_of"):
+        for name in ("preemption_rate", "rate", "trace_rows", "time_unit", "speed_of"):
             if getattr(args, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} is about a trace: give --trace")
         return

@@ -24,7 +24,6 @@ from vllm_sim.sizing.answers import WHAT, memory_sections
 from vllm_sim.sizing.case import Section, TraceCase
 from vllm_sim.sizing.trace_needs import Need, servers_needed, smallest_pool
 from vllm_sim.sizing.trace_serving import Served, serve, unbounded
-from vllm_sim.workload.trace_formats import HASH_BLOCK
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
 ALLOWED = "held up, at most %"
@@ -152,8 +151,8 @@ def contents(asked: TraceCase) -> Section:
         asked.line,
         name="trace",
         keys=(*WHAT, "first_line"),
-        answer=f"{trace.form}: {counted(trace.rows_read, 'row')} read, {refused:,} refused, "
-        f"{counted(len(trace), 'request')} over {trace.span_s:,.0f} s.",
+        answer=f"{trace.form}: {counted(trace.rows_read, 'row')} read, {refused:,} refused; "
+        f"{trace.understood}.",
     )
 
 
@@ -183,7 +182,7 @@ def prefixes(asked: TraceCase) -> Section:
         "How much of its prompts could be shared?",
         ("", "number"),
         [
-            (f"blocks of {HASH_BLOCK} tokens in all prompts", blocks),
+            (f"blocks of {asked.trace.hash_block or 'unknown'} tokens in all prompts", blocks),
             ("leading blocks that an earlier prompt had", hits),
             ("of all, %", share),
         ],

@@ -76,7 +76,10 @@ def read_cells(path: str | os.PathLike[str], names: Sequence[str]) -> Iterator[R
     lines = read_csv(read_text(path))
     place, header = next(lines, (os.fspath(path), []))
     if any(header.count(name) != 1 for name in names):
-        raise WorkloadError(f"{place}: the header must name {', '.join(names)}, once each")
+        found = ", ".join(f"{name[:30]!a}" for name in header[:8])
+        raise WorkloadError(
+            f"{place}: the header must name {', '.join(names)}, once each; it has {found}"
+        )
     wanted = [header.index(name) for name in names]
     for place, cells in lines:
         if len(cells) != len(header):

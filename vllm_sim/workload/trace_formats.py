@@ -4,48 +4,62 @@ Reproduces nothing of the paper. A file is plain or gzipped, whatever its name:
 
     Azure     CSV: TIMESTAMP, ContextTokens, GeneratedTokens
     BurstGPT  CSV: Timestamp (s), Model, Request tokens, Response tokens, Total tokens, Log Type
-    Mooncake  a JSON object a line: timestamp (ms), input_length, output_length, hash_ids
+    Mooncake  a JSON object a line: timestamp, input_length, output_length, hash_ids
     CSV, JSON lines   any other with columns, or keys, that COLUMNS knows
 
     form, rows = find_format(name, read_text(name))
     for place, row in rows:
-        tokens_of(form, row), moment_of(form, row)      # RowError: why the row is refused
+        tokens_of(form, row), row[form.time]        # RowError: why the row is refused
 
-traces.py makes a Trace of the rows; docs/capacity.md lists formats, columns and reasons.
+traces.py makes a Trace of the rows, trace_times.py understands their times; docs/capacity.md lists
+formats, columns and reasons.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import chain
 
 from vllm_sim.workload.requests import MAX_LENGTH
-from vllm_sim.workload.text_files import Line, WorkloadError, read_csv
+from vllm_sim.workload.text_files import Line, WorkloadError, find_separator, read_csv
 
-# What a column may be called, with all but letters and digits left out, in lower case.
+# What a column may be called; all but letters and digits, and capitals, do not matter. The first
+# names in a line that a file has go before those in the lines below.
 COLUMNS = {
-    role: names.split()
-    for role, names in {
-        "prompt": "contexttokens requesttokens inputlength inputlen inputtokens numinputtokens "
-        "promptlength promptlen prompttokens numprompttokens numprefilltokens prompt input",
-        "output": "generatedtokens responsetokens outputlength outputlen outputtokens "
-        "numoutputtokens completiontokens numdecodetokens completion response output",
-        "time": "timestamp timestamps time times arrival arrivals arrivaltime arrivaltimes "
-        "arrivedat starttime",
-        "time in ms": "timestampms timems arrivalms arrivaltimems",
-    }.items()
+    "prompt": (
+        "prompt_tokens input_tokens ContextTokens input_length prompt_length request_tokens "
+        "input_len prompt_len num_prompt_tokens num_input_tokens num_prefill_tokens "
+        "prefill_tokens n_prompt_tokens isl",
+        "prompt input",
+    ),
+    "output": (
+        "completion_tokens output_tokens GeneratedTokens output_length response_tokens output_len "
+        "completion_length response_length completion_len response_len num_output_tokens "
+        "num_completion_tokens num_decode_tokens num_generated_tokens decode_tokens "
+        "generation_tokens n_generated_tokens osl",
+        "completion response output",
+    ),
+    "time": (
+        "arrival_time arrivals arrival arrival_times arrival_timestamp arrived_at",
+        "timestamp time timestamps times ts datetime request_time created_at created",
+        "start_time start started_at start_timestamp",
+    ),
+    "total": ("total_tokens num_total_tokens total_length total_len",),
+}
+SECONDS = {
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1.0),
+    **dict.fromkeys(("ms", "msec", "millis", "milliseconds"), 1e-3),
+    **dict.fromkeys(("us", "usec", "micros", "microseconds"), 1e-6),
+    **dict.fromkeys(("ns", "nanos", "nanoseconds"), 1e-9),
 }
 AZURE = {"timestamp", "contexttokens", "generatedtokens"}
 BURSTGPT = {"timestamp", "model", "requesttokens", "responsetokens"}
 MOONCAKE = {"timestamp", "inputlength", "outputlength"}
-HASH_BLOCK = 512  # tokens of one of Mooncake's prefix blocks
-LATEST_S = 1e11  # seconds since 1970; milliseconds of today are more
 NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
+THOUSANDS = re.compile("[0-9]{1,3}(?:[ ,'\u00a0\u2009\u202f][0-9]{3})+")
 FAILED = "failed: 0 response tokens"
 
 
@@ -59,14 +73,16 @@ Row = tuple[str, Mapping[str, object] | RowError]
 
 @dataclass(frozen=True)
 class Format:
-    """Which cell or key holds what. `unit_s` is the seconds of one unit of the times."""
+    """Which cell or key holds what. `unit_s`: seconds of a unit of the times, where it is named."""
 
     name: str
     prompt: str
-    output: str
+    output: str | None  # None: what the total is above the prompt
+    total: str | None
     time: str | None
-    unit_s: float
+    unit_s: float | None
     hashed: bool = False  # the rows may have hash_ids
+    decimal_comma: bool = False  # the cells may be written as 0,5
 
 
 def find_format(name: str, lines: Iterator[Line]) -> tuple[Format, Iterator[Row]]:
@@ -74,11 +90,16 @@ def find_format(name: str, lines: Iterator[Line]) -> tuple[Format, Iterator[Row]
     place, first = next(lines, (name, ""))
     if not first:
         raise WorkloadError(f"{name}: the file is empty")
-    if first.startswith("{"):
-        return _json_format(place, first), _json_rows(place, first, lines)
-    rows = read_csv(chain([(place, first)], lines))
-    place, header = next(rows)
-    form = _csv_format(place, header)
+    lines = chain([(place, first)], lines)
+    if first.lstrip().startswith("{"):
+        row = _object(first)
+        if isinstance(row, RowError):
+            raise WorkloadError(f"{place}: no trace of a known format: {row}: {first[:60]!a}")
+        return _format(place, list(row), None), ((place, _object(text)) for place, text in lines)
+    separator, lines = find_separator(lines)
+    rows = read_csv(lines, separator)
+    place, header = next(rows, (place, [first]))
+    form = _format(place, header, separator)
     return form, _csv_rows(form, header, rows)
 
 
@@ -86,53 +107,53 @@ def _plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
-def _choose(place: str, names: Sequence[str], what: str) -> dict[str, str]:
-    """{prompt, output, time, time in ms: the name that stands for it}. Raises WorkloadError."""
+# {plain name: (role, rank, seconds of a unit or None)}; a time may be called by its unit as well.
+KNOWN = {
+    _plain(name) + unit: (role, rank, seconds)
+    for role, ranks in COLUMNS.items()
+    for rank, names in enumerate(ranks)
+    for name in names.split()
+    for unit, seconds in {"": None, **(SECONDS if role == "time" else {})}.items()
+}
+KNOWN |= {_plain(name): ("time", 1, None) for name in ("timestamps", "times")}
+KNOWN["arrivals"] = ("time", 0, None)
+
+
+def _known(name: str) -> tuple[str, int, float | None]:
+    """(role, rank, seconds of a unit) of a column, or of a key, which may lie in another."""
+    return KNOWN.get(_plain(name)) or KNOWN.get(_plain(name.rpartition(".")[2])) or ("", 0, None)
+
+
+def _format(place: str, names: Sequence[str], separator: str | None) -> Format:
+    """The format with these columns, or keys where nothing separates. Raises WorkloadError."""
+    what = "key" if separator is None else "column"
     found: dict[str, str] = {}
-    for role, known in COLUMNS.items():
-        named = [name for name in names if _plain(name) in known]
+    for role, ranks in COLUMNS.items():
+        ranked = [[n for n in names if _known(n)[:2] == (role, rank)] for rank in range(len(ranks))]
+        named = next(filter(None, ranked), [])
         if len(named) > 1:
             shown = " and ".join(f"{name[:30]!a}" for name in named[:2])
             raise WorkloadError(f"{place}: {shown} could both be the {role}: keep one {what}")
         if named:
             found[role] = named[0]
     missing = [role for role in ("prompt", "output") if role not in found]
-    if missing:
-        wanted = "; ".join(f"{role}: {', '.join(COLUMNS[role][:7])}" for role in missing)
+    if missing and not ("prompt" in found and "total" in found):
+        shown = ", ".join(f"{name[:30]!a}" for name in names[:8]) + " ..." * (len(names) > 8)
+        split = "" if separator is None else f", separated by {separator!a}"
+        wanted = "; ".join(f"{r}: {', '.join(COLUMNS[r][0].split()[:6])} ..." for r in missing)
         raise WorkloadError(
-            f"{place}: no trace of a known format: no {what} is one of those for the {wanted} ... "
-            "(capitals, blanks, _ and - do not matter)"
+            f"{place}: no trace of a known format: its {what}s{split}: {shown}; wanted is one for "
+            f"the {wanted} (capitals, blanks, _ and - do not matter)"
         )
-    if "time" in found and "time in ms" in found:
-        raise WorkloadError(f"{place}: a time in seconds and one in milliseconds: keep one {what}")
-    return found
-
-
-def _csv_format(place: str, header: list[str]) -> Format:
-    found = _choose(place, header, "column")
-    plain = {_plain(name) for name in header}
-    name = "Azure CSV" if plain >= AZURE else "BurstGPT CSV" if plain >= BURSTGPT else "plain CSV"
-    time = found.get("time") or found.get("time in ms")
-    unit = 1e-3 if "time in ms" in found else 1.0
-    return Format(name, found["prompt"], found["output"], time, unit)
-
-
-def _json_format(place: str, first: str) -> Format:
-    row = _object(first)
-    if isinstance(row, RowError):
-        raise WorkloadError(f"{place}: no trace of a known format: {row}")
-    found = _choose(place, list(row), "key")
-    mooncake = {_plain(name) for name in row} >= MOONCAKE
-    time = found.get("time") or found.get("time in ms")
-    unit = 1e-3 if mooncake or "time in ms" in found else 1.0
-    return Format(
-        "Mooncake JSON lines" if mooncake else "JSON lines",
-        found["prompt"],
-        found["output"],
-        time,
-        unit,
-        hashed=True,
-    )
+    plain, time = {_plain(name) for name in names}, found.get("time")
+    if separator is None:
+        form = "Mooncake JSON lines" if plain >= MOONCAKE else "JSON lines"
+    else:
+        form = "Azure" if plain >= AZURE else "BurstGPT" if plain >= BURSTGPT else "plain"
+        form += " CSV"
+    columns = found["prompt"], found.get("output"), found.get("total"), time
+    unit_s = None if time is None else _known(time)[2]
+    return Format(form, *columns, unit_s, separator is None, separator not in (None, ","))
 
 
 def line_of(place: str) -> int:
@@ -144,7 +165,7 @@ def _csv_rows(
     form: Format, header: list[str], rows: Iterator[tuple[str, list[str]]]
 ) -> Iterator[Row]:
     """(place, {column: cell} of the columns that matter, or why the row is refused)."""
-    names = [name for name in (form.prompt, form.output, form.time) if name is not None]
+    names = [name for name in (form.prompt, form.output, form.total, form.time) if name is not None]
     wanted = [(name, header.index(name)) for name in names]
     for place, cells in rows:
         if len(cells) != len(header):
@@ -153,64 +174,45 @@ def _csv_rows(
             yield place, {name: cells[index] for name, index in wanted}
 
 
-def _json_rows(place: str, first: str, lines: Iterator[Line]) -> Iterator[Row]:
-    yield place, _object(first)
-    for place, text in lines:
-        yield place, _object(text)
-
-
 def _object(text: str) -> dict[str, object] | RowError:
+    """A JSON object, with what lies in an object of it under 'its key.the other's' as well."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):  # ValueError: also for a number of 5,000 digits
         return RowError("not a JSON object")
-    return row if isinstance(row, dict) else RowError("not a JSON object")
+    if not isinstance(row, dict):
+        return RowError("not a JSON object")
+    inner = [(name, value) for name, value in row.items() if isinstance(value, dict)]
+    return row | {f"{name}.{key}": one for name, value in inner for key, one in value.items()}
 
 
 def tokens_of(form: Format, row: Mapping[str, object]) -> tuple[int, int]:
     """(prompt, output); RowError unless both are whole and positive."""
-    counts = []
-    for role, name in (("prompt", form.prompt), ("output", form.output)):
-        value = row.get(name)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        if not isinstance(text, str) or not NUMBER.fullmatch(text):
-            raise RowError(f"the {role} is not a number of tokens")
-        counts.append(int(text.partition(".")[0]))
-    prompt, output = counts
+    prompt = _count("prompt", row.get(form.prompt))
+    if form.output is not None:
+        output = _count("output", row.get(form.output))
+    else:
+        output = _count("total", row.get(form.total)) - prompt
     if prompt < 0 or output < 0:
         raise RowError("negative tokens")
     if output == 0:
         raise RowError(FAILED if form.name.startswith("BurstGPT") else "an output of 0 tokens")
     if prompt == 0:
         raise RowError("a prompt of 0 tokens")
-    if max(counts) > MAX_LENGTH:
+    if max(prompt, output) > MAX_LENGTH:
         raise RowError(f"more than {MAX_LENGTH:,} tokens")
     return prompt, output
 
 
-def moment_of(form: Format, row: Mapping[str, object]) -> tuple[float, bool]:
-    """(seconds, whether it is a date); a date without a time zone is taken for UTC."""
-    if form.time is None:
-        return 0.0, False
-    value = row.get(form.time)
-    try:
-        # float() would take '1_0', digits of other scripts, and True.
-        spelt = isinstance(value, str) and value.isascii() and "_" not in value
-        if spelt or type(value) in (int, float):
-            seconds = float(value) * form.unit_s
-            if LATEST_S < seconds < math.inf:
-                raise RowError("a time after the year 5000: milliseconds, under another name?")
-            if abs(seconds) < math.inf:
-                return seconds, False
-    except (ValueError, OverflowError):
-        pass
-    try:
-        moment = datetime.fromisoformat(value)
-        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp(), True
-    except (TypeError, ValueError, OverflowError):
-        raise RowError("the time is not one") from None
+def _count(role: str, value: object) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(text, str) and THOUSANDS.fullmatch(text):
+        text = re.sub("[^0-9]", "", text)
+    if not isinstance(text, str) or not NUMBER.fullmatch(text):
+        raise RowError(f"the {role} is not a number of tokens")
+    return int(text.partition(".")[0])
 
 
 def hash_ids(row: Mapping[str, object]) -> tuple[int, ...]:
@@ -219,3 +221,14 @@ def hash_ids(row: Mapping[str, object]) -> tuple[int, ...]:
     if not isinstance(ids, list) or not all(type(one) is int for one in ids):
         raise RowError("hash_ids are not whole numbers")
     return tuple(ids)
+
+
+def block_of(prompts: Sequence[int], hashes: Sequence[Sequence[int]]) -> int:
+    """Tokens of a prefix block, such that ceil(prompt / block) are the ids of nine rows in ten.
+
+    The powers of two are tried; 0 if none is it.
+    """
+    pairs = [(prompt, len(ids)) for prompt, ids in zip(prompts, hashes) if ids]
+    sizes = [2**power for power in range(15)]
+    fits = [sum(-(-prompt // size) == count for prompt, count in pairs) for size in sizes]
+    return sizes[fits.index(max(fits))] if pairs and max(fits) >= 0.9 * len(pairs) else 0

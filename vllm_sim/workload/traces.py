@@ -15,21 +15,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 
-from vllm_sim.workload.text_files import WorkloadError, read_text
+from vllm_sim.reporting.tables import counted
+from vllm_sim.workload.text_files import TooLongError, WorkloadError, read_text
 from vllm_sim.workload.trace_formats import (
+    COLUMNS,
     Format,
     Row,
     RowError,
+    block_of,
     find_format,
     hash_ids,
     line_of,
-    moment_of,
     tokens_of,
 )
+from vllm_sim.workload.trace_times import understand
 
 MAX_SPAN_S = 10 * 366 * 86400.0
 
@@ -62,6 +67,8 @@ class Trace:
     rows_sorted: int = 0  # whose time lies before that of the row above
     hash_hits: int = 0  # leading prefix blocks that an earlier request of the file had
     hash_blocks: int = 0  # 0: the file has none
+    hash_block: int = 0  # tokens of one; 0: not known
+    times: str = "no times"  # what they are, in words
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -70,6 +77,14 @@ class Trace:
     def span_s(self) -> float:
         """Seconds from the first arrival to the last."""
         return float(self.arrivals[-1] - self.arrivals[0])
+
+    @property
+    def understood(self) -> str:
+        """One line: how its times were read, how long it is and its mean rate."""
+        if self.arrivals is None:
+            return self.times
+        rate = f", {(len(self) - 1) / self.span_s:,.3g} requests a second" if self.span_s else ""
+        return f"{self.times}: {counted(len(self), 'request')} over {self.span_s:,.3f} s{rate}"
 
     def up_to(self, max_len: int) -> Trace:
         """The requests of at most `max_len` tokens in all; WorkloadError if there is none."""
@@ -98,7 +113,7 @@ class Trace:
         """
         gaps = np.random.default_rng([seed, 7]).exponential(1.0, len(self)) / rate
         gaps[0] = 0.0
-        return replace(self, arrivals=np.cumsum(gaps))
+        return replace(self, arrivals=np.cumsum(gaps), times=f"arrivals drawn at {rate:g}/s")
 
 
 def why(refused: Mapping[str, Refusal]) -> str:
@@ -110,67 +125,92 @@ def why(refused: Mapping[str, Refusal]) -> str:
     )
 
 
-def read_trace(path: str | os.PathLike[str], at_most: int | None = None) -> Trace:
-    """The requests of a file, of its first `at_most` rows if given.
+def read_trace(
+    path: str | os.PathLike[str],
+    at_most: int | None = None,
+    unit: str | None = None,
+    timed: bool = True,
+) -> Trace:
+    """The requests of a file, of its first `at_most` rows if given, however large the file.
 
-    Times before the row above are put in order, and counted. Raises WorkloadError for a file that
-    cannot be read (read_text), is in no known format, or has no row that can be served.
+    `unit` (s, ms, us, ns) is that of times that are numbers, found unless given; not `timed`:
+    times only order the rows. Times before the row above are put in order, and counted. Raises
+    WorkloadError for a file that cannot be read (read_text), is in no known format, has no row
+    that can be served, or times whose unit must be asked for.
     """
     name = os.fspath(path)
-    form, rows = find_format(name, read_text(path))
-    return _collect(path, form, rows, at_most)
+    with closing(read_text(path, part=at_most is not None)) as lines:
+        try:
+            form, rows = find_format(name, lines)
+            return _collect(name, form, islice(rows, at_most), unit, timed)
+        except TooLongError as error:
+            raise TooLongError(f"{error}: read its first rows with --trace-rows N") from None
 
 
-def _collect(
-    path: str | os.PathLike[str], form: Format, rows: Iterator[Row], at_most: int | None
-) -> Trace:
+def _collect(name: str, form: Format, rows: Iterator[Row], unit: str | None, timed: bool) -> Trace:
     counts: dict[str, Refusal] = {}
-    times, prompts, outputs, numbers, hashes = [], [], [], [], []
+
+    def refuse(reason: str, line: int) -> None:
+        old = counts.get(reason, Refusal(0, line))
+        counts[reason] = Refusal(old.rows + 1, old.first_line)
+
+    found, times, hashes = [], [], []
     read = 0
-    calendar: bool | None = None
     for place, row in rows:
         read += 1
         try:
             if isinstance(row, RowError):
                 raise row
-            prompt, output = tokens_of(form, row)
-            moment, dated = moment_of(form, row)
-            if calendar is not None and dated is not calendar:
-                raise RowError("the time is of another kind than in the rows above")
-            ids = hash_ids(row) if form.hashed else ()
+            tokens = tokens_of(form, row)
+            hashes.append(hash_ids(row) if form.hashed else ())
+            found.append((*tokens, line_of(place)))
+            times.append(row.get(form.time))
         except RowError as error:
-            old = counts.get(str(error), Refusal(0, line_of(place)))
-            counts[str(error)] = Refusal(old.rows + 1, old.first_line)
-        else:
-            calendar = dated
-            times.append(moment)
-            prompts.append(prompt)
-            outputs.append(output)
-            numbers.append(line_of(place))
-            hashes.append(ids)
-        if read == at_most:
-            break
-    if not prompts:
-        told = f"no request can be served: {why(counts)}" if counts else "no rows after the header"
-        raise WorkloadError(f"{os.fspath(path)}: {told}")
-    columns = [np.array(column, dtype=np.int64) for column in (prompts, outputs, numbers)]
-    arrivals, late = None, 0
-    if form.time is not None:
-        arrivals = np.array(times)
+            refuse(str(error), line_of(place))
+    block, told, arrivals, late = block_of([row[0] for row in found], hashes), "no times", None, 0
+    if form.time is not None and found:
+        try:
+            told, seconds = understand(times, form, block, unit, timed)
+        except WorkloadError as error:
+            raise WorkloadError(f"{name}: {error}") from None
+        sound = [i for i, one in enumerate(seconds) if not isinstance(one, str)]
+        for row, one in zip(found, seconds):
+            if isinstance(one, str):
+                refuse(one, row[2])
+        found, hashes = [found[i] for i in sound], [hashes[i] for i in sound]
+        arrivals = np.array([seconds[i] for i in sound])
+    if not found:
+        raise WorkloadError(f"{name}: {_nothing(form, counts)}")
+    columns = np.array(found, dtype=np.int64).T
+    if arrivals is not None:
         late = int((np.diff(arrivals) < 0).sum())
         order = np.argsort(arrivals, kind="stable")
         arrivals = arrivals[order] - arrivals.min()
-        columns = [column[order] for column in columns]
+        columns = columns[:, order]
         hashes = [hashes[i] for i in order.tolist()]
         if arrivals[-1] > MAX_SPAN_S:
             raise WorkloadError(
-                f"{os.fspath(path)}: its times span {arrivals[-1]:.3g} s, more than ten years: "
-                "times are in seconds, or milliseconds if the column says so"
+                f"{name}: {told}: they span {arrivals[-1]:.3g} s, more than ten years: give "
+                "--time-unit"
             )
-    name = ascii(os.path.basename(os.fspath(path)))[1:-1]
     prompts, outputs, lines = columns
-    counted = (lines, late, *prefix_hits(hashes))
+    counted = (lines, late, *prefix_hits(hashes), block, told)
+    name = ascii(os.path.basename(name))[1:-1]
     return Trace(name, form.name, read, prompts, outputs, arrivals, counts, *counted)
+
+
+def _nothing(form: Format, counts: Mapping[str, Refusal]) -> str:
+    """Why no row of a file can be served."""
+    if not counts:
+        return "no rows after the header"
+    told = [f"no request can be served: {why(counts)}"]
+    for role, name in (("prompt", form.prompt), ("output", form.output)):
+        if f"the {role} is not a number of tokens" in counts and name in COLUMNS[role][1].split():
+            told.append(
+                f"{name!a} seems to be text: give its tokens as {COLUMNS[role][0].split()[0]}"
+            )
+            told += ["there are no times such as arrival_time"] * (form.time is None)
+    return "; ".join(told)
 
 
 def prefix_hits(hashes: Sequence[Sequence[int]]) -> tuple[int, int]:
