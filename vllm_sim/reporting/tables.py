@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tabulate import tabulate
+import tabulate
 
 # --format: the name tabulate knows each by.
 FORMATS = {"github": "pipe", "plain": "simple", "latex": "latex_booktabs"}
@@ -106,30 +106,27 @@ def wrapped(text: str, start: str = "", width: int = WIDTH) -> str:
 def _folded(lines: list[list[str]]) -> list[list[str]]:
     """Headers and rows with as many breaks as WIDTH asks for: the widest columns give way.
 
-    Nothing is folded where even a word a line would be too wide.
+    Headers are folded before cells, and nothing where even a word a line would be too wide.
     """
-    headers, *body = lines
-    widths, least = [], []
-    for header, *cells in zip(headers, *body):
-        # tabulate makes a column two wider than its header.
-        widths.append(max(len(header) + 2, *map(len, cells)))
-        words = [word for cell in cells for word in cell.split()]
-        words += [f"{word}  " for word in header.split()]
-        least.append(max(map(len, words), default=0))
+
+    def longest(texts: Sequence[str]) -> int:
+        return max(map(len, texts), default=0)
+
+    columns = [*zip(*lines)]
+    widths = [*map(longest, columns)]
+    whole = [longest([*header.split(), *cells]) for header, *cells in columns]
+    least = [longest(" ".join(column).split()) for column in columns]
     room = WIDTH - 2 * (len(widths) - 1)
     if sum(least) > room:
         return lines
-    while sum(widths) > room:
-        wide = [column for column, width in enumerate(widths) if width > least[column]]
-        widths[max(wide, key=widths.__getitem__)] -= 1
-
-    def fold(line: list[str], less: int = 0) -> list[str]:
-        return [
-            cell if len(cell) <= width - less else wrapped(cell, width=width - less)
-            for cell, width in zip(line, widths)
-        ]
-
-    return [fold(headers, 2), *map(fold, body)]
+    for floor in whole, least:
+        while sum(widths) > max(room, sum(floor)):
+            wide = [column for column, width in enumerate(widths) if width > floor[column]]
+            widths[max(wide, key=widths.__getitem__)] -= 1
+    return [
+        [c if len(c) <= width else wrapped(c, width=width) for c, width in zip(line, widths)]
+        for line in lines
+    ]
 
 
 def render(table: Table, fmt: str) -> str:
@@ -147,7 +144,8 @@ def render(table: Table, fmt: str) -> str:
     headers = [*table.headers]
     if fmt == "plain" and body and not table.picture:
         headers, *body = _folded([headers, *body])
-    text = tabulate(
+    tabulate.MIN_PADDING = 0 if fmt == "plain" else 2  # of headers: the widest need the room
+    text = tabulate.tabulate(
         body,
         headers=headers,
         tablefmt=FORMATS[fmt],
