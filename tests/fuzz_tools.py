@@ -23,6 +23,7 @@ import bench_manager
 import bench_paging_cost
 import bench_serving
 import fit_latency
+import lengths_from_pickle
 import make_length_tables
 import profile_attention
 import pytest
@@ -73,6 +74,8 @@ SOUND = {  # one of each kind of file
     "mooncake.jsonl": '{"timestamp": 9, "input_length": 55, "output_length": 5, "hash_ids": [1]}\n'
     * 9,
     "plain.csv": "text,arrival_ms,prompt_len,output_len\n" + '"a, b",0,374,44\nc,9.5,396,9\n' * 9,
+    "excel.csv": "sep=;\nzeit;ts;isl;osl\n" + "1;11/16/2023 6:15:46 PM;1 024;7\n2;9,5;3;4\n" * 9,
+    "array.json": "[" + '{"usage": {"isl": 7, "osl": 6}, "start_us": 17},\n' * 9 + "{}]",
     "other.jsonl": '{"completion_tokens": 7, "prompt_tokens": 6, "time": "2023-11-16"}\n' * 9,
 }
 ODD = """nan NaN inf -inf Infinity -1 0 -0 1.5 1e3 1e308 0x10 1_0 +5 ' "5" true None null %s%n
@@ -285,8 +288,15 @@ BAD_FOLDERS = (
     "x" * 300,
 )
 SCRIPTS = (main, capacity, reproduce, sweep, fit_latency, make_length_tables, bench_serving)
-SCRIPTS += (bench_manager, bench_beam_step, bench_attention, bench_paging_cost, profile_attention)
-READ = ("trace", "lengths", "merge", "data", "traces")  # options that name what is read
+SCRIPTS += (
+    lengths_from_pickle,
+    bench_manager,
+    bench_beam_step,
+    bench_attention,
+    bench_paging_cost,
+    profile_attention,
+)
+READ = ("trace", "lengths", "merge", "data", "traces", "pickle")  # options that name what is read
 
 
 class Parsed(BaseException):

@@ -144,7 +144,7 @@ def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed):
 
 
 def test_sweeps_refuse_malformed_lists_in_one_line(room, no_work):
-    codes = fuzz_lists(6 * len(SWEPT), 0, room)
+    codes = fuzz_lists(9 * len(SWEPT), 0, room)
     refused = {(script, option) for script, option, code in codes if code == 2}
     assert refused >= {(script.__name__, option) for script, option in SWEPT if option not in PATHS}
 
@@ -301,6 +301,7 @@ def test_no_reader_is_left_out():
         "vllm_sim/models/config_file.py",
         "vllm_sim/reporting/sweep_table.py",
         "vllm_sim/workload/text_files.py",  # READERS and JSON_READERS
+        "tools/lengths_from_pickle.py",
         "tools/update_readme.py",
         "tools/record.py",
         "vllm_sim/workload/length_tables.py",  # our own files
@@ -378,6 +379,7 @@ SCRIPTS = (
     "sweep.py",
     "tools/make_length_tables.py",
     "tools/fit_latency.py",
+    "tools/lengths_from_pickle.py",
     "benchmarks/bench_manager.py",
     "benchmarks/bench_serving.py",
 )
