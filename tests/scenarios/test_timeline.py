@@ -387,6 +387,40 @@ def test_every_step_shows_what_was_recorded(browser, written, number):
 
 
 @needs_chromium
+def test_any_fragment_opens_a_run_and_none_the_one_with_most_to_see(browser, written):
+    """A run that is not there is as none; a step that is not there, the nearest."""
+    path, runs = written
+    last = len(runs[1]["frames"]) - 1
+    kinds = [{e["kind"] for f in run["frames"] for e in f.get("events", ())} for run in runs]
+    most = max(range(4), key=lambda number: len(kinds[number]))
+    assert most == 2, "the run that swaps"
+    page = browser.open(path)
+    for fragment, number, step in (
+        *(
+            (bad, most, 0)
+            for bad in ("", "run", "run=", "run=-1", "run=4", "run=0.5", "run=length")
+        ),
+        *((bad, most, 0) for bad in ("run=1e99", "run=-Infinity", "%", "&&=", "run=x&step=x")),
+        ("run=1", 1, 0),
+        ("run=1&step=7", 1, 7),
+        ("run=1&step=6.7", 1, 7),
+        ("run=1&step=-3", 1, 0),
+        ("run=1&step=9999", 1, last),
+        ("run=1&step=Infinity", 1, last),
+    ):
+        page.ask("Page.navigate", url="about:blank")
+        page.ask("Page.navigate", url=f"{path.as_uri()}#{fragment}")
+        page.wait("document.readyState === 'complete' && location.protocol === 'file:'")
+        assert page.run("+document.getElementById('run').value") == number, fragment
+        check_shown(page, runs[number], step)
+        assert page.run("+document.documentElement.dataset.step") == step, fragment
+    page.run("location.hash = '#run=0&step=2'")
+    page.wait("document.getElementById('run').value === '0'")
+    check_shown(page, runs[0], 2)
+    assert page.errors == []
+
+
+@needs_chromium
 def test_the_page_plays_to_its_end(browser, written):
     path, runs = written
     page, last = browser.open(path, "#run=2"), len(runs[2]["frames"]) - 1

@@ -155,11 +155,20 @@ document.addEventListener("keydown", (event) => {
 });
 
 data.runs.forEach((run, index) => element("run").append(make("option", { value: index }, run.name)));
-// #run=2&step=184 opens there
-const wanted = new URLSearchParams(location.hash.slice(1));
-const first = Math.min(data.runs.length - 1, Number(wanted.get("run")) || 0);
+// How many kinds of things happen in a run.
+const variety = (run) => new Set(run.frames.flatMap((frame) => (frame.events || []).map((event) => event.kind))).size;
+
+// #run=2&step=184 opens there; where no such run is named, the one in which most kinds of things happen.
+function open() {
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  const all = data.runs.map(variety), asked = Number(wanted.get("run") || NaN);
+  const index = data.runs[asked] ? asked : all.indexOf(Math.max(...all));
+  element("run").value = index;
+  show(index);
+  goto(Number(wanted.get("step")));
+}
+
 if (data.runs.length) {
-  element("run").value = first;
-  show(first);
-  goto(Number(wanted.get("step")) || 0);
+  open();
+  window.addEventListener("hashchange", open);
 } else element("about").textContent = "Nothing was recorded.";

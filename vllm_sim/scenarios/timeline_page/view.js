@@ -52,6 +52,7 @@ function show(index) {
   copies.id = "copies";
   element("gpu").append(copies);
   picked = null;
+  step = 0; // the last one may be past the end of this run
   zoom();
   overview();
   goto(0);
@@ -110,7 +111,7 @@ function overview() {
 // ---- a step -----------------------------------------------------------------------------------
 
 function goto(index) {
-  step = Math.max(0, Math.min(replay.length - 1, index));
+  step = Math.max(0, Math.min(replay.length - 1, Math.round(index) || 0));
   const state = replay.at(step);
   const before = step ? replay.at(step - 1) : { tables: new Map(), status: new Map() };
   for (const pool of ["gpu", "cpu"]) {
