@@ -87,7 +87,13 @@ def assert_all_hold(report):
     names = [check.name for check in report.checks]
     assert len(set(names)) == len(names) in NUM_CHECKS[report.number]
     assert report.answer.endswith(".") and "nan" not in report.answer
-    assert render_scenario(report, "plain").isascii()
+    text = render_scenario(report, "plain")
+    assert text.isascii() and max(map(len, text.split("\n"))) <= 100
+    tables = report.tables_json()
+    for name, row in ((name, row) for t in tables for name in t["index"][:1] for row in t["rows"]):
+        assert f"{row[name]} " in text, "no name is broken for that"
+    negative = any(row["saving"] < 0 for row in tables[-1]["rows"] if report.number == 4)
+    assert negative == ("A saving below 0: the shared prefix of" in text)
 
 
 @pytest.mark.parametrize("module", SCENARIOS)

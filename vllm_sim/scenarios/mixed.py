@@ -313,13 +313,20 @@ def report(found: Found) -> ScenarioReport:
     times = min(swap.mean_batch, recompute.mean_batch) / best.mean_batch
     told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
     verified = min(o.kept.verified for o in outcomes if o.kept)
+    shown, words = tables(found), []
+    if any(row[-1] < 0 for row in shown[-1].rows):
+        prefix = max(r.prefix_len for r in found.requests)
+        words = [
+            f"A saving below 0: the shared prefix of {prefix} tokens stays in memory while hardly "
+            "a running request uses it, so that more blocks are held than without sharing."
+        ]
     recordings = {o.run: o.recording for o in outcomes if o.recording}
     marks = {way.name: one.preemptions() for way, one in recordings.items()}
     return ScenarioReport(
         4,
         "mixed workload",
         "Do all decoding methods share one pool under pressure, and is no token ever lost?",
-        tables(found),
+        [*shown, *words],
         checks(found),
         f"paging batches {swap.mean_batch:.1f} (swap) or {recompute.mean_batch:.1f} (recompute) "
         f"requests at a time and is done after {recompute.num_iterations:,} iterations, the best "

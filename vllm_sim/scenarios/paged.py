@@ -319,11 +319,11 @@ def report(found: Found) -> ScenarioReport:
             f"(2 x {m.num_layers} layers x {m.num_kv_heads} heads x {m.head_size} x 2 bytes = "
             f"{m.kv_bytes_per_token:,} bytes per token).",
             f"Kernel gather: copying the blocks of the largest batch together takes {widest:,} "
-            f"more bytes ({share:.1f} % of the pool),\nfor the copies alone. Kernel "
+            f"more bytes ({share:.1f} % of the pool), for the copies alone. Kernel "
             "triton, on a GPU, reads them in place and does not need these."
             if gathers
             else f"Kernel triton reads the blocks in place: the {widest:,} bytes "
-            f"({share:.1f} % of the pool) into which kernel gather\nwould copy the "
+            f"({share:.1f} % of the pool) into which kernel gather would copy the "
             "blocks of the largest batch are not needed.",
         ],
         checks(found),

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kv_cache_manager import MemoryUsage
-from vllm_sim.reporting.tables import Cell, Table, render
+from vllm_sim.reporting.tables import Cell, Table, render, wrapped
 from vllm_sim.scenarios.recorder import Moment, Recording
 
 SERIES_LENGTH = 2000  # iterations of a steady state that a picture shows
@@ -108,7 +108,7 @@ def note(name: str, **figures: Cell) -> Table:
 
 
 def render_scenario(report: ScenarioReport, fmt: str) -> str:
-    """A whole scenario: heading, question, parts, answer."""
+    """A whole scenario: heading, question, parts, answer; lines as long as a table's may be."""
     comment = "% " if fmt == "latex" else ""
     heading = f"Scenario {report.number}: {report.name}"
     lines = [f"{comment}{heading}", f"{comment}{'=' * len(heading)}"]
@@ -119,11 +119,11 @@ def render_scenario(report: ScenarioReport, fmt: str) -> str:
         if isinstance(part, Table):
             lines.append(render(part, fmt))
         elif fmt == "github":
-            lines.append(f"```\n{part}\n```")
+            lines += ["```", *map(wrapped, part.split("\n")), "```"]
         else:
-            lines += [comment + line for line in part.split("\n")]
+            lines += [wrapped(line, comment) for line in part.split("\n")]
         lines.append("")
-    return "\n".join([*lines, f"{comment}Answer: {report.answer}", ""])
+    return "\n".join([*lines, wrapped(f"Answer: {report.answer}", comment), ""])
 
 
 def checks_table(reports: Sequence[ScenarioReport]) -> Table:

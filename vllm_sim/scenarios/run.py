@@ -21,7 +21,7 @@ from vllm_sim.reporting.command_line import UsageError, raise_on_interrupt
 from vllm_sim.reporting.documents import document
 from vllm_sim.reporting.files import check_writable, write_json
 from vllm_sim.reporting.progress import Progress
-from vllm_sim.reporting.tables import render
+from vllm_sim.reporting.tables import render, wrapped
 from vllm_sim.scenarios import baseline, mixed, paged, pictures, sampling, timeline
 from vllm_sim.scenarios.report import Check, ScenarioReport, checks_table, render_scenario
 from vllm_sim.scenarios.setting import Setting, check_setting
@@ -57,7 +57,7 @@ def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
     start = time.perf_counter()  # from here on, torch's import aside
     comment = "% " if args.format == "latex" else ""
     told = ", ".join(f"{key} {value}" for key, value in setting.describe().items())
-    print(f"{comment}{told}\n", flush=True)
+    print(wrapped(told, comment) + "\n", flush=True)
     reports = []
     for index, number in enumerate(chosen):
         part = progress.part(index, len(chosen), f"scenario {number}")
