@@ -32,8 +32,8 @@ from vllm_sim.sizing.options import build_parser, check_options
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Size, simulate, show. Modules that load numpy come here, so that --help is quick."""
     from vllm_sim.reporting.documents import document
-    from vllm_sim.reporting.files import check_writable, write_json
-    from vllm_sim.reporting.tables import render
+    from vllm_sim.reporting.files import check_writable, print_then, write_json
+    from vllm_sim.reporting.tables import render, wrapped
     from vllm_sim.sizing import answers, pictures, trace_answers
     from vllm_sim.sizing.case import make_case, make_trace_case
 
@@ -47,24 +47,28 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         pictures.check(args.figures, asked is not None)
     comment = "% " if args.format == "latex" else ""
     if asked is None:
-        shown = answers.sections(case, progress)
+        found = answers.survey(case, progress)
     else:
-        shown = trace_answers.answer_trace(asked, comment, progress)
-    for note in case.model.notes:
-        print(f"{comment}{case.model.name}: {note}\n")
-    found = []
-    for section in shown:
-        progress.clear()
-        found.append(section)
-        print(render(section, args.format))
-        print(f"\n{comment}Answer: {section.answer}\n", flush=True)
-    if args.json is not None:
-        tables = [section.to_json() for section in found]
-        told = {"setting": (asked or case).to_json(), "tables": tables, "exit_code": 0}
+        found = trace_answers.answer_trace(asked, progress)
+    progress.clear()
+
+    def show() -> None:
+        for line in (found.answer, *(f"{case.model.name}: {note}" for note in case.model.notes)):
+            print(wrapped(line, comment) + "\n")
+        for section in found.sections:
+            print(f"{render(section, args.format)}\n\n{wrapped(section.answer, comment)}\n")
+
+    def keep() -> None:
+        tables = [section.to_json() for section in found.sections]
+        told = {"answer": found.answer, "tables": tables, "exit_code": 0}
+        told["setting"] = (asked or case).to_json()
         told["elapsed_s"] = time.perf_counter() - start
-        write_json(args.json, document("capacity.py", vars(args), seeds=[args.seed], **told))
-    if args.figures is not None:
-        pictures.draw(found, args.figures)
+        if args.json is not None:
+            write_json(args.json, document("capacity.py", vars(args), seeds=[args.seed], **told))
+        if args.figures is not None:
+            pictures.draw(found.sections, args.figures)
+
+    print_then(keep, show)
     return 0
 
 

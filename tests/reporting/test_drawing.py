@@ -36,7 +36,7 @@ BAD = (
 @pytest.fixture
 def early(monkeypatch, refused):
     """Why a script refuses its arguments, before it has run anything."""
-    for module, name in ((scenario_run, "run_one"), (runner, "reproduce"), (answers, "sections")):
+    for module, name in ((scenario_run, "run_one"), (runner, "reproduce"), (answers, "survey")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("ran"))
     return lambda script, *args: refused(script, *SCRIPTS[script], *args, "--quiet")
 

@@ -77,15 +77,50 @@ def test_the_formula_with_its_inputs(run):
     assert [row["value"] for row in rows] == [2, 40, 40, 128, 2, 819_200, 819_200]
 
 
-def test_setting_line_above_each_table_and_answer_below(run):
+def test_the_answer_first_then_tables_with_their_settings_above_and_a_sentence_below(run):
     printed, found = run(*QUICK, "--seed", 3)
+    first, *lines = printed.splitlines()
+    paged = section(found, "How many requests")[-1]["requests"]
+    told = f"{paged:,.0f} requests of 30 + 20 tokens (geometric lengths) at a time"
+    assert first == found["answer"] == f"opt-13b on 1 x a100-40gb, fp16 K/V: {told}"
     line = r"^\(opt-13b, fp16 weights, fp16 K/V, 1 x a100-40gb of 39\.39 GiB, "
     assert len(re.findall(line, printed, re.MULTILINE)) == len(found["tables"]) == 6
-    assert len(re.findall(r"^Answer: .*\.$", printed, re.MULTILINE)) == 6
+    assert max(map(len, lines)) <= 100
+    whole = " ".join(printed.split())
     for part in found["tables"]:
-        assert f"{part['title']}\n(" in printed and f"Answer: {part['answer']}\n" in printed
-        assert part["title"].endswith("?") and part["rows"]
-    assert "geometric lengths of mean 30 + 20 tokens, seed 3" in printed
+        assert f"{part['title']}\n(" in printed and f"{part['answer']} " in f"{whole} "
+        assert part["title"].endswith("?") and part["rows"] and part["answer"].endswith(".")
+    assert "geometric lengths of mean 30 + 20 tokens, seed 3" in whole
+
+
+def test_lengths_are_fixed_if_so_asked_and_two_allocators_are_told_apart(run):
+    printed, found = run(*QUICK, "--lengths", "fixed", "--max-model-len", 50)
+    assert " requests of 30 + 20 tokens (fixed lengths) at a time\n" in printed
+    sizes = {row["counted"]: row for row in section(found, "How many requests")}
+    assert sizes["all at the workload's mean final length"]["tokens_a_request"] == 50
+    # A request of 50 slots is four blocks, or a chunk of 64 slots, whatever else differs.
+    full, chunks = sizes["all at full length"]["requests"], sizes["simulated: max"]["requests"]
+    assert (full, chunks) == (983 / 4, 245)
+    told = next(part["answer"] for part in found["tables"] if part["id"] == "concurrency")
+    assert "paging would hold 245 requests if all had 50 tokens; of this workload it hol" in told
+    assert f"and reservations of 64 slots, whatever the request, {chunks:.1f}" in told
+    held = means(parse_workload("30,20", fixed=True), 2048, 0)
+    assert (held.prompt, held.output, held.held) == (30, 20, pytest.approx(30 + 19 / 2))
+
+
+def test_types_are_those_of_the_configuration_unless_given(run, config):
+    for stored, given, weights, kept in (
+        ({"torch_dtype": "bfloat16"}, (), "bf16", "bf16"),
+        ({"dtype": "bfloat16"}, ("--dtype", "fp8"), "fp8", "bf16"),
+        ({"torch_dtype": "bfloat16"}, ("--dtype", "fp16"), "fp16", "fp16"),
+        ({"dtype": "float32"}, (), "fp16", "fp16"),
+        ({"dtype": 7}, ("--kv-dtype", "fp8"), "fp16", "fp8"),
+    ):
+        path = config("Llama-3.2-1B", **stored)
+        printed, found = run("--model", path, *given, *QUICK)
+        assert (found["setting"]["dtype"], found["setting"]["kv_dtype"]) == (weights, kept)
+        assert f", {kept} K/V: " in printed.splitlines()[0]
+        assert ("stored in 32 bits" in printed) == ("float32" in stored.values())
 
 
 def test_default_run_is_the_papers_finding(run):
@@ -114,7 +149,7 @@ def test_same_seed_same_output_and_another_seed_differs(run):
 
 def test_json_has_exactly_the_promised_keys(run):
     _, found = run(*QUICK)
-    keys = "schema script options versions setting tables exit_code seeds checks elapsed_s"
+    keys = "schema script options versions setting answer tables exit_code seeds checks elapsed_s"
     assert sorted(found) == sorted(keys.split())
     keys = "model family parameters active_parameters layers hidden_size heads kv_heads head_size"
     keys += " gpu gpus memory_bytes plan dtype kv_dtype kv_bytes_per_token weight_bytes_per_gpu"
@@ -193,14 +228,16 @@ def test_no_request_fits_at_full_length(run, config):
     printed, found = run("--model", path, "--gpu-memory", 5.5, *QUICK)
     rows = section(found, "How many requests")
     assert 0 < rows[0]["requests"] < 1 and rows[3]["requests"] == 0.0
-    assert "not one request fits at full length" in printed
+    assert "not one request fits at full length" in " ".join(printed.split())
 
 
 def test_requests_that_are_cut_are_told(run):
     printed, _ = run("--workload", "1500,1500")
+    printed = " ".join(printed.split())
     share = re.search(r"; (\d+\.\d) % of the requests cut to the maximum", printed)
     assert 40 < float(share[1]) < 70
-    assert re.search(r"paging holds [^;]*; \d+ % of it was longer than the maximum", printed)
+    assert re.search(r"at a time, \d\d % of them cut to 2,048 tokens How many bytes", printed)
+    assert re.search(r"it holds [^;]*; \d+ % of it was longer than the maximum", printed)
 
 
 # ---- how it starts ----------------------------------------------------------------------------
@@ -228,7 +265,7 @@ def test_help_has_every_option_from_any_folder(run_script, tmp_path):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.isascii()
     options = "model gpu gpu-memory gpus dtype kv-dtype plan allowance gpu-memory-utilization"
     options += " max-model-len block-size workload prefix-len seed json figures format quiet"
-    options += " trace preemption-rate rate trace-rows speed-of"
+    options += " trace preemption-rate rate trace-rows speed-of lengths"
     assert all(f"--{option} " in done.stdout for option in options.split())
     assert "docs/capacity.md" in done.stdout
 
@@ -270,7 +307,11 @@ def test_value_that_cannot_be_used_is_named_in_one_line(option, values, refused)
         ("--model /dev/null", "not a regular file"),
         ("--model README.md", "not JSON"),
         ("--gpu t4", "opt-13b does not fit: 0.9 of the 14.56 GiB of a GPU are 13.10 GiB, of which"),
+        ("--gpu t4", "one block of 16 slots 0.01 GiB; 4 such GPUs would do"),
         ("--model opt-175b --gpus 8", "does not fit: 0.9 of the 39.39 GiB of each of 8 GPUs"),
+        ("--model opt-175b --gpu-memory 2", "; no number of such GPUs up to 1,024 would do"),
+        ("--lengths fixed", "--lengths fixed is for --workload P,O"),
+        ("--lengths fixed --workload alpaca", "--lengths fixed is for --workload P,O"),
         ("--plan paper --gpu t4", "opt-13b does not fit: 0.95 of the 14.56 GiB of a GPU are"),
         ("--plan paper --dtype fp8", "--plan paper is for opt-125m"),
         ("--plan paper --kv-dtype fp8", "--plan paper is for opt-125m"),

@@ -22,7 +22,7 @@ SHORT = ["--gpu-memory", "30", "--workload", "20,30"]
 @pytest.fixture(scope="module")
 def sections(case_of):
     case = case_of(*SHORT, "--max-model-len", 300)
-    return {section.name: section for section in answers.sections(case)}
+    return {section.name: section for section in answers.survey(case).sections}
 
 
 @needs_matplotlib
@@ -63,7 +63,8 @@ def test_without_a_prefix_its_panel_is_empty(case_of):
 
 @needs_matplotlib
 def test_two_pictures_are_written(tmp_path, monkeypatch, sections, capfd):
-    monkeypatch.setattr(answers, "sections", lambda *_: iter(sections.values()))
+    found = answers.Survey("so", [*sections.values()])
+    monkeypatch.setattr(answers, "survey", lambda *_: found)
     assert capacity.main(["--figures", str(tmp_path / "new")]) == 0
     assert sorted(os.listdir(tmp_path / "new")) == sorted([pictures.SIZES, pictures.SLOTS])
     assert pictures.figures([sections["memory"]]) == {}

@@ -5,7 +5,7 @@ import pytest
 from vllm_sim.models import DEPLOYMENTS
 from vllm_sim.serving.latency import latency_model
 from vllm_sim.sizing import speed
-from vllm_sim.sizing.speed import speed_of
+from vllm_sim.sizing.speed import attention_share, speed_of
 
 
 @pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
@@ -39,3 +39,17 @@ def test_only_active_experts_compute_but_all_are_read(config, case_of):
     flops, bandwidth = 0.5 * 989.5e12, 0.8 * 4800e9
     assert found.token_s == pytest.approx(2 * weights.active / flops, rel=0.02)
     assert found.step_s == pytest.approx(6.5e-3 + 2 * weights.total / bandwidth, rel=0.01)
+
+
+def test_what_attention_itself_would_add_to_prompts(config, case_of):
+    """Causal: 2 FLOPs for each of K and V, an element of a query head and half of n**2 pairs."""
+    case = case_of("--model", config("Llama-3-8B"), "--gpu", "h100")
+    others = case.model.num_params - 128_256 * 4096  # without the input embeddings
+    for prompts, pairs in (((126_000,), 126_000**2 / 2), ((30, 50), (30**2 + 50**2) / 2)):
+        expected = 4 * 32 * 32 * 128 * pairs / (2 * others * sum(prompts))
+        assert attention_share(case.model, prompts) == pytest.approx(expected)
+    assert attention_share(case.model, [126_000]) == pytest.approx(2.2, abs=0.01)
+    windowed = case_of("--model", config("Mistral-7B-v0.1"), "--gpu", "h100").model
+    pairs = 10_000 * 4096 - 4096**2 / 2
+    per_pair = 4 * 32 * 32 * 128 / (2 * (windowed.num_params - 32_000 * 4096) * 10_000)
+    assert attention_share(windowed, [10_000]) == pytest.approx(pairs * per_pair)

@@ -30,6 +30,10 @@ class PlanError(ValueError):
     """The model does not fit, or cannot be split so; the message is one line."""
 
 
+class DoesNotFitError(PlanError):
+    """Not one block is left: more GPUs, or larger ones, may do."""
+
+
 @dataclass(frozen=True)
 class Deployment:
     """A model split over `num_gpus` equal GPUs by tensor parallelism. PlanError if it cannot be."""
@@ -82,7 +86,7 @@ class Sizes:
 class Plan:
     """The bytes of one of a deployment's GPUs; the parts sum to its memory.
 
-    PlanError if no block is left.
+    DoesNotFitError if no block is left.
     """
 
     name: str
@@ -100,7 +104,7 @@ class Plan:
         if self.kv_cache < block:
             gpus = self.deployment.num_gpus
             where = "a GPU" if gpus == 1 else f"each of {gpus} GPUs"
-            raise PlanError(
+            raise DoesNotFitError(
                 f"{self.deployment.model.name} does not fit: {self.utilization:g} of the "
                 f"{self.memory / GIB:.2f} GiB of {where} are {self.usable / GIB:.2f} GiB, of which "
                 f"weights take {self.weights / GIB:.2f}, activations and workspace "

@@ -125,6 +125,7 @@ class Model:
     latent: Latent | None = None
     windows: tuple[int | None, ...] = ()  # of each layer; (): no layer has one
     notes: tuple[str, ...] = ()  # what a reader of the sizes must know
+    dtype: str = ""  # of the checkpoint, fp16 or bf16; "": not said
     quantisation: Quantisation | None = None  # of the checkpoint
     vision_params: int = 0  # of an image encoder, about: its matrices alone, 16 bits each
 

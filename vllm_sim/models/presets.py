@@ -61,6 +61,7 @@ DEPLOYMENTS = {
     name: Deployment(MODELS[name], GPUS[gpu], num_gpus)
     for name, (gpu, num_gpus) in paper.RUNS_ON.items()
 }
+DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp16"}  # as servers load them
 # Why the best known of the others are not sized; anything else is refused as unknown.
 NO_PLAIN_CACHE = {
     "mamba": "a state-space model has no K/V cache",
@@ -125,7 +126,12 @@ def model_of(config: Config, name: str) -> Model:
     # The wrapper's own flag decides whether the output head is the input embedding.
     if text is not config and config.has("tie_word_embeddings"):
         model = replace(model, tied=config.flag("tie_word_embeddings", True))
-    return replace(model, notes=model.notes + notes, quantisation=stored, vision_params=vision)
+    dtypes = [one.values.get(key) for one in (text, config) for key in ("dtype", "torch_dtype")]
+    dtype = next((name for name in dtypes if isinstance(name, str)), "")
+    if dtype == "float32":
+        notes += ("its weights are stored in 32 bits and counted in 16, as servers load them",)
+    told = {"notes": model.notes + notes, "dtype": DTYPES.get(dtype, "")}
+    return replace(model, **told, quantisation=stored, vision_params=vision)
 
 
 def _why_not(config: Config, family: str) -> str:

@@ -3,8 +3,8 @@
 Reproduces: section 3's bytes of a token, Table 1's slots, Fig. 2's parts of the slots and section
 7.2's choice of the block size, for any model, GPU and workload.
 
-    for section in sections(case):
-        print(section.title, section.answer)
+    found = survey(case)
+    print(found.answer, *(section.title for section in found.sections))
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vllm_sim.paper import BLOCK_SIZES, GIB
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import counted
 from vllm_sim.serving.systems import PAGED, POLICIES, new_manager
-from vllm_sim.sizing.case import Case, Section, is_papers
-from vllm_sim.sizing.concurrency import Holding, Means, hold, means
+from vllm_sim.sizing.case import Case, Section, Survey, is_papers
+from vllm_sim.sizing.concurrency import Holding, Means, hold, means, reserved
 
 TABLE_ENTRY_BYTES = 4  # int32
 FORKS = 200  # prompts that are forked to count copies
@@ -28,18 +28,28 @@ GB, MIB = 10**9, 1 << 20
 WHAT = ("what", "number")  # keys of tables whose first column has no header
 
 
-def sections(case: Case, progress: Progress = SILENT) -> Iterator[Section]:
-    """All sections in order, each computed as it is asked for."""
-    yield from memory_sections(case)
+def survey(case: Case, progress: Progress = SILENT) -> Survey:
+    """How many requests run at a time, and all sections in order."""
     plan, held = case.plan, []
     for number, policy in enumerate(POLICIES):
         part = progress.part(number, len(POLICIES), f"steady state, {policy}")
         pool = plan.num_blocks, plan.block_size
         held.append(hold(case.workload, policy, *pool, case.max_len, case.seed, part))
     found = means(case.workload, case.max_len, case.seed)
-    yield concurrency(case, found, held)
-    yield slot_table(case, held)
-    yield block_sizes(case, found)
+    simulated = [concurrency(case, found, held), slot_table(case, held), block_sizes(case, found)]
+    return Survey(headline(case, found, held), [*memory_sections(case), *simulated])
+
+
+def headline(case: Case, found: Means, held: list[Holding]) -> str:
+    """The answer in one line: requests at a time under paging."""
+    (requests,) = (h.requests for h in held if h.policy == PAGED)
+    where = f"{case.model.name} on {case.plan.num_gpus} x {case.gpu.name}, {case.kv_type} K/V"
+    told = (
+        f"{where}: {requests:,.{int(requests < 100)}f} requests of {case.workload.told} at a time"
+    )
+    if found.share_cut:
+        told += f", {100 * found.share_cut:.0f} % of them cut to {case.max_len:,} tokens"
+    return told
 
 
 def memory_sections(case: Case) -> Iterator[Section]:
@@ -193,13 +203,14 @@ def concurrency(case: Case, found: Means, held: list[Holding]) -> Section:
         "all at the mean length while running": round(found.held),
     }
     rows = [(what, n, requests_of_length(case.plan, n)) for what, n in lengths.items()]
-    full = int(rows[0][2])
+    full, slots = int(rows[0][2]), reserved(case.max_len, case.plan.block_size)
     rows += [(SIMULATED + h.policy, None, h.requests) for h in held]
     by_policy = {h.policy: h.requests for h in held}
     answer = (
-        f"memory holds {full:,} requests of {case.max_len:,} tokens; of this workload, paging "
-        f"holds {by_policy['paged']:,.1f} at a time, exact reservations {by_policy['oracle']:,.1f} "
-        f"and full-length ones {by_policy['max']:,.1f}"
+        f"paging would hold {full:,} requests if all had {case.max_len:,} tokens; of this workload "
+        f"it holds {by_policy['paged']:,.1f} at a time, exact reservations "
+        f"{by_policy['oracle']:,.1f}, and reservations of {slots:,} slots, whatever the request, "
+        f"{by_policy['max']:,.1f}"
     )
     setting = f"{case.workload_line}; no limit but memory"
     if not full:

@@ -11,6 +11,7 @@ after the other; each answer is a `Section`.
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vllm_sim import paper
@@ -18,6 +19,7 @@ from vllm_sim.models import DEPLOYMENTS, GPU, GPUS, Deployment, Model, PlanError
 from vllm_sim.models.memory_plan import (
     BATCHED_TOKENS,
     UTILIZATION,
+    DoesNotFitError,
     Plan,
     Sizes,
     paper_plan,
@@ -29,7 +31,7 @@ from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.tables import Table
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.sizing.concurrency import NO_LIMIT, Workload, parse_workload
-from vllm_sim.sizing.options import KV_BYTES, MATRIX_BITS, MAX_LEN, PREEMPTION_RATE
+from vllm_sim.sizing.options import KV_BYTES, MATRIX_BITS, MAX_GPUS, MAX_LEN, PREEMPTION_RATE
 from vllm_sim.sizing.speed import Speed, speed_of
 from vllm_sim.sizing.trace_serving import Columns, Server
 from vllm_sim.workload.traces import Trace, read_trace
@@ -46,6 +48,14 @@ class Section(Table):
     def to_json(self) -> dict:
         """The table, and the answer beside it."""
         return {**Table.to_json(self), "answer": self.answer}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The answer in one sentence, and the tables behind it."""
+
+    answer: str
+    sections: list[Section]
 
 
 @dataclass(frozen=True)
@@ -107,10 +117,11 @@ class Case:
 
 def make_case(args: argparse.Namespace) -> Case:
     """The case that the options describe. UsageError or ValueError if it cannot be had."""
-    workload = parse_workload("sharegpt" if args.workload is None else args.workload)
+    workload = parse_workload(args.workload or "sharegpt", args.lengths == "fixed")
     model = load_model(args.model)
-    weight_type = args.dtype or "fp16"
-    kv_type = args.kv_dtype or ("bf16" if weight_type == "bf16" else "fp16")
+    own = model.dtype or "fp16"
+    weight_type = args.dtype or own
+    kv_type = args.kv_dtype or (own if weight_type == "fp8" else weight_type)
     if model.quantisation and args.dtype == "fp8":
         raise UsageError(
             f"--dtype fp8: {model.name} is quantised already, as {model.quantisation.method}"
@@ -119,7 +130,11 @@ def make_case(args: argparse.Namespace) -> Case:
     gpu = GPUS[args.gpu or "a100-40gb"]
     if args.gpu_memory:
         gpu = GPU("GPU", int(args.gpu_memory * GIB))
-    plan, longest = _plan(args, Deployment(model, gpu, args.gpus), sizes), _longest(args, model)
+    try:
+        plan = _plan(args, Deployment(model, gpu, args.gpus), sizes)
+    except DoesNotFitError as error:
+        raise PlanError(f"{error}; {_would_do(args, model, gpu, sizes)}") from None
+    longest = _longest(args, model)
     if model.quantisation:
         weight_type = model.quantisation.method
     return Case(plan, weight_type, kv_type, longest, workload, args.prefix_len, args.seed)
@@ -138,6 +153,15 @@ def _plan(args: argparse.Namespace, deployment: Deployment, sizes: Sizes) -> Pla
         return paper_plan(deployment, sizes.block_size)
     allowance = None if args.allowance is None else int(args.allowance * GIB)
     return serving_plan(deployment, sizes, args.gpu_memory_utilization or UTILIZATION, allowance)
+
+
+def _would_do(args: argparse.Namespace, model: Model, gpu: GPU, sizes: Sizes) -> str:
+    """How many of a GPU that does not suffice would."""
+    for gpus in range(args.gpus + 1, MAX_GPUS + 1):
+        with suppress(PlanError):
+            _plan(args, Deployment(model, gpu, gpus), sizes)
+            return f"{gpus} such GPUs would do"
+    return f"no number of such GPUs up to {MAX_GPUS:,} would do"
 
 
 def is_papers(deployment: Deployment) -> bool:

@@ -41,18 +41,31 @@ class WorkloadNameError(ValueError):
 
 @dataclass(frozen=True)
 class Workload:
-    """Lengths to sample from: a table, or geometric ones with two means."""
+    """Lengths to sample from: a table, or two means, geometric around them or fixed."""
 
     name: str
     table: LengthTable | None = None
     mean_prompt: float = 0.0
     mean_output: float = 0.0
+    fixed: bool = False
+
+    @property
+    def told(self) -> str:
+        """What a request has: 'sharegpt lengths', '30 + 20 tokens (geometric lengths)'."""
+        if self.table is not None:
+            return f"{self.name} lengths"
+        kind = "fixed" if self.fixed else "geometric"
+        return f"{self.mean_prompt:,.0f} + {self.mean_output:,.0f} tokens ({kind} lengths)"
 
     def sample(self, count: int, max_len: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(prompts, outputs), int64 (count,) each, cut to `max_len` in all (at least 2)."""
         rng = np.random.default_rng([seed, 6])
         if self.table is not None:
             prompts, outputs = self.table.sample(count, rng)
+        elif self.fixed:
+            prompts, outputs = (
+                np.full(count, int(mean)) for mean in (self.mean_prompt, self.mean_output)
+            )
         else:
             prompts, outputs = (
                 rng.geometric(1.0 / mean, count) for mean in (self.mean_prompt, self.mean_output)
@@ -61,8 +74,9 @@ class Workload:
         return prompts, np.minimum(outputs, max_len - prompts)
 
 
-def parse_workload(text: str) -> Workload:
-    """'sharegpt', 'alpaca', or 'PROMPT,OUTPUT': two means in tokens. WorkloadNameError."""
+def parse_workload(text: str, fixed: bool = False) -> Workload:
+    """'sharegpt', 'alpaca', or 'PROMPT,OUTPUT' in tokens: two means, or with `fixed` what every
+    request has. WorkloadNameError."""
     tables = {"sharegpt": SHAREGPT, "alpaca": ALPACA}
     if text in tables:
         return Workload(text, tables[text])
@@ -70,8 +84,9 @@ def parse_workload(text: str) -> Workload:
     if len(means) == 2 and all(part.isascii() and part.isdigit() for part in means):
         prompt, output = (int(part[:10]) for part in means)
         if 1 <= prompt <= MAX_MEAN and 1 <= output <= MAX_MEAN:
-            name = f"geometric lengths of mean {prompt:,} + {output:,} tokens"
-            return Workload(name, None, float(prompt), float(output))
+            name = "fixed lengths of" if fixed else "geometric lengths of mean"
+            name = f"{name} {prompt:,} + {output:,} tokens"
+            return Workload(name, None, float(prompt), float(output), fixed)
     raise WorkloadNameError(
         f"workload {text[:40]!a} is not sharegpt, alpaca or two means from 1 to {MAX_MEAN:,} "
         "such as 512,256 (prompt, output)"
@@ -128,7 +143,7 @@ def hold(
     longest = longest_request(num_blocks, block_size, max_len)
     prompts, outputs = workload.sample(SAMPLE, longest, seed)
     chunk = 1 << (-(-int((prompts + outputs).max()) // block_size) - 1).bit_length()
-    whole = 1 << (-(-max_len // block_size) - 1).bit_length()
+    whole = reserved(max_len, block_size) // block_size
     if policy == "max" and whole > num_blocks:  # no request can reserve that much
         empty = dict.fromkeys(MemoryUsage.PARTS, 0.0) | {"free": float(num_blocks * block_size)}
         return Holding(policy, 0.0, empty, num_blocks)
@@ -168,6 +183,11 @@ def hold(
     }
     slots["free"] = num_blocks * block_size - sum(slots.values())
     return Holding(policy, mean.batch * scale, slots, pool)
+
+
+def reserved(max_len: int, block_size: int) -> int:
+    """Slots of a reservation for the longest request: whole blocks, a power of two of them."""
+    return block_size << (-(-max_len // block_size) - 1).bit_length()
 
 
 def longest_request(num_blocks: int, block_size: int, max_len: int) -> int:

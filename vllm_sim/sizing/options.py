@@ -76,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "instead: the memory of one GPU as CUDA reports it, in GiB"
     add("--gpu-memory", text, gib, metavar="GIB")
     add("--gpus", "tensor parallel (default 1)", positive, default=1)
-    add("--dtype", "of the weights (default fp16)", choices=tuple(MATRIX_BITS))
-    add("--kv-dtype", "of K and V (default fp16, or bf16 with it)", choices=tuple(KV_BYTES))
+    add("--dtype", "of the weights (default: the config's, or fp16)", choices=tuple(MATRIX_BITS))
+    add("--kv-dtype", "of K and V (default: 16 bits, as the weights)", choices=tuple(KV_BYTES))
     text = "whose memory plan (default: the paper's for its own deployments, else that of serving"
     add("--plan", f"{text} systems)", choices=("paper", "serving"))
     text = "of each GPU's memory that is used (default 0.9)"
@@ -86,8 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allowance", text, gib, metavar="GIB")
     add("--max-model-len", "longest request in tokens (default: the model's own)", positive)
     add("--block-size", f"slots per block (default {size})", positive, default=size)
-    text = "sharegpt, alpaca, or the mean prompt and output in tokens, such as 512,256 (geometric"
-    add("--workload", f"{text} lengths; default sharegpt)", metavar="NAME|P,O")
+    text = "sharegpt, alpaca, or the mean prompt and output in tokens, such as 512,256"
+    add("--workload", f"{text} (default sharegpt)", metavar="NAME|P,O")
+    text = "of --workload P,O: all alike, or geometric around these means (default geometric)"
+    add("--lengths", text, choices=("fixed", "geometric"))
     text = f"tokens of a shared prefix, for the table of block sizes alone (default {prefix})"
     add("--prefix-len", text, positive, default=prefix)
     add("--seed", "same seed, same output (default 0)", seed, default=0)
@@ -127,6 +129,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise UsageError(f"{name} {value}: at most {most:,}")
     if args.gpu and args.gpu_memory:
         raise UsageError("--gpu and --gpu-memory are two answers to one question: give one of them")
+    if args.lengths is not None and "," not in (args.workload or ""):
+        raise UsageError(f"--lengths {args.lengths} is for --workload P,O, two numbers of tokens")
     if args.trace is None:
         for name in ("preemption_rate", "rate", "trace_rows", "time_unit", "speed_of"):
             if getattr(args, name) is not None:

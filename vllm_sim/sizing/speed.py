@@ -10,10 +10,11 @@ models is used for them; other models run with OPT-13B's constants, and every an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from vllm_sim import paper
-from vllm_sim.models import GPUS
+from vllm_sim.models import GPUS, Model
 from vllm_sim.models.memory_plan import Plan
 from vllm_sim.models.presets import is_preset
 from vllm_sim.serving.latency import (
@@ -55,9 +56,7 @@ def speed_of(plan: Plan, gpu_name: str) -> Speed:
     if is_preset(model) and plain and gpu_name in PAPERS_GPUS:
         deployment = replace(plan.deployment, gpu=gpu)
         return Speed(latency_model(deployment, plan.block_size, FITTED[like]), assumed)
-    weights = model.weights()
-    # Of the table of input embeddings a token reads one row, unless it is the output head as well.
-    table = 0 if model.tied else model.vocab_size * (model.embedding_size or model.hidden_size)
+    weights, table = model.weights(), _input_table(model)
     bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
     per_gpu = (weights.active - table) / plan.num_gpus
     latency = LatencyModel(
@@ -69,3 +68,22 @@ def speed_of(plan: Plan, gpu_name: str) -> Speed:
         block_size=plan.block_size,
     )
     return Speed(latency, assumed)
+
+
+def _input_table(model: Model) -> int:
+    """Parameters of which a token reads one row: none if they are the output head as well."""
+    return 0 if model.tied else model.vocab_size * (model.embedding_size or model.hidden_size)
+
+
+def attention_share(model: Model, prompts: Iterable[int]) -> float:
+    """FLOPs of attention over these prompts, over all others of theirs: the former are left out of
+    the seconds. A token attends to those before it, as far as its layer's window."""
+    kinds, pairs, tokens = model.cache_layers, 0.0, 0.0
+    for prompt in prompts:
+        tokens += prompt
+        for layers in kinds:
+            window = min(prompt, layers.window or prompt)
+            pairs += layers.count * (prompt * window - window * window / 2)
+    value_size = model.latent.value_size if model.latent else model.head_size
+    others = (model.weights().active - _input_table(model)) * tokens
+    return model.num_heads * (model.head_size + value_size) * pairs / others

@@ -11,8 +11,7 @@ paper's policies. trace_needs.py searches and defines what serving a trace means
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,7 +20,8 @@ from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import counted
 from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import WHAT, memory_sections
-from vllm_sim.sizing.case import Section, TraceCase
+from vllm_sim.sizing.case import Section, Survey, TraceCase
+from vllm_sim.sizing.speed import attention_share
 from vllm_sim.sizing.trace_needs import Need, servers_needed, smallest_pool
 from vllm_sim.sizing.trace_serving import Served, serve, unbounded
 
@@ -33,14 +33,6 @@ NAMES = {
     "pow2": "powers of two",
     "max": "full-length ones",
 }
-
-
-@dataclass(frozen=True)
-class Survey:
-    """The answer in one sentence, and the tables behind it."""
-
-    answer: str
-    sections: list[Section]
 
 
 def survey(asked: TraceCase, step: Callable[[str], None] = lambda text: None) -> Survey:
@@ -70,17 +62,12 @@ def survey(asked: TraceCase, step: Callable[[str], None] = lambda text: None) ->
     return Survey(_summary(asked, free, [*needs.values()]), sections)
 
 
-def answer_trace(
-    asked: TraceCase, comment: str = "", progress: Progress = SILENT
-) -> Iterator[Section]:
-    """Prints the survey's answer, then all sections: the trace's, and where the memory goes."""
+def answer_trace(asked: TraceCase, progress: Progress = SILENT) -> Survey:
+    """The survey, and where the memory goes."""
     count = 2 + 2 * len(POLICIES) * len({0.0, asked.rate})
     number = itertools.count()
     found = survey(asked, lambda text: progress.at(next(number), count, text))
-    progress.clear()
-    print(f"{comment}Answer: {found.answer}\n", flush=True)
-    yield from found.sections
-    yield from memory_sections(asked.case)
+    return Survey(found.answer, [*found.sections, *memory_sections(asked.case)])
 
 
 def _summary(asked: TraceCase, free: Served, needs: list[Need]) -> str:
@@ -210,8 +197,19 @@ def concurrency(asked: TraceCase, free: Served) -> Section:
         asked.line,
         name="trace_concurrency",
         keys=WHAT,
-        answer="; ".join([answer, *falls_behind(asked, free)]) + ".",
+        answer="; ".join([answer, *attention_left_out(asked), *falls_behind(asked, free)]) + ".",
     )
+
+
+def attention_left_out(asked: TraceCase) -> list[str]:
+    """What to say where prompts are so long that what the seconds leave out matters."""
+    share = attention_share(asked.case.model, asked.trace.prompts.tolist())
+    if share <= 0.1:
+        return []
+    return [
+        "the seconds leave out attention's own FLOPs, which for these prompts would be "
+        f"{100 * share:.0f} % of the FLOPs that are counted"
+    ]
 
 
 def _seconds(asked: TraceCase, served: Served) -> float:
