@@ -25,9 +25,16 @@ PAGES = {  # page: its title, one sentence, the results
     ),
     "figures": (
         "Every row of reproduce.py",
-        "All figures at seed 0; then Fig. 2 and Fig. 12 over several seeds, and Fig. 14's beam "
-        "search over the paper's hour. A D-number is one of the [differences](../differences.md).",
-        ("reproduce", "reproduce_fig2_seeds", "reproduce_fig12_seeds", "reproduce_beams_hour"),
+        "All figures at seed 0, with the authors' lengths and without; then, with them, Fig. 2 and "
+        "Fig. 12 over several seeds, and Fig. 14's beam search over the paper's hour. A D-number "
+        "is one of the [differences](../differences.md).",
+        (
+            "reproduce",
+            "reproduce_without_lengths",
+            "reproduce_fig2_seeds",
+            "reproduce_fig12_seeds",
+            "reproduce_beams_hour",
+        ),
     ),
     "gpu": (
         "Kernels on a GPU",
@@ -71,8 +78,14 @@ def section(name: str) -> str:
         printed = f"```\n{printed}\n```"
     command = re.sub(r"\.\./\S+", "DIR", found["command"])  # a folder of the machine's
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    lengths = found.get("output", {}).get("setting", {}).get("lengths")
+    if lengths:  # which the command does not tell: they may come from LENGTHS_DIR
+        drawn = all("compact table" in source for source in lengths.values())
+        command += f"`, {'without' if drawn else 'with'} the authors' lengths"
+    else:
+        command += "`"
     return (
-        f"## `{command}`\n\nAt commit {found['commit'][:7]}, whose command this is, on "
+        f"## `{command}\n\nAt commit {found['commit'][:7]}, whose command this is, on "
         f"{found['device']} ({versions}): [{name}.json](../../results/{name}.json)\n\n{printed}\n"
     )
 
@@ -90,22 +103,32 @@ def rows(output: dict) -> list[dict]:
     return next(table["rows"] for table in output["tables"] if table["id"] == "rows")
 
 
-def headline(found: list[dict]) -> str:
-    """Five rows, ours beside the paper's, and how many of all were held."""
-    lines = ["| | where | paper | ours |", "|---|---|---|---|"]
+def counts(found: list[dict]) -> str:
+    """How many rows were held, explained, missed as expected, or none of these."""
+    count = Counter(row["held"] for row in found)
+    fitted = sum(row["held"] is True and row["fitted"] for row in found)
+    missed = sum(row["held"] is False and "expected" in row for row in found)
+    return (
+        f"{count[True]} are held ({fitted} of them fitted), {count['explained']} explained, "
+        f"{missed} missed as expected, {count[False] - missed} none of these"
+    )
+
+
+def headline(found: list[dict], without: list[dict]) -> str:
+    """Five rows, ours beside the paper's, with the authors' lengths and without; and counts."""
+    lines = ["| | where | paper | ours | without the authors' lengths |", "|---|---|---|---|---|"]
     for what, figure, setting, metric in FIVE:
-        (row,) = (
+        row, other = (
             row
-            for row in found
+            for row in [*found, *without]
             if (row["figure"], row["setting"]) == (figure, f"13B {setting}")
             and row["metric"].startswith(metric)
         )
-        lines.append(f"| {what} | {figure} | {row['paper']:.3g} | {row['ours']:.3g} |")
-    count = Counter(row["held"] for row in found)
-    fitted = sum(row["held"] is True and row["fitted"] for row in found)
+        values = row["paper"], row["ours"], other["ours"]
+        lines.append(f"| {what} | {figure} | {' | '.join(f'{value:.3g}' for value in values)} |")
     return "\n".join(lines) + (
-        f"\n\nOf all {len(found)} rows {count[True]} are held ({fitted} of them fitted), "
-        f"{count['explained']} are explained, {count[False]} are neither.\n"
+        f"\n\nOf all {len(found)} rows, with the authors' lengths {counts(found)}; without them "
+        f"{counts(without)}.\n"
     )
 
 
@@ -113,7 +136,8 @@ def texts() -> dict[Path, str]:
     """Every generated file, as it has to be."""
     made = {ROOT / f"docs/results/{name}.md": page(*parts) for name, parts in PAGES.items()}
     readme = ROOT / "README.md"
-    block = headline(rows(load("reproduce")["output"]))
+    runs = (rows(load(name)["output"]) for name in ("reproduce", "reproduce_without_lengths"))
+    block = headline(*runs)
     made[readme] = BLOCK.sub(
         lambda match: match[1] + block + match[2], readme.read_text(encoding="utf-8")
     )

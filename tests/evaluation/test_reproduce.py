@@ -437,6 +437,17 @@ def test_a_miss_is_exit_code_1_unless_it_is_expected_and_so_is_an_expected_one_t
     assert not expected_misses.expected(choose(["14"], False, 60.0), COMPACT, 1)
 
 
+def test_the_run_without_the_authors_files_missed_what_is_expected_and_nothing_else():
+    recorded = json.loads((ROOT / "results" / "reproduce_without_lengths.json").read_text())
+    rows = recorded["output"]["tables"][0]["rows"]
+    missed = [row for row in rows if row["held"] is False]
+    assert len(rows) == 380 and recorded["output"]["exit_code"] == 0
+    told = {
+        Miss(*(row[key] for key in ("figure", "setting", "metric", "expected"))) for row in missed
+    }
+    assert told == {*expected_misses.WITHOUT_FILES}
+
+
 @pytest.mark.skipif(not DATA.exists(), reason="the authors' lengths are not here")
 def test_the_authors_lengths_give_figure_2_within_a_point():
     (found,) = regenerate([Fig2()], find_lengths([], str(DATA)), 1, 1)

@@ -34,9 +34,14 @@ def test_the_headline_tells_held_fitted_and_explained_apart():
         row(2, "explained"),
         row(3, False, fitted=True),
     ]
-    text = update_readme.headline([*held, row(4, True)])
-    assert text.count("\n| ") == 5 and "| 2 | 5 |" in text
-    assert "Of all 5 rows 3 are held (1 of them fitted), 1 are explained, 1 are neither." in text
+    without = [row(0, False) | {"expected": "why"}, *(row(n, True) for n in (1, 2, 3))]
+    without.append(row(4, True) | {"ours": 7.0})
+    text = update_readme.headline([*held, row(4, True)], without)
+    assert text.count("\n| ") == 5 and "| 2 | 5 | 7 |" in text
+    told = "3 are held (1 of them fitted), 1 explained, 0 missed as expected, 1 none of these"
+    assert f"Of all 5 rows, with the authors' lengths {told};" in text
+    told = "4 are held (0 of them fitted), 0 explained, 1 missed as expected, 0 none of these."
+    assert f"; without them {told}\n" in text
 
 
 def test_rows_are_found_in_the_json_of_now_and_of_before():
