@@ -30,7 +30,7 @@ SCRIPTS = {
     bench_manager: ["--repeats", "1"],
     bench_serving: ["--repeats", "1"],
 }
-OF_ONE = {main: {"scenarios"}, reproduce: {"notes"}}
+OF_ONE = {main: {"scenarios"}, reproduce: {"notes"}, capacity: {"answer"}}
 
 
 @pytest.fixture
