@@ -26,7 +26,6 @@ from vllm_sim.reporting.drawing import (
     BLUE,
     GREEN,
     GREY,
-    PLATE,
     RED,
     SMALL,
     YELLOW,
@@ -36,6 +35,7 @@ from vllm_sim.reporting.drawing import (
     log_axis,
     pair,
     save,
+    segment,
     sheet,
 )
 
@@ -186,14 +186,10 @@ def _fig2(found: Found) -> Figure:
             for whose, value, side in (("ours", ours, -0.53), ("paper", theirs, 0.53)):
                 x = middle + side * BAR
                 look = {"label": label} if whose == "ours" else {"alpha": 0.55, "hatch": "///"}
-                bar = axes.bar(
-                    x, value, BAR, bottoms.get(x, 0.0), color=colour, edgecolor="white", **look
-                )
-                if value >= 5.0:
-                    axes.bar_label(bar, fmt="%.1f", label_type="center", fontsize=SMALL, bbox=PLATE)
                 if x not in bottoms:
                     axes.text(x, 101.0, whose, ha="center", fontsize=SMALL)
-                bottoms[x] = bottoms.get(x, 0.0) + value
+                bottom = bottoms.get(x, 0.0)
+                bottoms[x] = segment(axes, x, bottom, value, BAR, 5.0, color=colour, **look)
     axes.set_xticks(list(systems.values()), list(systems))
     axes.set(ylim=(0.0, 107.0), yticks=range(0, 101, 20), ylabel="Share of KV cache slots (%)")
     handles, labels = axes.get_legend_handles_labels()

@@ -57,6 +57,13 @@ def make_model(config: Config, **values: object) -> Model:
         raise config.fail(str(error)) from None
 
 
+def layer_normed(config: Config, found: dict, bias: bool, **values: object) -> Model:
+    """A model with layer norms, two feed-forward matrices, and biases everywhere or nowhere."""
+    usual = {"tied": config.flag("tie_word_embeddings", True), "gated": False, "norm_vectors": 2}
+    biases = dict.fromkeys(("qkv_bias", "output_bias", "ffn_bias"), bias)
+    return make_model(config, **(usual | biases | found | values))
+
+
 def rotary(config: Config, name: str, tied: bool = False, **defaults: int) -> dict:
     """Dimensions of a model with rotary positions and gated feed-forward layers."""
     found = dimensions(config, name, **defaults)
@@ -222,18 +229,13 @@ def _opt(config: Config, name: str) -> Model:
         raise config.fail("layer_norm_elementwise_affine false cannot be sized")
     positions = config.count("max_position_embeddings")
     final = config.flag("do_layer_norm_before", True)
-    return make_model(
+    return layer_normed(
         config,
-        **found,
+        found,
+        bias,
         ffn_size=config.count("ffn_dim"),
         max_len=positions,
-        tied=config.flag("tie_word_embeddings", True),
-        gated=False,
-        norm_vectors=2,
         final_norm=final and not config.flag("_remove_final_layer_norm", False),
-        qkv_bias=bias,
-        output_bias=bias,
-        ffn_bias=bias,
         position_rows=positions + 2,  # the table starts with two rows that no token uses
         embedding_size=config.optional("word_embed_proj_dim"),
     )
@@ -242,49 +244,20 @@ def _opt(config: Config, name: str) -> Model:
 def _gpt2(config: Config, name: str) -> Model:
     found = dimensions(config, name)
     positions = config.count("n_positions", "n_ctx", "max_position_embeddings")
-    return make_model(
-        config,
-        **found,
-        ffn_size=config.count("n_inner", default=4 * found["hidden_size"]),
-        max_len=positions,
-        tied=config.flag("tie_word_embeddings", True),
-        gated=False,
-        norm_vectors=2,
-        qkv_bias=True,
-        output_bias=True,
-        ffn_bias=True,
-        position_rows=positions,
-    )
+    ffn_size = config.count("n_inner", default=4 * found["hidden_size"])
+    sizes = {"ffn_size": ffn_size, "max_len": positions, "position_rows": positions}
+    return layer_normed(config, found, True, **sizes)
 
 
 def _gpt_neox(config: Config, name: str) -> Model:
     bias = config.flag("attention_bias", True)
-    return make_model(
-        config,
-        **rotary(config, name),
-        gated=False,
-        norm_vectors=2,
-        qkv_bias=bias,
-        output_bias=bias,
-        ffn_bias=True,
-    )
+    return layer_normed(config, rotary(config, name), bias, ffn_bias=True)
 
 
 def _bloom(config: Config, name: str) -> Model:
     found = dimensions(config, name)
-    return make_model(
-        config,
-        **found,
-        ffn_size=4 * found["hidden_size"],
-        max_len=config.optional("seq_length"),
-        tied=config.flag("tie_word_embeddings", True),
-        gated=False,
-        norm_vectors=2,
-        embedding_norm=True,
-        qkv_bias=True,
-        output_bias=True,
-        ffn_bias=True,
-    )
+    sizes = {"ffn_size": 4 * found["hidden_size"], "max_len": config.optional("seq_length")}
+    return layer_normed(config, found, True, **sizes, embedding_norm=True)
 
 
 def _falcon(config: Config, name: str) -> Model:
@@ -295,22 +268,15 @@ def _falcon(config: Config, name: str) -> Model:
     else:
         kv_heads = 1 if config.flag("multi_query", True) else found["num_heads"]
     one_norm = config.flag("parallel_attn", True) and not new
-    norms = config.count("num_ln_in_parallel_attn", default=2) if new else 2 - one_norm
-    bias = config.flag("bias", False)
-    # A configuration without positions is of a rotary model with the class's 2048, or of ALiBi.
-    positions = config.count("max_position_embeddings", default=2048)
-    return make_model(
+    return layer_normed(
         config,
-        **(found | {"num_kv_heads": kv_heads}),
+        found,
+        config.flag("bias", False),
+        num_kv_heads=kv_heads,
         ffn_size=config.count("ffn_hidden_size", default=4 * found["hidden_size"]),
-        max_len=positions,
-        tied=config.flag("tie_word_embeddings", True),
-        gated=False,
-        norm_vectors=2,
-        norms_per_layer=norms,
-        qkv_bias=bias,
-        output_bias=bias,
-        ffn_bias=bias,
+        # A configuration without positions is of a rotary model with the class's, or of ALiBi.
+        max_len=config.count("max_position_embeddings", default=2048),
+        norms_per_layer=config.count("num_ln_in_parallel_attn", default=2) if new else 2 - one_norm,
     )
 
 

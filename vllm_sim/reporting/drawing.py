@@ -107,6 +107,16 @@ def pair(axes: Axes, look: tuple[str, str], ours: Points, theirs: Points, **opti
         axes.plot(*zip(*ours), color=colour, marker=marker, **options)
 
 
+def segment(
+    axes: Axes, x: float, bottom: float, value: float, width: float, least: float, **look
+) -> float:
+    """A part of a stacked bar, with its number from `least` on; returns where the next begins."""
+    bar = axes.bar(x, value, width, bottom, edgecolor="white", **look)
+    if value >= least:
+        axes.bar_label(bar, fmt="%.1f", label_type="center", fontsize=SMALL, bbox=PLATE)
+    return bottom + value
+
+
 def legend(figure: Figure, looks: Mapping[str, tuple[str, str]], columns: int) -> None:
     """The names in their colours, then whose is whose."""
     from matplotlib.lines import Line2D

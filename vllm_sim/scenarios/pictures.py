@@ -34,6 +34,7 @@ from vllm_sim.reporting.drawing import (
     check_folder,
     parts_legend,
     save,
+    segment,
     sheet,
 )
 from vllm_sim.scenarios.recorder import Moment, Recording
@@ -117,10 +118,7 @@ def _stack(
     bottom = 0.0
     look = {"alpha": 0.55, "hatch": "///"} if whose == "paper" else {}
     for part, share in shares.items():
-        bar = axes.bar(x, share, BAR, bottom, color=colours[part], edgecolor="white", **look)
-        if share >= 3.5:
-            axes.bar_label(bar, fmt="%.1f", label_type="center", fontsize=SMALL, bbox=PLATE)
-        bottom += share
+        bottom = segment(axes, x, bottom, share, BAR, 3.5, color=colours[part], **look)
     axes.text(x, 101.0, whose, ha="center", fontsize=SMALL)
 
 
