@@ -49,7 +49,9 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError(f"--quick: nothing of figure {', '.join(args.figure)} is quick")
     if args.beam_seconds != BEAM_SECONDS and "Fig. 14" not in {f.name for f in figures}:
         raise UsageError("--beam-seconds is for figure 14, which is not among those asked for")
-    lengths = find_lengths(args.lengths, os.environ.get("LENGTHS_DIR"))
+    lengths = find_lengths([*map(str, args.lengths)], os.environ.get("LENGTHS_DIR"))
+    read = [("LENGTHS_DIR", path) for path in lengths.files.values()]
+    command_line.keep_apart(read, build_parser().files(args)[1])
     sources = {dataset: lengths.source(dataset) for dataset in DATASETS}
     if args.figures is not None:  # last, as it makes the folder
         pictures.check_pictures(args.figures)

@@ -18,14 +18,14 @@ from functools import partial
 from pathlib import Path
 
 from vllm_sim.reporting import command_line
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder, whole
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, file_name, whole
 
 if __name__ == "__main__":
     command_line.begin("sweep.py", "numpy", "tabulate")
 
 from vllm_sim.evaluation import options as evaluation
 from vllm_sim.reporting import sweep_cells, sweep_table
-from vllm_sim.reporting.files import make_folder
+from vllm_sim.reporting.files import DASH, out_file, out_folder
 from vllm_sim.reporting.tables import FORMATS, counted
 from vllm_sim.scenarios import options as scenarios
 from vllm_sim.sizing import options as sizing
@@ -50,16 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
     add, names = parser.add_argument, ", ".join(PARSERS)
     add("--script", choices=PARSERS, default="main.py", metavar="NAME", help=f"one of {names}")
     where = "for the results, one file a cell (default results/sweep)"
-    add("--out", type=folder, default=Path("results/sweep"), metavar="DIR", help=where)
+    add("--out", type=out_folder, default=Path("results/sweep"), metavar="DIR", help=where)
     told = f"only this one, from 0 (default: {TASK}, and without it all in turn)"
     add("--cell", type=index, default=os.environ.get(TASK) or None, metavar="N", help=told)
     add("--list", action="store_true", help="say which cells there are, and run none")
     add("--again", action="store_true", help="run cells that are done, too")
     merged = "run none: put results of one script together; a sweep-*.json stands for its cells"
-    add("--merge", type=Path, nargs="+", metavar="FILE", help=merged)
+    add("--merge", type=file_name, nargs="+", metavar="FILE", help=merged)
     table = "with --merge: show this table (repeatable), not what became of the cells"
     add("--table", action="append", default=[], metavar="ID", help=table)
-    add("--json", type=Path, metavar="FILE", help="with --merge: write all tables here")
+    where = f"with --merge: write all tables here ({DASH})"
+    add("--json", type=out_file, metavar="FILE", help=where)
     add("--format", choices=(*FORMATS,), default="plain", help="of the tables")
     return parser
 
@@ -85,8 +86,7 @@ def parse_and_run(argv: list[str] | None) -> int:
         array = f"sbatch --array=0-{len(cells) - 1} run_vllm_sim.slurm --sweep ..."
         print(f"\n{counted(len(cells), 'cell')}: {array}")
         return 0
-    make_folder(args.out, [cell.file for cell in wanted])
-    sweep_cells.write_list(args.script, cells, args.out)
+    sweep_cells.make_place(PARSERS[args.script](), cells, wanted, args.out)
     script = Path(__file__).resolve().parent / args.script
     return sweep_cells.run_all(script, wanted, args.out, args.again)
 

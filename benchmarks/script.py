@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder, positive
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, positive
 from vllm_sim.reporting.documents import measured
-from vllm_sim.reporting.files import check_writable, write_json
+from vllm_sim.reporting.files import DASH, check_writable, out_file, pictures, write_json
 from vllm_sim.reporting.progress import Progress
 from vllm_sim.reporting.tables import Cell, Table, render
 
@@ -32,10 +32,11 @@ def options(doc: str, repeats: int | None = None, counts: str = "median", drawn:
     if repeats:
         told = f"runs of each; the {counts} counts (default {repeats})"
         add("--repeats", type=positive, default=repeats, metavar="N", help=told)
-    add("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    add("--json", type=out_file, metavar="FILE", help=f"write the figures here too ({DASH})")
     add("--quiet", action="store_true", help="no progress on stderr")
     if drawn:
-        add("--figures", type=folder, metavar="DIR", help=f"draw {drawn} there (needs matplotlib)")
+        told = f"draw {drawn} there (needs matplotlib)"
+        add("--figures", type=pictures, metavar="DIR", help=told)
     return parser
 
 

@@ -36,9 +36,9 @@ import sweep
 from vllm_sim.models.config_file import ConfigError, read_config
 from vllm_sim.reporting import sweep_cells
 from vllm_sim.reporting.command_line import (
+    FileName,
     OneLineParser,
     UsageError,
-    folder,
     positive,
     seed,
 )
@@ -296,15 +296,14 @@ SCRIPTS += (
     bench_paging_cost,
     profile_attention,
 )
-READ = ("trace", "lengths", "merge", "data", "traces", "pickle")  # options that name what is read
 
 
 class Parsed(BaseException):
     """A script has come to parse its arguments; with its parser."""
 
 
-def options_of(script):
-    """A script's options by what they take; 'number' wants a positive integer."""
+def actions_of(script):
+    """A script's options, as its own parser has them."""
 
     def stop(parser, *_):
         raise Parsed(parser)
@@ -312,21 +311,20 @@ def options_of(script):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed) as caught:
         patch.setattr(OneLineParser, "parse_known_args", stop)
         script.main([])
-    kinds = {}
-    for action in caught.value.args[0]._actions:
-        kind = {positive: "number", sweep.index: "number", seed: "seed"}.get(action.type, "word")
-        if action.dest in READ or (action.dest == "model" and not action.choices):
-            kind = "input folder" if action.type is folder else "input"
-        elif action.type is folder:
-            kind = "folder"
-        elif action.dest in ("json", "timeline"):
-            kind = "output"
-        kinds[action.option_strings[-1]] = "flag" if action.nargs == 0 else kind
-    del kinds["--help"]
-    return kinds
+    return {a.option_strings[-1]: a for a in caught.value.args[0]._actions if a.dest != "help"}
 
 
-OPTIONS = {script: options_of(script) for script in SCRIPTS}
+def kind_of(action):
+    """What an option takes; 'number' wants a positive integer."""
+    if isinstance(kind := action.type, FileName):
+        folder = kind.kind.startswith("folder")
+        return ("folder" if folder else "output") if kind.written else "input" + " folder" * folder
+    kind = {positive: "number", sweep.index: "number", seed: "seed"}.get(kind, "word")
+    return "flag" if action.nargs == 0 else kind
+
+
+ACTIONS = {script: actions_of(script) for script in SCRIPTS}
+OPTIONS = {script: {o: kind_of(a) for o, a in found.items()} for script, found in ACTIONS.items()}
 EVERY = [(script, option) for script, options in OPTIONS.items() for option in options]
 HARMLESS = dict.fromkeys(OPTIONS, ()) | {
     main: ("--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"),

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from functools import partial
+from itertools import permutations, product
 from pathlib import Path
 
 import bench_beam_step
@@ -37,6 +38,7 @@ import fuzz_tools
 import make_length_tables
 import pytest
 from fuzz_tools import (
+    ACTIONS,
     BAD_INPUTS,
     EVERY,
     HARMLESS,
@@ -70,7 +72,7 @@ from vllm_sim.evaluation import (
 )
 from vllm_sim.models.config_file import ConfigError
 from vllm_sim.reporting import command_line, sweep_cells
-from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.reporting.command_line import FileName, UsageError
 from vllm_sim.reporting.sweep_cells import PATHS
 from vllm_sim.scenarios import run as scenario_run
 from vllm_sim.scenarios.report import ScenarioReport
@@ -160,6 +162,50 @@ def test_an_empty_name_is_no_folder(room, no_work):
             for given in ([f"{option}="], [option, ""]):
                 arguments = [*HARMLESS[script], *given]
                 assert check(script, arguments, room[1], may_be=()) == 2
+
+
+def test_every_option_that_names_a_file_says_whether_it_is_read_or_written():
+    for script, actions in ACTIONS.items():
+        for option, action in actions.items():
+            named = re.search("FILE|DIR", action.metavar or "")
+            assert bool(named) == isinstance(action.type, FileName), (script, option)
+
+
+def stand_for(kind, path):
+    """What may be given to an option so that it is this file, or a folder that has it."""
+    place = Path(tempfile.mkdtemp(dir=path.parent))
+    name = kind.within.replace("*", "a") or "link"
+    for folder in ("soft", "hard"):
+        (place / folder).mkdir()
+    (place / "soft" / name).symlink_to(path)
+    (place / "hard" / name).hardlink_to(path)
+    given = [place / "soft", place / "hard"] if kind.within else []
+    if kind.kind.startswith("folder"):
+        return given
+    return [*given, path, f"{place}/../{path.name}", place / "soft" / name, place / "hard" / name]
+
+
+@pytest.mark.parametrize("script", ACTIONS, ids=lambda script: script.__name__)
+def test_no_output_is_an_input_or_another_output(script, tmp_path, refused):
+    path = tmp_path / "file"
+    path.write_text("kept")
+    kinds = {option: action.type for option, action in ACTIONS[script].items()}
+    kinds = {option: kind for option, kind in kinds.items() if isinstance(kind, FileName)}
+    if script is sweep:
+        del kinds["--out"]  # which knows by itself what it writes there
+    for one, other in permutations(kinds, 2):
+        told = "are the same file" if kinds[one].written else f"would overwrite what {one} reads"
+        ways = product(stand_for(kinds[one], path), stand_for(kinds[other], path))
+        for given, target in ways if kinds[other].written else ():
+            assert told in refused(script, *HARMLESS[script], one, given, other, target)
+    assert path.read_text() == "kept"
+
+
+@pytest.mark.parametrize("written", ["--json=new/a.png --figures=new", "--timeline=a --json=./a"])
+def test_no_two_outputs_are_one_file_that_is_not_there_yet(written, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "are the same file" in refused(main, *written.split())
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_script_is_left_out():
@@ -270,7 +316,7 @@ def readers_and_variables(text):
         name = getattr(name, "attr", getattr(name, "id", None))
         of = getattr(getattr(node, "func", None), "value", None)  # what stands before the dot
         module = getattr(of, "id", "")
-        if name in ("open", "open_regular", "read_bounded"):
+        if name in ("open", "open_input", "read_bounded"):
             opens = True
         elif name in ("read_text", "read_bytes"):  # of a path; others of ours have these names too
             opens |= of is not None and module != "workload"
@@ -298,6 +344,7 @@ def test_no_reader_is_left_out():
             variables |= asked
     assert places == {
         "vllm_sim/reporting/files.py",
+        "vllm_sim/reporting/sweep_cells.py",  # a log, to write
         "vllm_sim/models/config_file.py",
         "vllm_sim/reporting/sweep_table.py",
         "vllm_sim/workload/text_files.py",  # READERS and JSON_READERS
@@ -534,9 +581,8 @@ def test_a_reader_that_leaves_in_the_middle_of_a_run(script, arguments, tmp_path
         errors = running.stderr.read()
         assert (running.wait(timeout=100), errors) == (141, b"")
     assert path.read_text() == "old"
-    for left in (tmp_path / "out").glob("*"):
-        # The plan, and the cell that had been found when its reader left.
-        assert json.loads(left.read_text())["script"] in ("sweep.py", "capacity.py")
+    for left in (tmp_path / "out").glob("*.json"):
+        assert json.loads(left.read_text())["tables"]  # whole
 
 
 @pytest.mark.parametrize("script", ["reproduce.py", "capacity.py", "sweep.py"])

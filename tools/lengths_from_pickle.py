@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, file_name
-from vllm_sim.reporting.files import check_writable, read_bounded, write_whole
+from vllm_sim.reporting.files import check_writable, out_file, read_bounded, write_whole
 from vllm_sim.workload.data_sets import PAIR_COLUMNS
 from vllm_sim.workload.requests import MAX_LENGTH
 
@@ -57,7 +57,7 @@ def convert(arguments: list[str] | None) -> int:
     """0. Raises UsageError."""
     parser = OneLineParser(prog="lengths_from_pickle.py", description="a pickle of lengths as CSV")
     parser.add_argument("--pickle", type=file_name, required=True, metavar="FILE")
-    parser.add_argument("--csv", type=file_name, required=True, metavar="FILE")
+    parser.add_argument("--csv", type=out_file, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
     check_writable(options.csv)
     rows = [PAIR_COLUMNS, *read_pairs(options.pickle)]

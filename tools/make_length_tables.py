@@ -17,7 +17,7 @@ Most chat prompts have one length, the longest, which is a row of its own.
 
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -223,9 +223,10 @@ def main(arguments: list[str] | None = None) -> int:
 def parse_and_make(arguments: list[str] | None) -> int:
     """0. Raises UsageError."""
     parser = OneLineParser(description="make the compact tables from the length files")
-    parser.add_argument("--data", type=folder, default=Path("../shared/data"), metavar="DIR")
-    place = Path(length_tables.__file__).parent
-    parser.add_argument("--out", type=folder, default=place, metavar="DIR")
+    data, place = replace(folder, within="*.csv*"), Path(length_tables.__file__).parent
+    parser.add_argument("--data", type=data, default=Path("../shared/data"), metavar="DIR")
+    out = replace(folder, written=True, within=NAME)
+    parser.add_argument("--out", type=out, default=place, metavar="DIR")
     options = parser.parse_args(arguments)
     check_writable(options.out / NAME)
     try:

@@ -139,7 +139,7 @@ def test_an_interrupt_waits_for_no_worker(run_script):
         import reproduce
         from vllm_sim.evaluation import runner
 
-        def work(run, files):
+        def work(run):
             started.release()
             time.sleep(1000)
 
@@ -183,11 +183,12 @@ def test_several_processes_find_what_one_finds(monkeypatch):
 
 def test_what_a_worker_does_is_what_one_process_does(monkeypatch):
     run = Run(VLLM, "opt-13b", "Alpaca", 1.0, 20.0)
-    assert runner._work(run, ()) == execute(run, COMPACT)
     seen = []
     monkeypatch.setattr(runner.signal, "signal", lambda *given: seen.append(given))
-    runner._ignore_interrupts()
-    assert seen == [(runner.signal.SIGINT, runner.signal.SIG_IGN)]
+    monkeypatch.setattr(runner, "end_with_parent", seen.append)
+    runner._begin_work(7, COMPACT)
+    assert seen == [7, (runner.signal.SIGINT, runner.signal.SIG_IGN)]
+    assert runner._work(run) == execute(run, COMPACT)
 
 
 def test_it_can_be_called_in_a_thread():

@@ -511,7 +511,7 @@ class MadeUp(io.BytesIO):
 @pytest.mark.parametrize(("length", "found"), [(4, b"xxxx"), (5, None), (10**6, None)])
 def test_a_file_without_a_size_is_not_read_to_its_end(monkeypatch, length, found):
     there = MadeUp(b"x" * length)
-    monkeypatch.setattr(files, "open_regular", lambda _: there)
+    monkeypatch.setattr(files, "open_input", lambda _: there)
     monkeypatch.setattr(there, "close", lambda: None)
     assert files.read_bounded("a", 4) == found
     assert there.tell() <= 5
@@ -521,7 +521,7 @@ def test_a_file_that_would_have_to_be_waited_for_is_refused(monkeypatch):
     """As the kernel's log, which is a regular file and may have nothing yet."""
     there = MadeUp(b"")
     monkeypatch.setattr(there, "read", lambda _: None)
-    monkeypatch.setattr(files, "open_regular", lambda _: there)
+    monkeypatch.setattr(files, "open_input", lambda _: there)
     with pytest.raises(ConfigError, match="a: cannot be read: it would have to be waited for"):
         read_config("a")
 
@@ -531,7 +531,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "hole").touch()
     os.truncate(tmp_path / "hole", 2**40)
-    for name, said in (("pipe", "not a regular file"), ("hole", "larger than 4 MiB")):
+    for name, said in (("pipe", "nothing comes through"), ("hole", "larger than 4 MiB")):
         with pytest.raises(ConfigError, match=said):
             load_model(str(tmp_path / name))
     with pytest.raises(ConfigError, match="not a regular file"):

@@ -4,7 +4,10 @@ import errno
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from vllm_sim.reporting.command_line import (
 )
 from vllm_sim.reporting.files import OutputError, print_then
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     "main.py",
     "reproduce.py",
@@ -226,3 +230,38 @@ def test_values_that_are_taken():
     assert (positive("1"), positive("9" * 12)) == (1, 10**12 - 1)
     assert (seed("0"), seed("4294967295")) == (0, 2**32 - 1)
     assert (folder("."), file_name("a.csv")) == (Path("."), Path("a.csv"))
+
+
+def wait_until(holds):
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.05)
+    raise AssertionError("not within 30 s")
+
+
+def processes_of(group):
+    """The states of the processes of a group that have not ended."""
+    states = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, _, of = path.read_text().rpartition(")")[2].split()[:3]
+            states += [state] if int(of) == group and state not in "ZX" else []
+    return states
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("script", ["reproduce.py", "sweep.py"])
+def test_whatever_works_for_a_script_that_is_killed_ends_too(script, tmp_path):
+    work = ["--figure=12", "--jobs=2", "--quiet"]
+    swept = ["--script=reproduce.py", f"--out={tmp_path}", *work]
+    command = [sys.executable, ROOT / script, *(swept if script == "sweep.py" else work)]
+    wanted, silent = 4 if script == "sweep.py" else 3, {"stdout": -3, "stderr": -3}
+    with subprocess.Popen(command, start_new_session=True, **silent) as running:
+        try:
+            wait_until(lambda: len(processes_of(running.pid)) == wanted)
+            running.kill()
+            wait_until(lambda: not processes_of(running.pid))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)

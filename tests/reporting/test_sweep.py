@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def no_task(monkeypatch):
 
 def documents(folder):
     """What lies in a folder: the plan apart."""
-    found = {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
+    found = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
     plans = [name for name in found if name.startswith("sweep-")]
     return found.pop(plans[0]) if len(plans) == 1 else None, found
 
@@ -166,8 +167,9 @@ def test_a_task_of_an_array_runs_its_cell_alone(run_script, tmp_path):
         "arguments": ["--workload=30,20", "--quiet", "--block-size=32"],
         "options": cell["options"],
     }
-    assert " at a time\n" in done.stdout
-    assert f"cell 1: done, exit code 0: {tmp_path}" in done.stdout
+    path = tmp_path / "a" / "b" / name
+    assert done.stdout == f"cell 1: done, exit code 0: {path}\n"
+    assert " at a time\n" in path.with_suffix(".log").read_text()
 
 
 def test_all_in_turn_find_what_each_alone_finds_and_what_is_done_stays(run_script, tmp_path):
@@ -197,7 +199,7 @@ def test_all_in_turn_find_what_each_alone_finds_and_what_is_done_stays(run_scrip
 def test_a_cell_that_cannot_run_says_why_in_its_file_and_stops_no_other(run_script, tmp_path):
     done = run_script("sweep.py", *CAPACITY, "--out", tmp_path, "--block-size", "5000,16")
     assert done.returncode == 2
-    assert done.stderr == "capacity.py: error: --block-size 5000: at most 4,096\n"
+    assert done.stderr == "cell 0: capacity.py: error: --block-size 5000: at most 4,096\n"
     _, found = documents(tmp_path)
     by_size = {one["options"]["block_size"]: one for one in found.values()}
     assert (by_size[16]["exit_code"], by_size[5000]["exit_code"]) == (0, 2)
@@ -273,8 +275,8 @@ def test_an_interrupt_ends_it_silently(tmp_path):
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as running:
-        assert running.stdout.readline().startswith(b"cell 0: ")
-        assert running.stdout.readline()  # of the cell itself, which is at work
+        while not any(log.stat().st_size for log in tmp_path.glob("*.log")):
+            time.sleep(0.05)  # until the cell is at work
         os.killpg(running.pid, signal.SIGINT)
         _, errors = running.communicate(timeout=60)
     assert (running.returncode, errors) == (130, b"")

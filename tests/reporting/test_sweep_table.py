@@ -205,7 +205,7 @@ def test_all_tables_are_written(four, folder, merged, tmp_path):
 def test_its_own_json_is_not_among_the_files(four, merged):
     before = four[0].read_bytes()
     code, _, errors = merged(four, "--json", str(four[0]))
-    assert code == 2 and "is one of the files to merge" in errors
+    assert code == 2 and "would overwrite what --merge reads" in errors
     assert four[0].read_bytes() == before
 
 

@@ -12,7 +12,7 @@ import argparse
 import os
 
 from vllm_sim import paper
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, positive
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, file_name, positive
 from vllm_sim.reporting.files import add_output_options
 
 MAX_SEEDS = 1000
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--beam-seconds", type=positive, default=BEAM_SECONDS, metavar="N", help=text)
     text = "a full length file (repeatable); default LENGTHS_DIR, then tables"
-    add("--lengths", action="append", default=[], metavar="FILE", help=text)
+    add("--lengths", type=file_name, action="append", default=[], metavar="FILE", help=text)
     add_output_options(parser, "all rows", "the figures")
     return parser
 

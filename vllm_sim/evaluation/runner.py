@@ -11,12 +11,12 @@ without a seed; here, and only here, all of them are repeated for each seed.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from multiprocessing import active_children
 from threading import current_thread, main_thread
 
@@ -26,11 +26,13 @@ from vllm_sim.evaluation.experiments import Done, Outcome, Run, execute
 from vllm_sim.evaluation.figures_blocks import Fig18b, Fig19b
 from vllm_sim.evaluation.figures_memory import Fig2, Fig13, Fig15, Table1
 from vllm_sim.evaluation.figures_rates import BEAM_SECONDS, Fig12, Fig14, Fig16, Fig17
+from vllm_sim.reporting.command_line import end_with_parent
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.workload.data_sets import DATASETS, Lengths
 
 ANOTHER_DRAW = "D14"
 LOOK_S = 0.5  # between two looks at the clock and for Ctrl-C while processes work
+_lengths: Lengths  # of the runs of a process that is given them
 Needed = Callable[[], set[Run]]
 
 
@@ -129,9 +131,8 @@ def _in_processes(
     needed: Needed, lengths: Lengths, jobs: int, progress: Progress
 ) -> Generator[tuple[Run, Outcome], None, None]:
     """(run, outcome) as they come; `needed()` is asked for more whenever one is done."""
-    files = tuple(sorted(lengths.files.items()))
     others = set(active_children())
-    pools = ProcessPoolExecutor(jobs, initializer=_ignore_interrupts)
+    pools = ProcessPoolExecutor(jobs, initializer=_begin_work, initargs=(os.getpid(), lengths))
     with _interrupts_noted() as raise_if_noted, pools as pool:
         pending: dict[Future, Run] = {}
         num_done = 0
@@ -140,7 +141,7 @@ def _in_processes(
                 runs = needed() - set(pending.values())
                 # Longest first; a few more than processes, so that none waits for us.
                 for run in sorted(runs, key=_cost, reverse=True)[: 2 * jobs - len(pending)]:
-                    pending[pool.submit(_work, run, files)] = run
+                    pending[pool.submit(_work, run)] = run
                 if not pending:
                     return
                 known = num_done + len(pending) + len(runs - set(pending.values()))
@@ -188,15 +189,13 @@ def _cost(run: Run) -> float:
     return run.rate * run.seconds * run.width * (3.0 if run.decoding == "beam" else 1.0)
 
 
-def _work(run: Run, files: tuple[tuple[str, str], ...]) -> Outcome:
-    return execute(run, _lengths(files))
-
-
-@cache
-def _lengths(files: tuple[tuple[str, str], ...]) -> Lengths:
-    """Read once in each process."""
-    return Lengths(dict(files))
-
-
-def _ignore_interrupts() -> None:
+def _begin_work(parent: int, lengths: Lengths) -> None:
+    """In each process; Ctrl-C is for the parent."""
+    global _lengths
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _lengths = lengths
+
+
+def _work(run: Run) -> Outcome:
+    return execute(run, _lengths)

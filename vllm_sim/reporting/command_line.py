@@ -1,17 +1,27 @@
-"""What all commands share: mistakes, Ctrl-C, and output that cannot be written.
+"""What all commands share: mistakes, Ctrl-C, files that are named, output that cannot be written.
 
 Input that cannot be used is one line on stderr and exit code 2, never a traceback; Ctrl-C is exit
 code 130, and a reader that has gone away (`| head`) 141, without a word. Standard library alone.
+
+Every option that names a file has a FileName as its type, which says whether the script reads or
+writes it: so that no parser lets an output be an input.
 """
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+
+STANDARD = Path("/dev/stdout")  # what `-` stands for where a file is written
+Named = list[tuple[str, Path]]  # the option that names a file, and the file
 
 
 class UsageError(Exception):
@@ -27,11 +37,86 @@ class OneLineParser(argparse.ArgumentParser):
     def _print_message(self, message: str, file=None) -> None:
         print(message, end="", file=file)  # argparse itself passes over a full disk
 
+    def _get_value(self, action: argparse.Action, text: str):
+        """One of the choices in any case; anything else is refused as it was written."""
+        spelt = [name for name in action.choices or () if str(name).lower() == text.lower()]
+        return spelt[0] if spelt else super()._get_value(action, text)
+
     def parse_known_args(self, args=None, namespace=None):  # parse_args comes here too
         for word in sys.argv[1:] if args is None else args:
             if word.startswith("--") and word[-3:] == "=--":  # argparse would take it for no value
                 self.error(f"argument {word[:-3]}: expected one argument")
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        keep_apart(*self.files(found))
+        return found, rest
+
+    def files(self, args: argparse.Namespace) -> tuple[Named, Named]:
+        """What these arguments read, and what they write; of a folder, the files in it."""
+        named = []
+        for action in self._actions:
+            if isinstance(action.type, FileName) and (value := getattr(args, action.dest)):
+                values = value if isinstance(value, list) else [value]
+                named += [(action.option_strings[-1], action.type, one) for one in values]
+        names = {os.path.basename(value) for _, _, value in named}
+        reads, writes = [], []
+        for option, kind, value in named:
+            found = [(option, path) for path in kind.files(value, names)]
+            (writes if kind.written else reads).extend(found)
+        return reads, writes
+
+
+@dataclass(frozen=True)
+class FileName:
+    """For argparse: the name of a file or folder, and whether the script reads or writes it.
+
+    An empty one, of a variable that is not set say, is not the current folder. `within` says which
+    files of a folder count ('*.png'); `known` are names that stand for no file.
+    """
+
+    kind: str
+    written: bool = False
+    within: str = ""
+    known: Collection[str] = ()
+
+    def __call__(self, text: str) -> Path | str:
+        if not text.strip():
+            raise argparse.ArgumentTypeError(f"{text[:40]!a} names no {self.kind}")
+        if self.known:  # a name in any case, unless there is a file of that name
+            name = text if text in self.known or os.path.exists(text) else text.lower()
+            return name if name in self.known else text
+        return STANDARD if self.written and text == "-" else Path(text)
+
+    def files(self, value: Path | str, names: Collection[str]) -> list[Path]:
+        """The files that a value stands for: in a folder that is written, of these names too."""
+        if value in self.known:
+            return []
+        if not self.within or not (os.path.isdir(value) or self.written):
+            return [Path(value)]
+        with suppress(OSError, ValueError):  # it may not be there yet
+            names = [*os.listdir(value), *(names if self.written else ())]
+        return [Path(value, name) for name in names if fnmatch(name, self.within)]
+
+
+def keep_apart(reads: Named, writes: Named) -> None:
+    """UsageError for an output that is an input, or another output, however it is spelt."""
+    taken = {_identity(path): (option, False) for option, path in reads}
+    for option, path in writes:
+        other, written = taken.setdefault(_identity(path), (option, True))
+        if not written:
+            raise UsageError(f"{option} {path} would overwrite what {other} reads")
+        if other != option:
+            raise UsageError(f"{other} and {option} are the same file, {path}")
+
+
+def _identity(path: Path) -> object:
+    """The same for two names of one file, through links too, also where it is not there yet."""
+    try:
+        real = os.path.realpath(path)
+        there = os.path.exists(real)
+        found = os.stat(real if there else os.path.dirname(real))
+        return found.st_dev, found.st_ino, "" if there else os.path.basename(real)
+    except (OSError, ValueError):  # a folder that is not there, a zero byte: told by who opens it
+        return str(path)
 
 
 def whole(values: range, wanted: str, text: str) -> int:
@@ -41,17 +126,10 @@ def whole(values: range, wanted: str, text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text[:40]!a} is not {wanted}")
 
 
-def name(kind: str, text: str) -> Path:
-    """A path. An empty one, of a variable that is not set say, is not the current folder."""
-    if text.strip():
-        return Path(text)
-    raise argparse.ArgumentTypeError(f"{text[:40]!a} names no {kind}")
-
-
 positive = partial(whole, range(1, 10**12), "a positive integer of at most 12 digits")
 seed = partial(whole, range(2**32), "an integer from 0 to 2**32 - 1")
-folder = partial(name, "folder ('.' is the current one)")
-file_name = partial(name, "file")
+file_name = FileName("file")
+folder = FileName("folder ('.' is the current one)", within="*")
 TIME_UNITS = ("s", "ms", "us", "ns")  # of --time-unit
 
 
@@ -68,12 +146,22 @@ def raise_on_interrupt() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def end_with_parent(parent: int) -> None:
+    """On Linux: kill this process when its parent ends, however it ends; `parent` is its id."""
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended already
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def exit_code(script: str, run: Callable[[], int]) -> int:
     """For sys.exit: what `run` returns, or the code that stands for what it raised."""
+    stdout = sys.stdout
     try:
         try:
             return run()
         finally:  # at Python's end, a failure would be several lines and code 120
+            sys.stdout = stdout  # with `--json -` text goes elsewhere
             print(end="", flush=True)
     except UsageError as error:
         return _refuse(script, str(error))

@@ -1,7 +1,8 @@
 """Files: those that a user names are opened with care, those that scripts write are whole.
 
-A pipe or a device may never end, and opening a pipe may already hang: what is no regular file is
-refused before a byte of it is read. What cannot be written is refused before the work.
+A pipe is read once, to its end; a device, which may never end, is refused before a byte of it is
+read. What cannot be written is refused before the work. `-` is standard output: it then has the
+document alone, and what is printed goes to stderr.
 
     data = read_bounded("config.json", 4 << 20)     # None if there is more
     check_writable(path)                            # before a run of minutes
@@ -13,12 +14,21 @@ import errno
 import json
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from vllm_sim.reporting.command_line import UsageError, folder
+from vllm_sim.reporting.command_line import STANDARD, FileName, UsageError, folder
+
+out_file = FileName("file", written=True)
+out_folder = replace(folder, written=True, within="")  # whose files the script itself checks
+pictures = replace(folder, written=True, within="*.png")
+MAX_PIPE = 2**28 + 1  # bytes: more than any reader takes
+DASH = "-: to standard output, the text to stderr"
+_pipes: dict[tuple[int, int], BinaryIO] = {}  # what came through each, as it comes only once
 
 
 class OutputError(UsageError):
@@ -28,25 +38,41 @@ class OutputError(UsageError):
 def add_output_options(parser: argparse.ArgumentParser, written: str, drawn: str) -> None:
     """--json, --figures, --format and --quiet; their help says what is written and drawn."""
     add, needed = parser.add_argument, "(needs matplotlib: requirements-dev.txt)"
-    add("--json", type=Path, metavar="FILE", help=f"write {written} here")
-    add("--figures", type=folder, metavar="DIR", help=f"draw {drawn} there {needed}")
+    add("--json", type=out_file, metavar="FILE", help=f"write {written} here ({DASH})")
+    add("--figures", type=pictures, metavar="DIR", help=f"draw {drawn} there {needed}")
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     add("--quiet", action="store_true", help="no progress on stderr")
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """The file, open. Raises OSError, for anything but a regular file too; ValueError for a NUL."""
-    # Without waiting for somebody to write to a pipe.
+def open_input(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, open; of a pipe, what came through it.
+
+    Raises OSError, for what is neither a regular file nor a pipe too; ValueError for a NUL.
+    """
+    # Without waiting for somebody to open the other end of a pipe.
     file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115 - whoever called closes it
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    return file
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode):
+        return file
+    with file:
+        if not stat.S_ISFIFO(found.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        os.set_blocking(file.fileno(), True)
+        which, content = (found.st_dev, found.st_ino), file.read(MAX_PIPE)
+        if content:
+            _pipes[which] = tempfile.TemporaryFile()  # noqa: SIM115 - for whoever reads it again
+            _pipes[which].write(content)
+            _pipes[which].flush()
+        elif which not in _pipes:
+            raise OSError(errno.ENODATA, "nothing comes through this pipe")
+    copy = open(f"/dev/fd/{_pipes[which].fileno()}", "rb")  # noqa: SIM115 - whoever called closes it
+    copy.seek(0)  # some systems share the place
+    return copy
 
 
 def read_bounded(path: str | os.PathLike[str], most: int) -> bytes | None:
-    """All of a file of at most so many bytes, None for a larger one. Raises as `open_regular`."""
-    with open_regular(path) as file:
+    """All of a file of at most so many bytes, None for a larger one. Raises as `open_input`."""
+    with open_input(path) as file:
         if os.fstat(file.fileno()).st_size > most:
             return None
         data = file.read(most + 1)  # what the system makes up, as in /proc, says no size
@@ -61,8 +87,15 @@ def write_json(path: Path, data: object) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, through a link if it is one. Raises OutputError."""
+    """Write a file whole or not at all, through a link if it is one. Raises OutputError.
+
+    To STANDARD it goes as it is, and an OSError is whatever becomes of it.
+    """
     check_writable(path)
+    if path == STANDARD:
+        with open(sys.__stdout__.fileno(), "wb", closefd=False) as out:
+            out.write(content)
+        return
     target = Path(os.path.realpath(path))
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".new-", delete=False) as file:
@@ -82,7 +115,15 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """OutputError unless `path` could be written: asked before a long run, not only after it."""
+    """OutputError unless `path` could be written: asked before a long run, not only after it.
+
+    Standard output is for the document from now on: what is printed goes to stderr.
+    """
+    if path == STANDARD:
+        if sys.__stdout__ is None:
+            raise OutputError("there is no standard output to write to")
+        sys.stdout = sys.stderr
+        return
     target = Path(os.path.realpath(path))
     try:
         exists = os.path.lexists(target) and target.stat()

@@ -2,12 +2,13 @@
 
 An option with a comma list has several values (`--seed 0,1,2`); the first option varies slowest.
 Each cell has a file of its own, named after what it runs, so that sweeps share a folder and a
-sweep that grows keeps what is done.
+sweep that grows keeps what is done; beside it, as .log, is what the script printed.
 """
 
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -15,17 +16,19 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, end_with_parent, keep_apart
 from vllm_sim.reporting.documents import Json, document, rows_table, told
-from vllm_sim.reporting.files import write_json
+from vllm_sim.reporting.files import make_folder, write_json
 from vllm_sim.reporting.sweep_table import read_run
 
 SEPARATOR = {"--workload": "/"}  # whose own values have commas
 PATHS = ("--lengths", "--trace")  # are never a list
 OURS = ("--json", "--figures", "--timeline", "--help", "-h")  # what a cell writes is settled
+LOG = ".log"  # in place of .json: what a cell printed
 MAX_CELLS = 10_000
 
 
@@ -94,6 +97,24 @@ def write_list(script: str, cells: list[Cell], out: Path) -> None:
     write_json(out / name, document("sweep.py", {"script": script}, elapsed_s=0.0, **found))
 
 
+def make_place(parser: OneLineParser, cells: list[Cell], wanted: list[Cell], out: Path) -> None:
+    """Make the folder, with the list of cells in it, for those that are wanted.
+
+    Raises UsageError for a file that cannot be written, one that a cell reads, and a pipe, which
+    could be read once.
+    """
+    reads = [one for cell in wanted for one in parser.files(parser.parse_args(cell.arguments))[0]]
+    for option, path in reads:
+        with suppress(OSError):  # of a name that is too long: the cell will tell
+            if path.is_fifo():
+                raise UsageError(f"{option} {path} is a pipe: a sweep needs a file")
+    names = [cell.file for cell in wanted]
+    names += [name.removesuffix(".json") + LOG for name in names]
+    keep_apart(reads, [("--out", out / name) for name in names])
+    make_folder(out, names)
+    write_list(parser.prog, cells, out)
+
+
 def done_code(path: Path, script: str, cell: Cell) -> int | None:
     """The exit code of a cell whose result is there, None if it must run."""
     with suppress(UsageError):  # not there, or cut off by something else: it is written anew
@@ -104,13 +125,15 @@ def done_code(path: Path, script: str, cell: Cell) -> int | None:
 
 
 def run_all(script: Path, cells: list[Cell], out: Path, again: bool) -> int:
-    """Run in turn the cells that are not done, or all `again`. Returns the highest exit code."""
+    """Run in turn the cells that are not done, or all `again`, with a line for each.
+
+    Returns the highest exit code.
+    """
     worst = 0
     for cell in cells:
         path = out / cell.file
         code, told = None if again else done_code(path, script.name, cell), "done before"
         if code is None:
-            print(f"cell {cell.index}: python {script.name} {cell.line}", flush=True)
             code, told = run_cell(script, cell, path), "done"
         print(f"cell {cell.index}: {told}, exit code {code}: {path}", flush=True)
         worst = max(worst, code)
@@ -122,11 +145,15 @@ def run_cell(script: Path, cell: Cell, path: Path) -> int:
     start, last = time.perf_counter(), ""
     command = [sys.executable, "-u", script, *cell.arguments, "--json", path]
     pipe = {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "backslashreplace"}
-    with subprocess.Popen(command, **pipe) as running:
+    pipe["preexec_fn"] = partial(end_with_parent, os.getpid())
+    with (
+        path.with_suffix(LOG).open("wb") as log,
+        subprocess.Popen(command, stdout=log, **pipe) as running,
+    ):
         for line in running.stderr:
             last = line.strip() or last
             if sys.stderr is not None:
-                print(line, end="", file=sys.stderr, flush=True)
+                print(f"cell {cell.index}: {line}", end="", file=sys.stderr, flush=True)
     if running.returncode == 2:  # so that a merge can tell why
         found = {"setting": {}, "tables": [], "exit_code": 2, "error": last}
         took = time.perf_counter() - start

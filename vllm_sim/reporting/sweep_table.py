@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.reporting.command_line import Named, UsageError, keep_apart
 from vllm_sim.reporting.documents import SCHEMA, Json, document, rows_table
 from vllm_sim.reporting.files import check_writable, print_then, read_bounded, write_json
 from vllm_sim.reporting.tables import Cell, Table, counted, render
@@ -75,16 +75,18 @@ def _finite(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else value
 
 
-def merge(paths: list[Path]) -> tuple[dict[str, Table], bool]:
+def merge(paths: list[Path], writes: Named = ()) -> tuple[dict[str, Table], bool]:
     """The tables of these documents by id, "runs" with a row for each, and whether all held.
 
-    A sweep's list of cells stands for them: those not there are missing. Raises UsageError.
+    A sweep's list of cells stands for them: those not there are missing. Raises UsageError, also
+    where one of them is to be written.
     """
     runs: dict[str, Run] = {}
     for run in map(read_run, sorted(set(paths))):
         for one in run.listed or [run]:
             there = run.listed and os.path.lexists(one.path)
             runs.setdefault(os.path.realpath(one.path), read_run(one.path) if there else one)
+    keep_apart([("--merge", run.path) for run in runs.values()], writes)
     scripts = {run.script: run.path for run in runs.values()}
     if len(scripts) > 1:
         several = ", ".join(f"{path} is of {script}" for script, path in sorted(scripts.items()))
@@ -129,9 +131,7 @@ def merge_and_show(paths: list[Path], names: list[str], out: Path | None, fmt: s
     start = time.perf_counter()
     if out is not None:
         check_writable(out)
-        if os.path.realpath(out) in map(os.path.realpath, paths):
-            raise UsageError(f"--json {out} is one of the files to merge")
-    tables, held = merge(paths)
+    tables, held = merge(paths, [] if out is None else [("--json", out)])
     for name in set(names) - {*tables}:
         raise UsageError(f"--table {name[:40]!a}: the files have {', '.join(tables)}")
 

@@ -6,11 +6,10 @@ args = build_parser().parse_args(["--scenario", "2", "--device", "cpu"])
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from vllm_sim import models, paper
 from vllm_sim.reporting.command_line import TIME_UNITS, OneLineParser, file_name, positive, seed
-from vllm_sim.reporting.files import add_output_options
+from vllm_sim.reporting.files import add_output_options, out_file
 
 EXAMPLE = """\
 example:
@@ -20,7 +19,7 @@ example:
 
 def layers(text: str) -> int | None:
     """A positive integer, or None for all."""
-    return None if text == "all" else positive(text)
+    return None if text.lower() == "all" else positive(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,36 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--scenario",
-        type=positive,
-        choices=(1, 2, 3, 4),
-        action="append",
-        metavar="1..4",
-        help="run only this one (repeatable); default all",
-    )
+    four = {"type": positive, "choices": (1, 2, 3, 4), "metavar": "1..4"}
+    add("--scenario", action="append", help="run only this one (repeatable); default all", **four)
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
-    add(
-        "--kernel",
-        choices=("auto", "gather", "triton"),
-        default="auto",
-        help="gather copies blocks together, triton reads them in place (default: auto, that is "
-        "triton on a GPU if it runs there)",
-    )
-    add(
-        "--model",
-        choices=tuple(models.MODELS),
-        default="opt-13b",
-        metavar="NAME",
-        help=f"default opt-13b; one of {', '.join(models.MODELS)}",
-    )
-    add(
-        "--layers",
-        type=layers,
-        default=1,
-        metavar="N|all",
-        help="layers of K and V on the device (default 1; bookkeeping is for all)",
-    )
+    help = "gather copies blocks together, triton reads them in place (default: auto, that is "
+    help += "triton on a GPU if it runs there)"
+    add("--kernel", choices=("auto", "gather", "triton"), default="auto", help=help)
+    names, help = tuple(models.MODELS), f"default opt-13b; one of {', '.join(models.MODELS)}"
+    add("--model", choices=names, default="opt-13b", metavar="NAME", help=help)
+    help = "layers of K and V on the device (default 1; bookkeeping is for all)"
+    add("--layers", type=layers, default=1, metavar="N|all", help=help)
     help = "blocks in the pool (default: as in Table 1, 983 for opt-13b)"
     add("--num-blocks", type=positive, metavar="N", help=help)
     size, help = paper.BLOCK_SIZE, f"slots per block (default {paper.BLOCK_SIZE})"
@@ -73,6 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--time-unit", choices=TIME_UNITS, help=help)
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same output (default 0)")
     help = "write a page here that plays scenarios 3 and 4 back, block by block"
-    add("--timeline", type=Path, metavar="FILE", help=help)
+    add("--timeline", type=out_file, metavar="FILE", help=help)
     add_output_options(parser, "all figures and checks", "what was found")
     return parser

@@ -112,8 +112,6 @@ def check_outputs(args: argparse.Namespace, setting: Setting, chosen: list[int])
     if args.figures is not None:
         pictures.check(args.figures, chosen)
     if args.timeline is not None:
-        if args.json is not None and args.json.resolve() == args.timeline.resolve():
-            raise UsageError(f"--json and --timeline are the same file, {args.timeline}")
         timeline.check(args.timeline, chosen, setting.num_blocks)
 
 

@@ -18,6 +18,7 @@ from vllm_sim import paper
 from vllm_sim.models import GPUS, MODELS
 from vllm_sim.reporting.command_line import (
     TIME_UNITS,
+    FileName,
     OneLineParser,
     UsageError,
     file_name,
@@ -70,9 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     gpus, size, prefix = tuple(GPUS), paper.BLOCK_SIZE, paper.FIG16["5-shot"]["prefix"]
     add = partial(_add, parser.add_argument)
     text = f"{', '.join(MODELS)}; or a Hugging Face config.json (default opt-13b)"
-    add("--model", text, metavar="NAME|FILE", default="opt-13b")
+    model = FileName("model or file", within="config.json", known=tuple(MODELS))
+    add("--model", text, model, metavar="NAME|FILE", default="opt-13b")
     text = f"one of {', '.join(GPUS)} (default a100-40gb)"
-    add("--gpu", text, str.lower, metavar="NAME", choices=gpus)
+    add("--gpu", text, metavar="NAME", choices=gpus)
     text = "instead: the memory of one GPU as CUDA reports it, in GiB"
     add("--gpu-memory", text, gib, metavar="GIB")
     add("--gpus", "tensor parallel (default 1)", positive, default=1)
@@ -106,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "of the file's times where they are numbers (default: found; what it is, is printed)"
     add("--time-unit", text, choices=TIME_UNITS)
     text = "whose bandwidth and FLOPS, with --gpu-memory (docs/capacity.md)"
-    add("--speed-of", text, str.lower, metavar="GPU", choices=gpus)
+    add("--speed-of", text, metavar="GPU", choices=gpus)
     return parser
 
 

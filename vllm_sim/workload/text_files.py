@@ -22,7 +22,7 @@ from functools import partial
 from itertools import chain
 from typing import BinaryIO
 
-from vllm_sim.reporting.files import open_regular
+from vllm_sim.reporting.files import open_input
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PACKED_BYTES = 2**24  # of a gzipped file: what costs time and unpacks to nothing
@@ -63,11 +63,11 @@ def read_text(path: str | os.PathLike[str], part: bool = False) -> Iterator[Line
 
     Of a gzipped file 16 MiB are read, and 256 MiB once unpacked, of any file 2 million lines. A
     larger file is not read at all, unless only `part` of it is wanted. Raises WorkloadError for
-    anything else; a pipe or a device, which may never end, is not read at all.
+    anything else; a device, which may never end, is not read at all.
     """
     name, size = os.fspath(path), 0
     try:
-        with open_regular(path) as file:
+        with open_input(path) as file:
             packed = file.peek(2)[:2] == b"\x1f\x8b"
             most = MAX_PACKED_BYTES if packed else MAX_FILE_BYTES
             if not part and os.fstat(file.fileno()).st_size > most:
