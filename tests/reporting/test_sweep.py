@@ -268,7 +268,7 @@ def test_a_cell_that_is_killed_leaves_no_file(stand_in, tmp_path, capfd):
 
 
 def test_an_interrupt_ends_it_silently(tmp_path):
-    arguments = ["--script", "capacity.py", "--out", tmp_path, "--seed", "0,1", "--quiet"]
+    arguments = ["--out", tmp_path, "--seed", "0,1", "--device", "cpu", "--quiet"]
     with subprocess.Popen(
         [sys.executable, SWEEP, *arguments],
         stdout=subprocess.PIPE,
