@@ -25,9 +25,9 @@ PAGES = {  # page: its title, one sentence, the results
     ),
     "figures": (
         "Every row of reproduce.py",
-        "All figures at seed 0, with the authors' lengths and without; then, with them, Fig. 2 and "
-        "Fig. 12 over several seeds, and Fig. 14's beam search over the paper's hour. A D-number "
-        "is one of the [differences](../differences.md).",
+        "All figures at seed 0, with the authors' lengths and, second, without; then, with them, "
+        "Fig. 2 and Fig. 12 over several seeds, and Fig. 14's beam search over the paper's hour. "
+        "A D-number is one of the [differences](../differences.md).",
         (
             "reproduce",
             "reproduce_without_lengths",
@@ -78,14 +78,9 @@ def section(name: str) -> str:
         printed = f"```\n{printed}\n```"
     command = re.sub(r"\.\./\S+", "DIR", found["command"])  # a folder of the machine's
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    lengths = found.get("output", {}).get("setting", {}).get("lengths")
-    if lengths:  # which the command does not tell: they may come from LENGTHS_DIR
-        drawn = all("compact table" in source for source in lengths.values())
-        command += f"`, {'without' if drawn else 'with'} the authors' lengths"
-    else:
-        command += "`"
+    which = " without the authors' lengths" * name.endswith("without_lengths")
     return (
-        f"## `{command}\n\nAt commit {found['commit'][:7]}, whose command this is, on "
+        f"## `{command}`{which}\n\nAt commit {found['commit'][:7]}, whose command this is, on "
         f"{found['device']} ({versions}): [{name}.json](../../results/{name}.json)\n\n{printed}\n"
     )
 

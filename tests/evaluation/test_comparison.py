@@ -84,15 +84,12 @@ def test_what_a_row_prints(row, paper, difference, tolerance):
     assert (row.paper, row.difference, row.tolerance) == (paper, difference, tolerance)
 
 
-def test_a_range_may_have_one_end():
+def test_a_range_may_have_one_end_and_a_factor_goes_both_ways():
     over, up_to = partial(between, *WHERE, 3.0, math.inf), partial(between, *WHERE, -math.inf, 3.0)
     for ours, above in ((2.999, False), (3.001, True), (1e9, True), (-1e9, False)):
         assert over(ours).held is above
         assert up_to(ours).held is not above
     assert over(3.0).held is up_to(3.0).held is True
-
-
-def test_a_factor_goes_both_ways():
     for paper, ours in ((2.0, 2.9), (2.9, 2.0)):
         assert factor(*WHERE, paper, ours, 1.5).held is True
     for paper, ours in ((2.0, 3.1), (3.1, 2.0), (2.0, 0.0), (2.0, -2.0)):
@@ -244,13 +241,10 @@ def test_what_a_table_says_of_a_row_and_which_rows_fail(held, expected, text, fa
     assert ("expected" in row.to_json()) == bool(expected)
 
 
-def test_zero_is_a_value():
+def test_zero_is_a_value_and_an_open_range_is_still_json():
     """Neither a measured zero nor a spread of zero is left out."""
     record = over_seeds([absolute(*WHERE, 0.0, 0.0, 1.0)] * 2).to_json()
     assert (record["paper"], record["ours"], record["spread"]) == (0.0, 0.0, 0.0)
-
-
-def test_an_open_range_is_still_json():
     record = between(*WHERE, 3.0, math.inf, 4.0).to_json()
     assert json.loads(json.dumps(record, allow_nan=False))["paper"] == "over 3"
 

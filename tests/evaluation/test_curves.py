@@ -133,16 +133,13 @@ def test_a_latency_that_never_comes_is_asked_for_only_so_many_times():
 # --- gaps ----------------------------------------------------------------------------------------
 
 
-def test_the_papers_own_wide_gap_is_read_along_its_straight_line():
+def test_the_papers_own_wide_gap_and_that_before_the_next_rate_are_read_along_a_straight_line():
     curve = curve_of((1, 0.04), (2, 1.1))
     latency = queue(1.8)
     asked, done = drive(curve, latency)
     assert asked == [[1], [2]]
     wanted = straight((1, 0.03 / (1 - 1 / 1.8)), (2, OVERLOADED), 0.5)
     assert curve.rate_at(done) == pytest.approx(wanted, rel=1e-12)
-
-
-def test_the_gap_before_the_next_rate_is_the_papers_too():
     curve = curve_of((1, 0.04), (2, 0.3), next_rate=3.0)
     asked, done = drive(curve, queue(2.5))
     assert asked == [[1, 2], [3]]
@@ -171,9 +168,7 @@ def test_a_gap_of_the_papers_in_part_is_not_the_papers():
     asked, done = drive(fine, late.__getitem__)
     assert asked == [[1, 2], [2.5], [3], [2.25], [2.375]]
     assert fine.rate_at(done) == pytest.approx(straight((2.375, 0.49), (2.5, 0.7), 0.5))
-
-
-def test_a_narrow_gap_is_left_alone():
+    # A narrow one is left alone.
     curve = curve_of((1, 0.04), (1.08, 0.05), (1.15, 0.06), (2, 0.7))
     assert drive(curve, queue(1.1))[0] == [[1, 1.08, 1.15]]
 
@@ -242,23 +237,17 @@ def test_other_latencies_are_read_from_the_same_line():
     assert curve.rate_at(done, 0.4) == pytest.approx(2.1)
     assert curve.rate_at(done) == curve.rate_at(done, 0.5) == pytest.approx(2.2)
     assert curve.rate_at(done, 1.3) == pytest.approx(3.0)
-
-
-def test_where_a_line_falls_and_rises_again_the_first_crossing_counts():
+    # Where a line falls and rises again the first crossing counts.
     curve = curve_of((1, 0.1), (2, 0.1), (3, 0.1), (4, 1.0))
     _, done = drive(curve, {1: 0.1, 2: 0.3, 3: 0.1, 4: 1.1}.__getitem__)
     assert curve.rate_at(done, 0.2) == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize("latency", [0.0, 0.05, 0.1, OVERLOADED + 1e-9, 100.0, math.nan])
-def test_a_latency_that_is_not_on_the_line_has_no_rate(latency):
+def test_what_is_not_on_the_line_or_not_simulated_has_no_rate():
     curve = curve_of((1, 0.04), (2, 1.1))
     _, done = drive(curve, {1: 0.1, 2: OVERLOADED}.__getitem__)
-    assert math.isnan(curve.rate_at(done, latency))
-
-
-def test_a_curve_that_starts_above_or_is_not_simulated_has_no_rate():
-    curve = curve_of((1, 0.04), (2, 1.1))
+    for latency in (0.0, 0.05, 0.1, OVERLOADED + 1e-9, 100.0, math.nan):
+        assert math.isnan(curve.rate_at(done, latency))
     for done in ({}, {curve.at(1.0): Outcome(0.1, 1, 1, 1.0)}):
         assert math.isnan(curve.rate_at(done))
     asked, done = drive(curve, lambda rate: OVERLOADED)

@@ -51,15 +51,12 @@ def test_parameters_are_those_of_the_released_models(name, params):
     assert MODELS[name].weight_bytes() == 2 * params
 
 
-def test_grouped_queries_shrink_the_cache_and_the_projections():
+def test_grouped_queries_shrink_cache_and_projections_which_need_not_be_square():
     full = MODELS["llama-13b"]
     grouped = replace(full, num_kv_heads=10)
     assert grouped.kv_bytes_per_token * 4 == full.kv_bytes_per_token
     saved = 40 * 2 * 30 * 128 * 5120  # layers x (K and V) x heads x D x hidden
     assert full.num_params - grouped.num_params == saved
-
-
-def test_a_model_needs_no_square_projection():
     wide = Model("wide", "llama", 2, 64, 4, 2, 32, 128, 100, 64, tied=False).weights()
     assert wide.split == 2 * (2 * (4 + 2) * 32 * 64 + 3 * 64 * 128) + 2 * 100 * 64
 
@@ -103,20 +100,15 @@ def test_a_model_that_cannot_be_split_so_is_refused(num_gpus):
 
 
 @pytest.mark.parametrize("name", TABLE1)
-def test_table_1_as_derived(name):
-    deployment, derived = DEPLOYMENTS[name], TABLE1_DERIVED[name]
+def test_table_1_as_derived_and_as_printed(name):
+    deployment, derived, printed = DEPLOYMENTS[name], TABLE1_DERIVED[name], TABLE1[name]
     assert kv_blocks(deployment) == derived["blocks"]
     assert kv_blocks(deployment) * BLOCK_SIZE == derived["slots"]
     gib = derived["slots"] * deployment.model.kv_bytes_per_token / GIB
     assert within_last_place(gib, derived["kv_cache_gib"])
     gb = paper_plan(deployment).weights * deployment.num_gpus / 1e9
     assert within_last_place(gb, derived["parameters_gb"])
-
-
-@pytest.mark.parametrize("name", TABLE1)
-def test_table_1_as_printed(name):
-    printed, derived = TABLE1[name], TABLE1_DERIVED[name]
-    assert printed["total_gb"] == DEPLOYMENTS[name].gpu.sold_gb * DEPLOYMENTS[name].num_gpus
+    assert printed["total_gb"] == deployment.gpu.sold_gb * deployment.num_gpus
     assert round(derived["kv_cache_gib"]) == printed["kv_cache_gb"]
     # The two known exceptions are in DOES_NOT_ADD_UP: 66B's slots, 175B's parameters.
     assert (round(derived["slots"] / 1000, 1) == printed["kilo_slots"]) == (name != "opt-66b")

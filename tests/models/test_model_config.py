@@ -179,14 +179,11 @@ def test_which_layers_slide(name, kinds):
     assert [(kind.count, kind.window) for kind in layers] == kinds
 
 
-def test_qwens_windows_start_late():
+def test_qwens_windows_start_late_and_layer_types_go_before_a_familys_pattern():
     values = PUBLISHED["Qwen2-7B"][1] | {"use_sliding_window": True, "sliding_window": 4096}
     assert not model(values).windows  # max_window_layers is 28, of 28
     windows = model(values, max_window_layers=20).windows
     assert windows == (None,) * 20 + (4096,) * 8
-
-
-def test_layer_types_go_before_the_familys_pattern():
     types = ["full_attention"] * 25 + ["sliding_attention"]
     windows = model(PUBLISHED["Gemma-3-1B"][1], layer_types=types).windows
     assert windows == (None,) * 25 + (512,)

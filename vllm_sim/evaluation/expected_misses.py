@@ -1,9 +1,8 @@
 """The rows that a recorded run misses, each with why: like tests that are expected to fail.
 
-Reproduces nothing. A miss excuses no distance and has no bound: it says that this very row is not
-held. One that is held after all fails the run as well, so that the list stays true. It is about
-the run that was recorded, seed 0 without the authors' files (results/), and the parts of it that
-`--quick` and `--figure` take; elsewhere nothing is expected.
+Reproduces nothing. A miss excuses no distance; one that is held after all fails the run as well.
+The list is of the run in results/, seed 0 without the authors' files, and of the parts of it that
+`--quick` and `--figure` take; of any other run nothing is expected.
 
     mark(rows, expected(figures, lengths, num_seeds=1))
 """

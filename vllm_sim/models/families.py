@@ -64,14 +64,19 @@ def layer_normed(config: Config, found: dict, bias: bool, **values: object) -> M
     return make_model(config, **(usual | biases | found | values))
 
 
-def rotary(config: Config, name: str, tied: bool = False, **defaults: int) -> dict:
-    """Dimensions of a model with rotary positions and gated feed-forward layers."""
+def rotary(
+    config: Config, name: str, tied: bool = False, biased: bool | None = None, **defaults: int
+) -> dict:
+    """Dimensions of a model with rotary positions and gated feed-forward layers; with biases of
+    attention where the family's `attention_bias`, by default `biased`, says so (None: has none)."""
     found = dimensions(config, name, **defaults)
     found["ffn_size"] = config.count("intermediate_size", default=defaults.get("intermediate_size"))
     found["max_len"] = config.count(
         "max_position_embeddings", default=defaults.get("max_position_embeddings")
     )
     found["tied"] = config.flag("tie_word_embeddings", tied)
+    if biased is not None:
+        found["qkv_bias"] = found["output_bias"] = config.flag("attention_bias", biased)
     return found
 
 
@@ -148,19 +153,10 @@ def _qwen2_moe(config: Config, name: str) -> Model:
 
 
 def _qwen3_moe(config: Config, name: str) -> Model:
-    found = rotary(config, name)
+    found = rotary(config, name, biased=False)
     experts = Experts(*_routed(config, found["num_layers"]))
-    bias = config.flag("attention_bias", False)
     windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_model(
-        config,
-        **found,
-        windows=windows,
-        qkv_bias=bias,
-        output_bias=bias,
-        head_norms=True,
-        experts=experts,
-    )
+    return make_model(config, **found, windows=windows, head_norms=True, experts=experts)
 
 
 def _deepseek(config: Config, name: str) -> Model:
@@ -199,8 +195,7 @@ def _deepseek(config: Config, name: str) -> Model:
 
 
 def _gpt_oss(config: Config, name: str) -> Model:
-    found = rotary(config, name)
-    bias = config.flag("attention_bias", True)
+    found = rotary(config, name, biased=True)
     experts = Experts(
         found["num_layers"],
         config.count("num_local_experts"),
@@ -211,15 +206,7 @@ def _gpt_oss(config: Config, name: str) -> Model:
     )
     window = config.count("sliding_window", default=128)
     windows = layer_windows(config, found["num_layers"], window, every_other)
-    return make_model(
-        config,
-        **found,
-        windows=windows,
-        experts=experts,
-        qkv_bias=bias,
-        output_bias=bias,
-        sinks=True,
-    )
+    return make_model(config, **found, windows=windows, experts=experts, sinks=True)
 
 
 def _opt(config: Config, name: str) -> Model:
@@ -250,8 +237,7 @@ def _gpt2(config: Config, name: str) -> Model:
 
 
 def _gpt_neox(config: Config, name: str) -> Model:
-    bias = config.flag("attention_bias", True)
-    return layer_normed(config, rotary(config, name), bias, ffn_bias=True)
+    return layer_normed(config, rotary(config, name, biased=True), True)
 
 
 def _bloom(config: Config, name: str) -> Model:
@@ -281,14 +267,8 @@ def _falcon(config: Config, name: str) -> Model:
 
 
 def _llama(config: Config, name: str) -> Model:
-    bias = config.flag("attention_bias", False)
-    return make_model(
-        config,
-        **rotary(config, name),
-        qkv_bias=bias,
-        output_bias=bias,
-        ffn_bias=config.flag("mlp_bias", False),
-    )
+    found = rotary(config, name, biased=False)
+    return make_model(config, **found, ffn_bias=config.flag("mlp_bias", False))
 
 
 def _mistral(config: Config, name: str) -> Model:
@@ -306,28 +286,20 @@ def _qwen2(config: Config, name: str) -> Model:
 
 
 def _qwen3(config: Config, name: str) -> Model:
-    found = rotary(config, name, head_dim=128)
-    bias = config.flag("attention_bias", False)
+    found = rotary(config, name, biased=False, head_dim=128)
     windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_model(
-        config, **found, windows=windows, qkv_bias=bias, output_bias=bias, head_norms=True
-    )
+    return make_model(config, **found, windows=windows, head_norms=True)
 
 
 def _gemma(config: Config, name: str) -> Model:
-    bias = config.flag("attention_bias", False)
-    found = rotary(config, name, tied=True, head_dim=256)
-    return make_model(config, **found, qkv_bias=bias, output_bias=bias)
+    return make_model(config, **rotary(config, name, tied=True, biased=False, head_dim=256))
 
 
 def _gemma2(config: Config, name: str) -> Model:
-    bias = config.flag("attention_bias", False)
-    found = rotary(config, name, tied=True, head_dim=256)
+    found = rotary(config, name, tied=True, biased=False, head_dim=256)
     window = config.count("sliding_window", default=4096)
     windows = layer_windows(config, found["num_layers"], window, every_other)
-    return make_model(
-        config, **found, windows=windows, qkv_bias=bias, output_bias=bias, norms_per_layer=4
-    )
+    return make_model(config, **found, windows=windows, norms_per_layer=4)
 
 
 def _gemma3(config: Config, name: str) -> Model:
@@ -339,8 +311,7 @@ def _gemma3(config: Config, name: str) -> Model:
         "vocab_size": 262_208,
         "max_position_embeddings": 131_072,
     }
-    bias = config.flag("attention_bias", False)
-    found = rotary(config, name, tied=True, **class_defaults)
+    found = rotary(config, name, tied=True, biased=False, **class_defaults)
     pattern = config.count("sliding_window_pattern", "_sliding_window_pattern", default=6)
     window = config.count("sliding_window", default=4096)
     windows = layer_windows(
@@ -352,8 +323,6 @@ def _gemma3(config: Config, name: str) -> Model:
         config,
         **found,
         windows=windows,
-        qkv_bias=bias,
-        output_bias=bias,
         norms_per_layer=4,
         head_norms=True,
         notes=notes,

@@ -23,24 +23,12 @@ from vllm_sim.models.model import Model
 
 
 def opt(name: str, num_layers: int, hidden_size: int, num_heads: int, **sizes: int) -> Model:
-    """A model of the OPT family. `sizes` replace the family's."""
-    sizes = {"ffn_size": 4 * hidden_size, "vocab_size": 50_272, "max_len": 2048} | sizes
-    return Model(
-        name,
-        "opt",
-        num_layers,
-        hidden_size,
-        num_heads,
-        num_heads,
-        hidden_size // num_heads,
-        gated=False,
-        norm_vectors=2,
-        qkv_bias=True,
-        output_bias=True,
-        ffn_bias=True,
-        position_rows=sizes["max_len"] + 2,  # the table starts with two rows that no token uses
-        **sizes,
-    )
+    """A model of the OPT family. `sizes` (ffn_size, vocab_size, max_len) replace the family's."""
+    values = {"model_type": "opt", "num_hidden_layers": num_layers, "hidden_size": hidden_size}
+    values |= {"num_attention_heads": num_heads, "ffn_dim": sizes.get("ffn_size", 4 * hidden_size)}
+    values |= {"vocab_size": sizes.get("vocab_size", 50_272)}
+    values |= {"max_position_embeddings": sizes.get("max_len", 2048)}
+    return FAMILIES["opt"](Config(name, values), name)
 
 
 MODELS = {
