@@ -243,7 +243,8 @@ def check_device_memory(num_bytes, device):
         except (OSError, KeyError):
             return
     if num_bytes > available:
-        raise DeviceMemoryError(f"{device}: {num_bytes} bytes needed, {available} available")
+        need, have = -(-100 * num_bytes >> 30) / 100, (100 * available >> 30) / 100  # never equal
+        raise DeviceMemoryError(f"{device}: {need:,.2f} GiB needed, {have:,.2f} GiB available")
 
 
 def _check_numbers(numbers, end, what):

@@ -255,9 +255,9 @@ def test_mistake_takes_one_line_of_a_process(run, args, why, tmp_path):
         (["--num-blocks", "8", "--block-size", "256"], ["too few", "--num-blocks to 12"]),
         (["--layers", "13"], ["--layers 13", "opt-125m has 12"]),
         (["--layers", "999999999999"], ["--layers 999999999999", "opt-125m has 12"]),
-        (["--num-blocks", "999999999999"], ["bytes needed", "available", "--num-blocks"]),
-        (["--block-size", "999999999999"], ["bytes needed", "available", "--block-size"]),
-        (["--layers", "all", "--num-blocks", "9999999"], ["bytes needed", "available", "--layers"]),
+        (["--num-blocks", "999999999999"], ["GiB needed", "available", "--num-blocks"]),
+        (["--block-size", "999999999999"], ["GiB needed", "available", "--block-size"]),
+        (["--layers", "all", "--num-blocks", "9999999"], ["GiB needed", "available", "--layers"]),
     ],
 )
 def test_setting_that_cannot_be_had_takes_one_line(args, told, refused, tmp_path):
@@ -357,7 +357,7 @@ def test_an_invariant_that_does_not_hold_is_a_failed_check(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (DeviceMemoryError("cpu: 2 bytes needed, 1 available"), "2 bytes needed"),
+        (DeviceMemoryError("cpu: 2.00 GiB needed"), "2.00 GiB needed"),
         (torch.OutOfMemoryError("CUDA out of memory\nand more"), "out of memory: CUDA"),
         (MemoryError("of the host"), "out of memory: of the host"),
     ],
