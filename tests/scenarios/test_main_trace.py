@@ -26,7 +26,8 @@ def test_scenario_4_serves_a_trace(capfd, tmp_path, write):
     assert errors == "" and found["setting"]["trace"] == "real.csv"
     told = re.search(
         r"lengths, order and bursts of the first (\d+) requests of real.csv, 1 of 201 rows refused;"
-        r" (\d+) cut to fit the pool, or to 320 tokens of output; decoding methods dealt at random",
+        r" (\d+) cut to fit the pool, or to 320 tokens of output, from up to ([\d,]+) tokens in all"
+        r" to at most 512; decoding methods dealt at random",
         printed,
     )
     kinds = re.findall(r"(\d+) (?:single|with|behind)", printed.split(told[0])[0])
@@ -65,13 +66,34 @@ def test_a_trace_that_main_cannot_use_takes_one_line(args, told, refused, tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["bad", "good"]
 
 
-def test_requests_too_short_for_pressure_take_one_line(capfd, write, tmp_path):
-    trace = write("input_len,output_len\n1,1\n")
-    args = [*SMALL[:-1], "3000", "--trace", trace, "--json", str(tmp_path / "out.json")]
+FILL = "fill 160 blocks, but end before they outgrow them: take a trace with longer outputs"
+
+
+@pytest.mark.parametrize(
+    ("row", "blocks", "told"),
+    [
+        ("1,1", 300, "of 1 + 2 tokens on average (none cut), never need all of 300 blocks: lower "),
+        ("5,3", 160, f"of 5 + 3 tokens on average (none cut), {FILL}"),
+        ("4000,2", 160, f"from up to 4,002 tokens in all to at most 512), {FILL}"),
+    ],
+)
+def test_a_trace_that_no_load_preempts_takes_one_line_that_says_why(
+    row, blocks, told, capfd, write, tmp_path
+):
+    trace = write(f"input_len,output_len\n{row}\n")
+    args = [*SMALL[:-1], str(blocks), "--trace", trace, "--json", str(tmp_path / "out.json")]
     assert main.main(args) == 2
-    errors = capfd.readouterr().err
-    assert "are too short to fill 3,000 blocks" in errors and errors.count("\n") == 1
-    assert not (tmp_path / "out.json").exists()
+    errors = capfd.readouterr().err.split("main.py: ")[-1]
+    assert "no load preempts a request" in errors and told in errors, errors
+    assert errors.count("\n") == 1 and not (tmp_path / "out.json").exists()
+
+
+def test_long_prompts_leave_room_for_their_output(capfd, write):
+    """They filled the pool and generated next to nothing: no load preempted them."""
+    trace = write("input_len,output_len\n" + "2000,500\n" * 300)
+    assert main.main([*SMALL, "--trace", trace]) == 0
+    printed = " ".join(capfd.readouterr().out.split())
+    assert "from up to 2,500 tokens in all to at most 512;" in printed
 
 
 def made(trace, count=40, gap=0.5, longest=100, seed=0):
@@ -87,19 +109,18 @@ def test_lengths_and_order_are_the_traces_and_cut_to_fit():
     requests, options = made(trace)
     for i, request in enumerate(requests):
         room = 100 - request.prefix_len
-        assert request.prompt_len == min(prompts[i % 5], room - 2)
-        wanted = max(2, min(outputs[i % 5], 50, room - request.prompt_len))
+        wanted = max(2, min(outputs[i % 5], 50, max(room - prompts[i % 5], 25)))
         assert request.output_len == wanted
+        assert request.prompt_len == min(prompts[i % 5], room - wanted)
     dealt = [{"prefix_len": r.prefix_len, "num_samples": r.num_samples} for r in requests]
     assert sum(d["prefix_len"] == 30 for d in dealt) == sum(d["num_samples"] == 4 for d in dealt)
     assert dealt != [{"prefix_len": 0, "num_samples": 1} | option for option in options]
     told = mixed.told_of(trace, requests, 50)
     assert "the first 40 requests of t, the 5 there are from the top again; " in told
-    cut = sum(
-        (r.prompt_len, r.output_len) != (prompts[i % 5], outputs[i % 5])
-        for i, r in enumerate(requests)
-    )
-    assert f"; {cut} cut to fit" in told and 0 < cut < 40
+    whole, ours = prompts + outputs, [r.prompt_len + r.output_len for r in requests]
+    cut = [total for i, total in enumerate(ours) if total < whole[i % 5]]
+    assert f"; {len(cut)} cut to fit the pool, or to 50 tokens of output, from up to 505" in told
+    assert f"tokens in all to at most {max(cut)}; " in told and 0 < len(cut) < 40
     assert made(trace)[0] == requests != made(trace, seed=1)[0]
 
 

@@ -31,7 +31,7 @@ from vllm_sim.scenarios.recorder import Recorder, Recording
 from vllm_sim.scenarios.report import Check, ScenarioReport, Series
 from vllm_sim.scenarios.setting import CPU_SHARE, Setting
 from vllm_sim.scenarios.stamped_cache import StampedCache
-from vllm_sim.serving.scheduler import Iteration, Manager
+from vllm_sim.serving.scheduler import Iteration, Manager, Scheduler
 from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
 from vllm_sim.serving.steady_state import UsageMean
 from vllm_sim.serving.systems import PAGED, POLICY, limits_of
@@ -50,7 +50,7 @@ WINDOWS = 6  # rows of the table over time
 CHECK_EVERY = 50  # iterations between two recomputations of all invariants
 PREFIX_ID = 0
 LOADS = (0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the numbers of requests above
-MORE_LOADS = (5.0, 8.0, 13.0, 21.0)  # for a trace, whose requests may be short
+MORE_LOADS = (5.0, 8.0, 13.0, 21.0, 34.0, 55.0, 89.0)  # for a trace, whose requests may be short
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,8 @@ def mix(setting: Setting, longest: int, load: float) -> list[Request]:
     drawn = []
     for count, table, options in kinds:
         for prompt, output in zip(*(lengths.tolist() for lengths in table.sample(count, rng))):
-            drawn.append((*_cut(prompt, output, options, longest, MAX_OUTPUT), options))
+            lengths = _cut(prompt, output, options, longest, MAX_OUTPUT, 2)
+            drawn.append((*lengths, options))
     order = rng.permutation(len(drawn))
     arrivals = np.cumsum(rng.exponential(gap, len(drawn))).tolist()
     return [
@@ -185,12 +186,15 @@ def mix(setting: Setting, longest: int, load: float) -> list[Request]:
 
 
 def _cut(
-    prompt: int, output: int, options: Mapping[str, int], longest: int, max_output: int
+    prompt: int, output: int, options: Mapping[str, int], longest: int, max_output: int, kept: int
 ) -> tuple[int, int]:
-    """Lengths of at most `longest` tokens in all, prefix included; the output is 2 at least."""
+    """Lengths of at most `longest` tokens in all, prefix included; the output is 2 at least.
+
+    A long prompt is cut so far that `kept` tokens of output have room.
+    """
     room = longest - options.get("prefix_len", 0)
-    prompt = min(prompt, room - 2)
-    return prompt, min(max(output, 2), room - prompt, max_output)
+    output = min(max(output, 2), max_output, max(room - prompt, kept))
+    return min(prompt, room - output), output
 
 
 def requests_of(
@@ -204,8 +208,9 @@ def requests_of(
     """One request for each of `options` (Request's), which are dealt to the requests at random.
 
     Lengths are the first of the trace in its order, from the top again if they run out, cut to
-    `longest` tokens in all and `max_output` of output, which is 2 at least. Arrivals, in
-    iterations, are the trace's own, drawn together or apart to `gap` between two on average;
+    `longest` tokens in all and `max_output` of output, which is 2 at least. A long prompt leaves a
+    quarter of `longest` to its output: what hardly generates never outgrows its memory. Arrivals,
+    in iterations, are the trace's own, drawn together or apart to `gap` between two on average;
     random where the trace has none.
     """
     rows = np.arange(len(options)) % len(trace)
@@ -213,7 +218,7 @@ def requests_of(
     lengths = zip(trace.prompts[rows].tolist(), trace.outputs[rows].tolist())
     arrivals = _arrivals(trace, len(options), gap, rng)
     return [
-        Request(i, arrivals[i], *_cut(*both, which, longest, max_output), **which)
+        Request(i, arrivals[i], *_cut(*both, which, longest, max_output, longest // 4), **which)
         for i, (both, which) in enumerate(zip(lengths, dealt))
     ]
 
@@ -229,20 +234,54 @@ def _arrivals(trace: Trace, count: int, gap: float, rng: np.random.Generator) ->
 
 def under_pressure(setting: Setting, longest: int, progress: Progress = SILENT) -> list[Request]:
     """The smallest of a few loads at which paging has to preempt, found on bookkeeping alone."""
-    loads = LOADS if setting.trace is None else LOADS + MORE_LOADS
+    trace, loads, full = setting.trace, LOADS, False
+    if trace is not None:
+        loads += MORE_LOADS
+
+    def look(scheduler: Scheduler, _: Iteration) -> None:
+        nonlocal full
+        waiting = scheduler.waiting
+        full = full or (len(waiting) > 0 and not scheduler.manager.can_admit(waiting[0]))
+
     for number, load in enumerate(loads):
         requests = mix(setting, longest, load)
         part = progress.part(number, len(loads))
-        how = {"preemption": PAGED_SWAP.preemption, "progress": part}
+        how = {"preemption": PAGED_SWAP.preemption, "progress": part, "on_decision": look}
         manager, groups = prepared(setting, PAGED_SWAP, requests, longest)
         if simulate(groups, manager, limits_of(PAGED_SWAP.system), **how).num_swaps:
             return requests
-    if setting.trace is not None:
-        raise UsageError(
-            f"the requests of {setting.trace.name} are too short to fill {setting.num_blocks:,} "
-            "blocks, and scenario 4 is about memory pressure: lower --num-blocks"
-        )
+        if trace is not None and full and len(requests) >= len(trace):
+            break  # more of the same would wait as well
+    if trace is not None:
+        raise UsageError(_no_pressure(trace, requests, setting.num_blocks, full))
     return requests
+
+
+def _no_pressure(trace: Trace, requests: Sequence[Request], num_blocks: int, full: bool) -> str:
+    """Why no request had to give way, where some had to wait for memory or none had."""
+    prompt, output = np.mean([(r.prompt_len, r.output_len) for r in requests], axis=0)
+    why = f"never need all of {num_blocks:,} blocks: lower --num-blocks, or"
+    if full:
+        why = f"fill {num_blocks:,} blocks, but end before they outgrow them:"
+    return (
+        "scenario 4 is about memory pressure, and no load preempts a request of "
+        f"{trace.name}: the first {len(requests):,}, of {prompt:,.0f} + {output:,.0f} tokens on "
+        f"average ({cut_of(trace, requests, MAX_OUTPUT)}), {why} take a trace with longer outputs"
+    )
+
+
+def cut_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
+    """How many requests that `requests_of` made are shorter than their rows, from what to what."""
+    rows = np.arange(len(requests)) % len(trace)
+    sizes = (trace.prompts + trace.outputs)[rows]
+    ours = np.array([r.prompt_len + r.output_len for r in requests])
+    cut = ours < sizes
+    if not cut.any():
+        return "none cut"
+    return (
+        f"{cut.sum():,} cut to fit the pool, or to {max_output} tokens of output, from up to "
+        f"{sizes[cut].max():,} tokens in all to at most {ours[cut].max():,}"
+    )
 
 
 # ---- the runs ---------------------------------------------------------------------------------
@@ -341,16 +380,14 @@ def report(found: Found) -> ScenarioReport:
 
 def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
     """What a table must say of requests that `requests_of` made."""
-    count, rows = len(requests), np.arange(len(requests)) % len(trace)
-    there = zip(trace.prompts[rows], trace.outputs[rows])
-    cut = sum((r.prompt_len, r.output_len) != both for r, both in zip(requests, there))
+    count = len(requests)
     again = f", the {len(trace):,} there are from the top again" if count > len(trace) else ""
     refused = sum(found.rows for found in trace.refused.values())
     left_out = f", {refused:,} of {trace.rows_read:,} rows refused" if refused else ""
     return (
         f"lengths, order and bursts of the first {count:,} requests of {trace.name}{again}"
-        f"{left_out}; {cut:,} cut to fit the pool, or to {max_output} tokens of output; decoding "
-        f"methods dealt at random; {trace.understood}"
+        f"{left_out}; {cut_of(trace, requests, max_output)}; decoding methods dealt at random; "
+        f"{trace.understood}"
     )
 
 
