@@ -267,9 +267,7 @@ def test_a_pool_that_makes_no_sense_or_does_not_fit_is_refused(monkeypatch):
     assert asked == [(both, "cpu"), (cache.num_cpu_bytes, "cpu")]
     monkeypatch.undo()
     for sizes in ({"num_blocks": 1 << 50}, {"num_blocks": 1, "num_cpu_blocks": 1 << 50}):
-        with pytest.raises(DeviceMemoryError, match=r"[0-9.,]+ GiB needed, [0-9.]+ GiB available"):
-            DeviceMemoryError, match=r"[0-9,]+.00 GiB needed, [0-9.]+ GiB available"
-        ):
+        with pytest.raises(DeviceMemoryError, match=r"[0-9.,]+ GiB needed, [0-9.]+ GiB"):
             PagedKVCache(block_size=2, num_kv_heads=1, head_size=4, **sizes)
 
 
