@@ -15,7 +15,7 @@ from statistics import fmean
 from vllm_sim.reporting.command_line import Named, UsageError, keep_apart
 from vllm_sim.reporting.documents import SCHEMA, Json, document, rows_table
 from vllm_sim.reporting.files import check_writable, print_then, read_bounded, write_json
-from vllm_sim.reporting.tables import Cell, Table, counted, render
+from vllm_sim.reporting.tables import Cell, Table, counted, render, wrapped
 
 MAX_BYTES = 64 << 20
 
@@ -147,7 +147,7 @@ def merge_and_show(paths: list[Path], names: list[str], out: Path | None, fmt: s
     def show() -> None:
         for name in dict.fromkeys((*names, "runs")):
             print(render(tables[name], fmt), end="\n\n")
-        print(f"{'% ' * (fmt == 'latex')}--table shows one of {', '.join(tables)}")
+        print(wrapped(f"--table shows one of {', '.join(tables)}", "% " * (fmt == "latex")))
 
     print_then(keep, show)
     return int(not held)
