@@ -169,7 +169,7 @@ def canonical_baseline(m):
         (r.start_block, r.num_blocks, r.asked, r.final_len, r.start_len + m._now)
         for r in m._held.values()
     ]
-    return tuple(sorted(held)), tuple(map(tuple, m._buddy.free_chunks))
+    return tuple(sorted(held)), frozen_buddy(m._buddy)
 
 
 def canonical_with_the_past(m):
@@ -182,6 +182,7 @@ class Moves:
 
     def __init__(self, world):
         self.world = world
+        self.runs = {}  # of a state: {size: aligned runs of free blocks}
 
     def asked(self, num_tokens, final_len, limit):
         """Section 6.1's three answers."""
@@ -194,10 +195,18 @@ class Moves:
     def chunks(self, m, num_slots):
         """How many chunks for so many slots are free, and how large they are."""
         size = power_from(-(-num_slots // self.world.block_size))
-        return free_runs(taken_blocks(m._buddy), m.num_blocks, size), size
+        if size not in self.runs:
+            self.runs[size] = free_runs(taken_blocks(m._buddy), m.num_blocks, size)
+        return self.runs[size], size
 
     def __call__(self, m, seen):
         world, held = self.world, m._held
+        self.runs.clear()
+        taken = [
+            b for r in held.values() for b in range(r.start_block, r.start_block + r.num_blocks)
+        ]
+        assert len(taken) == len(set(taken)) == m.num_blocks - m.num_free_blocks
+        assert set(taken) == taken_blocks(m._buddy)
         lengths = {i: (r.start_len + m._now, r.final_len) for i, r in held.items()}
         unused = [i for i in range(world.num_seqs) if i not in held]
         if unused:
@@ -239,7 +248,7 @@ class Moves:
     def allocation(self, m, new, tokens, final, limit, lengths):
         asked = self.asked(tokens, final, limit or self.world.max_len)
         runs, size = self.chunks(m, asked)
-        for number in range(3):
+        for number in (runs, runs + 1):
             assert m.can_allocate(tokens, final, limit, number) == (number <= runs)
         if limit is None:
             enough = asked <= m.num_free_blocks * self.world.block_size
@@ -271,28 +280,23 @@ class Moves:
 
     def same_places(self, m, lengths, new=None):
         """Nobody is moved, the new ones have chunks of their own, lengths are these."""
-        places = {i: (r.start_block, r.num_blocks, r.asked) for i, r in m._held.items()}
+        places = m._held
 
         def check(trial, result):
-            assert {i: (trial.num_tokens(i), r.final_len) for i, r in trial._held.items()} == (
-                lengths
-            )
+            assert trial._held.keys() == lengths.keys()
+            tokens = reserved = 0
             for i, r in trial._held.items():
-                if i in places:
-                    assert (r.start_block, r.num_blocks, r.asked) == places[i]
+                length, final = lengths[i]
+                assert (trial.num_tokens(i), r.final_len) == (length, final)
+                tokens, reserved = tokens + length, reserved + final - length
+                if (old := places.get(i)) is not None:
+                    at = old.start_block, old.num_blocks, old.asked
+                    assert (r.start_block, r.num_blocks, r.asked) == at
                 else:
                     assert (r.asked, r.num_blocks) == new[i]
                     assert r.start_block % r.num_blocks == 0
-            taken = [
-                b
-                for r in trial._held.values()
-                for b in range(r.start_block, r.start_block + r.num_blocks)
-            ]
-            assert len(taken) == len(set(taken)) == m.num_blocks - trial.num_free_blocks
-            assert set(taken) == taken_blocks(trial._buddy)
-            usage, final = trial.usage(), sum(final for _, final in lengths.values())
-            assert usage.tokens == sum(length for length, _ in lengths.values())
-            assert usage.reserved == final - usage.tokens
+            usage = trial.usage()
+            assert (usage.tokens, usage.reserved) == (tokens, reserved)
 
         return check
 
