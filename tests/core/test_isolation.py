@@ -95,7 +95,7 @@ class Attending(StampedCache):
 
     def __init__(self, setting, manager, cache, kernel, bank, num_layers):
         super().__init__(setting, manager, cache)
-        self._stamps = bank
+        self.stamps = bank
         self.kernel, self.exact = attention_kernel(kernel), kernel == GATHER
         self.num_layers = num_layers  # that are attended to
         self.outputs, self.foreign = 0, []
@@ -118,10 +118,10 @@ class Attending(StampedCache):
             q, self.cache.k_pool(layer), self.cache.v_pool(layer), tables, lens.int()
         )
         # The same over each one's own tokens; as wide, so that sums are taken in the same order.
-        own = [self._tokens[i] for i in ids]
+        own = [self.tokens[i] for i in ids]
         width = tables.shape[1] * self.cache.block_size
         numbers = torch.tensor([[*o, *[0] * (width - len(o))] for o in own], device=DEVICE)
-        k, v = self._stamps.values(numbers, layer)
+        k, v = self.stamps.values(numbers, layer)
         want, want_lse = attention(q[:, None], k, v, length_mask(lens, width))
         for found, right in ((out, want[:, 0]), (lse, want_lse[:, 0])):
             same = found == right if self.exact else (found - right).abs() <= 1e-5

@@ -49,26 +49,23 @@ class Recording(Attending):
         first = LONGEST * 10  # behind those of the prefix
         for group in iteration.prefills:
             seqs = group.unfinished()
-            if group.group_id not in self._prompted_before(group):
+            if seqs[0].seq_id not in self.tokens:
                 start, end = seqs[0].prefix_len, seqs[0].context_len
                 yield from (first + LONGEST * seqs[0].seq_id + at for at in range(start, end))
                 continue
             for seq in seqs:
-                start = len(self._tokens[seq.seq_id])
+                start = len(self.tokens[seq.seq_id])
                 yield from (first + LONGEST * seq.seq_id + p for p in range(start, seq.num_tokens))
         for group in iteration.decodes:
             for seq in group.unfinished():
-                yield first + LONGEST * seq.seq_id + len(self._tokens[seq.seq_id])
-
-    def _prompted_before(self, group):
-        return {group.group_id} if group.seqs[0].seq_id in self._tokens else set()
+                yield first + LONGEST * seq.seq_id + len(self.tokens[seq.seq_id])
 
     def attend(self, ids, layer):
         tables = pad_block_tables([self.manager.block_table(i).blocks for i in ids], DEVICE)
         lens = [self.manager.num_tokens(i) for i in ids]
         # The query of a sequence at a length: the K of the bank's other end, for both heads.
         rows = torch.tensor([-1 - LONGEST * i - n for i, n in zip(ids, lens)], device=DEVICE)
-        q = self._stamps.rows[rows, 0].expand(-1, TINY.num_heads, -1).contiguous()
+        q = self.stamps.rows[rows, 0].expand(-1, TINY.num_heads, -1).contiguous()
         k_pool, v_pool = self.cache.k_pool(layer), self.cache.v_pool(layer)
         lens_there = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
         out, lse = self.kernel(q, k_pool, v_pool, tables, lens_there)
@@ -79,7 +76,7 @@ class Recording(Attending):
 
     def _verify(self, seq):
         super()._verify(seq)
-        slots = self._slots(seq.seq_id, 0, self.manager.num_tokens(seq.seq_id)).to(DEVICE)
+        slots = self.slots(seq.seq_id, 0, self.manager.num_tokens(seq.seq_id)).to(DEVICE)
         parts = [self.cache.read(layer, slots) for layer in range(self.cache.num_layers)]
         self.held[seq.seq_id] = torch.stack([part for pair in parts for part in pair]).cpu()
 

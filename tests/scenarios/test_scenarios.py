@@ -544,7 +544,7 @@ def recomputed_blocks_not_rewritten(mp):
     prefill = StampedCache._prefill
 
     def once(self, group):
-        known = group.group_id in self._prompted
+        known = group.seqs[0].seq_id in self.tokens
         writes = prefill(self, group)
         return [] if known else writes
 

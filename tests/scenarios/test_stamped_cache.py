@@ -18,7 +18,7 @@ from sequence import BeamHistory, Sequence, SequenceGroup
 from vllm_sim import models
 from vllm_sim.scenarios.setting import Setting
 from vllm_sim.scenarios.stamped_cache import PIECE, StampedCache, Stamps
-from vllm_sim.serving.scheduler import Limits, Scheduler
+from vllm_sim.serving.scheduler import Iteration, Limits
 from vllm_sim.serving.simulator import make_groups, simulate
 from vllm_sim.workload.requests import Request
 
@@ -52,6 +52,12 @@ def paged_manager(setting, cpu):
     return manager
 
 
+def stamped_of(manager):
+    """Tensors of two layers for a manager's blocks."""
+    setting = setting_of(manager.num_blocks, manager.block_size)
+    return StampedCache(setting, manager, setting.new_cache())
+
+
 def serve(requests, setting, mode="auto", cpu=8, policy=None, tensors=StampedCache, broken=None):
     """Run to the end; returns (StampedCache, ServingResult). `broken` may spoil both first."""
     if policy is None:
@@ -78,7 +84,7 @@ def assert_all_verified(stamped, requests):
     lengths = [(r.prefix_len + r.prompt_len + r.output_len - 1) * r.num_seqs for r in requests]
     assert stamped.tokens_verified == sum(lengths)
     # Only the shared prefix is remembered after the last group: nothing piles up over a run.
-    assert stamped._tokens == {} and stamped._prompted == set()
+    assert stamped.tokens == {}
 
 
 # --- the stamps ----------------------------------------------------------------------------------
@@ -177,16 +183,19 @@ class NothingFreeIsReadable(StampedCache):
     """After every iteration and every completion, free blocks hold NaN and nothing else."""
 
     def on_iteration(self, iteration):
-        before = set(self.manager._gpu.free_blocks)
         super().on_iteration(iteration)
-        self.check(before & set(self.manager._gpu.free_blocks))
+        self.check()
 
     def on_completion(self, completion):
         super().on_completion(completion)
-        self.check(self.manager._gpu.free_blocks)
+        self.check()
 
-    def check(self, blocks):
-        assert self.cache.pool[:, :, list(blocks)].isnan().all()
+    def check(self):
+        tables = map(self.manager.block_table, (*self.manager.running_ids, PREFIX_ID))
+        held = {block for table in tables for block in table.blocks}
+        free = [block for block in range(self.manager.num_blocks) if block not in held]
+        assert len(free) == self.manager.num_free_blocks
+        assert self.cache.pool[:, :, free].isnan().all()
 
 
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
@@ -196,16 +205,9 @@ def test_what_is_freed_is_poisoned_at_once(mode):
     stamped, result = serve(requests, setting_of(32, 4), mode, tensors=NothingFreeIsReadable)
     assert_all_verified(stamped, requests)
     assert result.num_swaps + result.num_recomputations > 0
-
-
-def test_freed_memory_is_poisoned_when_all_is_over():
-    for mode in ("swap", "recompute"):
-        stamped, _ = serve(requests_of(2), setting_of(32, 4), mode)
-        held = stamped.manager.block_table(PREFIX_ID).blocks
-        rest = [block for block in range(32) if block not in held]
-        assert stamped.cache.pool[:, :, rest].isnan().all()
-        filled = stamped.cache.pool[:, :, held].flatten(2, 3)[:, :, :PREFIX_LEN]
-        assert not filled.isnan().any()
+    held = stamped.manager.block_table(PREFIX_ID).blocks
+    assert stamped.manager.num_free_blocks == 32 - len(held)
+    assert not stamped.cache.pool[:, :, held].flatten(2, 3)[:, :, :PREFIX_LEN].isnan().any()
 
 
 # --- broken on purpose ---------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def recomputed_not_rewritten(stamped):
     prefill = stamped._prefill
 
     def only_the_first_time(group):
-        again = group.group_id in stamped._prompted
+        again = group.seqs[0].seq_id in stamped.tokens
         writes = prefill(group)
         return [] if again else writes
 
@@ -380,13 +382,13 @@ def found_wrong(run):
     return stamped.wrong
 
 
-@pytest.mark.parametrize("name", BREAKS)
-def test_what_is_broken_is_found(name):
-    broken, mode = BREAKS[name]
-    requests, setting = requests_of(0), setting_of(30, 4)
-    run = partial(serve, requests, setting, mode, cpu=30)
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_what_is_broken_is_found(mode):
+    run = partial(serve, requests_of(0), setting_of(30, 4), mode, cpu=30)
     assert found_wrong(run) == []
-    assert found_wrong(partial(run, broken=broken))
+    for name, (broken, when) in BREAKS.items():
+        if when == mode:
+            assert found_wrong(partial(run, broken=broken)), name
 
 
 def test_a_shared_block_written_without_a_copy_is_found(monkeypatch):
@@ -395,10 +397,8 @@ def test_a_shared_block_written_without_a_copy_is_found(monkeypatch):
         PagedKVCacheManager, "_tails", property(lambda m: {}, lambda *_: None), False
     )
     requests = [Request(n, 0.0, 5, 6, num_samples=3) for n in range(4)]
-    setting = setting_of(60, 4)
-    manager = PagedKVCacheManager(60, 4)
-    stamped = StampedCache(setting, manager, setting.new_cache())
-    simulate(make_groups(requests), manager, LIMITS, observers=[stamped])
+    stamped = stamped_of(PagedKVCacheManager(60, 4))
+    simulate(make_groups(requests), stamped.manager, LIMITS, observers=[stamped])
     # The last to write a slot still finds its own there; the others find that.
     assert len(stamped.wrong) == 4 * 2 and stamped.verified == 4
 
@@ -442,39 +442,30 @@ def test_what_is_broken_is_found_in_contiguous_memory(broken):
 
 def trading_beams(broken=None):
     """Three beams that change places in a circle after every token."""
-    manager = BaselineCacheManager(64, 4, policy="oracle", max_len=48)
-    setting = setting_of(64, 4)
-    stamped = StampedCache(setting, manager, setting.new_cache())
+    stamped = stamped_of(BaselineCacheManager(64, 4, policy="oracle", max_len=48))
     if broken is not None:
         broken(stamped)
     (group,) = make_groups([Request(0, 0.0, 3, 8, beam_width=3)])
     group.beam_parents = BeamHistory([[0, 0, 0]] + [[1, 2, 0]] * 7)
-    return stamped, simulate([group], manager, LIMITS, observers=[stamped])
+    return stamped, simulate([group], stamped.manager, LIMITS, observers=[stamped])
 
 
 def test_a_wrong_length_is_found_without_a_look_at_the_tensors():
-    requests, setting = [Request(0, 0.0, 5, 3)], setting_of()
-    manager = paged_manager(setting, 0)
-    stamped = StampedCache(setting, manager, setting.new_cache())
-    groups = make_groups(requests)
-    count = manager.num_tokens
+    manager = paged_manager(setting_of(), 0)
+    stamped, count = stamped_of(manager), manager.num_tokens
     manager.num_tokens = lambda seq_id: count(seq_id) - 1
-    simulate(groups, manager, LIMITS, observers=[stamped])
+    simulate(make_groups([Request(0, 0.0, 5, 3)]), manager, LIMITS, observers=[stamped])
     assert stamped.wrong == [0] and stamped.verified == stamped.tokens_verified == 0
 
 
 def test_a_sequence_that_ends_too_early_is_found():
     """What there is of it is right, in the tables and in the tensors: only it is too short."""
-    setting = setting_of()
-    manager = paged_manager(setting, 0)
-    stamped = StampedCache(setting, manager, setting.new_cache())
-    scheduler = Scheduler(manager, LIMITS)
-    scheduler.add(SequenceGroup(0, [Sequence(0, 5, 4)]))
-    stamped.on_iteration(scheduler.schedule())
-    stamped._verify(Sequence(0, 5, 1))
-    assert (stamped.verified, stamped.wrong) == (1, [])
-    stamped._verify(Sequence(0, 5, 4))
-    assert (stamped.verified, stamped.wrong) == (1, [0])
+    for output_len, wrong in ((1, []), (4, [0])):
+        stamped = stamped_of(paged_manager(setting_of(), 0))
+        stamped.manager.allocate(0, 5)
+        last = SequenceGroup(0, [Sequence(0, 5, output_len, 0, output_len - 1)])
+        stamped.on_iteration(Iteration(0, 0.0, prefills=[last]))
+        assert (stamped.verified, stamped.wrong) == (1 - len(wrong), wrong)
 
 
 # --- metamorphic ---------------------------------------------------------------------------------
@@ -489,23 +480,19 @@ class Reader(StampedCache):
 
     def __init__(self, setting, *rest):
         super().__init__(setting, *rest)
-        self.names, self.contents = {}, {}
-        self.plain = Stamps(setting)
+        self.names = {number: ("prefix", number) for number in range(PREFIX_LEN)}
+        self.contents, self.plain = {}, Stamps(setting)
 
     def on_iteration(self, iteration):
-        self.later = []
         super().on_iteration(iteration)
-        for seq_id in sorted(self._tokens):
-            for position, number in enumerate(self._tokens[seq_id]):
+        for seq_id in sorted(self.tokens):
+            for position, number in enumerate(self.tokens[seq_id]):
                 self.names.setdefault(number, (seq_id, position))
-        for position, number in enumerate(self._prefix):
-            self.names[number] = ("prefix", position)
-        for seq in self.later:
-            self.contents[seq.seq_id] = [self.names[number] for number in self.numbers(seq.seq_id)]
-
-    def _verify(self, seq):
-        super()._verify(seq)
-        self.later.append(seq)
+        for group in (*iteration.prefills, *iteration.decodes):
+            for seq in group.unfinished():
+                if seq.num_generated + 1 == seq.output_len:
+                    found = self.numbers(seq.seq_id)
+                    self.contents[seq.seq_id] = [self.names[number] for number in found]
 
     def numbers(self, seq_id):
         """Who is stored, by the numbers in K of the last layer, and V must say the same."""
@@ -514,7 +501,7 @@ class Reader(StampedCache):
         zero = self.plain.values(torch.zeros(1, dtype=torch.int64), layer)
         k, v = (
             found - pattern
-            for found, pattern in zip(self.cache.read(layer, self._slots(seq_id, 0, count)), zero)
+            for found, pattern in zip(self.cache.read(layer, self.slots(seq_id, 0, count)), zero)
         )
         assert torch.equal(k, v)
         return (k[:, 0, 0] + 1024 * k[:, 0, 1]).long().tolist()

@@ -92,9 +92,8 @@ class StampedCache(Observer):
         self.tokens_verified = 0
         self.wrong: list[int] = []
         self.bytes_moved = 0  # copied inside the pool: copy-on-write, or beams without sharing
-        self._stamps = Stamps(setting)
-        self._tokens: dict[int, list[int]] = {}  # sequence -> numbers of its tokens
-        self._prompted: set[int] = set()  # groups whose prompt has its tokens
+        self.stamps = Stamps(setting)
+        self.tokens: dict[int, list[int]] = {}  # sequence -> numbers of its tokens
         self._prefix: list[int] = []
         self._next_token = 0
 
@@ -105,7 +104,7 @@ class StampedCache(Observer):
         """
         self._prefix = self._new_tokens(prefix_len)
         if prefix_id is not None:
-            self._stamps.write(self.cache, self._slots(prefix_id, 0, prefix_len), self._prefix)
+            self.stamps.write(self.cache, self.slots(prefix_id, 0, prefix_len), self._prefix)
 
     # -- what an iteration does to the tensors -----------------------------------------------
 
@@ -120,14 +119,14 @@ class StampedCache(Observer):
         self.bytes_moved += len(iteration.copies) * cache.bytes_per_block
         for group in iteration.prefills:
             for seq_id, start, tokens in self._prefill(group):
-                self._stamps.write(self.cache, self._slots(seq_id, start, len(tokens)), tokens)
+                self.stamps.write(self.cache, self.slots(seq_id, start, len(tokens)), tokens)
         ids = [seq.seq_id for group in iteration.decodes for seq in group.unfinished()]
         new = self._new_tokens(len(ids))
-        self._stamps.write(
+        self.stamps.write(
             self.cache, torch.tensor([self._last_slot(i) for i in ids], dtype=torch.int64), new
         )
         for seq_id, token in zip(ids, new):
-            self._tokens[seq_id].append(token)
+            self.tokens[seq_id].append(token)
         for group in (*iteration.prefills, *iteration.decodes):
             for seq in group.unfinished():
                 if seq.num_generated + 1 == seq.output_len:
@@ -135,7 +134,7 @@ class StampedCache(Observer):
 
     def on_completion(self, completion: Completion) -> None:
         for moved, result in zip(completion.reorders, completion.moves):
-            self._tokens |= {child: self._tokens[parent].copy() for child, parent in moved.items()}
+            self.tokens |= {child: self.tokens[parent].copy() for child, parent in moved.items()}
             if isinstance(self.manager, BaselineCacheManager):
                 self._copy_slots(result)
             else:
@@ -144,8 +143,7 @@ class StampedCache(Observer):
             self.cache.poison_blocks(completion.freed)
         for group in completion.finished:
             for seq in group.seqs:
-                del self._tokens[seq.seq_id]
-            self._prompted.discard(group.group_id)
+                del self.tokens[seq.seq_id]
 
     # -- the parts ---------------------------------------------------------------------------
 
@@ -160,21 +158,20 @@ class StampedCache(Observer):
         """
         seqs = group.unfinished()
         shared = seqs[0].prefix_len if group.prefix_id is not None else 0
-        if group.group_id not in self._prompted:
-            self._prompted.add(group.group_id)
+        if seqs[0].seq_id not in self.tokens:
             prompt = self._prefix[: seqs[0].prefix_len] + self._new_tokens(seqs[0].prompt_len)
             for seq in seqs:
-                self._tokens[seq.seq_id] = prompt.copy()
+                self.tokens[seq.seq_id] = prompt.copy()
             if isinstance(self.manager, PagedKVCacheManager):
                 return [(seqs[0].seq_id, shared, prompt[shared:])]
         else:
             # The last token generated before was not stored yet: it is recomputed with the rest.
             for seq in seqs:
-                tokens = self._tokens[seq.seq_id]
+                tokens = self.tokens[seq.seq_id]
                 tokens += self._new_tokens(seq.num_tokens - len(tokens))
-        return [(seq.seq_id, shared, self._tokens[seq.seq_id][shared:]) for seq in seqs]
+        return [(seq.seq_id, shared, self.tokens[seq.seq_id][shared:]) for seq in seqs]
 
-    def _slots(self, seq_id: int, start: int, count: int) -> torch.Tensor:
+    def slots(self, seq_id: int, start: int, count: int) -> torch.Tensor:
         """Slot numbers of a range of a sequence's tokens, (count,) int64 on the host."""
         if isinstance(self.manager, BaselineCacheManager):
             first = self.manager.start_slot(seq_id) + start
@@ -191,10 +188,10 @@ class StampedCache(Observer):
 
     def _verify(self, seq: Sequence) -> None:
         """Read a sequence that is about to finish through its table, every layer."""
-        expected = self._tokens[seq.seq_id]
+        expected = self.tokens[seq.seq_id]
         length = self.manager.num_tokens(seq.seq_id)
         right = length == len(expected) == seq.final_len - 1
-        if right and self._stamps.held(self.cache, self._slots(seq.seq_id, 0, length), expected):
+        if right and self.stamps.held(self.cache, self.slots(seq.seq_id, 0, length), expected):
             self.verified += 1
             self.tokens_verified += length
         else:
