@@ -58,7 +58,7 @@ figures: $(RUN_STAMP)
 
 # One torch thread a process: workers whose threads wait for one another take several times longer.
 test: $(TEST_STAMP)
-	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m "not slow" -rs -n $(WORKERS) $(ARGS)
 
 slow: $(TEST_STAMP)
 	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m slow -n $(WORKERS) \

@@ -302,8 +302,7 @@ class Parsed(BaseException):
     """A script has come to parse its arguments; with its parser."""
 
 
-def actions_of(script):
-    """A script's options, as its own parser has them."""
+def parser_of(script):
 
     def stop(parser, *_):
         raise Parsed(parser)
@@ -311,7 +310,7 @@ def actions_of(script):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed) as caught:
         patch.setattr(OneLineParser, "parse_known_args", stop)
         script.main([])
-    return {a.option_strings[-1]: a for a in caught.value.args[0]._actions if a.dest != "help"}
+    return caught.value.args[0]
 
 
 def kind_of(action):
@@ -323,7 +322,11 @@ def kind_of(action):
     return "flag" if action.nargs == 0 else kind
 
 
-ACTIONS = {script: actions_of(script) for script in SCRIPTS}
+PARSERS = {script: parser_of(script) for script in SCRIPTS}
+ACTIONS = {
+    script: {a.option_strings[-1]: a for a in parser._actions if a.dest != "help"}
+    for script, parser in PARSERS.items()
+}
 OPTIONS = {script: {o: kind_of(a) for o, a in found.items()} for script, found in ACTIONS.items()}
 EVERY = [(script, option) for script, options in OPTIONS.items() for option in options]
 HARMLESS = dict.fromkeys(OPTIONS, ()) | {

@@ -44,6 +44,7 @@ from fuzz_tools import (
     HARMLESS,
     JSON_READERS,
     OPTIONS,
+    PARSERS,
     READERS,
     SOUND,
     SWEPT,
@@ -61,6 +62,7 @@ from fuzz_tools import (
     fuzz_variables,
     no_longer_than,
 )
+from published_models import PUBLISHED
 
 import capacity
 import main
@@ -169,6 +171,22 @@ def test_every_option_that_names_a_file_says_whether_it_is_read_or_written():
         for option, action in actions.items():
             named = re.search("FILE|DIR", action.metavar or "")
             assert bool(named) == isinstance(action.type, FileName), (script, option)
+
+
+def test_names_count_in_any_case_and_are_refused_as_they_were_written(tmp_path, monkeypatch):
+    for script, actions in ACTIONS.items():
+        for option, action in actions.items():
+            for name in action.choices or ():
+                given = PARSERS[script].parse_args([option, str(name).upper()])
+                assert getattr(given, action.dest) in (name, [name])
+            if action.choices:
+                with pytest.raises(UsageError, match=f"argument {option}: .*'None-SUCH'"):
+                    PARSERS[script].parse_args([option, "None-SUCH"])
+    model = ACTIONS[capacity]["--model"].type
+    assert (model("OPT-66B"), model("None-SUCH")) == ("opt-66b", "None-SUCH")
+    (tmp_path / "OPT-66B").touch()
+    monkeypatch.chdir(tmp_path)
+    assert (model("OPT-66B"), model("opt-66B")) == ("OPT-66B", "opt-66b")  # a file is itself
 
 
 def stand_for(kind, path):
@@ -308,6 +326,24 @@ def test_what_is_no_file_is_refused_at_once(room):
         assert not check_reader(reader, "a\0b")
 
 
+JSON_SOUND = {"config.json": next(iter(PUBLISHED.values()))[1], "a": document_of(random.Random(0))}
+
+
+@pytest.mark.parametrize("text", [*SOUND.values(), *map(json.dumps, JSON_SOUND.values())])
+def test_a_pipe_is_read_as_a_file_is(tmp_path, text):
+    (tmp_path / "file").write_text(text)
+    taken = 0
+    for reader in (*READERS.values(), *JSON_READERS.values()):
+        reading, writing = os.pipe()
+        with open(writing, "w") as pipe:
+            pipe.write(text)
+        as_file = check_reader(reader, str(tmp_path / "file"))
+        assert check_reader(reader, f"/dev/fd/{reading}") == as_file
+        os.close(reading)
+        taken += as_file
+    assert taken > 0
+
+
 def readers_and_variables(text):
     """Whether a module opens anything to read, and the variables of the environment it looks at."""
     opens, variables = False, set()
@@ -444,6 +480,16 @@ def process(run_script):
     """Runs a script that buffers its output, without coverage's own."""
     unlike_users = [name for name in os.environ if name.startswith(("COVERAGE_", "PYTHONUNBUFF"))]
     return partial(run_script, env=dict.fromkeys(unlike_users))
+
+
+def test_every_process_has_what_came_through_a_pipe(process):
+    reading, writing = os.pipe()
+    with open(writing, "w") as pipe:
+        pipe.write(SOUND["sharegpt.csv"])
+    arguments = ["--figure", "2", "--jobs", "2", "--lengths", f"/dev/fd/{reading}"]
+    done = process("reproduce.py", *arguments, pass_fds=[reading])
+    os.close(reading)
+    assert (done.returncode, done.stderr) == (1, "") and "(27 pairs)" in done.stdout
 
 
 def closing(*descriptors):
@@ -601,6 +647,18 @@ def test_a_reader_that_is_gone_loses_no_figures(process, script, tmp_path):
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
     assert json.loads(path.read_text())["tables"][0]["rows"]
+
+
+@pytest.mark.parametrize("script", [main, capacity, reproduce, sweep, bench_serving, bench_manager])
+def test_a_document_is_alone_on_standard_output(script, no_work, tmp_path, capfd):
+    cell = long_document(tmp_path / "cell.json")
+    arguments = [*HARMLESS[script], *(map(str, merge_of(cell)) if script is sweep else ())]
+    assert script.main(arguments) == 0
+    text = capfd.readouterr().out
+    assert script.main([*arguments, "--json", "-"]) == 0
+    document, told = capfd.readouterr()
+    assert json.loads(document)["script"].endswith(f"{script.__name__}.py")
+    assert told.splitlines()[:1] == text.splitlines()[:1]
 
 
 @pytest.mark.parametrize("script", ["reproduce.py", "sweep.py"])

@@ -97,7 +97,8 @@ def test_options_come_before_the_first_command():
 
 def test_options_ask_for_one_gpu_and_leave_the_site_to_the_user():
     given = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", "\n".join(LINES), re.MULTILINE))
-    assert {"cpus-per-task", "mem", "time"} <= given.keys()
+    asked = [given[name] for name in ("cpus-per-task", "mem", "time")]
+    assert asked == ["2", "16G", "00:10:00"]  # more waits longer in a queue than it runs
     assert given["output"] == "%x_%j.out" and given["gres"] == "gpu:1"
     assert given["nodes"] == given["ntasks"] == "1"
     assert not {"partition", "account"} & given.keys()

@@ -361,7 +361,7 @@ def test_a_model_without_a_longest_request_asks_for_one(run, config, refused):
 # ---- the simulation ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sharegpt", "alpaca", "400,100", "20,600"])
+@pytest.mark.parametrize("name", ["sharegpt", "ALPACA", "400,100", "20,600"])
 @pytest.mark.parametrize("block_size", [8, 32])
 def test_paging_agrees_with_division_by_the_mean_length_held(name, block_size):
     """Little's law: a pool nearly full of tokens holds its slots over what a request holds."""

@@ -78,8 +78,8 @@ def parse_workload(text: str, fixed: bool = False) -> Workload:
     """'sharegpt', 'alpaca', or 'PROMPT,OUTPUT' in tokens: two means, or with `fixed` what every
     request has. WorkloadNameError."""
     tables = {"sharegpt": SHAREGPT, "alpaca": ALPACA}
-    if text in tables:
-        return Workload(text, tables[text])
+    if (name := text.lower()) in tables:
+        return Workload(name, tables[name])
     means = text.split(",")
     if len(means) == 2 and all(part.isascii() and part.isdigit() for part in means):
         prompt, output = (int(part[:10]) for part in means)
