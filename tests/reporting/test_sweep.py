@@ -73,6 +73,8 @@ def test_flags_repeated_options_and_workloads():
     assert [cell.options["scenario"] for cell in cells] == [[1, 2], [1, 3]]
     cells = expand("capacity.py", ["--workload", "sharegpt/512,256"])
     assert [cell.options["workload"] for cell in cells] == ["sharegpt", "512,256"]
+    cells = expand("capacity.py", ["--lengths", "fixed,geometric"])
+    assert [cell.options["lengths"] for cell in cells] == ["fixed", "geometric"]
     cells = expand("reproduce.py", ["--figure", "2,12", "--quick", "--lengths", "a,b.csv"])
     assert [cell.options["figure"] for cell in cells] == [["2"], ["12"]]
     assert cells[0].options["lengths"] == ["a,b.csv"]

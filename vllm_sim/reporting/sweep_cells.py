@@ -26,7 +26,7 @@ from vllm_sim.reporting.files import make_folder, write_json
 from vllm_sim.reporting.sweep_table import read_run
 
 SEPARATOR = {"--workload": "/"}  # whose own values have commas
-PATHS = ("--lengths", "--trace")  # are never a list
+PATHS = ("--lengths", "--trace")  # are never a list; capacity.py's --lengths is no path
 OURS = ("--json", "--figures", "--timeline", "--help", "-h")  # what a cell writes is settled
 LOG = ".log"  # in place of .json: what a cell printed
 MAX_CELLS = 10_000
@@ -48,7 +48,7 @@ class Cell:
 
 def expand(script: str, parser: OneLineParser, arguments: list[str]) -> list[Cell]:
     """The cells, in order. UsageError, one line, for the first that the script would refuse."""
-    axes = _axes(arguments)
+    axes = _axes(arguments, ("--trace",) if script == "capacity.py" else PATHS)
     count = math.prod(len(axis) for axis in axes)
     if count > MAX_CELLS:
         raise UsageError(f"a sweep of {count:,} cells: at most {MAX_CELLS:,}")
@@ -68,7 +68,7 @@ def expand(script: str, parser: OneLineParser, arguments: list[str]) -> list[Cel
     return list(cells.values())
 
 
-def _axes(arguments: list[str]) -> list[list[str]]:
+def _axes(arguments: list[str], paths: tuple[str, ...]) -> list[list[str]]:
     """For each option its values, as words of the form --option=value; a flag is one word."""
     axes: list[list[str]] = []
     for word in arguments:
@@ -79,7 +79,7 @@ def _axes(arguments: list[str]) -> list[list[str]]:
             (name,), equals, text = axes.pop(), "=", word
         if name in OURS:
             raise UsageError(f"{name} is not for a sweep: each cell writes a file of its own")
-        values = text.split(SEPARATOR.get(name, ",")) if name not in PATHS else [text]
+        values = text.split(SEPARATOR.get(name, ",")) if name not in paths else [text]
         axes.append([f"{name}{equals}{value}" for value in values])
     return axes
 
