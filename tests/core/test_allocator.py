@@ -155,12 +155,6 @@ def test_the_largest_chunk_is_a_power_of_two(max_chunk):
         BuddyAllocator(16, max_chunk)
 
 
-@pytest.mark.parametrize(("blocks", "size"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8)])
-def test_a_chunk_is_the_next_power_of_two(blocks, size):
-    assert 1 << BuddyAllocator(8, 8).order_for(blocks) == size
-    assert BuddyAllocator(8, 8).take(blocks) == (0, size)
-
-
 def test_a_split_keeps_the_lower_half_and_a_free_merges_again():
     buddy = BuddyAllocator(16, 16)
     assert buddy.take(3) == (0, 4)
@@ -173,27 +167,6 @@ def test_a_split_keeps_the_lower_half_and_a_free_merges_again():
     buddy.give_back(0)
     assert chunks(buddy) == {16: [0]}
     assert buddy.num_free == 16
-
-
-def test_a_chunk_merges_only_with_its_buddy():
-    buddy = BuddyAllocator(8, 8)
-    for start in range(0, 8, 2):
-        assert buddy.take(2) == (start, 2)
-    buddy.give_back(2)
-    buddy.give_back(4)  # adjacent, but the two are halves of different chunks
-    assert chunks(buddy) == {2: [2, 4]}
-    assert not buddy.fits(4)
-    buddy.give_back(6)
-    assert chunks(buddy) == {2: [2], 4: [4]}
-
-
-def test_nothing_merges_beyond_the_largest_chunk():
-    buddy = BuddyAllocator(8, 4)
-    starts = [buddy.take(4)[0] for _ in range(2)]
-    for start in starts:
-        buddy.give_back(start)
-    assert chunks(buddy) == {4: [0, 4]}
-    assert not buddy.fits(8)
 
 
 def test_the_last_chunk_freed_is_the_first_reused():
