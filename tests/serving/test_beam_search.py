@@ -12,8 +12,6 @@ import pytest
 
 from vllm_sim.serving.beam_search import (
     MAX_HISTORIES_AT_ONCE,
-    _num_sticks,
-    _survivors,
     beam_histories,
     beam_parents,
 )
@@ -48,6 +46,18 @@ def one_step(draws, scores, theta):
     return parents, new_scores
 
 
+class Recorded:
+    """Draws that are already there, one array a step."""
+
+    def __init__(self, draws):
+        self._draws = iter(draws)
+
+    def standard_exponential(self, shape):
+        drawn = next(self._draws)
+        assert drawn.shape == shape
+        return drawn
+
+
 # --- one search ----------------------------------------------------------------------------------
 
 
@@ -64,18 +74,38 @@ def test_survivors_keep_their_places(width, theta):
             assert row[parent] == parent
 
 
-def test_beams_follow_the_best_cumulative_scores():
-    """The same draws, scored candidate by candidate with plain lists."""
-    width, theta = 4, 0.5
-    parents = beam_parents(width, 200, np.random.default_rng(9), theta)
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("theta", [1e-6, 0.02, 0.25, 0.7, 5.0])
+def test_beams_follow_the_best_cumulative_scores(width, theta):
+    """The same draws, scored candidate by candidate with plain lists; some take nothing, or leave
+    a remainder too small for a float (and at the least theta all do that by themselves)."""
     rng, scores = np.random.default_rng(9), [0.0, *[-math.inf] * (width - 1)]
-    for row in parents.tolist():
-        draws = rng.standard_exponential((width, sticks(width, theta))).tolist()
-        wanted, scores = one_step(draws, scores, theta)
+    draws = [rng.standard_exponential((width, sticks(width, theta))) for _ in range(50)]
+    for step in range(0, 50 if theta > 1e-6 else 0, 5):
+        draws[step][:, 0] = 0.0
+        draws[step + 1] *= 1e3
+    parents = beam_parents(width, 50, Recorded(draws), theta)
+    for row, drawn in zip(parents.tolist(), draws):
+        wanted, scores = one_step(drawn.tolist(), scores, theta)
         assert row == wanted
 
 
-def forks(width, theta, steps=1500):
+def test_a_search_by_hand():
+    """Two beams; theta 1, so that a draw of ln 2 takes half of what is left of a distribution.
+
+    First tokens: 1/2 and 1/10. Then tokens of beam 0: 1/2, 1/4, 1/4, so its candidates are 1/4,
+    1/8, 1/8. Tokens of beam 1: 9/10 and the rest; its best candidate is 9/100, so beam 1 dies,
+    and beam 0 goes on in both places. With 1/6 instead of 1/10 that is 3/20, and it survives.
+    """
+    half, most, rest = math.log(2.0), math.log(10.0), [0.0] * (sticks(2, 1.0) - 3)
+    for second, row in ((1 / 10, [0, 0]), (1 / 6, [0, 1])):
+        first = [half, -math.log1p(-2 * second), 0.0, *rest]
+        then = [[half, half, 50.0, *rest], [most, 50.0, 50.0, *rest]]
+        draws = Recorded(np.array([[first, first], then]))
+        assert beam_parents(2, 2, draws, 1.0).tolist() == [[0, 0], row]
+
+
+def forks(width, theta, steps=500):
     parents = beam_parents(width, steps, np.random.default_rng(0), theta)
     return int((parents[1:] != np.arange(width)).sum())
 
@@ -133,61 +163,8 @@ def test_theta_may_be_100_at_most_and_a_millionth_at_least():
 def test_sticks_are_as_many_as_leave_less_than_a_millionth(theta):
     """On average each stick leaves theta / (1 + theta) of what was left; the spares aside."""
     for width in (1, 6):
-        assert _num_sticks(width, theta) == sticks(width, theta)
         count, left = sticks(width, theta) - width, theta / (1.0 + theta)
         assert left**count <= math.exp(-14.0) < left ** (count - 1)
-
-
-# --- one step of many searches -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8])
-@pytest.mark.parametrize("theta", [0.02, 0.25, 0.7, 5.0])
-def test_a_step_of_many_searches_against_candidates_one_by_one(width, theta):
-    rng = random.Random(width)
-    draw = np.random.default_rng([width, int(100 * theta)])
-    for count in (1, 2, 40):
-        # Beams' scores close together, far apart, or none yet for some of them.
-        apart = rng.choice([0.1, 2.0, 30.0])
-        scores = [[-apart * rng.random() for _ in range(width)] for _ in range(count)]
-        for row in scores:
-            for beam in rng.sample(range(width), rng.randint(0, width - 1)):
-                if rng.random() < 0.3:
-                    row[beam] = -math.inf
-        draws = draw.standard_exponential((count, width, sticks(width, theta)))
-        parents, new_scores = _survivors(draws, np.array(scores), theta)
-        wanted = [one_step(d.tolist(), s, theta) for d, s in zip(draws, scores)]
-        assert parents.tolist() == [row for row, _ in wanted]
-        assert new_scores == pytest.approx(np.array([row for _, row in wanted]), rel=1e-9)
-
-
-def test_a_step_by_hand():
-    """Two beams, 1/2 and 1/10 likely; theta 1, so that a draw of ln 2 takes half of what is left.
-
-    Tokens of beam 0: 1/2, 1/4, 1/4. Candidates 1/4, 1/8, 1/8. Tokens of beam 1: 9/10 and the
-    rest; its best candidate is 9/100, so beam 1 dies, and beam 0 goes on in both places.
-    """
-    half, most = math.log(2.0), math.log(10.0)
-    draws = np.array([[[half, half, 50.0], [most, 50.0, 50.0]]])
-    parents, scores = _survivors(draws, np.log([[1 / 2, 1 / 10]]), 1.0)
-    assert parents.tolist() == [[0, 0]]
-    assert np.exp(scores) == pytest.approx(np.array([[1 / 4, 1 / 8]]))
-    # With 1/6 instead of 1/10 its best candidate is 3/20, and it survives.
-    parents, scores = _survivors(draws, np.log([[1 / 2, 1 / 6]]), 1.0)
-    assert parents.tolist() == [[0, 1]]
-    assert np.exp(scores) == pytest.approx(np.array([[1 / 4, 3 / 20]]))
-
-
-def test_draws_of_nothing_and_of_nearly_all():
-    """A stick of length zero, and a remainder too small for a float, are candidates of no beam."""
-    width, theta = 3, 1e-6
-    draws = np.random.default_rng(0).standard_exponential((4, width, sticks(width, theta)))
-    draws[:, :, 0] = 0.0
-    draws[1] *= 1e3
-    scores = np.array([[-1.0, -1.5, -2.0]] * 4)
-    parents, new_scores = _survivors(draws, scores, theta)
-    assert parents.tolist() == [[0, 1, 2]] * 4  # the second stick takes all
-    assert new_scores == pytest.approx(scores)
 
 
 # --- many searches -------------------------------------------------------------------------------
@@ -234,22 +211,11 @@ def test_every_valid_row_comes_up_and_no_other(width, number):
     assert len(seen) == number
 
 
-class Recorded:
-    """Draws that are already there, one array a step."""
-
-    def __init__(self, draws):
-        self._draws = iter(draws)
-
-    def standard_exponential(self, shape):
-        drawn = next(self._draws)
-        assert drawn.shape == shape
-        return drawn
-
-
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_a_history_is_the_search_of_its_own_draws(width):
+@pytest.mark.parametrize("theta", [0.02, 0.5, 5.0])
+def test_a_history_is_the_search_of_its_own_draws(width, theta):
     """Whoever else is drawn at the same time, and whenever the others end."""
-    theta, seed, wanted = 0.5, 8, [3, 12, 0, 7, 12, 1, 30]
+    seed, wanted = 8, [3, 12, 0, 7, 12, 1, 30]
     rng = np.random.default_rng([seed, width])
     draws = {index: [] for index in range(len(wanted))}
     longest_first = [6, 1, 4, 3, 0, 5, 2]

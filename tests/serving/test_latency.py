@@ -59,12 +59,6 @@ def test_many_steps_take_what_the_iterations_take_one_by_one(seed):
     assert model.decode_steps(0, num_seqs, context) == 0.0
 
 
-def test_three_steps_by_hand():
-    model = LatencyModel(step_s=8.0, token_s=2.0, context_s=0.5)
-    # Two sequences that hold 10 tokens together, then 12, then 14.
-    assert model.decode_steps(3, 2, 10) == (8 + 4 + 5) + (8 + 4 + 6) + (8 + 4 + 7)
-
-
 # --- steps_until ---------------------------------------------------------------------------------
 
 
@@ -85,21 +79,13 @@ def test_as_many_steps_as_start_before_the_wait_is_over(seed):
     exact = rng.choice(starts[1:])
     waits = [-1.0, -1e-300, 0.0, 5e-324, exact]
     waits += [math.nextafter(exact, 0.0), math.nextafter(exact, 99.0), rng.uniform(0, starts[-1])]
+    waits += [1e9, 1e300]
     for wait in waits:
-        for at_most in (0, 1, 2, rng.randint(3, 39), 40):
+        for at_most in (0, 1, 2, rng.randint(3, 38), 39):
             naive = 0
             while naive < at_most and starts[naive] < wait:
                 naive += 1
             assert model.steps_until(wait, at_most, num_seqs, context) == naive, (wait, at_most)
-
-
-def test_every_boundary_of_a_growing_step():
-    model = LatencyModel(step_s=1.0, context_s=0.25)
-    # One sequence of 4 tokens: the steps take 2, 2.25, 2.5 ..., so they start at 0, 2, 4.25 ...
-    starts = [0.0, 2.0, 4.25, 6.75, 9.5, 12.5]
-    for count, start in enumerate(starts):
-        assert model.steps_until(start, 100, 1, 4) == count
-        assert model.steps_until(start + 2**-40, 100, 1, 4) == count + 1
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -115,20 +101,6 @@ def test_a_step_that_would_start_when_the_wait_is_over_does_not(seed):
         earlier, later = math.nextafter(start, 0.0), math.nextafter(start, math.inf)
         assert model.steps_until(earlier, 10**6, num_seqs, context) == count
         assert model.steps_until(later, 10**6, num_seqs, context) == count + 1
-
-
-def test_the_most_steps_that_are_allowed():
-    for model in (UNIT, LatencyModel(step_s=1.0, token_s=0.5, context_s=0.25)):
-        for wait, at_most, steps in ((1e9, 7, 7), (1e300, 7, 7), (1e9, 0, 0), (0.0, 7, 0)):
-            assert model.steps_until(wait, at_most, 3, 30) == steps
-        assert model.steps_until(-3.0, 7, 3, 30) == 0
-
-
-def test_steps_of_equal_length():
-    """Without K/V reads the quadratic equation is a linear one."""
-    assert UNIT.context_s == 0.0
-    for wait, count in ((0.25, 1), (1.0, 1), (1.25, 2), (41.0, 41), (41.5, 42)):
-        assert UNIT.steps_until(wait, 1000, 9, 900) == count
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -217,32 +189,22 @@ def test_what_is_not_work_takes_no_time():
     assert DIGITS.iteration(busy_iteration(**same)) == 8_765_431
 
 
-def test_a_beam_that_moves_copies_its_whole_reservation():
-    manager = BaselineCacheManager(16, 4, policy="max", max_len=16)
-    for seq_id in range(3):
-        manager.allocate(seq_id, 2, 9)  # 4 blocks each, although 9 slots suffice
-    model = LatencyModel(step_s=1.0, copy_s=0.25, block_size=4)
-    assert model.completion(Completion(), manager) == 0.0
-    assert model.completion(Completion(reorders=[{1: 0}]), manager) == 4 * 4 * 0.25
-    assert model.completion(Completion(reorders=[{1: 0, 2: 0}]), manager) == 2 * 4 * 4 * 0.25
-    assert model.completion(Completion(reorders=[{0: 1}, {2: 1}]), manager) == 2 * 4 * 4 * 0.25
-
-
-def test_reservations_of_different_sizes_are_charged_each_its_own():
+def test_a_beam_that_moves_copies_its_whole_reservation_unless_it_is_paged():
     manager = BaselineCacheManager(16, 4, policy="oracle", max_len=32)
     for seq_id, final_len in enumerate((3, 4, 7, 8, 9, 16)):
         manager.allocate(seq_id, 2, final_len)  # 1, 1, 2, 2, and 4 blocks of the buddy's twice
-    model = LatencyModel(step_s=1.0, copy_s=0.5, block_size=4)
-    for pair, blocks in (({0: 1}, 1), ({2: 3}, 2), ({5: 4}, 4)):
-        assert model.completion(Completion(reorders=[pair]), manager) == blocks * 4 * 0.5
-    all_three = Completion(reorders=[{0: 1}, {2: 3}, {5: 4}])
-    assert model.completion(all_three, manager) == (1 + 2 + 4) * 4 * 0.5
-
-
-def test_a_paged_beam_moves_for_nothing():
-    manager = PagedKVCacheManager(8, 4)
-    model = LatencyModel(step_s=1.0, copy_s=0.5, block_size=4)
-    assert model.completion(Completion(reorders=[{1: 0}, {2: 0, 3: 0}]), manager) == 0.0
+    model, paged = LatencyModel(step_s=1.0, copy_s=0.5, block_size=4), PagedKVCacheManager(8, 4)
+    for reorders, blocks in (
+        ([], 0),
+        ([{0: 1}], 1),
+        ([{2: 3}], 2),
+        ([{5: 4}], 4),
+        ([{4: 5, 3: 5}], 4 + 2),
+        ([{0: 1}, {2: 3}, {5: 4}], 1 + 2 + 4),
+    ):
+        completion = Completion(reorders=reorders)
+        assert model.completion(completion, manager) == blocks * 4 * 0.5
+        assert model.completion(completion, paged) == 0.0
 
 
 @pytest.mark.parametrize("step_s", [0.0, -1.0, math.nan])
@@ -366,11 +328,3 @@ def test_swapping_a_block_takes_a_call_and_its_slots():
             models[1], block_size=size, swap_out_s=model.swap_out_s, swap_in_s=model.swap_in_s
         )
         assert model == same, "nothing else depends on the block size"
-
-
-def test_a_larger_block_takes_longer_to_copy():
-    small, large = (latency_model(DEPLOYMENTS["opt-13b"], size) for size in (16, 64))
-    one = Iteration(0, 0.0, copies=(PAIR,))
-    copying = [model.iteration(one) - model.step_s for model in (small, large)]
-    assert copying[1] == pytest.approx(4 * copying[0], rel=1e-6)
-    assert copying[0] == pytest.approx(2 * 16 * 819_200 / 1244e9, rel=1e-6)

@@ -106,74 +106,30 @@ def test_two_batches_by_hand():
     assert result.normalized_latency == pytest.approx(sum(normalized) / 4, rel=1e-12)
 
 
-def test_requests_finish_in_order_of_arrival_and_never_before_their_batch():
-    """A short request waits for the longest beside it, and the next for all of them."""
-    trace = [(0.0, 1, 1), (0.0, 1, 50), (0.0, 1, 2), (1.0, 1, 1)]
-    result = serve(trace, 3, 100, UNIT)
-    assert list(result.finish_s.items()) == [(0, 50.0), (1, 50.0), (2, 50.0), (3, 51.0)]
-
-
-def test_a_batch_takes_only_those_who_have_come_when_it_begins():
-    trace = [(0.0, 1, 4), (0.0, 1, 4), (0.5, 1, 4), (4.0, 1, 4), (4.25, 1, 4)]
-    result = serve(trace, 10, 100, UNIT)
-    # At 4, when the first batch ends, the request that comes at that very moment is there.
-    assert result.finish_s == {0: 4.0, 1: 4.0, 2: 8.0, 3: 8.0, 4: 12.0}
-
-
 def test_nobody_is_there():
     result = serve([], 4, 100, UNIT)
     assert (result.finish_s, result.num_iterations, result.mean_batch) == ({}, 0, 0.0)
-    late = serve([(1000.0, 3, 2), (5000.0, 3, 2)], 4, 100, UNIT)
-    assert late.finish_s == {0: 1002.0, 1: 5002.0}
 
 
-def ends(trace, batch_size, limit):
-    return list(serve(trace, batch_size, limit, UNIT).finish_s.values())
+def test_who_is_served_together_by_hand():
+    def ends(batch_size, limit, *trace):
+        return list(serve(trace, batch_size, limit, UNIT).finish_s.values())
 
-
-def test_the_longest_input_and_the_longest_output_count_together():
-    """Each of the two stays below the limit by itself; padded to each other they do not."""
-    trace = [(0.0, 10, 2), (0.0, 2, 10)]
-    assert ends(trace, 2, 20) == [10.0, 10.0], "exactly the limit"
-    assert ends(trace, 2, 19) == [2.0, 12.0]
-
-
-def test_a_batch_ends_at_the_first_that_does_not_fit():
-    """The third would fit, but does not overtake the second."""
-    trace = [(0.0, 5, 5), (0.0, 9, 9), (0.0, 5, 5)]
-    assert ends(trace, 3, 10) == [5.0, 14.0, 19.0]
-    assert ends(trace, 3, 18) == [9.0, 9.0, 9.0]
-
-
-def test_a_request_that_is_too_long_is_served_alone():
-    trace = [(0.0, 5, 3), (0.0, 50, 60), (0.0, 5, 3), (0.0, 5, 4)]
-    assert ends(trace, 4, 10) == [3.0, 63.0, 67.0, 67.0]
-    assert ends([(0.0, 50, 60), (0.0, 50, 60)], 4, 10) == [60.0, 120.0]
-    # Also where the next could join it without exceeding anything further.
-    assert ends([(0.0, 50, 60), (0.0, 1, 1)], 4, 109) == [60.0, 61.0]
-    assert ends([(0.0, 50, 60), (0.0, 1, 1)], 4, 110) == [60.0, 60.0]
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "finish"),
-    [
-        (1, [3.0, 6.0, 9.0, 12.0, 15.0]),
-        (2, [3.0, 3.0, 6.0, 6.0, 9.0]),
-        (4, [3.0, 3.0, 3.0, 3.0, 6.0]),
-        (5, [3.0] * 5),
-        (6, [3.0] * 5),
-    ],
-)
-def test_no_more_than_the_batch_size(batch_size, finish):
-    assert ends([(0.0, 2, 3)] * 5, batch_size, 100) == finish
-
-
-def test_prompts_are_computed_as_they_are_and_read_padded():
-    trace = [(0.0, 1, 2), (0.0, 9, 2)]
-    computing = LatencyModel(step_s=1.0, token_s=0.5)
-    assert serve(trace, 2, 100, computing).finish_s[0] == 2.0 + 0.5 * (1 + 9) + 0.5 * 2
-    reading = LatencyModel(step_s=1.0, context_s=0.5)
-    assert serve(trace, 2, 100, reading).finish_s[0] == 2.0 + 0.5 * 2 * (9 + 1)
+    # A short request waits for the longest beside it, and the next for all of them.
+    short = (0.0, 1, 1), (0.0, 1, 50), (0.0, 1, 2), (1.0, 1, 1)
+    assert ends(3, 100, *short) == [50, 50, 50, 51]
+    # Who comes the moment that a batch ends is in the next, who comes later is not.
+    assert ends(9, 100, (0.0, 1, 4), (0.5, 1, 4), (4.0, 1, 4), (4.25, 1, 4)) == [4, 8, 8, 12]
+    assert ends(4, 100, (1000.0, 3, 2), (5000.0, 3, 2)) == [1002, 5002]
+    # Each of the two stays below the limit by itself; padded to each other they do not.
+    assert ends(2, 20, (0.0, 10, 2), (0.0, 2, 10)) == [10, 10], "exactly the limit"
+    assert ends(2, 19, (0.0, 10, 2), (0.0, 2, 10)) == [2, 12]
+    # A batch ends at the first that does not fit: the third would, but does not overtake it.
+    assert ends(3, 10, (0.0, 5, 5), (0.0, 9, 9), (0.0, 5, 5)) == [5, 14, 19]
+    # Who is too long is served alone, also where the next exceeds nothing further.
+    assert ends(4, 10, (0.0, 5, 3), (0.0, 50, 60), (0.0, 5, 3), (0.0, 5, 4)) == [3, 63, 67, 67]
+    assert ends(4, 109, (0.0, 50, 60), (0.0, 1, 1)) == [60, 61]
+    assert ends(2, 100, *[(0.0, 2, 3)] * 5) == [3, 3, 6, 6, 9]
 
 
 def test_computing_hides_behind_the_weights():
