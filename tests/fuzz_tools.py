@@ -35,13 +35,7 @@ import reproduce
 import sweep
 from vllm_sim.models.config_file import ConfigError, read_config
 from vllm_sim.reporting import sweep_cells
-from vllm_sim.reporting.command_line import (
-    FileName,
-    OneLineParser,
-    UsageError,
-    positive,
-    seed,
-)
+from vllm_sim.reporting.command_line import FileName, OneLineParser, UsageError, positive, seed
 from vllm_sim.reporting.documents import document, rows_table
 from vllm_sim.reporting.sweep_table import read_run
 from vllm_sim.workload.data_sets import (
@@ -276,26 +270,11 @@ PLACES = "folder pipe loop zero full nowhere /dev/null none/x loop/x pipe/x .".s
 BAD_OUTPUTS = (*PLACES, "", "..", "/dev/full", "old.json/x", "/proc/none", "x" * 300, "y/" * 3000)
 BAD_INPUTS = (*PLACES, "", "none.csv", "sharegpt.csv/x", "azure.csv", "/dev/zero", "/proc/self/mem")
 BAD_INPUTS += ("z" * 300, "two\nlines", "\udcff", "w/" * 3000)
-BAD_FOLDERS = (
-    "",
-    "old.json",
-    "old.json/x",
-    "pipe",
-    "loop",
-    "full",
-    "/proc/none",
-    "/dev/null",
-    "x" * 300,
-)
+BAD_FOLDERS = ("", "old.json", "old.json/x", "pipe", "loop", "full", "/proc/none", "/dev/null")
+BAD_FOLDERS += ("x" * 300,)
 SCRIPTS = (main, capacity, reproduce, sweep, fit_latency, make_length_tables, bench_serving)
-SCRIPTS += (
-    lengths_from_pickle,
-    bench_manager,
-    bench_beam_step,
-    bench_attention,
-    bench_paging_cost,
-    profile_attention,
-)
+SCRIPTS += (lengths_from_pickle, bench_manager, bench_beam_step, bench_attention)
+SCRIPTS += (bench_paging_cost, profile_attention)
 
 
 class Parsed(BaseException):
@@ -415,18 +394,8 @@ def fuzz_files_of_scripts(count, seed, room):
     data.mkdir()
     for _ in range(count):
         name, content = mutated(rng)
-        script = rng.choice(
-            (
-                reproduce,
-                reproduce,
-                bench_serving,
-                make_length_tables,
-                fit_latency,
-                capacity,
-                capacity,
-                main,
-            )
-        )
+        readers = (reproduce, bench_serving, make_length_tables, fit_latency, capacity, main)
+        script = rng.choice((*readers, reproduce, capacity))
         if script is bench_serving and name.startswith("azure"):
             name = bench_serving.AZURE
         elif script is make_length_tables:

@@ -9,14 +9,11 @@ once torch is loaded calls `main.main` here, to load it once.
 import json
 import os
 import re
-import resource
 import shlex
 import signal
-import stat
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,8 +34,6 @@ MODEL = ("--model", "opt-125m", "--device", "cpu", "--quiet")  # a slow machine 
 SMALL = (*MODEL, "--num-blocks", "140")
 ELAPSED = re.compile(r'(, \d+\.\d s\n\Z)|("elapsed_s": [\d.]+)')
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 
 
 @pytest.fixture(scope="session")
@@ -281,62 +276,6 @@ def test_number_of_blocks_that_it_asks_for_is_enough():
 def test_cuda_where_there_is_none(refused, tmp_path):
     reason = refused(main, *SMALL, "--device", "cuda", "--json", tmp_path / "out.json")
     assert "--device cuda" in reason and "--device cpu" in reason and os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", [".", "no/out.json", "file/out.json", "x" * 300, "pipe"])
-def test_output_that_cannot_be_written_is_refused_early(name, refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("old")
-    os.mkfifo(tmp_path / "pipe")
-    assert refused(main, *SMALL, "--scenario", 1, "--json", name).startswith("cannot write ")
-    assert (tmp_path / "file").read_text() == "old"
-    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
-    assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
-
-
-@not_as_root
-def test_output_without_permission_is_refused_before_the_run(refused, tmp_path):
-    (tmp_path / "out.json").write_text("old")
-    (tmp_path / "out.json").chmod(0o400)
-    reason = refused(main, *SMALL, "--scenario", 1, "--json", tmp_path / "out.json")
-    assert "permission denied" in reason
-    assert (tmp_path / "out.json").read_text() == "old"
-
-
-def test_full_device_as_output(run, tmp_path):
-    """/dev/full, or as root, who could replace it by a file, one of our own."""
-    device = Path("/dev/full")
-    if os.geteuid() == 0:
-        device = tmp_path / "full"
-        try:
-            os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 7))
-        except PermissionError:
-            pytest.skip("no device can be made here")
-    done = run(*SMALL, "--scenario", "1", "--json", device)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "cannot write" in done.stderr
-    assert stat.S_ISCHR(device.lstat().st_mode)
-
-
-def test_disk_that_fills_up_while_writing_leaves_the_old_file(run, tmp_path):
-    """A limit on the size of files stands in for the full disk; the pipes have none."""
-    path = tmp_path / "out.json"
-    path.write_text("old")
-    # `make coverage` would write to files of its own.
-    none = {name: None for name in os.environ if name.startswith("COVERAGE_")}
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
-    done = run(*SMALL, "--scenario", 1, "--json", path, env=none, preexec_fn=limit)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "cannot write" in done.stderr
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
-
-
-def test_failed_run_leaves_the_old_file(refused, tmp_path):
-    path = tmp_path / "out.json"
-    path.write_text("old")
-    for args in (["--num-blocks", "1"], ["--seed", "x"], ["--layers", "13"]):
-        assert refused(main, *SMALL, *args, "--json", path)
-        assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
 
 
 # ---- runs that fail -----------------------------------------------------------------------------

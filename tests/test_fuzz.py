@@ -68,20 +68,14 @@ import capacity
 import main
 import reproduce
 import sweep
-from vllm_sim.evaluation import (
-    pictures,
-    runner,
-)
+from vllm_sim.evaluation import pictures, runner
 from vllm_sim.models.config_file import ConfigError
 from vllm_sim.reporting import command_line, sweep_cells
 from vllm_sim.reporting.command_line import FileName, UsageError
 from vllm_sim.reporting.sweep_cells import PATHS
 from vllm_sim.scenarios import run as scenario_run
 from vllm_sim.scenarios.report import ScenarioReport
-from vllm_sim.sizing import (
-    answers,
-    trace_answers,
-)
+from vllm_sim.sizing import answers, trace_answers
 from vllm_sim.workload import data_sets, text_files
 from vllm_sim.workload.data_sets import read_lengths
 from vllm_sim.workload.text_files import WorkloadError
@@ -438,17 +432,9 @@ def test_without_permission(room, no_work):
                 arguments = [*HARMLESS[script], "--json", str(outputs / name)]
                 if name != "folder/new.json" or os.geteuid():
                     assert check(script, arguments, outputs, may_be=()) == 2
-        assert (
-            check(
-                make_length_tables,
-                ["--data", str(inputs), "--out", str(outputs)],
-                outputs,
-                may_be=(),
-            )
-            == 2
-        )
-        path = str(inputs / "alpaca.csv")
-        arguments = [*HARMLESS[reproduce], "--lengths", path]
+        arguments = ["--data", str(inputs), "--out", str(outputs)]
+        assert check(make_length_tables, arguments, outputs, may_be=()) == 2
+        arguments = [*HARMLESS[reproduce], "--lengths", str(inputs / "alpaca.csv")]
         assert check(reproduce, arguments, outputs, may_be=()) == 2
     outputs.chmod(0o755)
 
@@ -619,9 +605,8 @@ def test_a_reader_that_leaves_in_the_middle_of_a_run(script, arguments, tmp_path
     to = ["--out", tmp_path / "out"] if script == "sweep.py" else ["--json", path]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHONUNBUFF")}
     command = [sys.executable, str(ROOT / script), *map(str, [*arguments, *to])]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
-    ) as running:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=env, **pipes) as running:
         assert running.stdout.readline()
         running.stdout.close()
         errors = running.stderr.read()
@@ -677,15 +662,8 @@ def test_output_into_a_full_disk_leaves_the_old_file(process, tmp_path, script):
 def test_a_disk_that_fills_up_leaves_the_old_file(process, tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
-    done = process(
-        "reproduce.py",
-        "--figure",
-        "table1",
-        "--json",
-        path,
-        stdout=subprocess.PIPE,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
-    )
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100, 100))
+    done = process("reproduce.py", "--figure=table1", "--json", path, preexec_fn=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
 

@@ -174,7 +174,24 @@ def test_a_task_of_an_array_runs_its_cell_alone(run_script, tmp_path):
     assert " at a time\n" in path.with_suffix(".log").read_text()
 
 
-def test_all_in_turn_find_what_each_alone_finds_and_what_is_done_stays(run_script, tmp_path):
+def test_no_cell_writes_what_a_cell_reads_and_none_reads_a_pipe(tmp_path, refused):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("kept")
+    arguments = ["--script", "capacity.py", "--trace", trace, "--out", tmp_path]
+    (cell,) = expand("capacity.py", ["--trace", str(trace)])
+    for suffix in (".json", ".log"):
+        link = (tmp_path / cell.file).with_suffix(suffix)
+        link.symlink_to(trace)
+        assert f"{link} would overwrite what --trace reads" in refused(sweep, *arguments)
+        link.unlink()
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe" in refused(sweep, *arguments, "--model", tmp_path / "pipe")
+    assert trace.read_text() == "kept" and sorted(os.listdir(tmp_path)) == ["pipe", "trace.csv"]
+
+
+def test_all_in_turn_find_what_each_alone_finds_and_what_is_done_stays(
+    run_script, tmp_path, refused
+):
     together, alone = tmp_path / "together", tmp_path / "alone"
     assert run_script("sweep.py", *TWO, "--out", together).returncode == 0
     for cell in ("1", "0"):
@@ -196,6 +213,9 @@ def test_all_in_turn_find_what_each_alone_finds_and_what_is_done_stays(run_scrip
     done = run_script("sweep.py", *TWO, "--out", alone)
     assert done.returncode == 0 and done.stdout.count("done before") == 1
     assert timeless(alone) == timeless(together)
+    (plan,) = alone.glob("sweep-*.json")  # which stands for its cells
+    reason = refused(sweep, "--merge", plan, "--json", alone / first)
+    assert reason == f"--json {alone / first} would overwrite what --merge reads\n"
 
 
 def test_a_cell_that_cannot_run_says_why_in_its_file_and_stops_no_other(run_script, tmp_path):

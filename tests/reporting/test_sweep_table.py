@@ -202,13 +202,6 @@ def test_all_tables_are_written(four, folder, merged, tmp_path):
     assert row == {"row": "paged", "column": "requests", "block_size": 8} | means
 
 
-def test_its_own_json_is_not_among_the_files(four, merged):
-    before = four[0].read_bytes()
-    code, _, errors = merged(four, "--json", str(four[0]))
-    assert code == 2 and "would overwrite what --merge reads" in errors
-    assert four[0].read_bytes() == before
-
-
 def test_options_are_shown_in_a_cell_of_ascii(folder):
     values = ["\u00e9\U0001f600", "a\nb", [1, 2], [3], ["a b", "\u00e9"]]
     paths = folder(**{f"x{n}": run(options={"of": value}) for n, value in enumerate(values)})

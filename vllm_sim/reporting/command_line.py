@@ -110,13 +110,11 @@ def keep_apart(reads: Named, writes: Named) -> None:
 
 def _identity(path: Path) -> object:
     """The same for two names of one file, through links too, also where it is not there yet."""
-    try:
-        real = os.path.realpath(path)
-        there = os.path.exists(real)
-        found = os.stat(real if there else os.path.dirname(real))
-        return found.st_dev, found.st_ino, "" if there else os.path.basename(real)
-    except (OSError, ValueError):  # a folder that is not there, a zero byte: told by who opens it
-        return str(path)
+    with suppress(OSError, ValueError):  # a zero byte: whoever opens it will tell
+        path = os.path.realpath(path)
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    return str(path)
 
 
 def whole(values: range, wanted: str, text: str) -> int:
