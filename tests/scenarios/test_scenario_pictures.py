@@ -14,8 +14,7 @@ from vllm_sim.paper.figures import VLLM
 from vllm_sim.reporting import drawing
 from vllm_sim.scenarios import baseline, mixed, paged, pictures, sampling
 from vllm_sim.scenarios import run as scenario_run
-from vllm_sim.scenarios.report import SERIES_LENGTH
-from vllm_sim.scenarios.setting import Setting
+from vllm_sim.scenarios.setting import SERIES_LENGTH, Setting
 
 TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
 SETTING = Setting(TINY, torch.device("cpu"), 1, 140, 16, 0)

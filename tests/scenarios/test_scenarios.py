@@ -283,7 +283,7 @@ def test_the_map_of_the_pool_shows_each_slot_where_it_is():
 def test_a_request_pool_that_nothing_fills_is_an_error():
     requests = [Request(n, 0.0, 3, 3) for n in range(2)]
     with pytest.raises(ValueError, match="all 2 requests fit"):
-        baseline.fill(setting_of(130), "oracle", requests)
+        baseline.first_fill(setting_of(130), requests)
 
 
 def test_requests_that_fit_all_at_once_are_an_error_in_scenario_2():
@@ -713,7 +713,7 @@ def test_a_run_of_fewer_iterations_than_rows_has_a_row_for_each():
     setting = setting_of(130)
     requests = [Request(n, 0.0, 20, 4, prefix_len=16 * (n == 2)) for n in range(3)]
     outcome = mixed.serve(setting, mixed.PAGED_SWAP, requests, 500, None)
-    rows = mixed.tables(mixed.Found(setting, requests, [outcome]))[1].records()
+    rows = [*mixed.tables(mixed.Found(setting, requests, [outcome]))][1].records()
     assert [row["iterations"] for row in rows] == ["0-0", "1-1", "2-2", "3-3"]
     assert [row["batch"] for row in rows] == [3.0] * 4
     tokens = [100 * (16 + 3 * n) / setting.num_slots for n in (20, 21, 22, 23)]

@@ -9,24 +9,16 @@ the same slots whether or not tensors stand behind them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kv_cache_manager import BaselineCacheManager, MemoryUsage
 from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import Table
-from vllm_sim.scenarios.report import (
-    SERIES_LENGTH,
-    Check,
-    Pool,
-    ScenarioReport,
-    Series,
-    Spans,
-    block_map,
-    note,
-)
+from vllm_sim.scenarios.report import Check, Pool, ScenarioReport, Series, Spans, block_map, note
 from vllm_sim.scenarios.setting import BASELINE_ITERATIONS as ITERATIONS
-from vllm_sim.scenarios.setting import WARMUP, Setting, num_queued, sample_requests
+from vllm_sim.scenarios.setting import SERIES_LENGTH, WARMUP, Setting, num_queued, sample_requests
 from vllm_sim.serving.scheduler import Scheduler
 from vllm_sim.serving.steady_state import UsageMean, steady_state
 from vllm_sim.serving.systems import CONTIGUOUS, limits_of, new_manager
@@ -105,28 +97,21 @@ def figure_3() -> dict[str, list[int]]:
 
 
 def first_fill(setting: Setting, requests: list[Request]) -> dict[str, Refusal]:
-    """Where the slots are when the first request is refused."""
+    """Requests admitted in order until the first is refused."""
     found = {}
     for policy, system in CONTIGUOUS.items():
-        manager, refused = fill(setting, policy, requests)
+        manager = setting.new_manager(policy)
+        for request in requests:
+            lengths = request.prompt_len, request.prompt_len + request.output_len
+            if not manager.can_allocate(*lengths):
+                break
+            manager.allocate(request.request_id, *lengths)
+        else:
+            raise ValueError(f"all {len(requests)} requests fit in {setting.num_blocks} blocks")
         manager.check_invariants()
-        asked = manager.slots_to_ask(refused.prompt_len, refused.prompt_len + refused.output_len)
-        pool = Pool(system, setting.block_size, pool_spans(manager))
-        found[policy] = Refusal(len(manager.running_ids), manager.usage(), pool, asked)
+        pool, asked = Pool(system, setting.block_size, pool_spans(manager)), manager.slots_to_ask
+        found[policy] = Refusal(len(manager.running_ids), manager.usage(), pool, asked(*lengths))
     return found
-
-
-def fill(
-    setting: Setting, policy: str, requests: list[Request]
-) -> tuple[BaselineCacheManager, Request]:
-    """Admit requests in order until the first is refused; returns that one too."""
-    manager = setting.new_manager(policy)
-    for request in requests:
-        final_len = request.prompt_len + request.output_len
-        if not manager.can_allocate(request.prompt_len, final_len):
-            return manager, request
-        manager.allocate(request.request_id, request.prompt_len, final_len)
-    raise ValueError(f"all {len(requests)} requests fit in {setting.num_blocks} blocks at once")
 
 
 def pool_spans(manager: BaselineCacheManager) -> Spans:
@@ -192,7 +177,7 @@ def report(found: Found) -> ScenarioReport:
             f"{unused} of them never used ({percent:.1f} %).",
             *tables(found),
         ],
-        checks(found),
+        [*checks(found)],
         f"contiguous reservations keep {low:.1f} % (max) to {high:.1f} % (oracle) of the KV cache "
         f"filled with tokens; the paper's Fig. 2 says {min(told)} % to {max(told)} %.",
         data=[note("one_request", **figures, never_used_percent=percent)],
@@ -202,7 +187,7 @@ def report(found: Found) -> ScenarioReport:
     )
 
 
-def tables(found: Found) -> list[Table]:
+def tables(found: Found) -> Iterator[Table]:
     """Fig. 3; the first refusals, in numbers and as a map; the steady states."""
     line, fig3, refusals, maps, steady = found.setting.line, [], [], [], []
     for name, fig in paper.FIG3.items():
@@ -222,19 +207,19 @@ def tables(found: Found) -> list[Table]:
         steady.append((system, "paper", batch, *theirs, None))
     title, head = "Fig. 3: two requests, slot by slot", ("request", "maximum", "", *FIG3_PARTS)
     look = {"name": "fig3", "keys": ("request", "maximum", "who", *FIG3_PARTS), "index": 3}
-    made = [Table(title, head, fig3, **look)]
+    yield Table(title, head, fig3, **look)
     title, name = "Admitted in order until the first refusal, in slots", "contiguous_first_refusal"
     head = ("policy", "requests", *PARTS, "refused one asks")
-    made.append(Table(title, head, refusals, line, name=name))
+    yield Table(title, head, refusals, line, name=name)
     title = f"The pool at the first refusal, {BLOCKS_PER_CHAR} blocks a character"
     look = {"picture": True, "name": "pool_map", "keys": ("policy", "line"), "index": 0}
-    made.append(Table(title, ("policy", LEGEND), maps, line, **look))
+    yield Table(title, ("policy", LEGEND), maps, line, **look)
     title = f"Steady state, mean of {ITERATIONS:,} iterations, percent of slots (Fig. 2)"
     head = ("policy", "", "batch", *PARTS, "external & others", "refused, enough free")
     line += ", ShareGPT lengths, saturated queue; the paper's batch is Fig. 13's"
     keys = ("policy", "who", "batch", *PARTS, "external_and_others", "refused_enough_free")
     look = {"name": "contiguous_steady_state", "keys": keys, "index": 2}
-    return [*made, Table(title, head, steady, line, **look)]
+    yield Table(title, head, steady, line, **look)
 
 
 def pool_map(pool: Pool, num_blocks: int) -> str:
@@ -243,38 +228,27 @@ def pool_map(pool: Pool, num_blocks: int) -> str:
     return block_map(num_blocks, pool.block_size, spans, per_char=BLOCKS_PER_CHAR)
 
 
-def checks(found: Found) -> list[Check]:
+def checks(found: Found) -> Iterator[Check]:
     """What must hold of each part."""
     setting, one, steady = found.setting, found.one_request, found.steady_states
     length, size = min(ONE_LENGTH, setting.max_len), setting.max_len
+    right = (one.tokens, one.reserved, one.internal) == (length, 0, size - length)
+    told = f"{one.tokens} tokens, {one.internal} never used"
+    yield Check(f"{length} tokens in a {size}-slot reservation", right, told)
     same = found.figure_3 == FIG3_DRAWN
+    yield Check("Fig. 3's slots", same, "both requests as drawn" if same else "differ from Fig. 3")
     agreed, counted = sum(s.mean.agreed for s in steady.values()), len(steady) * ITERATIONS
+    told = "tokens and reserved equal their sums over the sequences in "
+    told += f"{agreed:,} of {counted:,} iterations"
+    yield Check("slot identity at every iteration", agreed == counted, told)
     # Holes need chunks of several sizes side by side: where a block holds the longest request, or
     # the pool no two of the largest chunks, there may be none. In a pool far above Table 1's a
     # large enough chunk is nearly always free as long as enough slots are.
     blocks = -(-setting.max_len // setting.block_size)
     few = blocks == 1 or setting.num_blocks < 2 << (blocks - 1).bit_length()
     many = setting.num_slots > max(table["slots"] for table in paper.TABLE1_DERIVED.values())
-    return [
-        Check(
-            f"{length} tokens in a {size}-slot reservation",
-            (one.tokens, one.reserved, one.internal) == (length, 0, size - length),
-            f"{one.tokens} tokens, {one.internal} never used",
-        ),
-        Check("Fig. 3's slots", same, "both requests as drawn" if same else "differ from Fig. 3"),
-        Check(
-            "slot identity at every iteration",
-            agreed == counted,
-            f"tokens and reserved equal their sums over the sequences in {agreed:,} of "
-            f"{counted:,} iterations",
-        ),
-        *(
-            Check(
-                f"external fragmentation under {policy}",
-                steady[policy].refused > 0 or few or many,
-                f"{steady[policy].refused} requests refused although enough slots were free"
-                + (few or many) * " (a pool of this size may have no holes)",
-            )
-            for policy in ("pow2", "oracle")
-        ),
-    ]
+    for policy in ("pow2", "oracle"):
+        refused = steady[policy].refused
+        told = f"{refused} requests refused although enough slots were free"
+        told += (few or many) * " (a pool of this size may have no holes)"
+        yield Check(f"external fragmentation under {policy}", refused > 0 or few or many, told)

@@ -14,7 +14,7 @@ these are dealt to its requests at random, in the same proportions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -352,7 +352,7 @@ def report(found: Found) -> ScenarioReport:
     times = min(swap.mean_batch, recompute.mean_batch) / best.mean_batch
     told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
     verified = min(o.kept.verified for o in outcomes if o.kept)
-    shown, words = tables(found), []
+    shown, words = [*tables(found)], []
     if any(row[-1] < 0 for row in shown[-1].rows):
         prefix = max(r.prefix_len for r in found.requests)
         words = [
@@ -366,7 +366,7 @@ def report(found: Found) -> ScenarioReport:
         "mixed workload",
         "Do all decoding methods share one pool under pressure, and is no token ever lost?",
         [*shown, *words],
-        checks(found),
+        [*checks(found)],
         f"paging batches {swap.mean_batch:.1f} (swap) or {recompute.mean_batch:.1f} (recompute) "
         f"requests at a time and is done after {recompute.num_iterations:,} iterations, the best "
         f"contiguous policy {best.mean_batch:.1f} and after {best.num_iterations:,}: {times:.2f}x "
@@ -391,15 +391,13 @@ def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
     )
 
 
-def tables(found: Found) -> list[Table]:
+def tables(found: Found) -> Iterator[Table]:
     """What each run did, and where the slots were over time."""
     setting, requests = found.setting, found.requests
     kinds = Counter("prefix" if r.prefix_len else r.decoding for r in requests)
-    line = (
-        f"{setting.line}; {kinds['single']} single, {kinds['parallel']} with {NUM_SAMPLES} "
-        f"samples, {kinds['beam']} with {BEAM_WIDTH} beams, {kinds['prefix']} behind a shared "
-        f"prefix of {max(r.prefix_len for r in requests)} tokens"
-    )
+    line = f"{setting.line}; {kinds['single']} single, {kinds['parallel']} with {NUM_SAMPLES} "
+    line += f"samples, {kinds['beam']} with {BEAM_WIDTH} beams, {kinds['prefix']} behind a shared "
+    line += f"prefix of {max(r.prefix_len for r in requests)} tokens"
     if setting.trace is not None:
         line += "; " + told_of(setting.trace, requests, MAX_OUTPUT)
     parts = MemoryUsage.PARTS
@@ -420,41 +418,28 @@ def tables(found: Found) -> list[Table]:
     headers = ("run", "iterations", "mean batch", "swapped", "recomputed", "block copies")
     headers += ("blocks out", "blocks in", "MB copied", "verified")
     title = "All requests served to their end"
-    served = Table(title, headers, totals, line, name="all_requests")
+    yield Table(title, headers, totals, line, name="all_requests")
     title = "Slots over time, in percent, and blocks saved by sharing"
     headers, name = ("run", "iterations", "batch", *parts, "saving"), "slots_over_time"
-    return [served, Table(title, headers, windows, setting.line, name=name, index=2)]
+    yield Table(title, headers, windows, setting.line, name=name, index=2)
 
 
-def checks(found: Found) -> list[Check]:
+def checks(found: Found) -> Iterator[Check]:
     """Own K and V to the end, preemption of both kinds, and nobody left behind."""
     requests, outcomes = found.requests, found.outcomes
     expected = sum(request.num_seqs for request in requests)
+    for o in (o for o in outcomes if o.kept):
+        right = o.kept.verified == expected and not o.kept.num_wrong
+        told = f"{o.kept.verified} of {expected} sequences, {o.kept.tokens:,} tokens"
+        yield Check(f"{o.run.name}: every finished sequence holds its own K and V", right, told)
     swap, recompute = (o.result for o in outcomes if o.run.paged)
-    return [
-        *(
-            Check(
-                f"{o.run.name}: every finished sequence holds its own K and V",
-                o.kept.verified == expected and not o.kept.num_wrong,
-                f"{o.kept.verified} of {expected} sequences, {o.kept.tokens:,} tokens",
-            )
-            for o in outcomes
-            if o.kept
-        ),
-        Check(
-            "memory pressure forced preemption by swapping",
-            swap.num_swaps > 0 and swap.blocks_swapped_in == swap.blocks_swapped_out > 0,
-            f"{counted(swap.num_swaps, 'group')}, {counted(swap.blocks_swapped_out, 'block')} out "
-            f"and back in; {swap.num_recomputations} recomputed as the CPU pool was full",
-        ),
-        Check(
-            "memory pressure forced preemption by recomputation",
-            recompute.num_recomputations > 0 and recompute.num_swaps == 0,
-            counted(recompute.num_recomputations, "group"),
-        ),
-        Check(
-            "all groups finished in every run",
-            all(len(o.result.finish_s) == len(requests) for o in outcomes),
-            f"{len(requests)} groups in {len(outcomes)} runs",
-        ),
-    ]
+    right = swap.num_swaps > 0 and swap.blocks_swapped_in == swap.blocks_swapped_out > 0
+    told = f"{counted(swap.num_swaps, 'group')}, {counted(swap.blocks_swapped_out, 'block')} out "
+    told += f"and back in; {swap.num_recomputations} recomputed as the CPU pool was full"
+    yield Check("memory pressure forced preemption by swapping", right, told)
+    right = recompute.num_recomputations > 0 and recompute.num_swaps == 0
+    told = counted(recompute.num_recomputations, "group")
+    yield Check("memory pressure forced preemption by recomputation", right, told)
+    right = all(len(o.result.finish_s) == len(requests) for o in outcomes)
+    told = f"{len(requests)} groups in {len(outcomes)} runs"
+    yield Check("all groups finished in every run", right, told)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,18 +32,11 @@ from paged_attention import (
 from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import Table, counted
-from vllm_sim.scenarios.report import (
-    SERIES_LENGTH,
-    Check,
-    Pool,
-    ScenarioReport,
-    Series,
-    Spans,
-    note,
-)
+from vllm_sim.scenarios.report import Check, Pool, ScenarioReport, Series, Spans, note
 from vllm_sim.scenarios.setting import (
     BASELINE_ITERATIONS,
     ITERATIONS,
+    SERIES_LENGTH,
     WARMUP,
     Setting,
     num_queued,
@@ -326,7 +320,7 @@ def report(found: Found) -> ScenarioReport:
             f"({share:.1f} % of the pool) into which kernel gather would copy the "
             "blocks of the largest batch are not needed.",
         ],
-        checks(found),
+        [*checks(found)],
         f"paging fills {ours.percent('tokens'):.1f} % of the KV cache with tokens (paper: "
         f"{paper.FIG2[paper.VLLM]['tokens']} %) and serves {ours.batch:.1f} requests at a time, "
         f"{ours.batch / oracle.batch:.2f}x Orca (Oracle) (paper: {told}x); {_waste(ours):.2f} % of "
@@ -343,13 +337,13 @@ def _waste(mean: UsageMean) -> float:
     return 100.0 * mean.percent("padding") / (100.0 - mean.percent("free"))
 
 
-def tables(found: Found) -> list[Table]:
+def tables(found: Found) -> Iterator[Table]:
     """The first refusal and the steady state."""
     line, steady, parts = found.setting.line, found.steady, ("tokens", "padding", "free")
     title, name = "Admitted in order until the first refusal, in slots", "paged_first_refusal"
     row = ("paged", steady.admitted, *(getattr(steady.first, part) for part in parts))
     setting = line + "; prompts only: outputs take blocks as they grow"
-    refusal = Table(title, ("policy", "requests", *parts), [row], setting, name=name)
+    yield Table(title, ("policy", "requests", *parts), [row], setting, name=name)
     drawn = paper.FIG2_DRAWN[paper.VLLM]
     rows = []
     for system, mean, theirs in (
@@ -365,54 +359,35 @@ def tables(found: Found) -> list[Table]:
     setting += "(2 requests/s), its shares are Fig. 2's"
     keys = ("policy", "who", "batch", *parts)
     look = {"decimals": 2, "name": "paged_steady_state", "keys": keys, "index": 2}
-    return [refusal, Table(title, ("policy", "", "batch", *parts), rows, setting, **look)]
+    yield Table(title, ("policy", "", "batch", *parts), rows, setting, **look)
 
 
-def checks(found: Found) -> list[Check]:
+def checks(found: Found) -> Iterator[Check]:
     """What must hold of the slots, the tensors and attention."""
     setting, s, a = found.setting, found.steady, found.attended
-    waste, dtype, predicted = _waste(s.ours), _name(setting.dtype), setting.pool_bytes()
+    told = f"at most {s.worst_padding} of {setting.block_size} slots, "
+    told += f"{s.padded_right:,} of {s.looks:,} times"
+    yield Check("padding under one block per sequence", s.padded_right == s.looks, told)
+    if setting.block_size <= paper.BLOCK_SIZE:  # the claim is about that size; larger ones pad more
+        waste = _waste(s.ours)
+        told = f"{waste:.2f} % of the allocated slots hold no token"
+        yield Check("waste of allocated memory under 4 %", waste < WASTE_UNDER, told)
     agreed, count = s.ours.agreed + s.oracle.agreed, ITERATIONS + BASELINE_ITERATIONS
-    taken, *allocated = a.num_bytes
-    weighed = f"the tensor's storage has {taken:,}"
+    told = f"tokens equal their sum over the sequences in {agreed:,} of {count:,} iterations"
+    yield Check("slots add up at every iteration", agreed == count, told)
+    predicted, (taken, *allocated) = setting.pool_bytes(), a.num_bytes
+    same = taken == predicted
+    told = f"{predicted:,} predicted; the tensor's storage has {taken:,}"
     if allocated:
-        weighed = f"torch.cuda: {taken:,} requested, memory_allocated {allocated[0]:,} (of 2 MiB)"
-    made = [
-        Check(
-            "padding under one block per sequence",
-            s.padded_right == s.looks,
-            f"at most {s.worst_padding} of {setting.block_size} slots, {s.padded_right:,} of "
-            f"{s.looks:,} times",
-        ),
-        Check(
-            "waste of allocated memory under 4 %",
-            waste < WASTE_UNDER,
-            f"{waste:.2f} % of the allocated slots hold no token",
-        ),
-        Check(
-            "slots add up at every iteration",
-            agreed == count,
-            f"tokens equal their sum over the sequences in {agreed:,} of {count:,} iterations",
-        ),
-        Check(
-            "predicted bytes are the tensors' bytes",
-            taken == predicted
-            and all(predicted <= one < predicted + CUDA_GRANULE for one in allocated),
-            f"{predicted:,} predicted; {weighed}",
-        ),
-        Check(
-            "paged attention bit-identical to contiguous",
-            a.identical == a.compared == a.num_seqs * setting.num_layers,
-            f"{a.identical} of {a.compared} ({a.num_seqs} sequences x "
-            f"{counted(setting.num_layers, 'layer')}, {a.num_tokens:,} tokens)",
-        ),
-        Check(
-            "within the error budget of dense float64",
-            a.ours_error <= ERROR_FACTOR * a.torch_error,
-            f"largest relative error {a.ours_error:.1e}; torch's own in {dtype} "
-            f"{a.torch_error:.1e}, budget {ERROR_FACTOR:.0f} x that",
-        ),
-    ]
-    if setting.block_size > paper.BLOCK_SIZE:
-        del made[1]  # the claim is about that size; larger ones pad more
-    return made
+        same = same and predicted <= allocated[0] < predicted + CUDA_GRANULE
+        told = f"{predicted:,} predicted; torch.cuda: {taken:,} requested, "
+        told += f"memory_allocated {allocated[0]:,} (of 2 MiB)"
+    yield Check("predicted bytes are the tensors' bytes", same, told)
+    same = a.identical == a.compared == a.num_seqs * setting.num_layers
+    told = f"{a.identical} of {a.compared} ({a.num_seqs} sequences x "
+    told += f"{counted(setting.num_layers, 'layer')}, {a.num_tokens:,} tokens)"
+    yield Check("paged attention bit-identical to contiguous", same, told)
+    told = f"largest relative error {a.ours_error:.1e}; torch's own in {_name(setting.dtype)} "
+    told += f"{a.torch_error:.1e}, budget {ERROR_FACTOR:.0f} x that"
+    close = a.ours_error <= ERROR_FACTOR * a.torch_error
+    yield Check("within the error budget of dense float64", close, told)

@@ -180,17 +180,10 @@ class Recorder(Observer):
     def recording(self) -> Recording:
         """All that was seen so far."""
         m = self.manager
-        groups = [
-            Group(
-                g.group_id,
-                str(g.group_id),
-                _kind(g),
-                [seq.seq_id for seq in g.seqs],
-                g.seqs[0].prompt_len,
-                g.seqs[0].output_len,
-            )
-            for g in self.groups
-        ] or [Group(0, "A", "parallel", self._samples)]
+        groups = [] if self.groups else [Group(0, "A", "parallel", self._samples)]
+        for g in self.groups:
+            seqs, lengths = [s.seq_id for s in g.seqs], (g.seqs[0].prompt_len, g.seqs[0].output_len)
+            groups.append(Group(g.group_id, str(g.group_id), _kind(g), seqs, *lengths))
         sizes = m.num_blocks, m.num_cpu_blocks, m.block_size
         seen = self.prefix_ids, groups, self.frames, self.last, self.fullest
         return Recording(self.name, self.about, *sizes, *seen)

@@ -19,7 +19,6 @@ from kv_cache_manager import MemoryUsage
 from vllm_sim.reporting.tables import Cell, Table, render, wrapped
 from vllm_sim.scenarios.recorder import Moment, Recording
 
-SERIES_LENGTH = 2000  # iterations of a steady state that a picture shows
 Spans = list[tuple[int, str]]  # runs of slots from slot 0 on: how many, and a part of MemoryUsage
 
 

@@ -26,6 +26,7 @@ from vllm_sim.workload.traces import Trace
 
 WARMUP, ITERATIONS = 1000, 2000  # of a paged steady state
 BASELINE_ITERATIONS = 10_000  # longer: with 7 to 13 requests at a time a mean moves slowly
+SERIES_LENGTH = 2000  # iterations of a steady state that a picture shows
 CPU_SHARE = 4  # swap space of scenario 4: a block for every so many in the GPU pool
 LARGEST_GROUP = 6  # sequences of one request, in any steady state or mix
 
@@ -109,11 +110,10 @@ class Setting:
 
     def new_cache(self, num_cpu_blocks: int = 0, poison: bool = True) -> PagedKVCache:
         """A pool of the setting's size on its device; freed blocks are poisoned with NaN."""
+        m = self.model
+        shape = self.num_blocks, self.block_size, m.num_kv_heads, m.head_size
         return PagedKVCache(
-            self.num_blocks,
-            self.block_size,
-            self.model.num_kv_heads,
-            self.model.head_size,
+            *shape,
             num_layers=self.num_layers,
             num_cpu_blocks=num_cpu_blocks,
             dtype=self.dtype,

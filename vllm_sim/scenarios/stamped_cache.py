@@ -17,7 +17,7 @@ from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager
 from paged_attention import PagedKVCache, slot_mapping
 from sequence import Sequence, SequenceGroup
 from vllm_sim.scenarios.setting import Setting
-from vllm_sim.serving.scheduler import Completion, Iteration
+from vllm_sim.serving.scheduler import Completion, Iteration, Manager
 from vllm_sim.serving.simulator import Observer
 
 PIECE = 48  # tokens written or read at once: larger buffers are not reused by malloc
@@ -80,12 +80,7 @@ class StampedCache(Observer):
     the manager's tables to be its own; `wrong` names the others.
     """
 
-    def __init__(
-        self,
-        setting: Setting,
-        manager: PagedKVCacheManager | BaselineCacheManager,
-        cache: PagedKVCache,
-    ) -> None:
+    def __init__(self, setting: Setting, manager: Manager, cache: PagedKVCache) -> None:
         self.manager = manager
         self.cache = cache
         self.verified = 0

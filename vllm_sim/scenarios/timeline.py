@@ -50,14 +50,10 @@ def page(setting: str, recordings: Iterable[Recording]) -> str:
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c")  # or a name could end the script element
     html = (PARTS / "page.html").read_text(encoding="ascii")
-    for mark, content in (
-        ("/* style */", (PARTS / "style.css").read_text(encoding="ascii")),
-        ("/* replay */", (PARTS / "replay.js").read_text(encoding="ascii")),
-        ("/* view */", (PARTS / "view.js").read_text(encoding="ascii")),
-        ("/* controls */", (PARTS / "controls.js").read_text(encoding="ascii")),
-        ("/* data */", text),  # last: nothing in it is a mark
-    ):
-        before, found, after = html.partition(mark)
+    files = (PARTS / name for name in ("style.css", "replay.js", "view.js", "controls.js"))
+    contents = {file.stem: file.read_text(encoding="ascii") for file in files}
+    for mark, content in (*contents.items(), ("data", text)):  # last: nothing in it is a mark
+        before, found, after = html.partition(f"/* {mark} */")
         assert found, f"timeline_page/page.html has no {mark}"
         html = before + content + after
     return html
