@@ -299,7 +299,7 @@ def test_refused_before_anything_runs(monkeypatch, tmp_path, refused):
         (["run.html", "--num-blocks", "5000"], "5,000 blocks are too many to watch"),
         (["folder"], "cannot write folder: it is a directory"),
         (["none/run.html"], "there is no directory none"),
-        (["a.html", "--json", "./a.html"], "--json and --timeline are the same file"),
+        (["a.html", "--json", "./a.html"], "--timeline and --json are the same file, a.html"),
     ):
         assert told in refused(main, *base, *more)
         assert os.listdir(tmp_path) == ["folder"]
