@@ -37,7 +37,7 @@ from allocators import (
     SharedBlockError,
     UnknownSequenceError,
 )
-from sequence import BlockTable, Clock, Sequence, SequenceGroup
+from sequence import BlockTable, Clock, Sequence, SequenceGroup, check_id, is_integer
 
 __all__ = [
     "NO_COPIES",
@@ -59,10 +59,11 @@ BlockPairs = tuple[tuple[int, int], ...]
 NO_COPIES: BlockPairs = ()
 
 
-def check_count(what: str, value: int, least: int = 1) -> None:
-    """ValueError unless `value` is an integer of at least `least` (a bool is not a count)."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_count(what: str, value: int, least: int = 1) -> int:
+    """An integer of any kind as Python's; ValueError if it is none (a bool) or below `least`."""
+    if not is_integer(value) or value < least:
         raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}")
+    return int(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +133,9 @@ class PagedKVCacheManager:
         watermark: float = 0.01,
         free_order: Iterable[int] | None = None,
     ) -> None:
-        check_count("number of blocks", num_blocks)
-        check_count("block size", block_size)
-        check_count("number of CPU blocks", num_cpu_blocks, least=0)
-        if num_cpu_blocks > num_blocks:
-            raise ValueError(
-                f"{num_cpu_blocks} CPU blocks for {num_blocks} GPU blocks: swap space is bounded "
-                "by the GPU's KV blocks (section 4.5)"
-            )
+        num_blocks = check_count("number of blocks", num_blocks)
+        block_size = check_count("block size", block_size)
+        num_cpu_blocks = check_count("number of CPU blocks", num_cpu_blocks, least=0)
         if not 0.0 <= watermark < 1.0:
             raise ValueError(f"the watermark is a share of the blocks in [0, 1), got {watermark}")
         self.num_blocks = num_blocks
@@ -187,8 +183,11 @@ class PagedKVCacheManager:
     # -- allocation and sharing (section 4.3, 4.4) ------------------------------------------
 
     def blocks_for(self, num_tokens: int, prefix_id: int | None = None) -> int:
-        """New blocks that `num_tokens` tokens take, after a shared prefix if one is named."""
-        check_count("number of tokens", num_tokens)
+        """New blocks that `num_tokens` tokens take, after a shared prefix if one is named.
+
+        Behind a prefix there may be none: the first that is generated is then the first.
+        """
+        num_tokens = check_count("number of tokens", num_tokens, least=int(prefix_id is None))
         prefix_len = 0 if prefix_id is None else self._prefix(prefix_id).num_tokens
         # A part-filled last prefix block is copied on the first write: it counts as new.
         return -(-(prefix_len + num_tokens) // self.block_size) - prefix_len // self.block_size
@@ -202,21 +201,25 @@ class PagedKVCacheManager:
     def allocate(self, seq_id: int, num_tokens: int, prefix_id: int | None = None) -> BlockPairs:
         """Give a new sequence blocks for `num_tokens` tokens, behind a shared prefix if named.
 
-        Returns the copy of the prefix's last block if that is part-filled (section 4.4). Takes
-        the watermark too: admission asks `can_allocate`.
+        Returns the copy of the prefix's last block if that is part-filled (section 4.4): it is
+        made even for no tokens at all. Takes the watermark too: admission asks `can_allocate`.
         """
-        self._require_new(seq_id)
+        seq_id = self._new_id(seq_id)
         need = self.blocks_for(num_tokens, prefix_id)
         self._require_free(need, "sequence", seq_id)
         if prefix_id is None:
-            self._give(seq_id, need, num_tokens)
+            self._give(seq_id, need, int(num_tokens))
             return NO_COPIES
         self._fork_all(prefix_id, self._prefixes[prefix_id], [seq_id])
-        return self.append(seq_id, num_tokens)
+        if num_tokens:
+            return self.append(seq_id, num_tokens)
+        shared = self._tails.pop(seq_id, None)
+        return NO_COPIES if shared is None else (self._copy_last_block(shared),)
 
     def allocate_prefix(self, prefix_id: int, num_tokens: int) -> None:
         """Reserve blocks for a predefined shared prefix (section 4.4); it is never swapped."""
-        self._require_new(prefix_id)
+        prefix_id = self._new_id(prefix_id)
+        num_tokens = check_count("number of tokens", num_tokens)
         need = self.blocks_for(num_tokens)
         self._require_free(need, "prefix", prefix_id)
         size, blocks = self.block_size, self._gpu.take(need)
@@ -224,7 +227,7 @@ class PagedKVCacheManager:
 
     def fork(self, parent_id: int, child_id: int) -> None:
         """A child that shares all blocks of a running parent (section 4.4, 5). Takes no block."""
-        self._require_new(child_id)
+        child_id = self._new_id(child_id)
         self._fork_all(parent_id, self._running(parent_id), [child_id])
 
     def free(self, seq_id: int) -> list[int]:
@@ -246,7 +249,7 @@ class PagedKVCacheManager:
         """Room for `num_tokens` more tokens of one sequence; returns the copies to make first."""
         table = self._tables.get(seq_id) or self._running(seq_id)
         if num_tokens is not ONE:
-            check_count("number of tokens", num_tokens)
+            num_tokens = check_count("number of tokens", num_tokens)
         pool, size, offset = self._gpu, self.block_size, table.offset
         unfilled = -(offset + self._clock.now) % size
         new = -(-(num_tokens - unfilled) // size) if num_tokens > unfilled else 0
@@ -278,7 +281,7 @@ class PagedKVCacheManager:
         if num_tokens is ONE:
             need = len(self._due[now % size])
         else:
-            check_count("number of tokens", num_tokens)
+            num_tokens = check_count("number of tokens", num_tokens)
             need = len(self._tables) * -(-num_tokens // size)
         if need + len(tails) > len(free):  # at most so many; rarely worth an exact count
             self._require_free(self.blocks_for_step(num_tokens), "a step of", num_tokens)
@@ -356,41 +359,51 @@ class PagedKVCacheManager:
         return need + (context % size > 0 and 0 in generated)
 
     def require_fits(self, group: SequenceGroup) -> None:
-        """RequestTooLargeError unless the group, alone, can always be admitted and resumed.
+        """RequestTooLargeError unless the pool holds the group alone, at each of its lengths.
 
-        That needs all its blocks at full length, one more per sequence and the watermark.
+        Beams are taken to share no more than samples do: how they fork is not known beforehand.
         """
-        seqs, size = group.seqs, self.block_size
-        first = seqs[0]
-        shared = first.context_len // size  # whole blocks of the prompt: once for all
-        need = shared + len(seqs) + self.watermark_blocks
-        need += sum([-(-(seq.final_len - 1) // size) - shared for seq in seqs])
-        if group.prefix_id is not None:
-            need -= first.prefix_len // size
-        there = self.num_blocks - sum([len(table.blocks) for table in self._prefixes.values()])
-        if need > there:
+        lengths = [seq.output_len for seq in group.seqs]
+        need = 0
+        for last in {*lengths}:  # as the next of them ends: until then they only grow
+            need = max(need, self.blocks_at(group, last - 1, sum([n >= last for n in lengths])))
+        if need > self.room:
             raise RequestTooLargeError(
-                f"request {group.group_id} may need {need} blocks, the watermark included; "
-                f"the pool has {there}"
+                f"request {group.group_id} may need {need} blocks; the pool has {self.room}"
             )
 
-    def can_admit(self, group: SequenceGroup) -> bool:
-        """Whether the whole group fits and the watermark stays free."""
-        return self.num_free_blocks - self.blocks_for_group(group) >= self.watermark_blocks
+    def blocks_at(self, group: SequenceGroup, generated: int, width: int) -> int:
+        """Blocks that `width` sequences of a group take once each has so many tokens generated."""
+        size, prefix_id = self.block_size, group.prefix_id
+        context = group.seqs[0].context_len
+        full = context // size
+        need = full if prefix_id is None else full - group.seqs[0].prefix_len // size
+        if not generated:
+            return need + (context % size > 0)
+        return need + width * (-(-(context + generated) // size) - full)
 
-    def try_admit(self, group: SequenceGroup) -> BlockPairs | None:
+    @property
+    def room(self) -> int:
+        """GPU blocks but those of shared prefixes."""
+        return self.num_blocks - sum([len(table.blocks) for table in self._prefixes.values()])
+
+    def can_admit(self, group: SequenceGroup, alone: bool = False) -> bool:
+        """Whether the whole group fits and the watermark stays free; `alone` it needs none."""
+        watermark = 0 if alone else self.watermark_blocks
+        return self.num_free_blocks - self.blocks_for_group(group) >= watermark
+
+    def try_admit(self, group: SequenceGroup, alone: bool = False) -> BlockPairs | None:
         """`admit` if `can_admit`: the copies to make, or None and nothing has changed."""
         seqs = group.seqs
         if len(seqs) == 1 and group.prefix_id is None:  # most requests: no detour
             seq = seqs[0]
             num_tokens = seq.prefix_len + seq.prompt_len + seq.num_generated
             need = -(-num_tokens // self.block_size)
-            if len(self._gpu.free_blocks) - need < self.watermark_blocks:
+            if len(self._gpu.free_blocks) - need < (0 if alone else self.watermark_blocks):
                 return None
-            self._require_new(seq.seq_id)
-            self._give(seq.seq_id, need, num_tokens)
+            self._give(self._new_id(seq.seq_id), need, num_tokens)
             return NO_COPIES
-        return self.admit(group) if self.can_admit(group) else None
+        return self.admit(group) if self.can_admit(group, alone) else None
 
     def admit(self, group: SequenceGroup) -> BlockPairs:
         """Allocate the prompt once, fork the other sequences from it, and make room in each for
@@ -398,7 +411,7 @@ class PagedKVCacheManager:
         first, *others = seqs = group.unfinished()
         self._require_free(self.blocks_for_group(group), "group", group.group_id)
         for seq in seqs:
-            self._require_new(seq.seq_id)
+            self._new_id(seq.seq_id)
         copies = self.allocate(first.seq_id, group.own_prompt_len, group.prefix_id)
         if others:
             prompt = self._tables[first.seq_id]
@@ -420,6 +433,8 @@ class PagedKVCacheManager:
         """
         tables, tails, due, pool = self._tables, self._tails, self._due, self._gpu
         size, now = self.block_size, self._clock.now
+        for seq_id in (*parents, *parents.values()):
+            check_id(seq_id)
         moves = [
             (a, tables.get(a) or self._running(a), b, tables.get(b) or self._running(b))
             for a, b in parents.items()
@@ -477,9 +492,17 @@ class PagedKVCacheManager:
             self._swapped[seq_id] = table.twin(None, mapping)
         return tuple(mapping.items())
 
-    def can_swap_in(self, seq_ids: list[int]) -> bool:
-        """Whether they fit, with a block more for each and the watermark left (the artifact)."""
-        need = len(_movable(map(self._swapped_out, seq_ids))) + len(seq_ids)
+    def can_swap_in(self, seq_ids: list[int], alone: bool = False) -> bool:
+        """Whether they fit, with a block more for each and the watermark left (the artifact).
+
+        `alone` they need no more than the blocks of their next token.
+        """
+        tables = [self._swapped_out(seq_id) for seq_id in seq_ids]
+        need = len(_movable(tables)) + len(seq_ids)
+        if alone:
+            # The last to write into a part-filled block, shared or not, does so in place.
+            need -= len({table.blocks[-1] for table in tables if table.unfilled})
+            return need <= self.num_free_blocks
         return self.num_free_blocks - need >= self.watermark_blocks
 
     def swap_in(self, seq_ids: list[int]) -> BlockPairs:
@@ -506,11 +529,13 @@ class PagedKVCacheManager:
     def _swapped_out(self, seq_id: int) -> BlockTable:
         return _find(self._swapped, seq_id, "a sequence that is swapped out")
 
-    def _require_new(self, seq_id: int) -> None:
+    def _new_id(self, seq_id: int) -> int:
+        seq_id = check_id(seq_id)
         if seq_id in self._tables or seq_id in self._prefixes:
             raise DuplicateSequenceError(f"sequence {seq_id} exists already")
         if seq_id in self._swapped:
             raise DuplicateSequenceError(f"sequence {seq_id} exists already, swapped out")
+        return seq_id
 
     def _require_free(self, need: int, what: str, number: int) -> None:
         free = len(self._gpu.free_blocks)
@@ -610,7 +635,6 @@ class PagedKVCacheManager:
                 same = known.setdefault(where, (index, filled, before)) == (index, filled, before)
                 assert same, f"holders of block {block} disagree about it"
                 before = block
-        assert self._cpu.num_blocks <= self.num_blocks, "swap space above the GPU's blocks"
         for pool, name in ((self._gpu, "GPU"), (self._cpu, "CPU")):
             refs = {block: count for (where, block), count in held.items() if where == name}
             once = sorted([*pool.free_blocks, *refs]) == list(range(pool.num_blocks))
@@ -686,9 +710,9 @@ class BaselineCacheManager:
     def __init__(
         self, num_blocks: int, block_size: int, *, policy: str = "max", max_len: int = 2048
     ) -> None:
-        check_count("number of blocks", num_blocks)
-        check_count("block size", block_size)
-        check_count("maximum length", max_len)
+        num_blocks = check_count("number of blocks", num_blocks)
+        block_size = check_count("block size", block_size)
+        max_len = check_count("maximum length", max_len)
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}")
         self.num_blocks = num_blocks
@@ -734,9 +758,9 @@ class BaselineCacheManager:
         Raises ReservationError if the final length exceeds it, ValueError for bad counts.
         """
         limit = self.max_len if max_len is None else max_len
-        check_count("number of tokens", num_tokens)
-        check_count("maximum length", limit)
-        check_count("final length", final_len, least=num_tokens)
+        num_tokens = check_count("number of tokens", num_tokens)
+        limit = check_count("maximum length", limit)
+        final_len = check_count("final length", final_len, least=num_tokens)
         if final_len > limit or limit > self.max_len:
             raise ReservationError(
                 f"a final length of {final_len} with a maximum of {limit}: "
@@ -767,14 +791,14 @@ class BaselineCacheManager:
 
         `final_len` is its true final length: the oracle and the accounting know it.
         """
-        self._require_new(seq_id)
+        seq_id = self._new_id(seq_id)
         asked = self.slots_to_ask(num_tokens, final_len, max_len)
         if not self._fits(asked):
             raise OutOfBlocksError(
                 f"sequence {seq_id} asks for {-(-asked // self.block_size)} contiguous blocks; of "
                 f"{self.num_free_blocks} free ones no chunk is large enough"
             )
-        self._reserve(seq_id, num_tokens, final_len, asked)
+        self._reserve(seq_id, int(num_tokens), int(final_len), asked)
 
     def _fits(self, asked: int, number: int = 1) -> bool:
         return self._buddy.fits(-(-asked // self.block_size), number)
@@ -788,9 +812,11 @@ class BaselineCacheManager:
         self._final += final_len
         self._asked += asked
 
-    def _require_new(self, seq_id: int) -> None:
+    def _new_id(self, seq_id: int) -> int:
+        seq_id = check_id(seq_id)
         if seq_id in self._held:
             raise DuplicateSequenceError(f"sequence {seq_id} exists already")
+        return seq_id
 
     def _most_slots(self, seqs: list[Sequence]) -> int:
         """Slots that the largest of these reservations asks for."""
@@ -808,18 +834,18 @@ class BaselineCacheManager:
                 f"the pool of {self.num_blocks} blocks has not so many"
             )
 
-    def can_admit(self, group: SequenceGroup) -> bool:
+    def can_admit(self, group: SequenceGroup, alone: bool = False) -> bool:
         """Whether every sequence of the group finds a chunk of its own: nothing is shared."""
         seqs = group.unfinished()
         return self._fits(self._most_slots(seqs), len(seqs))
 
-    def try_admit(self, group: SequenceGroup) -> BlockPairs | None:
+    def try_admit(self, group: SequenceGroup, alone: bool = False) -> BlockPairs | None:
         """`admit` if `can_admit`: never a copy, or None and nothing has changed."""
         if not self.can_admit(group):
             return None
         seqs = group.unfinished()
         for seq in seqs:
-            self._require_new(seq.seq_id)
+            self._new_id(seq.seq_id)
         for seq in seqs:
             lengths = seq.num_tokens, seq.final_len
             self._reserve(seq.seq_id, *lengths, self.slots_to_ask(*lengths))
@@ -837,7 +863,7 @@ class BaselineCacheManager:
 
     def append(self, seq_id: int, num_tokens: int = 1) -> BlockPairs:
         """Use more reserved slots of one sequence: ReservationError past its final length."""
-        check_count("number of tokens", num_tokens)
+        num_tokens = check_count("number of tokens", num_tokens)
         held = self.reservation(seq_id)
         if held.start_len + self._now + num_tokens > held.final_len:
             raise ReservationError(f"sequence {seq_id} ends at {held.final_len} tokens")
@@ -848,7 +874,7 @@ class BaselineCacheManager:
 
     def append_all(self, num_tokens: int = 1) -> BlockPairs:
         """Use `num_tokens` more slots of every sequence, or of none (ReservationError)."""
-        check_count("number of tokens", num_tokens)
+        num_tokens = check_count("number of tokens", num_tokens)
         if self._full_at is None and self._held:
             self._full_at = min([r.final_len - r.start_len for r in self._held.values()])
         if self._held and self._now + num_tokens > self._full_at:
@@ -876,8 +902,8 @@ class BaselineCacheManager:
         """
         copies = []
         for child, parent in parents.items():
-            length = self.num_tokens(child)
-            if self.num_tokens(parent) != length:
+            length = self.num_tokens(check_id(child))
+            if self.num_tokens(check_id(parent)) != length:
                 raise ReservationError(f"beams {child} and {parent} differ in length")
             if child != parent:
                 copies.append((self.start_slot(parent), self.start_slot(child), length))

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from numbers import Integral
 
 
 class SequenceStatus(Enum):
@@ -28,6 +29,20 @@ class SequenceStatus(Enum):
 
 # Looked up for every sequence that starts or ends: as names of the module they cost half.
 RUNNING, FINISHED = SequenceStatus.RUNNING, SequenceStatus.FINISHED
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer of any kind, numpy's included; a bool is none."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def check_id(seq_id: int) -> int:
+    """The id of a sequence as Python's integer; ValueError that names it if it is none."""
+    if type(seq_id) is int:
+        return seq_id
+    if not is_integer(seq_id):
+        raise ValueError(f"the id of a sequence must be an integer, got {seq_id!r}")
+    return int(seq_id)
 
 
 class Clock:
@@ -97,7 +112,8 @@ class BlockTable:
 class Sequence:
     """One sequence of a request: lengths in tokens, and where it stands.
 
-    `prefix_len` tokens of a shared prefix (section 4.4) precede the `prompt_len` of its own.
+    `prefix_len` tokens of a shared prefix (section 4.4) precede the `prompt_len` of its own; only
+    behind a prefix there may be none.
     The last generated token is never fed back, so its K and V are never stored: a finished
     sequence has written prefix_len + prompt_len + output_len - 1 slots.
 
@@ -115,12 +131,12 @@ class Sequence:
         prefix_len: int = 0,
         num_generated: int = 0,
     ) -> None:
-        if prompt_len < 1 or output_len < 1 or prefix_len < 0:
+        self.seq_id = check_id(seq_id)
+        if prompt_len < (prefix_len == 0) or output_len < 1 or prefix_len < 0:
             raise ValueError(
                 f"sequence {seq_id}: prompt and output need at least one token, "
                 f"got {prompt_len} and {output_len} (prefix {prefix_len})"
             )
-        self.seq_id = seq_id
         self.prompt_len = prompt_len
         self.output_len = output_len
         self.prefix_len = prefix_len

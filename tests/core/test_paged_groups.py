@@ -218,10 +218,39 @@ def test_a_full_cpu_pool_is_no_crash():
     assert without.swap_out([]) == without.swap_in([]) == ()
 
 
-def test_the_cpu_pool_is_never_above_the_gpus():
-    assert manager_of(8, 4, cpu=8).num_cpu_blocks == 8
-    with pytest.raises(ValueError, match="bounded by the GPU's KV blocks"):
-        manager_of(8, 4, cpu=9)
+@pytest.mark.parametrize("prefix_len", [6, 8])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_prompt_may_be_empty_behind_a_prefix(prefix_len, samples):
+    """The first generated token is then the first of its own. A part-filled block of the prefix is
+    copied at once, so that the group can be swapped before it has written anything."""
+    manager, part_filled = manager_of(8, 4, cpu=8), prefix_len % 4 > 0
+    manager.allocate_prefix(100, prefix_len)
+    group = group_of(range(samples), 0, None, prefix_len, 100)
+    assert manager.blocks_for(0, 100) == manager.blocks_for_group(group) == part_filled
+    assert manager.can_admit(group)
+    copies = manager.try_admit(group)
+    manager.check_invariants()
+    assert [source for source, _ in copies] == [1] * part_filled
+    assert [manager.num_tokens(i) for i in range(samples)] == [prefix_len] * samples
+    assert manager.num_free_blocks == 8 - 2 - part_filled
+    ids = list(range(samples))
+    assert len(manager.swap_out(ids)) == len(manager.swap_in(ids)) == part_filled
+    assert len(manager.append_all()) == part_filled * (samples - 1)
+    assert manager.num_free_blocks == 8 - 2 - samples
+    manager.check_invariants()
+    for seq_id in (*ids, 100):
+        manager.free(seq_id)
+    assert manager.num_free_blocks == 8
+
+
+def test_the_cpu_pool_may_be_larger_than_the_gpus():
+    """As the artifact's, 1,638 blocks for 983: one group after another finds its place there."""
+    manager = manager_of(4, 4, cpu=10)
+    for seq_id in range(3):
+        manager.allocate(seq_id, 12)
+        manager.swap_out([seq_id])
+        manager.check_invariants()
+    assert (manager.num_free_blocks, manager.num_free_cpu_blocks) == (4, 1)
 
 
 @pytest.mark.parametrize("watermark", [0, 2])
@@ -233,6 +262,7 @@ def test_swapping_in_needs_a_block_more_for_each_and_the_watermark(watermark):
         held = clone(manager)
         fill(held, free)
         assert held.can_swap_in([0, 1]) == (free >= 5 + 2 + watermark)
+        assert held.can_swap_in([0, 1], alone=True) == (free >= 5)  # their last blocks have room
         if free < 5:
             refused(held, OutOfBlocksError, lambda held=held: held.swap_in([0, 1]))
         else:

@@ -202,7 +202,7 @@ def test_groups_that_admission_refuses():
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_what_require_fits_accepts_can_be_served_alone(seed):
+def test_require_fits_accepts_just_what_can_be_served_alone(seed):
     """Admission, every step, recomputation at any length, and the way to the CPU and back."""
     rng = random.Random(seed)
     size, count, output_len = rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 8)
@@ -222,20 +222,24 @@ def test_what_require_fits_accepts_can_be_served_alone(seed):
             break
         except RequestTooLargeError:
             refused(manager, RequestTooLargeError, lambda m=manager, g=arrived: m.require_fits(g))
-    assert manager.can_admit(arrived)
+            with pytest.raises(OutOfBlocksError):
+                manager.admit(arrived)
+                for _ in range(output_len - 1):
+                    manager.append_all()
+    assert manager.can_admit(arrived, alone=True)
     manager.admit(arrived)
     for step in range(output_len - 1):
+        ids = manager.running_ids
+        manager.swap_out(ids)
+        assert manager.can_swap_in(ids, alone=True)
+        manager.swap_in(ids)
         manager.append_all()
         for seq in arrived.seqs:
             seq.num_generated = step + 1
         other = clone(manager)
         for seq in arrived.seqs:
             other.free(seq.seq_id)
-        assert other.can_admit(arrived)
-        ids = manager.running_ids
-        manager.swap_out(ids)
-        assert manager.can_swap_in(ids)
-        manager.swap_in(ids)
+        assert other.can_admit(arrived, alone=True)
     assert manager.num_tokens(0) == arrived.seqs[0].final_len - 1
 
 

@@ -1,5 +1,8 @@
 """Regime item 1: what the paged manager refuses; each of its invariants is seen to fail."""
 
+import re
+
+import numpy as np
 import pytest
 from manager_tools import (
     add_to,
@@ -15,8 +18,8 @@ from manager_tools import (
     wrong,
 )
 
-from allocators import BlockAllocator
 from kv_cache_manager import (
+    BaselineCacheManager,
     DuplicateSequenceError,
     PagedKVCacheManager,
     UnknownSequenceError,
@@ -30,7 +33,7 @@ from sequence import BeamHistory, BlockTable, Clock, Sequence, SequenceGroup, Se
     ("arguments", "options"),
     [
         *((counts, {}) for counts in ((0, 4), (-1, 4), (True, 4), (8.0, 4), (8, 0), (8, True))),
-        *(((8, 4), {"num_cpu_blocks": count}) for count in (-1, True, 9)),
+        *(((8, 4), {"num_cpu_blocks": count}) for count in (-1, True)),
         *(((8, 4), {"watermark": share}) for share in (-0.1, 1.0, 1.5, float("nan"))),
         *(((8, 4), {"free_order": order}) for order in ([0, 1], [0, 0, 2, 3, 4, 5, 6, 7])),
     ],
@@ -67,7 +70,7 @@ def test_counts_that_are_none(count, free, length, stepped):
         lambda: manager.append(0, count),
         lambda: manager.append_all(count),
         lambda: manager.allocate(1, count),
-        lambda: manager.allocate(1, count, prefix_id=100),
+        lambda: manager.allocate(1, count or False, prefix_id=100),  # 0 is one there
         lambda: manager.allocate_prefix(1, count),
         lambda: manager.can_allocate(count),
         lambda: manager.blocks_for(count),
@@ -117,7 +120,51 @@ def test_ids_in_use_and_ids_of_nobody():
     manager.allocate(0, 3)  # the id may be used again
 
 
-@pytest.mark.parametrize("lengths", [(0, 1, 0), (1, 0, 0), (-1, 1, 0), (1, 1, -1)])
+@pytest.mark.parametrize("bad", [float("nan"), None, True, np.True_, "7", 7.0, (7,)])
+def test_an_id_is_an_integer_and_what_is_none_is_named(bad):
+    """A NaN is never found again, and True is 1: both would be lost or mixed up in a dictionary."""
+    manager = manager_of(16, 4)
+    manager.allocate_prefix(100, 6)
+    manager.allocate(1, 5)
+    held = BaselineCacheManager(16, 4, max_len=16)
+    held.allocate(1, 2, 5)
+    for each, call in (
+        (manager, lambda: manager.allocate(bad, 1)),
+        (manager, lambda: manager.allocate(bad, 1, prefix_id=100)),
+        (manager, lambda: manager.allocate_prefix(bad, 1)),
+        (manager, lambda: manager.fork(1, bad)),
+        (manager, lambda: manager.reorder({bad: 1})),
+        (manager, lambda: manager.reorder({1: bad})),
+        (held, lambda: held.allocate(bad, 2, 5)),
+        (held, lambda: held.reorder({bad: 1})),
+        (held, lambda: held.reorder({1: bad})),
+        (manager, lambda: Sequence(bad, 1, 1)),
+    ):
+        refused(each, ValueError, call, match=re.escape(f"must be an integer, got {bad!r}"))
+
+
+def test_numbers_of_numpy_are_integers():
+    """Python's from then on: an unsigned byte would wrap around in the next sum."""
+    one, two, nine = np.uint8(1), np.int64(2), np.uint8(9)
+    manager = PagedKVCacheManager(np.int64(16), np.uint8(4), num_cpu_blocks=np.int32(3))
+    manager.allocate_prefix(np.int64(7), nine)
+    manager.allocate(one, nine)
+    manager.allocate(two, one, prefix_id=7)
+    manager.fork(one, np.int64(3))
+    manager.append(1, np.uint8(250 - 225))
+    manager.append_all(two)
+    assert [type(i) for i in manager.running_ids] == [int] * 3
+    assert [manager.num_tokens(i) for i in (1, 2, 3, 7)] == [36, 12, 11, 9]
+    held = BaselineCacheManager(np.int64(16), np.uint8(4), max_len=np.int64(32))
+    held.allocate(two, one, nine, np.uint8(30))
+    held.append(2, two)
+    assert (held.num_tokens(2), held.usage().internal) == (3, 21)
+    for each in (manager, held):
+        each.check_invariants()
+        assert type(each.usage().tokens) is int
+
+
+@pytest.mark.parametrize("lengths", [(0, 1, 0), (1, 0, 0), (-1, 1, 0), (-1, 1, 2), (1, 1, -1)])
 def test_sequences_that_cannot_be(lengths):
     prompt, output, prefix = lengths
     with pytest.raises(ValueError, match="at least one token"):
@@ -241,11 +288,6 @@ def kept_prefix_free(m):
     m._gpu.free_blocks.append(m._swapped[4].blocks[0])
 
 
-def cpu_larger(m):
-    m.free(4)
-    m._cpu = BlockAllocator(33)
-
-
 def holders_differ_in_place(m):
     m._tables[3].blocks.reverse()
     longer_by(2, seq_id=3)(m)
@@ -302,7 +344,6 @@ CORRUPTIONS = {
         longer_by(-1, seq_id=3),
         holders_differ_in_place,
     ),
-    "swap space above the GPU's blocks": (cpu_larger,),
     "a {} block is lost, twice free, or both free and held": (
         lambda m: m._gpu.free_blocks.append(m._gpu.free_blocks[0]),
         lambda m: m._cpu.free_blocks.append(m._cpu.free_blocks[0]),

@@ -95,7 +95,7 @@ class PagedMachine(Machine):
     def start(self, num_blocks, size, cpu_blocks, watermark, seed, prefix, generated):
         order = random.Random(seed).sample(range(num_blocks), num_blocks)
         self.size, self.num_blocks = size, num_blocks
-        self.cpu_blocks = min(cpu_blocks, num_blocks)
+        self.cpu_blocks = cpu_blocks
         self.watermark = math.floor(watermark * num_blocks)
         self.m = PagedKVCacheManager(
             num_blocks, size, num_cpu_blocks=self.cpu_blocks, watermark=watermark, free_order=order
@@ -363,6 +363,17 @@ class PagedMachine(Machine):
         self.events["step without copies"] += bool(ids) and not copies
         return True
 
+    @rule(at_most=st.integers(0, 12), reserve=st.integers(0, 3))
+    def quiet(self, at_most, reserve):
+        """So many steps copy nothing and leave the reserve; if there are any, one more does not."""
+        steps = self.m.steps_without_copies(at_most, reserve)
+        if 0 < steps < at_most:
+            assert self.m.blocks_for_step(steps + 1) > self.m.num_free_blocks - reserve
+        for _ in range(steps):
+            assert self.shared_tails(list(self.running)) == 0
+            assert self.step(1) and self.m.num_free_blocks >= reserve
+        self.events["quiet step"] += steps
+
     @precondition(lambda self: self.running)
     @rule(
         picks=st.lists(st.tuples(PICK, PICK), min_size=1, max_size=4),
@@ -568,7 +579,7 @@ class PagedMachine(Machine):
         refused(m, ValueError, lambda: m.can_allocate(count))
         if self.prefixes:
             prefix_id = self.some(self.prefixes, pick)
-            refused(m, ValueError, lambda: m.allocate(UNUSED, count, prefix_id))
+            refused(m, ValueError, lambda: m.allocate(UNUSED, count or False, prefix_id))  # not 0
         if self.running:
             seq_id = self.some(self.running, pick)
             refused(m, ValueError, lambda: m.append(seq_id, count))
@@ -766,6 +777,7 @@ class BaselineMachine(Machine):
 
 # What a run must have gone through to count: a shadow that agrees about nothing proves nothing.
 PAGED_EVENTS = {
+    "quiet step": 100,
     "steps": 2000,
     "step with copies": 50,
     "step without copies": 200,

@@ -24,10 +24,15 @@ from scheduler_tools import MODES, group
 from test_event_driven import assert_same, both
 from test_scheduler_reference import run_beside_naive
 
-from kv_cache_manager import BaselineCacheManager, CacheError, PagedKVCacheManager
+from kv_cache_manager import (
+    BaselineCacheManager,
+    CacheError,
+    PagedKVCacheManager,
+    RequestTooLargeError,
+)
 from sequence import SequenceGroup
 from vllm_sim.serving.latency import LatencyModel
-from vllm_sim.serving.scheduler import Limits, Scheduler
+from vllm_sim.serving.scheduler import Limits, Scheduler, StalledError
 
 SIZE = 2
 PREFIX = (10**6, 3)
@@ -173,6 +178,68 @@ def test_every_workload_over_contiguous_reservations(policy, figure):
     figure(f"serving, contiguous, {policy}", workloads=count)
 
 
+# ---- refused is just what could stall -----------------------------------------------------------
+
+ROOMY = 1000  # CPU blocks that nothing fills
+TIGHT_POOLS = ((3, 0, 0.0), (4, 0, 0.25), (4, ROOMY, 0.0), (6, ROOMY, 0.2), (6, 0, 0.0))
+TIGHT_LIMITS = (Limits(4, 1), Limits(5, 2), Limits(4, 3), Limits(7, 4), Limits(99, 6))
+SINGLES = [Kind(prompt, (output,)) for prompt in (1, 2, 4) for output in (1, 3, 5, 8)]
+PAIRS = [Kind(prompt, outputs) for prompt in (1, 2) for outputs in ((2, 2), (5, 5), (7, 7))]
+MANY = [Kind(prompt, (output,)) for prompt in range(1, 6) for output in range(1, 11)] + [
+    Kind(prompt, outputs) for prompt in range(1, 5) for outputs in ((4, 4), (6, 6), (4, 4, 4))
+]
+
+
+def stuck(chosen, times, pool, limits, mode):
+    """Served without a check: the number of the request that never comes to its end, if one."""
+    num_blocks, cpu, watermark = pool
+    manager = PagedKVCacheManager(num_blocks, SIZE, num_cpu_blocks=cpu, watermark=watermark)
+    scheduler = Scheduler(manager, limits, mode)
+    queue, now = groups_of(chosen, times), 0.0
+    while queue or not scheduler.idle:
+        while queue and (queue[0].arrival_s <= now or scheduler.idle):
+            scheduler.enqueue(queue.pop(0))
+        try:
+            scheduler.schedule(now)
+        except StalledError:
+            return (scheduler.swapped or scheduler.waiting)[0].group_id
+        scheduler.complete()
+        now += 1.0
+    return None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "waits"),
+    [(SINGLES + PAIRS, (0.0, 2.0)), pytest.param(MANY, range(6), marks=pytest.mark.slow)],
+    ids=["small", "large"],
+)
+def test_what_is_admitted_never_stalls_and_what_is_refused_could(kinds, waits, figure):
+    """Behind any other that runs alone; a refused one stalls alone, or behind one of these."""
+    count = Counter()
+    for world in product(TIGHT_POOLS, TIGHT_LIMITS, MODES):
+        (num_blocks, cpu, watermark), limits, mode = world
+        manager = PagedKVCacheManager(num_blocks, SIZE, num_cpu_blocks=cpu, watermark=watermark)
+        alone = {kind for kind in kinds if stuck([kind], [0.0], *world) is None}
+        for kind in kinds:
+            try:
+                Scheduler(manager, limits, mode).check(groups_of([kind], [0.0])[0])
+                admitted = True
+            except RequestTooLargeError:
+                admitted = False
+            stalls = kind not in alone or any(
+                stuck([other, kind], [0.0, wait], *world) == 1
+                for other in sorted(alone, key=lambda one: -one.outputs[0])
+                for wait in waits
+            )
+            assert admitted != stalls, f"{kind} in {world}"
+            long = kind.prompt_len + max(kind.outputs) - 1 > limits.max_batched_tokens
+            count["admitted" if admitted else "refused"] += 1
+            count["refused, yet runs alone"] += stalls and kind in alone
+            count["never computed anew when it is too long"] += admitted and long
+    assert min(count.values()) > 50, count
+    figure(f"refusals, {len(kinds)} kinds of requests", **count)
+
+
 # ---- what is broken is found --------------------------------------------------------------------
 
 
@@ -193,9 +260,9 @@ def no_room_left_on_return(monkeypatch):
 
     sound = PagedKVCacheManager.can_swap_in
 
-    def fits(manager, ids):
+    def fits(manager, ids, alone=False):
         watermark, manager.watermark_blocks = manager.watermark_blocks, -len(ids)
-        enough = sound(manager, ids)
+        enough = sound(manager, ids, alone)
         manager.watermark_blocks = watermark
         return enough
 
@@ -203,7 +270,7 @@ def no_room_left_on_return(monkeypatch):
 
 
 def watermark_forgotten(monkeypatch):
-    def admits(manager, group):
+    def admits(manager, group, alone=False):
         fits = manager.blocks_for_group(group) <= manager.num_free_blocks
         return manager.admit(group) if fits else None
 

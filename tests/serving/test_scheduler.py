@@ -361,21 +361,23 @@ def test_contiguous_reservations_never_preempt(policy):
 # What is submitted at a limit, the same one beyond it, and what refuses it: 12 blocks of 4, one of
 # them the watermark, two a shared prefix of 6 tokens; at most 22 tokens and 4 sequences.
 BOUNDARIES = {
-    "tokens": (group(1, 10, [12]), group(1, 11, [12]), "23 tokens"),
-    "the longest counts": (group(1, 14, [1, 8]), group(1, 14, [1, 9]), "23 tokens"),
+    # The last token is never computed again.
+    "tokens": (group(1, 10, [13]), group(1, 11, [13]), "23 tokens"),
+    "prompt tokens": (group(1, 22, [1]), group(1, 23, [1]), "23 tokens"),
+    "the longest counts": (group(1, 14, [1, 9]), group(1, 14, [1, 10]), "23 tokens"),
     "tokens behind a prefix": (
-        group(1, 10, [12], prefix=(9, 6)),
         group(1, 10, [13], prefix=(9, 6)),
+        group(1, 10, [14], prefix=(9, 6)),
         "23 tokens",
     ),
     "sequences": (group(1, 3, [2] * 4), group(1, 3, [2] * 5), "5 sequences"),
-    # 16 stored tokens each are 2 x 4 blocks, 1 of them shared: 7, 2 more and the watermark.
-    "blocks": (group(1, 4, [13, 13]), group(1, 4, [13, 14]), "need 11 blocks"),
-    # 16 and 24 stored tokens are 4 + 6 blocks, of which 1 is the prefix's and 1 is shared: the
-    # prefix's part-filled block is copied. 1 + 2 + 4, and again 2 more and the watermark.
+    # 20 stored tokens each are 2 x 5 blocks, 1 of them shared; one goes on with fewer.
+    "blocks": (group(1, 4, [17, 19]), group(1, 4, [18, 19]), "need 11 blocks"),
+    # 24 stored tokens are 2 x 6 blocks, of which 1 is the prefix's and 1 is shared: the prefix's
+    # part-filled block is copied.
     "blocks behind a prefix": (
-        group(1, 3, [8, 16], prefix=(9, 6)),
-        group(1, 3, [8, 17], prefix=(9, 6)),
+        group(1, 3, [16, 20], prefix=(9, 6)),
+        group(1, 3, [17, 20], prefix=(9, 6)),
         "need 11 blocks",
     ),
 }
@@ -418,13 +420,13 @@ def test_beyond_the_limit_it_is_refused_and_nothing_has_changed(name):
 def test_a_request_at_the_limit_of_blocks_survives_any_company():
     for mode in MODES:
         scheduler = tight_scheduler(mode)
-        groups = [fresh(BOUNDARIES["blocks"][0]), *(group(n, 4, [9], n) for n in (2.0, 3.0, 4.0))]
+        groups = [fresh(BOUNDARIES["blocks"][0]), *(group(n, 4, [9], float(n)) for n in (2, 3, 4))]
         for number, one in enumerate(groups):
             one.group_id = number
             for i, seq in enumerate(one.seqs):
                 seq.seq_id = 100 * number + i
             scheduler.add(one)
-        assert sorted(finish(scheduler, at_most=12 + 14 + 3 * 9)) == [0, 1, 2, 3]
+        assert sorted(finish(scheduler, at_most=12 + 19 + 3 * 9)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("policy", ["max", "pow2", "oracle"])

@@ -49,7 +49,7 @@ class Naive:
         todo, self.running = self.running, []
         while todo:
             one = todo.pop(0)
-            while len(self._alive(one)) > m.num_free_blocks:
+            while self._spare(one, todo) > m.num_free_blocks:
                 self.seen["itself"] += not todo
                 victim = todo.pop() if todo else one
                 preempted.append(victim)
@@ -77,6 +77,15 @@ class Naive:
         log["free"] = m.num_free_blocks, m.num_free_cpu_blocks
         log["stored"] = {i: m.num_tokens(i) for i in sorted(m.running_ids)}
         return log
+
+    def _spare(self, one, todo):
+        """Free blocks that it asks for: one for each of its sequences, alone only what they take,
+        none where the last to write into a part-filled block does so in place."""
+        ids = [seq.seq_id for seq in self._alive(one)]
+        if todo or self.running:
+            return len(ids)
+        tables = [self.manager.block_table(i) for i in ids]
+        return len(ids) - len({table.blocks[-1] for table in tables if table.unfilled})
 
     def _preempt(self, one, log):
         ids = [seq.seq_id for seq in self._alive(one)]
@@ -106,7 +115,8 @@ class Naive:
             pairs = m.swap_in(ids)
         except OutOfBlocksError:
             return False
-        if m.num_free_blocks - len(ids) < m.watermark_blocks:  # too tight: back again
+        left = m.num_free_blocks - self._spare(one, [])
+        if left < (m.watermark_blocks if self.running else 0):  # too tight: back again
             m.swap_out(ids)
             self.seen["too tight to return"] += 1
             return False
@@ -144,7 +154,7 @@ class Naive:
             for seq in seqs:
                 for _ in range(seq.num_generated):
                     copies += len(m.append(seq.seq_id))
-            fits = m.num_free_blocks >= m.watermark_blocks
+            fits = m.num_free_blocks >= m.watermark_blocks or not self.running
             self.seen["watermark"] += not fits
         except OutOfBlocksError:
             fits = False

@@ -135,15 +135,60 @@ class Scheduler:
         _place(self.waiting, group)
 
     def check(self, group: SequenceGroup) -> None:
-        """RequestTooLargeError unless the group could run to its end if it were alone."""
+        """RequestTooLargeError if a group might not come to its end, in some company.
+
+        One that has the pool to itself needs no block to spare, so it comes to its end if its
+        blocks fit, unless it has to be computed anew when that takes more than an iteration.
+        """
         seqs, limits = group.seqs, self.limits
-        computed = group.own_prompt_len + max([seq.output_len for seq in seqs])
-        if computed > limits.max_batched_tokens or len(seqs) > limits.max_num_seqs:
+        self.manager.require_fits(group)
+        tokens = group.own_prompt_len
+        if tokens <= limits.max_batched_tokens and self._may_outgrow_iteration(group):
+            tokens += max([seq.output_len for seq in seqs]) - 1
+        if tokens > limits.max_batched_tokens or len(seqs) > limits.max_num_seqs:
             raise RequestTooLargeError(
-                f"request {group.group_id}: {computed} tokens in {len(seqs)} sequences "
+                f"request {group.group_id}: {tokens} tokens in {len(seqs)} sequences "
                 f"exceed {limits.max_batched_tokens} tokens or {limits.max_num_seqs} sequences"
             )
-        self.manager.require_fits(group)
+
+    def _may_outgrow_iteration(self, group: SequenceGroup) -> bool:
+        """Whether it may have to be recomputed when that is more than an iteration computes.
+
+        Only for one that came before does it give way. One that is never swapped has all of those
+        beside it as long as it runs: this goes through its life beside the least of them, which
+        stores a token more than it generates; a longer one may make it give way at any point that
+        it reaches so. Those that come later may fill the CPU pool.
+        """
+        manager, limits, seqs = self.manager, self.limits, group.seqs
+        prompt_len, longest = group.own_prompt_len, max([seq.output_len for seq in seqs])
+        if prompt_len + longest - 1 <= limits.max_batched_tokens:
+            return False
+        if not isinstance(manager, PagedKVCacheManager):
+            return False  # there nobody gives way
+        room, size, watermark = manager.room, manager.block_size, manager.watermark_blocks
+        least = 1 if room == manager.num_blocks else 0  # its prompt: none behind a shared prefix
+        first = manager.blocks_at(group, 0, 1)
+        if (
+            len(seqs) >= limits.max_num_seqs
+            or prompt_len + least > limits.max_batched_tokens
+            or first + watermark + least > room
+        ):
+            return False  # it runs only after all who came before
+        never_swapped = len(seqs) < self.swapped_from or first > manager.num_cpu_blocks
+        later = max(0, limits.max_num_seqs - 1 - self.swapped_from) * room
+        for generated in range(1, longest):
+            alive = sum([seq.output_len > generated for seq in seqs])
+            held = manager.blocks_at(group, generated - 1, alive)
+            recomputed = alive < self.swapped_from or held + later > manager.num_cpu_blocks
+            tokens = prompt_len + generated
+            if recomputed and tokens > limits.max_batched_tokens:
+                return True
+            if not never_swapped or held + alive - (-(generated + least) // size) <= room:
+                continue  # it grows
+            back = manager.blocks_at(group, generated, alive) - (-(generated + 1 + least) // size)
+            if tokens >= limits.max_batched_tokens or back + watermark > room:
+                return False  # it comes back only once it is alone
+        return False
 
     @property
     def idle(self) -> bool:
@@ -232,6 +277,12 @@ class Scheduler:
         preempted: list[SequenceGroup] = []
         turn = taken = 0
         while turn < len(running):
+            if (
+                len(running) == 1
+                and manager.blocks_for_append(running[0].unfinished_ids())
+                <= manager.num_free_blocks
+            ):
+                break  # alone it needs no block to spare
             # Where all are equally wide the last turn is the hardest, so it decides for all.
             if self.num_running_seqs == widest * len(running):
                 last = manager.blocks_for_append(running[-1].unfinished_ids())
@@ -278,7 +329,7 @@ class Scheduler:
             # As the artifact counts: running groups, and the sequences that would join them.
             if len(self.running) + len(ids) > self.limits.max_num_seqs:
                 break
-            if not self.manager.can_swap_in(ids):
+            if not self.manager.can_swap_in(ids, alone=not self.running):
                 break
             self.swapped.pop(0)
             iteration.swapped_in += self.manager.swap_in(ids)
@@ -304,7 +355,7 @@ class Scheduler:
             tokens = prompt_len + max(generated)
             if batched + tokens > limits.max_batched_tokens:
                 return False
-            copies = manager.try_admit(group)
+            copies = manager.try_admit(group, alone=not self.running)
             if copies is None:
                 self.short_of_blocks = True
                 return True
