@@ -44,7 +44,7 @@ def naive_paged(columns, num_blocks):
     """
     watermark = int(0.01 * num_blocks)
     lens = list(zip(*columns))
-    if any(-(-(p + o - 1) // SIZE) + 1 + watermark > num_blocks for _, p, o in lens):
+    if any(-(-(p + o - 1) // SIZE) > num_blocks for _, p, o in lens):
         return None
     arrived, waiting, running = 0, [], []
     done = [0] * len(lens)  # tokens generated
@@ -67,7 +67,8 @@ def naive_paged(columns, num_blocks):
         preempted = []
         turn = 0
         while turn < len(running):
-            if free() < 1:
+            has_room = len(running) == 1 and held[running[0]] % SIZE > 0  # alone, that is enough
+            if free() < 1 and not has_room:
                 victim = running.pop()
                 del held[victim], blocks[victim]
                 preempted.append(victim)
@@ -85,7 +86,7 @@ def naive_paged(columns, num_blocks):
             tokens = lens[i][1] + done[i]
             if computed + tokens > 60:
                 break
-            if free() - -(-tokens // SIZE) < watermark:
+            if free() - -(-tokens // SIZE) < (watermark if running else 0):
                 refused = True
                 break
             waiting.pop(0)
