@@ -142,7 +142,7 @@ def test_scripts_refuse_malformed_arguments_in_one_line(room, no_work, seed):
 
 
 def test_sweeps_refuse_malformed_lists_in_one_line(room, no_work):
-    codes = fuzz_lists(12 * len(SWEPT), 0, room)
+    codes = fuzz_lists(16 * len(SWEPT), 0, room)
     refused = {(script, option) for script, option, code in codes if code == 2}
     assert refused >= {(script.__name__, option) for script, option in SWEPT if option not in PATHS}
 

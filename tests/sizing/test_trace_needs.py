@@ -11,13 +11,14 @@ from vllm_sim.serving.latency import UNIT, LatencyModel
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import Observer, simulate
 from vllm_sim.serving.systems import POLICIES
-from vllm_sim.sizing import trace_serving
+from vllm_sim.sizing import trace_needs, trace_serving
 from vllm_sim.sizing.trace_needs import EXACT, servers_needed, smallest, smallest_pool
 from vllm_sim.sizing.trace_serving import (
     Server,
     TraceTooLargeError,
     Watch,
     allowed,
+    holds_up_none,
     serve,
     unbounded,
 )
@@ -202,6 +203,24 @@ def test_the_smallest_memory_is_what_trying_all_finds(policy, seed):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(6))
+def test_the_run_with_unbounded_memory_tells_which_memories_serve(policy, seed, monkeypatch):
+    """Contiguous ones all, of paging those that a start finds too small; so little is served."""
+    columns = tiny(seed)
+    free, told = unbounded(columns, SERVER), 0
+    for num_blocks in range(2, 250):
+        sure = holds_up_none(free, columns, SERVER, policy, num_blocks)
+        served = serve(columns, SERVER, policy, num_blocks, 0) is not None
+        assert sure == served or (policy == "paged" and sure is None)
+        told += sure is not None
+    assert told == 248 if policy != "paged" else told > 20
+    calls = []
+    monkeypatch.setattr(trace_needs, "serve", lambda *args: calls.append(args) or serve(*args))
+    smallest_pool(columns, SERVER, policy, 0.0, free)
+    assert not calls if policy != "paged" else 1 <= len(calls) <= 9
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 def test_the_number_of_servers_is_what_trying_all_finds(policy, rate):
     columns = tiny(3, 24, 1.0)
@@ -212,8 +231,11 @@ def test_the_number_of_servers_is_what_trying_all_finds(policy, rate):
             found = [serve(part, SERVER, policy, num_blocks) for part in parts]
             if all(found) and sum(one.held_up for one in found) <= allowed(rate, 24):
                 serving.append(servers)
-        for guess in (1, 7, 24):
-            servers = servers_needed(columns, SERVER, policy, rate, num_blocks, guess)
+        runs = {}  # of this policy and of others
+        for other in POLICIES:
+            servers_needed(columns, SERVER, other, 0.0, num_blocks, runs=runs)
+        for guess, there in ((1, runs), (7, None), (24, runs)):
+            servers = servers_needed(columns, SERVER, policy, rate, num_blocks, guess, runs=there)
             assert servers in serving and servers - 1 not in serving
         assert servers_needed(columns, SERVER, policy, rate, num_blocks, known=24) in serving
 
@@ -293,6 +315,7 @@ def test_the_search_finds_the_smallest_from_any_guess(answer):
 
         assert smallest(serves, guess, 5000) == answer
         assert all(1 <= n <= 5000 for n in tried) and len(tried) < 45
+        assert smallest(serves, guess, 5000, creep=True) == answer
         assert smallest(serves, guess, 5000, least=answer) == answer
         assert smallest(serves, guess, answer) == answer
         if answer > 1:

@@ -4,14 +4,14 @@ Reproduces: section 6.1's serving of a trace and the question behind Fig. 12, tu
 many requests a second a memory sustains, but how much memory these requests take, under the
 paper's policies. trace_needs.py searches and defines what serving a trace means.
 
-    found = survey(trace_case, step=print)
+    found = survey(trace_case, progress)
     found.answer, found.sections
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from vllm_sim.sizing.speed import attention_share
 from vllm_sim.sizing.trace_needs import Need, servers_needed, smallest_pool
 from vllm_sim.sizing.trace_serving import Served, serve, unbounded
 
+# A longer trace is searched, where some may be held up, in its busiest so many requests in a row.
+LONGEST, STRETCH = 50_000, 10_000
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
 ALLOWED = "held up, at most %"
 NAMES = {
@@ -35,38 +37,69 @@ NAMES = {
 }
 
 
-def survey(asked: TraceCase, step: Callable[[str], None] = lambda text: None) -> Survey:
-    """Everything about one trace; `step` is told what is computed next."""
-    columns, server, num_blocks = asked.columns, asked.server, asked.case.plan.num_blocks
-    step("serving the trace with unbounded memory")
-    free = unbounded(columns, server)
+def survey(asked: TraceCase, progress: Progress = SILENT) -> Survey:
+    """Everything about one trace."""
+    server, num_blocks = asked.server, asked.case.plan.num_blocks
+    rates = dict.fromkeys((0.0, asked.rate))
+    number, count = itertools.count(), 2 + 2 * len(POLICIES) * len(rates)
+
+    def step(text: str) -> Progress:
+        part = progress.part(next(number), count, text)
+        part.at(0, 1)
+        return part
+
+    told = step("serving the trace with unbounded memory")
+    columns, part = asked.columns, asked
+    whole = free = unbounded(columns, server, told)
     needs: dict[tuple[str, float], Need] = {}
-    for rate in dict.fromkeys((0.0, asked.rate)):
-        servers = 1
+    runs: dict[tuple[int, int], Served] = {}
+    for rate in rates:
+        servers, before = 1, None
+        if rate and len(asked.trace) > LONGEST:
+            part = busiest(asked, whole)
+            columns, runs = part.columns, {}
+            free = unbounded(columns, server)
         for policy in POLICIES:
             old = needs.get((policy, 0.0))
             share = f"{policy}, {100 * rate:g} % held up"
-            step(f"searching the smallest memory, {share}")
-            pool = smallest_pool(columns, server, policy, rate, free, old and old.pool)
-            step(f"searching the number of servers, {share}")
+            told = step(f"searching the smallest memory, {share}")
+            pool = smallest_pool(columns, server, policy, rate, free, old and old.pool, told)
+            told = step(f"searching the number of servers, {share}")
             known = old and old.servers
-            found = servers_needed(columns, server, policy, rate, num_blocks, servers, known)
+            if before is not None:  # fewer than as many as the smallest memories let expect
+                servers = max(1, servers * pool.num_blocks // before)
+            before = pool.num_blocks
+            more = (servers, known, runs, told)
+            found = servers_needed(columns, server, policy, rate, num_blocks, *more)
             servers = found or servers
             needs[policy, rate] = Need(policy, rate, pool, found)
-    step("serving the trace with the memory that one server has")
-    own = {policy: serve(columns, server, policy, num_blocks) for policy in POLICIES}
+    told = step("serving the trace with the memory that one server has")
+    own = {policy: serve(columns, server, policy, num_blocks, progress=told) for policy in POLICIES}
     sections = [contents(asked), lengths(asked)]
     sections += [prefixes(asked)] if asked.trace.hash_blocks else []
-    sections += [concurrency(asked, free), as_it_is(asked, own)]
-    sections += [pools(asked, [*needs.values()]), gpus(asked, [*needs.values()])]
-    return Survey(_summary(asked, free, [*needs.values()]), sections)
+    sections += [concurrency(asked, whole), as_it_is(part, own)]
+    line = asked.line if part is asked else f"{asked.line}; where some are held up: {_searched()}"
+    sections += [pools(asked, [*needs.values()], line), gpus(asked, [*needs.values()], line)]
+    return Survey(_summary(asked, whole, [*needs.values()]), sections)
+
+
+def busiest(asked: TraceCase, free: Served) -> TraceCase:
+    """The requests in a row at whose starts the running ones take the most blocks in the mean."""
+    trace = asked.trace
+    taken = free.together(asked.server.chunks("paged", trace.prompts, trace.outputs))
+    sums = np.cumsum(np.concatenate([[0], taken]))
+    first = int(np.argmax(sums[STRETCH:] - sums[:-STRETCH]))
+    stretch = trace.part(first, first + STRETCH, f"{trace.name}, {_searched()}")
+    return replace(asked, trace=stretch)
+
+
+def _searched() -> str:
+    return f"its busiest {STRETCH:,} requests in a row"
 
 
 def answer_trace(asked: TraceCase, progress: Progress = SILENT) -> Survey:
     """The survey, and where the memory goes."""
-    count = 2 + 2 * len(POLICIES) * len({0.0, asked.rate})
-    number = itertools.count()
-    found = survey(asked, lambda text: progress.at(next(number), count, text))
+    found = survey(asked, progress)
     return Survey(found.answer, [*found.sections, *memory_sections(asked.case)])
 
 
@@ -76,6 +109,7 @@ def _summary(asked: TraceCase, free: Served, needs: list[Need]) -> str:
     for need in needs:
         if need.policy == "paged":
             share = f"at most {100 * need.rate:g} %" if need.rate else "with none"
+            share += f" ({_searched()})" * (need.rate > 0.0 and len(trace) > LONGEST)
             told.append(f"{share} held up by memory, paging takes {_needed(asked, need)}")
     others = ", ".join(
         f"{NAMES[need.policy]} {_needed(asked, need)}"
@@ -246,7 +280,7 @@ def as_it_is(asked: TraceCase, own: dict[str, Served | None]) -> Section:
     )
 
 
-def pools(asked: TraceCase, needs: list[Need]) -> Section:
+def pools(asked: TraceCase, needs: list[Need], line: str) -> Section:
     """The smallest memory of one server, by policy and share held up."""
     rows = []
     for need in needs:
@@ -261,7 +295,7 @@ def pools(asked: TraceCase, needs: list[Need]) -> Section:
         "What is the smallest K/V memory with which one server serves it?",
         (*headers, "preempted", "kept waiting"),
         rows,
-        asked.line,
+        line,
         decimals=2,
         name="trace_pools",
         index=2,
@@ -271,7 +305,7 @@ def pools(asked: TraceCase, needs: list[Need]) -> Section:
     )
 
 
-def gpus(asked: TraceCase, needs: list[Need]) -> Section:
+def gpus(asked: TraceCase, needs: list[Need], line: str) -> Section:
     """Servers as they are, requests dealt to them in turn."""
     plan = asked.case.plan
     pool = counted(plan.num_blocks, "block")
@@ -288,7 +322,7 @@ def gpus(asked: TraceCase, needs: list[Need]) -> Section:
         "How many GPUs serve it?",
         ("policy", ALLOWED, "servers", "GPUs"),
         [(need.policy, 100 * need.rate, need.servers, many[need]) for need in needs],
-        f"{asked.line}; {pool} a server",
+        f"{line}; {pool} a server",
         name="trace_gpus",
         index=2,
         answer=answer + ".",

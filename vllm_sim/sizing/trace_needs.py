@@ -16,23 +16,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count as count_from
 
 import numpy as np
 
 from kv_cache_manager import RequestTooLargeError
 from sequence import Sequence, SequenceGroup
 from vllm_sim import paper
-from vllm_sim.sizing.trace_serving import Columns, Served, Server, allowed, serve
+from vllm_sim.reporting.progress import SILENT, Progress
+from vllm_sim.sizing.trace_serving import (
+    Columns,
+    Served,
+    Server,
+    allowed,
+    holds_up_none,
+    serve,
+)
 
 MOST_SERVERS = 4096
 EXACT = 1000  # numbers below twice this are found to the last, larger ones to one part in so many
 
 
-def smallest(serves: Callable[[int], bool], guess: int, most: int, least: int = 1) -> int | None:
+def smallest(
+    serves: Callable[[int], bool], guess: int, most: int, least: int = 1, creep: bool = False
+) -> int | None:
     """The smallest number from `least` to `most` that serves, or None, if more never serves worse.
 
     It serves, and one less does not; from 2 x EXACT on, a number that is smaller by one in EXACT
-    does not. Looks around the guess first.
+    does not. Looks around the guess first, above it in steps twice as wide each time; or, to
+    `creep`, one by one or by 3 %, as is best where what does not serve is found out early.
     """
     guess = min(max(guess, least), most)
     width = max(1, guess // 128)
@@ -50,7 +62,7 @@ def smallest(serves: Callable[[int], bool], guess: int, most: int, least: int = 
             high = min(low + width, most)
             if serves(high):
                 break
-            low, width = high, 2 * width
+            low, width = high, max(1, high // 32) if creep else 2 * width
     while high - low > max(1, low // EXACT):
         middle = (low + high) // 2
         if serves(middle):
@@ -85,10 +97,12 @@ def smallest_pool(
     rate: float,
     free: Served,
     known: Pool | None = None,
+    progress: Progress = SILENT,
 ) -> Pool:
     """The smallest memory with which one server serves the trace.
 
     `free` is the run with unbounded memory, `known` a memory that serves, at this rate or a lower.
+    Where nobody may be held up, that run tells of most memories whether they serve.
     """
     count = len(columns[0])
     few = allowed(rate, count)
@@ -97,7 +111,15 @@ def smallest_pool(
 
     def serves(num_blocks: int) -> bool:
         if num_blocks not in runs:
-            runs[num_blocks] = serve(columns, server, policy, num_blocks, few)
+            sure = None
+            if few == 0:
+                sure = holds_up_none(free, columns, server, policy, num_blocks)
+                if sure is None and any(runs[n] for n in runs if n < num_blocks):
+                    sure = True  # what a smaller one does for paging
+            if sure is None:
+                runs[num_blocks] = serve(columns, server, policy, num_blocks, few, progress)
+            else:
+                runs[num_blocks] = free if sure else None
         return runs[num_blocks] is not None
 
     demand = free.demand if policy == "paged" else free.together(chunks)
@@ -105,7 +127,10 @@ def smallest_pool(
     most = known.num_blocks if known else 4 * (int(chunks.sum()) + int(chunks.max()) + 2)
     if few == 0:  # then all that run together with unbounded memory do, and must find room
         least = int(demand.max())
-        guess = least if policy != "paged" else int(least * (1.0 + paper.WATERMARK))
+        guess = least
+        if policy == "paged":
+            guess = int(least * (1.0 + paper.WATERMARK))
+            serves(next(n for n in count_from(least) if n - int(paper.WATERMARK * n) >= least))
     else:
         least = int(chunks.max())
         guess = int(np.quantile(demand, 1.0 - few / count))
@@ -122,24 +147,37 @@ def servers_needed(
     num_blocks: int,
     guess: int = 1,
     known: int | None = None,
+    runs: dict[tuple[int, int], Served] | None = None,
+    progress: Progress = SILENT,
 ) -> int | None:
     """How many servers of `num_blocks` blocks each serve the trace, dealt to them in turn.
 
+    `runs`, of which any policy can make use, has the runs that held up none, by the number of
+    servers and which of them it is.
     `known` is a number that serves, at this rate or a lower. None if a request does not fit such
     a server alone, or more than MOST_SERVERS were needed.
     """
     count = len(columns[0])
+    runs = {} if runs is None else runs
 
     def serves(servers: int) -> bool:
         if servers == known:
             return True
         left = allowed(rate, count)
         for first in range(servers):
-            part = tuple(column[first::servers] for column in columns)
-            found = serve(part, server, policy, num_blocks, left)
-            if found is None:
+            part, place = tuple(column[first::servers] for column in columns), (servers, first)
+            sure = None
+            if place in runs and policy != "paged":  # which may hold up more than one needs to see
+                sure = holds_up_none(runs[place], part, server, policy, num_blocks)
+            if sure is False and left == 0:
                 return False
-            left -= found.held_up
+            if not sure:
+                found = serve(part, server, policy, num_blocks, left, progress)
+                if found is None:
+                    return False
+                left -= found.held_up
+                if found.held_up == 0:
+                    runs[place] = found
         return True
 
     manager = server.manager(policy, num_blocks)
@@ -148,4 +186,4 @@ def servers_needed(
             manager.require_fits(SequenceGroup(i, [Sequence(i, prompt, output)], 0.0))
     except RequestTooLargeError:
         return None
-    return smallest(serves, known or guess, known or min(count, MOST_SERVERS))
+    return smallest(serves, known or guess, known or min(count, MOST_SERVERS), creep=True)

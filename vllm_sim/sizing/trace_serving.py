@@ -21,11 +21,14 @@ from __future__ import annotations
 import gc
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from kv_cache_manager import RequestTooLargeError
+from kv_cache_manager import OutOfBlocksError, RequestTooLargeError
 from sequence import Sequence, SequenceGroup
+from vllm_sim import paper
+from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.serving.latency import LatencyModel
 from vllm_sim.serving.scheduler import Iteration, Limits, Manager, Scheduler
 from vllm_sim.serving.simulator import simulate
@@ -128,12 +131,16 @@ class Served:
     def held_up(self) -> int:
         return self.preemptions + self.kept_waiting
 
+    @cached_property
+    def order(self) -> np.ndarray:
+        """Ends (below the number of requests) and starts (from it on) in order of time."""
+        times = np.concatenate([self.finishes, self.starts])  # who ends makes room for who starts
+        return np.argsort(times, kind="stable")
+
     def together(self, weights: np.ndarray) -> np.ndarray:
         """At each start, the sum of the weights of all that run then."""
-        times = np.concatenate([self.finishes, self.starts])  # who ends makes room for who starts
         changes = np.concatenate([-weights, weights])
-        order = np.argsort(times, kind="stable")
-        return np.cumsum(changes[order])[order >= len(weights)]
+        return np.cumsum(changes[self.order])[self.order >= len(weights)]
 
     @property
     def peak(self) -> int:
@@ -147,8 +154,38 @@ class Served:
         return total / float(self.finishes.max() - self.starts.min())
 
 
+def holds_up_none(
+    free: Served, columns: Columns, server: Server, policy: str, num_blocks: int
+) -> bool | None:
+    """Whether a pool serves a trace just as unbounded memory did, or None if it must be served.
+
+    Where nobody is held up, all start and end as in that run: a contiguous pool serves if it has a
+    chunk for each at its start, and paging does not if its watermark is in the way of a start.
+    """
+    if policy == "paged":
+        watermark = int(paper.WATERMARK * num_blocks)
+        return False if num_blocks - watermark < free.demand.max() else None
+    _, prompts, outputs = columns
+    manager, count = server.manager(policy, num_blocks), len(prompts)
+    try:
+        for event in free.order.tolist():
+            i = event - count
+            if i < 0:
+                manager.free(event)
+            else:
+                manager.allocate(i, prompts[i], prompts[i] + outputs[i])
+    except OutOfBlocksError:
+        return False
+    return True
+
+
 def serve(
-    columns: Columns, server: Server, policy: str, num_blocks: int, allowed: float = math.inf
+    columns: Columns,
+    server: Server,
+    policy: str,
+    num_blocks: int,
+    allowed: float = math.inf,
+    progress: Progress = SILENT,
 ) -> Served | None:
     """Serve a trace with a pool of so many blocks.
 
@@ -163,7 +200,8 @@ def serve(
     gc.disable()  # many small objects and no cycles
     try:
         manager = server.manager(policy, num_blocks)
-        result = simulate(groups, manager, server.limits, server.latency, on_decision=watch)
+        told = {"on_decision": watch, "progress": progress}
+        result = simulate(groups, manager, server.limits, server.latency, **told)
     except (HeldUpError, RequestTooLargeError):
         return None
     finally:
@@ -176,13 +214,13 @@ def serve(
     return Served(watch.preemptions, watch.kept_waiting, *times, np.array(watch.demand))
 
 
-def unbounded(columns: Columns, server: Server) -> Served:
+def unbounded(columns: Columns, server: Server, progress: Progress = SILENT) -> Served:
     """The trace served with more paged memory than it ever uses: the same under any policy.
 
     Raises TraceTooLargeError.
     """
     num_blocks = FIRST_POOL
-    while (found := serve(columns, server, "paged", num_blocks, 0)) is None:
+    while (found := serve(columns, server, "paged", num_blocks, 0, progress)) is None:
         num_blocks *= 2
         if num_blocks > LARGEST_POOL:
             raise TraceTooLargeError(

@@ -96,15 +96,18 @@ class Trace:
         refused = {**self.refused, reason: Refusal(len(too_long), int(too_long.min()))}
         if not fits.any():
             raise WorkloadError(f"{self.name}: no request can be served: {why(refused)}")
-        arrivals = None if self.arrivals is None else self.arrivals[fits]
-        return replace(
-            self,
-            prompts=self.prompts[fits],
-            outputs=self.outputs[fits],
-            lines=self.lines[fits],
-            refused=refused,
-            arrivals=arrivals,
-        )
+        return replace(self._of(fits), refused=refused)
+
+    def part(self, first: int, end: int, name: str) -> Trace:
+        """Some requests in a row, as a trace of this name that begins with the first of them."""
+        part = self._of(slice(first, end))
+        return replace(part, name=name, arrivals=part.arrivals - part.arrivals[0])
+
+    def _of(self, which: slice | np.ndarray) -> Trace:
+        columns = ("prompts", "outputs", "lines", "arrivals")
+        found = {name: getattr(self, name) for name in columns}
+        kept = {name: None if one is None else one[which] for name, one in found.items()}
+        return replace(self, **kept)
 
     def arriving(self, rate: float, seed: int) -> Trace:
         """The same requests in the same order, as a Poisson process of `rate` a second.
