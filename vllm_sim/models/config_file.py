@@ -64,41 +64,31 @@ class Config:
             raise self.fail(f"has no {names[0]}{other}, so the model cannot be sized")
         return value
 
-    def flag(self, name: str, default: bool) -> bool:
-        """A key that is true or false."""
+    def _typed(self, name: str, kind: type, what: str, default: object = None):
+        """A key of that type, the default if it is not there; ConfigError says what it must be."""
         value = self.values.get(name)
         if value is None:
             return default
-        if not isinstance(value, bool):
-            raise self.fail(f"{name} must be true or false, not {_shown(value)}")
+        if not isinstance(value, kind):
+            raise self.fail(f"{name} must be {what}, not {_shown(value)}")
         return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A key that is true or false."""
+        return self._typed(name, bool, "true or false", default)
 
     def text(self, name: str) -> str:
         """A key that is text; '' if it is not there."""
-        value = self.values.get(name)
-        if value is None:
-            return ""
-        if not isinstance(value, str):
-            raise self.fail(f"{name} must be text, not {_shown(value)}")
-        return value
+        return self._typed(name, str, "text", "")
 
     def list(self, name: str) -> list:
         """A key that is a list; [] if it is not there."""
-        value = self.values.get(name)
-        if value is None:
-            return []
-        if not isinstance(value, list):
-            raise self.fail(f"{name} must be a list, not {_shown(value)}")
-        return value
+        return self._typed(name, list, "a list", [])
 
     def section(self, name: str) -> Config | None:
         """A key that is an object; None if it is not there."""
-        value = self.values.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.fail(f"{name} must be an object, not {_shown(value)}")
-        return Config(f"{self.where} {name}", value)
+        value = self._typed(name, dict, "an object")
+        return None if value is None else Config(f"{self.where} {name}", value)
 
 
 def _shown(value: object) -> str:
