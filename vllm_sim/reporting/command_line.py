@@ -52,17 +52,16 @@ class OneLineParser(argparse.ArgumentParser):
 
     def files(self, args: argparse.Namespace) -> tuple[Named, Named]:
         """What these arguments read, and what they write; of a folder, the files in it."""
-        named = []
+        given = []
         for action in self._actions:
             if isinstance(action.type, FileName) and (value := getattr(args, action.dest)):
-                values = value if isinstance(value, list) else [value]
-                named += [(action.option_strings[-1], action.type, one) for one in values]
-        names = {os.path.basename(value) for _, _, value in named}
-        reads, writes = [], []
-        for option, kind, value in named:
-            found = [(option, path) for path in kind.files(value, names)]
-            (writes if kind.written else reads).extend(found)
-        return reads, writes
+                given += [(action, one) for one in (value if isinstance(value, list) else [value])]
+        names = {os.path.basename(value) for _, value in given}
+        found: tuple[Named, Named] = [], []
+        for action, value in given:
+            paths = action.type.files(value, names)
+            found[action.type.written].extend((action.option_strings[-1], path) for path in paths)
+        return found
 
 
 @dataclass(frozen=True)

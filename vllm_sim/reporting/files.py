@@ -28,7 +28,7 @@ out_folder = replace(folder, written=True, within="")  # whose files the script 
 pictures = replace(folder, written=True, within="*.png")
 MAX_PIPE = 2**28 + 1  # bytes: more than any reader takes
 DASH = "-: to standard output, the text to stderr"
-_pipes: dict[tuple[int, int], BinaryIO] = {}  # what came through each, as it comes only once
+_pipes: dict[tuple[int, int], bytes] = {}  # what came through each, as it comes only once
 
 
 class OutputError(UsageError):
@@ -58,15 +58,14 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
         if not stat.S_ISFIFO(found.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
         os.set_blocking(file.fileno(), True)
-        which, content = (found.st_dev, found.st_ino), file.read(MAX_PIPE)
-        if content:
-            _pipes[which] = tempfile.TemporaryFile()  # noqa: SIM115 - for whoever reads it again
-            _pipes[which].write(content)
-            _pipes[which].flush()
+        which = found.st_dev, found.st_ino
+        if content := file.read(MAX_PIPE):
+            _pipes[which] = content
         elif which not in _pipes:
             raise OSError(errno.ENODATA, "nothing comes through this pipe")
-    copy = open(f"/dev/fd/{_pipes[which].fileno()}", "rb")  # noqa: SIM115 - whoever called closes it
-    copy.seek(0)  # some systems share the place
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - whoever called closes it
+    copy.write(_pipes[which])
+    copy.seek(0)
     return copy
 
 
@@ -87,10 +86,8 @@ def write_json(path: Path, data: object) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, through a link if it is one. Raises OutputError.
-
-    To STANDARD it goes as it is, and an OSError is whatever becomes of it.
-    """
+    """Write a file whole or not at all, through a link if it is one. OutputError, or OSError of
+    what STANDARD is."""
     check_writable(path)
     if path == STANDARD:
         with open(sys.__stdout__.fileno(), "wb", closefd=False) as out:

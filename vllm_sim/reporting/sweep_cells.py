@@ -98,11 +98,8 @@ def write_list(script: str, cells: list[Cell], out: Path) -> None:
 
 
 def make_place(parser: OneLineParser, cells: list[Cell], wanted: list[Cell], out: Path) -> None:
-    """Make the folder, with the list of cells in it, for those that are wanted.
-
-    Raises UsageError for a file that cannot be written, one that a cell reads, and a pipe, which
-    could be read once.
-    """
+    """The folder and the list of cells in it. UsageError for what cannot be written, or is read by
+    a cell, and for a pipe, which could be read once."""
     reads = [one for cell in wanted for one in parser.files(parser.parse_args(cell.arguments))[0]]
     for option, path in reads:
         with suppress(OSError):  # of a name that is too long: the cell will tell
@@ -125,10 +122,7 @@ def done_code(path: Path, script: str, cell: Cell) -> int | None:
 
 
 def run_all(script: Path, cells: list[Cell], out: Path, again: bool) -> int:
-    """Run in turn the cells that are not done, or all `again`, with a line for each.
-
-    Returns the highest exit code.
-    """
+    """Run in turn the cells that are not done, or all `again`. Returns the highest exit code."""
     worst = 0
     for cell in cells:
         path = out / cell.file
