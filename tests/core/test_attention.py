@@ -106,9 +106,11 @@ def test_decode_matches_the_oracle_and_never_reads_dead_slots(device, dtype, hea
     lens = [1, 15, 16, 17, 31, 97, 0]
     q, k, v = random_qkv((7, 1, heads[0], 64), (7, 112, heads[1], 64), dtype, device, seed=1)
     mask = length_mask(torch.tensor(lens, device=device), 112)
+    result = attention(q, k, v, mask)
+    assert_close(result, q, k, v, mask)
     for bad in (math.nan, INF, -INF):
-        result = attention(q, poisoned(k, mask[:, 0], bad), poisoned(v, mask[:, 0], bad), mask)
-        assert_close(result, q, k, v, mask)
+        dead = attention(q, poisoned(k, mask[:, 0], bad), poisoned(v, mask[:, 0], bad), mask)
+        assert all(map(torch.equal, dead, result))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -204,15 +206,6 @@ def test_large_scores_do_not_overflow():
     out, lse = attention(q * 1000, k, v)
     assert lse.isfinite().all() and lse.abs().max() > 200  # exp(200) is no float32
     torch.testing.assert_close(out.double(), oracle(q * 1000, k, v, None)[0], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_grouped_queries_equal_repeated_heads(device, dtype):
-    q, k, v = random_qkv((2, 3, 16, 32), (2, 21, 4, 32), dtype, device, seed=10)
-    repeated = [x.repeat_interleave(4, dim=2) for x in (k, v)]
-    for result in (attention(q, k, v), attention(q, *repeated)):
-        assert_close(result, q, *repeated, None)
 
 
 @pytest.mark.parametrize("device", DEVICES)

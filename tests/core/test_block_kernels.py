@@ -70,15 +70,15 @@ def test_a_write_gives_the_bits_of_two_indexed_writes(monkeypatch, sizes, dtype,
     fused, plain = twins(sizes, dtype, seed=1)
     slots = sizes[0] * sizes[1]
     rng = random.Random(0)
-    for seed, count in enumerate({1, 2, slots // 2, slots}):
-        where = torch.tensor(rng.sample(range(slots), count), device=DEVICE)
+    for seed, count in enumerate({0, 1, 2, slots // 2, slots}):
+        where = torch.tensor(rng.sample(range(slots), count), dtype=torch.int64, device=DEVICE)
         k, v = (drawn((count, *sizes[2:4]), dtype, seed=10 * seed + part) for part in (0, 1))
         layer = rng.randrange(sizes[4])
         before = bits(fused.pool).clone()
         for cache in (fused, plain):
             cache.write(layer, where, k, v)
         assert same(fused, plain)
-        assert not torch.equal(bits(fused.pool), before)
+        assert torch.equal(bits(fused.pool), before) == (count == 0)
 
 
 def test_a_write_takes_keys_and_values_as_a_projection_leaves_them():
@@ -110,16 +110,6 @@ def test_rows_at_an_odd_address_are_moved_in_smaller_words():
     want.flatten(1, 2)[:, slots] = torch.stack((k, -k))
     kernels.write_slots(pool, slots, k, -k)
     assert torch.equal(bits(pool), bits(want))
-
-
-@pytest.mark.parametrize("tokens", [0, 1])
-def test_few_tokens(tokens):
-    fused, plain = twins((4, 2, 1, 6, 1), torch.float32, seed=9)
-    slots = torch.tensor([5, 0], device=DEVICE)[:tokens]
-    k = drawn((2, 1, 6), torch.float32, seed=10)[:tokens]
-    for cache in (fused, plain):
-        cache.write(0, slots, k, k)
-    assert same(fused, plain)
 
 
 def test_a_write_refuses_what_the_plain_one_refuses():

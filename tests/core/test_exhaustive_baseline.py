@@ -66,9 +66,10 @@ def taken_blocks(buddy):
 
 def buddy_moves(buddy, seen):
     taken = taken_blocks(buddy)
+    free = {2**o: free_runs(taken, buddy.num_blocks, 2**o) for o in range(buddy.max_order + 1)}
     for count in range(1, 2**buddy.max_order + 1):
         size = power_from(count)
-        runs = free_runs(taken, buddy.num_blocks, size)
+        runs = free[size]
         for chunks in range(runs + 2):
             assert buddy.fits(count, chunks) == (chunks <= runs)
 

@@ -133,7 +133,7 @@ def test_every_head_size(dtype, head_size):
 @pytest.mark.parametrize("block_size", [1, 2, 3, 7, 8, 16, 31, 32, 64, 128, 256])
 def test_every_block_size(dtype, block_size):
     case = Case((4, 2), 64, block_size, lens_for(min(block_size, 128)), dtype, seed=block_size)
-    for tuning in TUNINGS if ON_CUDA else TUNINGS[3:]:
+    for tuning in TUNINGS if ON_CUDA else [Tuning(32, max(32, block_size), 4, 2)]:
         case.check(kernel(*case.arguments(), tuning=tuning))
 
 
@@ -143,7 +143,8 @@ def test_any_shape_any_cut(data):
     # Each block size and number of heads is compiled anew on a device: a few stand for all.
     block_size = data.draw(st.sampled_from([1, 3, 16, 29]) if ON_CUDA else st.integers(1, 40))
     heads = data.draw(st.sampled_from(HEADS[2:4] if ON_CUDA else HEADS))
-    lens = data.draw(st.lists(st.integers(0, 130), min_size=1, max_size=5 if ON_CUDA else 2))
+    longest, most = (130, 5) if ON_CUDA else (70, 2)
+    lens = data.draw(st.lists(st.integers(0, longest), min_size=1, max_size=most))
     case = Case(
         heads,
         data.draw(st.sampled_from([64, 80, 128])),
@@ -153,14 +154,14 @@ def test_any_shape_any_cut(data):
         seed=data.draw(st.integers(0, 99)),
     )
     tile = data.draw(st.sampled_from([16, 32]))
-    chunk = data.draw(st.integers(3, 200))  # no multiple of the tile, and shorter than one
+    chunk = data.draw(st.integers(3, 100))  # no multiple of the tile, and shorter than one
     case.check(kernel(*case.arguments(), tuning=Tuning(tile, chunk, 4, 2)))
 
 
 def test_a_workspace_serves_one_call_after_another():
     workspace = Workspace(DEVICE)
     for seed in range(3):
-        lens = random.Random(seed).choices(range(150), k=1 + seed)
+        lens = random.Random(seed).choices(range(70), k=1 + seed)
         case = Case((4, 2), 64, 16, lens, torch.float16, seed)
         for tuning in TUNINGS[1:]:
             case.check(kernel(*case.arguments(), workspace=workspace, tuning=tuning))
@@ -170,12 +171,12 @@ def test_a_workspace_serves_one_call_after_another():
 def test_a_workspace_grows_in_every_direction():
     """Rows, heads and head size each on its own: a buffer too small would be written past."""
     workspace = Workspace(DEVICE)
-    shapes = ((2, 2), 128, [97, 5]), ((4, 2), 64, [97, 61, 33]), ((1, 1), 64, [5])
+    shapes = ((2, 2), 128, [49, 5]), ((4, 2), 64, [49, 33, 17]), ((1, 1), 64, [5])
     for heads, size, lens in shapes:
         case = Case(heads, size, 16, lens, torch.float16)
         case.check(kernel(*case.arguments(), workspace=workspace, tuning=TUNINGS[1]))
-        rows, (num_heads, num_kv_heads) = len(lens) * -(-112 // 16), heads
-        assert workspace.lse.numel() >= rows * num_heads or max(lens) < 97
+        rows, (num_heads, num_kv_heads) = len(lens) * -(-64 // 16), heads
+        assert workspace.lse.numel() >= rows * num_heads or max(lens) < 49
         assert workspace.arrived.numel() >= len(lens) * num_kv_heads
 
 
@@ -226,7 +227,7 @@ def test_scores_of_minus_infinity_count_for_nothing(tuning):
 
 
 def test_views_and_wider_integers_are_read_as_they_are():
-    case = Case((4, 2), 64, 16, [33, 97], torch.float16)
+    case = Case((4, 2), 64, 16, [17, 33], torch.float16)
     want = kernel(*case.arguments())
     q, k, v, tables, lens = case.arguments()
     wide_q = torch.stack([q, q], dim=2)[:, :, 0]  # every second row of a larger tensor
