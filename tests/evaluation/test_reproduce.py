@@ -370,7 +370,7 @@ def test_no_copy_on_write_is_found(monkeypatch):
 
 
 def test_samples_that_share_nothing_are_found(monkeypatch):
-    def apart(self, group):
+    def apart(self, group, alone=False):
         seqs = group.unfinished()
         need = sum(self.blocks_for(seq.num_tokens) for seq in seqs)
         if need > self.num_free_blocks - self.watermark_blocks:

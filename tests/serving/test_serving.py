@@ -12,7 +12,7 @@ from vllm_sim.serving.beam_search import beam_parents
 from vllm_sim.serving.latency import LatencyModel
 from vllm_sim.serving.scheduler import Iteration, Limits
 from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
-from vllm_sim.workload.requests import Request
+from vllm_sim.workload.requests import Request, join
 
 LIMITS = Limits(200, 16)
 MODES = ("auto", "swap", "recompute")
@@ -316,6 +316,34 @@ def test_observers_are_told_in_turn_before_and_after_each_iteration():
 
 
 # --- what can never run --------------------------------------------------------------------------
+
+
+def test_ids_given_twice_are_refused_before_anything_runs():
+    """Two would be served, and one counted."""
+    one, other = Request(3, 0.0, 3, 3), Request(3, 1.0, 2, 2)
+    manager = paged(18)
+    (first,), (second,) = make_groups([one]), make_groups([other], first_seq_id=9)
+    (third,) = make_groups([Request(4, 0.0, 3, 3)])
+    for bad, what in (
+        ([one, other], "requests have the id 3"),
+        ([first, second], "requests have the id 3"),
+        ([first, third], "sequences have the id 0"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            simulate(bad, manager)
+    with pytest.raises(ValueError, match="the id 3"):
+        make_groups([one, Request(2, 0.0, 1, 1), other])
+    assert manager.running_ids == []
+    result = simulate(join([one], [other]), manager)
+    assert result.finish_s == {0: 3.0, 1: 3.0}
+
+
+def test_requests_with_nothing_but_a_shared_prefix_are_served():
+    requests = [Request(n, 0.0, 0, 3 + n, num_samples=1 + n, prefix_len=PREFIX_LEN) for n in (0, 1)]
+    for mode in ("swap", "recompute"):
+        manager = paged(6)
+        result = simulate(groups_of(requests), manager, LIMITS, preemption=mode, check=True)
+        assert result.finish_s.keys() == {0, 1}
 
 
 def test_too_large_a_request_is_refused_before_anything_runs():

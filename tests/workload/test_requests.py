@@ -10,7 +10,7 @@ from test_data_sets import SHAREGPT_FILE, needs_data, of_requests
 
 from vllm_sim.workload.data_sets import find_lengths, read_lengths
 from vllm_sim.workload.length_tables import ALPACA, SHAREGPT, WMT16, WMT16_PROMPTS
-from vllm_sim.workload.requests import Request, make_trace, poisson_arrivals
+from vllm_sim.workload.requests import Request, join, make_trace, poisson_arrivals
 
 
 def test_arrivals_are_poisson_in_slots_of_10_ms():
@@ -24,6 +24,18 @@ def test_arrivals_are_poisson_in_slots_of_10_ms():
     per_second = per_slot.reshape(-1, 100).sum(axis=1)
     assert per_second.var() == pytest.approx(20.0, rel=0.15)
     assert abs(np.corrcoef(per_slot[1:], per_slot[:-1])[0, 1]) < 0.01
+
+
+def test_workloads_are_joined_in_order_of_arrival_with_ids_of_their_own():
+    first, second = ([Request(n, at, n + 1, 2) for n, at in enumerate(times)] for times in TWO)
+    both = join(first, second, [])
+    assert [(r.request_id, r.arrival_s, r.prompt_len) for r in both] == [
+        (0, 0.0, 1), (1, 0.5, 1), (2, 1.0, 2), (3, 1.0, 2), (4, 7.0, 3)
+    ]  # fmt: skip
+    assert join() == [] and first[1].request_id == 1
+
+
+TWO = ((0.0, 1.0, 7.0), (0.5, 1.0))
 
 
 def test_arrivals_of_a_seed_never_change():

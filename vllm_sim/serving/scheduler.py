@@ -39,7 +39,11 @@ Manager = PagedKVCacheManager | BaselineCacheManager
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an iteration may hold: prompt and decode tokens, and sequences."""
+    """What an iteration may hold: prompt and decode tokens, and sequences.
+
+    As in the artifact a group joins if `max_num_seqs` is at least its own sequences and the groups
+    that run: each of these counts as one, so that more sequences may run where they have several.
+    """
 
     max_batched_tokens: int
     max_num_seqs: int

@@ -26,7 +26,7 @@ from vllm_sim.serving.beam_search import beam_parents
 from vllm_sim.serving.latency import UNIT, LatencyModel
 from vllm_sim.serving.scheduler import ORDER, Completion, Iteration, Limits, Manager, Scheduler
 from vllm_sim.serving.systems import limits_of
-from vllm_sim.workload.requests import Request
+from vllm_sim.workload.requests import Request, check_distinct
 
 # The artifact's limits on an iteration for vLLM (section 6.1).
 ARTIFACT_LIMITS = limits_of(VLLM)
@@ -55,12 +55,14 @@ def make_groups(
 
     `prefix_ids` maps a prefix length to the id of the shared prefix the manager holds; without
     it each sequence stores the prefix itself. A beam search is drawn with its request's own seed,
-    so every manager and policy sees the same one.
+    so every manager and policy sees the same one. ValueError for two requests of one id.
     """
+    requests = list(requests)
+    check_distinct(request.request_id for request in requests)
     groups = []
     seq_id = first_seq_id
     for request in requests:
-        shape = request.prompt_len, request.output_len, request.prefix_len
+        shape = int(request.prompt_len), int(request.output_len), int(request.prefix_len)
         ids = range(seq_id, seq_id + request.num_seqs)
         seqs = [Sequence(one, *shape) for one in ids]
         seq_id = ids.stop
@@ -152,7 +154,8 @@ def simulate(
 
     `requests` are those of `make_trace`, or groups of `make_groups`, which shared prefixes and
     other beam searches need; `limits` bound the tokens and sequences of an iteration, `latency`
-    says how many seconds it takes (1 unless given); `preemption` is auto, swap or recompute.
+    says how many seconds it takes (1 unless given); `preemption` is auto, swap or recompute. Of the
+    limits, `max_num_seqs` counts what runs in groups, as the artifact does (see Limits).
 
     Event-driven: between two decisions (a completion, an arrival, a shortage of blocks, a
     preemption) all iterations are taken at once, in closed form. `plain` takes them one by one,
@@ -160,12 +163,15 @@ def simulate(
     Observers are told of every iteration that starts in `window_s`, and the window's means in the
     result are about those. `on_decision` is told of the iterations that were decided, not of those
     taken at once; what it raises ends the run. The run is cut at the first iteration that would
-    start at `until_s`.
+    start at `until_s`. A request that arrives within rounding of an iteration's start may fall on
+    either side of it, and on the other one in `plain`, which adds up in another order.
 
-    Raises RequestTooLargeError before anything runs, StalledError.
+    Raises RequestTooLargeError and, for ids given twice, ValueError before anything runs.
     """
     scheduler = Scheduler(manager, limits, preemption)
     queue = sorted(_groups(requests), key=ORDER)
+    check_distinct(group.group_id for group in queue)
+    check_distinct((seq.seq_id for group in queue for seq in group.seqs), "sequences")
     for group in queue:
         scheduler.check(group)
     arrivals = [group.arrival_s for group in queue] + [math.inf]

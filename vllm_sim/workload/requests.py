@@ -4,6 +4,7 @@ Lengths come from the small tables of length_tables.py or from a full length fil
 
     requests = make_trace(SHAREGPT, rate=2.0, duration_s=3600.0, seed=0)
     requests = make_trace(read_lengths("lengths.csv.gz"), 2.0, 3600.0, seed=0, total_below=2048)
+    requests = join(chats, instructions)                 # two workloads together
 
 The second, given the authors' lengths in order, is their artifact's trace, request by request.
 """
@@ -12,9 +13,9 @@ import math
 import numbers
 import random
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import cycle, islice
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, cycle, islice
 
 import numpy as np
 
@@ -42,8 +43,9 @@ class Request:
     """One request; lengths in tokens, `arrival_s` in seconds from the start of the trace.
 
     `prompt_len` leaves out the `prefix_len` tokens before it, shared with other requests (Fig.
-    10). Every sequence generates exactly `output_len` tokens (section 6.1). `num_samples` outputs
-    are sampled in parallel (Fig. 8), or `beam_width` beams searched (Fig. 9). Raises ValueError.
+    10); only behind these it may be 0. Every sequence generates exactly `output_len` tokens
+    (section 6.1). `num_samples` outputs are sampled in parallel (Fig. 8), or `beam_width` beams
+    searched (Fig. 9). Raises ValueError.
     """
 
     request_id: int
@@ -57,9 +59,10 @@ class Request:
     def __post_init__(self) -> None:
         check_integer("request_id", self.request_id, 0)
         check_number("arrival_s", self.arrival_s, 0.0)
-        for name in ("prompt_len", "output_len", "num_samples", "beam_width"):
-            check_integer(name, getattr(self, name), 1)
         check_integer("prefix_len", self.prefix_len, 0)
+        check_integer("prompt_len", self.prompt_len, 0 if self.prefix_len else 1)
+        for name in ("output_len", "num_samples", "beam_width"):
+            check_integer(name, getattr(self, name), 1)
         if self.num_samples > 1 and self.beam_width > 1:
             raise ValueError("at most one of num_samples and beam_width may be above 1")
 
@@ -74,6 +77,21 @@ class Request:
         if self.beam_width > 1:
             return "beam"
         return "parallel" if self.num_samples > 1 else "single"
+
+
+def join(*workloads: Iterable[Request]) -> list[Request]:
+    """One workload of several, in order of arrival, with ids given anew from 0 on."""
+    requests = sorted(chain(*workloads), key=lambda request: request.arrival_s)
+    return [replace(request, request_id=index) for index, request in enumerate(requests)]
+
+
+def check_distinct(ids: Iterable[int], what: str = "requests") -> None:
+    """ValueError that names an id which two have: one would hide the other's times."""
+    seen: set[int] = set()
+    for one in ids:
+        if one in seen:
+            raise ValueError(f"two {what} have the id {one}; join(...) gives requests ids anew")
+        seen.add(one)
 
 
 def poisson_arrivals(rate: float, duration_s: float, seed: int) -> np.ndarray:
