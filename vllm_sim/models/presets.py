@@ -20,6 +20,7 @@ from vllm_sim.models.families import FAMILIES
 from vllm_sim.models.gpus import GPUS
 from vllm_sim.models.memory_plan import Deployment
 from vllm_sim.models.model import Model
+from vllm_sim.reporting.files import short_name
 
 
 def opt(name: str, num_layers: int, hidden_size: int, num_heads: int, **sizes: int) -> Model:
@@ -92,7 +93,7 @@ def _name_of(path: str) -> str:
     if pure.name == "config.json":
         pure = PurePath(os.path.realpath(path)).parent
         return ascii(pure.name)[1:-1] or "config.json"
-    return ascii(pure.stem)[1:-1]
+    return short_name(path.removesuffix(pure.suffix))
 
 
 def model_of(config: Config, name: str) -> Model:

@@ -44,6 +44,11 @@ def add_output_options(parser: argparse.ArgumentParser, written: str, drawn: str
     add("--quiet", action="store_true", help="no progress on stderr")
 
 
+def short_name(path: str) -> str:
+    """A file's own name, in ASCII; of a pipe such as /dev/fd/63 all of it."""
+    return ascii(path if path.startswith("/dev/") else os.path.basename(path))[1:-1]
+
+
 def open_input(path: str | os.PathLike[str]) -> BinaryIO:
     """The file, open; of a pipe, what came through it.
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_sim.reporting.files import short_name
 from vllm_sim.workload import length_tables
 from vllm_sim.workload.length_tables import WMT16_PROMPTS
 from vllm_sim.workload.requests import MAX_LENGTH, Pair, first_pairs, poisson_arrivals
@@ -176,7 +177,7 @@ class Lengths:
         _check_dataset(dataset)
         if dataset not in self.files:
             return COMPACT_SOURCE
-        name, count = ascii(_name(self.files[dataset]))[1:-1], len(self.pairs(dataset))
+        name, count = short_name(self.files[dataset]), len(self.pairs(dataset))
         return f"{name} ({count:,} pair{'s' * (count != 1)})"
 
     def columns(

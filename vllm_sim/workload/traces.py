@@ -21,6 +21,7 @@ from itertools import islice
 
 import numpy as np
 
+from vllm_sim.reporting.files import short_name
 from vllm_sim.reporting.tables import counted
 from vllm_sim.workload.text_files import TooLongError, WorkloadError, read_text
 from vllm_sim.workload.trace_formats import (
@@ -198,7 +199,7 @@ def _collect(name: str, form: Format, rows: Iterator[Row], unit: str | None, tim
             )
     prompts, outputs, lines = columns
     counted = (lines, late, *prefix_hits(hashes), block, told)
-    name = ascii(os.path.basename(name))[1:-1]
+    name = short_name(name)
     return Trace(name, form.name, read, prompts, outputs, arrivals, counts, *counted)
 
 
