@@ -180,9 +180,9 @@ PLAIN, SEMICOLONS = DATES.format(1, 5), DATES.replace(",", ";")
 def test_traces_as_people_have_them(read, text, times):
     """Excel's separators and encodings, other names, JSON arrays, and times in any form."""
     trace = read(text)
-    assert columns(trace)[1:] == ([374, 396], [44, 109]) and times in trace.understood
+    assert columns(trace)[1:] == ([374, 396], [44, 109]) and times in trace.times
     assert trace.arrivals.tolist() == pytest.approx([0.0, 4.0], abs=1e-6)
-    assert trace.understood.endswith(": 2 requests over 4.000 s, 0.25 requests a second")
+    assert trace.times.endswith(": 2 requests over 4.000 s, 0.25 requests a second")
 
 
 def test_a_long_array_on_one_line_and_one_that_breaks_off(read):
@@ -224,7 +224,7 @@ def mooncake(block, scale, ids=True):
 def test_the_unit_of_mooncakes_keys_is_found_or_asked_for(read, text, unit, span, says):
     if span is not None:
         trace = read(text, unit=unit)
-        assert says in trace.understood and trace.span_s == pytest.approx(span)
+        assert says in trace.times and trace.span_s == pytest.approx(span)
         return
     with pytest.raises(WorkloadError) as caught:
         read(text, unit=unit)

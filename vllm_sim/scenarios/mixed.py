@@ -387,7 +387,7 @@ def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
     return (
         f"lengths, order and bursts of the first {count:,} requests of {trace.name}{again}"
         f"{left_out}; {cut_of(trace, requests, max_output)}; decoding methods dealt at random; "
-        f"{trace.understood}"
+        f"{trace.times}"
     )
 
 

@@ -173,7 +173,7 @@ def contents(asked: TraceCase) -> Section:
         name="trace",
         keys=(*WHAT, "first_line"),
         answer=f"{trace.form}: {counted(trace.rows_read, 'row')} read, {refused:,} refused; "
-        f"{trace.understood}.",
+        f"{trace.times}; {counted(len(trace), 'request')} served.",
     )
 
 

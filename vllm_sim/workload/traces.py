@@ -53,8 +53,8 @@ class Trace:
     """Requests in order of arrival, and what became of the rows of their file.
 
     `arrivals` are seconds from the first request, float64 (R,), or None where the file has no
-    times; `prompts` and `outputs` are tokens, int64 (R,). What `hash_hits` says is of all sound
-    rows, whatever their length.
+    times; `prompts` and `outputs` are tokens, int64 (R,). What `times` and `hash_hits` say is of
+    all sound rows, whatever their length.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Trace:
     hash_hits: int = 0  # leading prefix blocks that an earlier request of the file had
     hash_blocks: int = 0  # 0: the file has none
     hash_block: int = 0  # tokens of one; 0: not known
-    times: str = "no times"  # what they are, in words
+    times: str = "no times"  # how they were understood, with their span and the mean rate
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -78,14 +78,6 @@ class Trace:
     def span_s(self) -> float:
         """Seconds from the first arrival to the last."""
         return float(self.arrivals[-1] - self.arrivals[0])
-
-    @property
-    def understood(self) -> str:
-        """One line: how its times were read, how long it is and its mean rate."""
-        if self.arrivals is None:
-            return self.times
-        rate = f", {(len(self) - 1) / self.span_s:,.3g} requests a second" if self.span_s else ""
-        return f"{self.times}: {counted(len(self), 'request')} over {self.span_s:,.3f} s{rate}"
 
     def up_to(self, max_len: int) -> Trace:
         """The requests of at most `max_len` tokens in all; WorkloadError if there is none."""
@@ -117,7 +109,15 @@ class Trace:
         """
         gaps = np.random.default_rng([seed, 7]).exponential(1.0, len(self)) / rate
         gaps[0] = 0.0
-        return replace(self, arrivals=np.cumsum(gaps), times=f"arrivals drawn at {rate:g}/s")
+        arrivals = np.cumsum(gaps)
+        return replace(self, arrivals=arrivals, times=_times(f"times drawn, {rate:g}/s", arrivals))
+
+
+def _times(told: str, arrivals: np.ndarray) -> str:
+    """One line: what times are, how long they span and their mean rate."""
+    count, span = len(arrivals), float(arrivals[-1] - arrivals[0])
+    rate = f", {(count - 1) / span:,.3g} requests a second" if span else ""
+    return f"{told}: {counted(count, 'request')} over {span:,.3f} s{rate}"
 
 
 def why(refused: Mapping[str, Refusal]) -> str:
@@ -197,6 +197,7 @@ def _collect(name: str, form: Format, rows: Iterator[Row], unit: str | None, tim
                 f"{name}: {told}: they span {arrivals[-1]:.3g} s, more than ten years: give "
                 "--time-unit"
             )
+        told = _times(told, arrivals)
     prompts, outputs, lines = columns
     counted = (lines, late, *prefix_hits(hashes), block, told)
     name = short_name(name)
