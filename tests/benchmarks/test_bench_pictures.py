@@ -84,28 +84,20 @@ def test_the_benchmarks_draw_what_they_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     swap = [{"block_size": 16, "recompute_ms": 1.0, "swap_in_ms": 1.0, "swap_out_ms": 1.0}]
     found = {"attention": kernel_rows(), "swap": swap, "moves": []}
-    monkeypatch.setattr(bench_paging_cost, "measure", lambda *_: found)
-    arguments = ["--kernel", "gather", "--figures", str(tmp_path / "a")]
-    assert bench_paging_cost.main(arguments) == 0
-    assert sorted(os.listdir(tmp_path / "a")) == ["fig18a.png", "fig19a.png"]
-    found.pop("attention")
-    assert bench_paging_cost.main([*arguments[:-1], str(tmp_path / "b"), "--part", "swap"]) == 0
-    assert os.listdir(tmp_path / "b") == ["fig19a.png"]
-    found = {"attention": kernel_rows()}
-    part = ["--part", "attention"]
-    assert bench_paging_cost.main([*arguments[:-1], str(tmp_path / "d"), *part]) == 0
-    assert os.listdir(tmp_path / "d") == ["fig18a.png"]
+    for name, parts, files in (
+        ("both", {}, ["fig18a.png", "fig19a.png"]),
+        ("swap", {"attention"}, ["fig19a.png"]),
+        ("attention", {"swap", "moves"}, ["fig18a.png"]),
+    ):
+        chosen = {part: rows for part, rows in found.items() if part not in parts}
+        monkeypatch.setattr(bench_paging_cost, "measure", lambda *_, chosen=chosen: chosen)
+        arguments = ["--kernel", "gather", "--figures", str(tmp_path / name)]
+        arguments += ["--part", name] if parts else []
+        assert bench_paging_cost.main(arguments) == 0
+        assert sorted(os.listdir(tmp_path / name)) == files
 
-    row = {
-        "shape": "OPT-13B 8 x 2000",
-        "floor_us": 10.0,
-        "aim": 1.1,
-        "triton_us": 11.0,
-        "read_us": 10.1,
-        "flashinfer_us": 13.0,
-        "flashinfer_tc_us": 12.0,
-        "gather_share": 0.9,
-    }
+    row = {"shape": "OPT-13B 8 x 2000", "floor_us": 10.0, "aim": 1.1, "gather_share": 0.9}
+    row |= {"triton_us": 11.0, "read_us": 10.1, "flashinfer_us": 13.0, "flashinfer_tc_us": 12.0}
     monkeypatch.setattr(bench_attention, "copy_bandwidth", lambda: 1e12)
     monkeypatch.setattr(bench_attention, "measure", lambda *_: row)
     drawn = []

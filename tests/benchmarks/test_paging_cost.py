@@ -262,15 +262,6 @@ def test_no_published_number_is_written_down_in_a_benchmark():
         assert not numbers & told, name
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_one_line_says_so(run_script, tmp_path):
-    arguments = ["--quick", "--json", tmp_path / "out.json"]
-    done = run_script("benchmarks/bench_paging_cost.py", *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "bench_paging_cost.py: error: needs a CUDA device\n"
-    assert not list(tmp_path.iterdir())
-
-
 # --- the clocks, on a device ----------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import json
 
 import bench_attention
+import bench_paging_cost
 import profile_attention as profile
 import pytest
 import torch
@@ -95,10 +96,14 @@ def test_an_ncu_that_fails_is_one_line(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_no_gpu_and_no_ncu_are_one_line_each(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("script", [bench_attention, bench_paging_cost, profile])
+def test_no_gpu_is_one_line(script, monkeypatch, tmp_path, refused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert profile.main([]) == 2
-    assert capsys.readouterr().err == "profile_attention.py: error: needs a CUDA device\n"
+    assert refused(script, "--json", tmp_path / "out.json") == "needs a CUDA device\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_ncu_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert profile.main([]) == 2

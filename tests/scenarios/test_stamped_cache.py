@@ -347,26 +347,15 @@ def a_block_freed_too_early(stamped):
     stamped.manager._gpu.__class__ = Forgetful
 
 
+# What is seen in a run that swaps, and in one that recomputes.
+COPIES = (no_copies, copies_turned_round, copies_after_the_writes)
+SWAPS = (swap_in_shuffled, swap_out_shuffled, no_swap_out, no_swap_in, poison_after_the_writes)
+BEAMS = (reorder_ignored, reorder_to_the_wrong_parent)
+WRITES = (slot_off_by_one, prefix_never_written, one_layer_forgotten, v_written_as_k, heads_swapped)
+RECOMPUTED = (recomputed_not_rewritten, recomputed_without_its_output, poison_after_the_writes)
 BREAKS = {
-    "copies not made": (no_copies, "swap"),
-    "copies the wrong way round": (copies_turned_round, "swap"),
-    "copies made after the writes": (copies_after_the_writes, "swap"),
-    "swap in, shuffled": (swap_in_shuffled, "swap"),
-    "swap out, shuffled": (swap_out_shuffled, "swap"),
-    "swap out not made": (no_swap_out, "swap"),
-    "swap in not made": (no_swap_in, "swap"),
-    "poison after the writes, swap": (poison_after_the_writes, "swap"),
-    "poison after the writes, recompute": (poison_after_the_writes, "recompute"),
-    "reorder ignored": (reorder_ignored, "swap"),
-    "reorder to the wrong parent": (reorder_to_the_wrong_parent, "swap"),
-    "recomputed, not rewritten": (recomputed_not_rewritten, "recompute"),
-    "recomputed, output forgotten": (recomputed_without_its_output, "recompute"),
-    "slot off by one": (slot_off_by_one, "swap"),
-    "prefix never written": (prefix_never_written, "swap"),
-    "one layer forgotten": (one_layer_forgotten, "swap"),
-    "V written as K": (v_written_as_k, "swap"),
-    "heads swapped": (heads_swapped, "swap"),
-    "a block freed too early": (a_block_freed_too_early, "recompute"),
+    "swap": (*COPIES, *SWAPS, *BEAMS, *WRITES),
+    "recompute": (*RECOMPUTED, a_block_freed_too_early),
 }
 
 
@@ -382,13 +371,12 @@ def found_wrong(run):
     return stamped.wrong
 
 
-@pytest.mark.parametrize("mode", ["swap", "recompute"])
+@pytest.mark.parametrize("mode", BREAKS)
 def test_what_is_broken_is_found(mode):
     run = partial(serve, requests_of(0), setting_of(30, 4), mode, cpu=30)
     assert found_wrong(run) == []
-    for name, (broken, when) in BREAKS.items():
-        if when == mode:
-            assert found_wrong(partial(run, broken=broken)), name
+    for broken in BREAKS[mode]:
+        assert found_wrong(partial(run, broken=broken)), broken.__name__
 
 
 def test_a_shared_block_written_without_a_copy_is_found(monkeypatch):
