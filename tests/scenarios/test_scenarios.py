@@ -304,9 +304,8 @@ def test_n_samples_cost_what_a_count_by_hand_says(block_size, prompt_len, monkey
     output_len = 20
     monkeypatch.setattr(sampling, "OUTPUT_LEN", output_len)
     for n in (1, 2, 3, 6):
-        samples = sampling.SharedPrompt(
-            setting_of(1), n * (prompt_len + output_len), block_size, prompt_len
-        )
+        manager = PagedKVCacheManager(n * (prompt_len + output_len), block_size)
+        samples = sampling.SharedPrompt(setting_of(1), manager, prompt_len, "name", "about")
         for sample in range(1, n):
             samples.fork(sample)
         copied = sum(samples.generate(s) for _ in range(output_len) for s in range(n))

@@ -50,6 +50,7 @@ WINDOWS = 6  # rows of the table over time
 CHECK_EVERY = 50  # iterations between two recomputations of all invariants
 PREFIX_ID = 0
 LOADS = (0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the numbers of requests above
+ENOUGH = 21.0  # times: no higher load is tried where this one fills memory
 MORE_LOADS = (5.0, 8.0, 13.0, 21.0, 34.0, 55.0, 89.0)  # for a trace, whose requests may be short
 
 
@@ -234,9 +235,8 @@ def _arrivals(trace: Trace, count: int, gap: float, rng: np.random.Generator) ->
 
 def under_pressure(setting: Setting, longest: int, progress: Progress = SILENT) -> list[Request]:
     """The smallest of a few loads at which paging has to preempt, found on bookkeeping alone."""
-    trace, loads, full = setting.trace, LOADS, False
-    if trace is not None:
-        loads += MORE_LOADS
+    trace, full = setting.trace, False
+    loads = LOADS if trace is None else LOADS + MORE_LOADS
 
     def look(scheduler: Scheduler, _: Iteration) -> None:
         nonlocal full
@@ -250,8 +250,8 @@ def under_pressure(setting: Setting, longest: int, progress: Progress = SILENT) 
         manager, groups = prepared(setting, PAGED_SWAP, requests, longest)
         if simulate(groups, manager, limits_of(PAGED_SWAP.system), **how).num_swaps:
             return requests
-        if trace is not None and full and len(requests) >= len(trace):
-            break  # more of the same would wait as well
+        if full and load >= ENOUGH:
+            break  # more of them would only wait longer
     if trace is not None:
         raise UsageError(_no_pressure(trace, requests, setting.num_blocks, full))
     return requests
@@ -260,9 +260,8 @@ def under_pressure(setting: Setting, longest: int, progress: Progress = SILENT) 
 def _no_pressure(trace: Trace, requests: Sequence[Request], num_blocks: int, full: bool) -> str:
     """Why no request had to give way, where some had to wait for memory or none had."""
     prompt, output = np.mean([(r.prompt_len, r.output_len) for r in requests], axis=0)
-    why = f"never need all of {num_blocks:,} blocks: lower --num-blocks, or"
-    if full:
-        why = f"fill {num_blocks:,} blocks, but end before they outgrow them:"
+    never = f"never need all of {num_blocks:,} blocks: lower --num-blocks, or"
+    why = f"fill {num_blocks:,} blocks, but end before they outgrow them:" if full else never
     return (
         "scenario 4 is about memory pressure, and no load preempts a request of "
         f"{trace.name}: the first {len(requests):,}, of {prompt:,.0f} + {output:,.0f} tokens on "
@@ -352,20 +351,20 @@ def report(found: Found) -> ScenarioReport:
     times = min(swap.mean_batch, recompute.mean_batch) / best.mean_batch
     told = paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
     verified = min(o.kept.verified for o in outcomes if o.kept)
-    shown, words = [*tables(found)], []
+    shown: list[Table | str] = [*tables(found)]
     if any(row[-1] < 0 for row in shown[-1].rows):
-        prefix = max(r.prefix_len for r in found.requests)
-        words = [
-            f"A saving below 0: the shared prefix of {prefix} tokens stays in memory while hardly "
-            "a running request uses it, so that more blocks are held than without sharing."
-        ]
+        shown.append(
+            f"A saving below 0: the shared prefix of {max(r.prefix_len for r in found.requests)} "
+            "tokens stays in memory while hardly a running request uses it, so that more blocks "
+            "are held than without sharing."
+        )
     recordings = {o.run: o.recording for o in outcomes if o.recording}
     marks = {way.name: one.preemptions() for way, one in recordings.items()}
     return ScenarioReport(
         4,
         "mixed workload",
         "Do all decoding methods share one pool under pressure, and is no token ever lost?",
-        [*shown, *words],
+        shown,
         [*checks(found)],
         f"paging batches {swap.mean_batch:.1f} (swap) or {recompute.mean_batch:.1f} (recompute) "
         f"requests at a time and is done after {recompute.num_iterations:,} iterations, the best "

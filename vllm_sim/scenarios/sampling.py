@@ -83,16 +83,12 @@ class SharedPrompt:
     """Samples of one prompt on tensors: a manager, its cache, and what each sample should hold."""
 
     def __init__(
-        self,
-        setting: Setting,
-        num_blocks: int,
-        block_size: int,
-        prompt_len: int,
-        free_order: list[int] | None = None,
-        told: tuple[str, str] = ("", ""),  # the recording's name, and what it is about
+        self, setting: Setting, manager: PagedKVCacheManager, prompt_len: int, *told: str
     ) -> None:
-        self.manager = PagedKVCacheManager(num_blocks, block_size, free_order=free_order)
-        self.cache = replace(setting, num_blocks=num_blocks, block_size=block_size).new_cache()
+        """`told` is the recording's name and what it is about."""
+        self.manager = manager
+        sizes = {"num_blocks": manager.num_blocks, "block_size": manager.block_size}
+        self.cache = replace(setting, **sizes).new_cache()
         self._stamps = Stamps(setting)
         self._next_token = prompt_len
         self.tokens = {0: list(range(prompt_len))}  # sample -> the number of each of its tokens
@@ -138,9 +134,9 @@ def figure_8(setting: Setting) -> Figure8:
     drawn = [block for block, _ in fig["tables"][-1]]
     order = [*drawn, *(b for b in range(9) if b not in drawn)]
     told = "Scenario 3: Fig. 8", f"two samples of {prompt_len} tokens, blocks of {size} slots"
-    both = SharedPrompt(setting, 9, size, prompt_len, order, told)
+    manager = PagedKVCacheManager(9, size, free_order=order)
+    both = SharedPrompt(setting, manager, prompt_len, *told)
     both.fork(1)
-    manager = both.manager
     last = manager.block_table(0).blocks[-1]
     rows = [("prompt shared", *_tables(both), manager.ref_count(last))]
     copies = both.generate(0)
@@ -166,17 +162,17 @@ def one_prompt(setting: Setting, progress: Progress = SILENT) -> dict[int, Sampl
     found: dict[int, Samples] = {}
     for n in SAMPLES:
         told = f"Scenario 3: {n} samples of one prompt", about
-        _, blocks, _ = closed_form(setting, n)
-        samples = SharedPrompt(setting, blocks + n, size, prompt_len, told=told)
+        manager = PagedKVCacheManager(closed_form(setting, n)[1] + n, size)
+        samples = SharedPrompt(setting, manager, prompt_len, *told)
         for sample in range(1, n):
             samples.fork(sample)
         copies = 0
         for token in range(OUTPUT_LEN):
             progress.at(len(found) * OUTPUT_LEN + token, len(SAMPLES) * OUTPUT_LEN)
             copies += sum(samples.generate(sample) for sample in range(n))
-        samples.manager.check_invariants()
-        intact, usage = all(map(samples.holds, range(n))), samples.manager.usage()
-        found[n] = Samples(usage, copies, intact, samples.recorder.recording())
+        manager.check_invariants()
+        intact, recording = all(map(samples.holds, range(n))), samples.recorder.recording()
+        found[n] = Samples(manager.usage(), copies, intact, recording)
     return found
 
 
