@@ -3,10 +3,8 @@
 import ast
 import importlib
 import json
-import os
 import re
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -54,7 +52,7 @@ def named(node):
     return set()
 
 
-def imports(path, but=()):
+def imports(path):
     """What a file imports, wherever in it; not for type checking alone."""
     hidden = {
         id(inner)
@@ -62,7 +60,7 @@ def imports(path, but=()):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
-    return {m for n in ast.walk(tree(path)) if id(n) not in hidden for m in named(n)} - set(but)
+    return {m for n in ast.walk(tree(path)) if id(n) not in hidden for m in named(n)}
 
 
 def folder(name):
@@ -135,19 +133,17 @@ def test_functions_import_only_what_would_slow_a_start(name):
             assert late <= LATE | TENSORS, function.name
 
 
-def test_bookkeeping_and_simulation_start_without_torch():
+def test_bookkeeping_and_simulation_start_without_torch(run_script):
     parts = CORE | set(BELOW) - {"scenarios"}
     names = ", ".join(name for name in MODULES if folder(name) in parts)
-    code = f"import sys; import {names}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_script("-c", f"import sys; import {names}; print('torch' in sys.modules)")
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 
-def test_the_commands_start_without_triton():
+def test_the_commands_start_without_triton(run_script):
     """It comes with torch on a GPU machine, and is in no requirements of a run."""
     code = "import sys; sys.modules['triton'] = None; import main, paged_attention as p"
-    code += "; print(p.PagedKVCache(2, 2, 1, 4).fused)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_script("-c", f"{code}; print(p.PagedKVCache(2, 2, 1, 4).fused)")
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 
@@ -244,17 +240,12 @@ def test_the_readmes_map_names_functions_that_exist():
 
 
 @pytest.mark.parametrize("path", [README, ROOT / "docs" / "code.md"], ids=lambda path: path.name)
-def test_examples_print_what_stands_below_them(path):
+def test_examples_print_what_stands_below_them(path, run_script):
     """From outside the repository too, if Python finds its modules."""
     text = path.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd="/",
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    env = {"PYTHONPATH": ROOT, "PYTHONWARNINGS": "error"}
+    done = run_script("-c", code, cwd="/", env=env)
     assert (done.returncode, done.stderr) == (0, "")
     shown = re.findall(r"```\n\n```\n(.*?)```", text, re.DOTALL)[:1] if path == README else []
     shown = shown or re.findall(r"^# (\([\d, ]+\) \d+)", code, re.MULTILINE)

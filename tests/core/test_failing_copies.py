@@ -108,6 +108,13 @@ def same(pool, before):
     return torch.equal(pool.nan_to_num(-1), before.nan_to_num(-1))
 
 
+def fails_once(monkeypatch, broken, name, call):
+    """The first operation of that name fails, and so does `call`."""
+    with monkeypatch.context() as patch, pytest.raises(TransferError):
+        broken(patch, name, 1)
+        call()
+
+
 def check(manager, pool, contents):
     manager.check_invariants()
     for seq_id in manager.running_ids:
@@ -177,10 +184,7 @@ def test_a_copy_on_write_that_fails_can_be_made_again(world, monkeypatch):
     assert len(copies) == 2
     before = pool.pool.clone()
     for name in ("index_select", "index_copy_"):
-        with monkeypatch.context() as patch:
-            Flaky(patch, name, 1)
-            with pytest.raises(TransferError):
-                pool.copy_blocks(copies)
+        fails_once(monkeypatch, Flaky, name, lambda: pool.copy_blocks(copies))
         assert same(pool.pool, before)
     pool.copy_blocks(copies)
     for seq_id in manager.running_ids:
@@ -214,10 +218,7 @@ def test_a_preemption_that_cannot_swap_can_still_recompute(world, monkeypatch):
     """The transfer fails for good: the group is dropped, and admitted anew with its own tokens."""
     manager, pool, contents, write = world
     pairs = manager.swap_out([0, 1, 2])
-    with monkeypatch.context() as patch:
-        Flaky(patch, "copy_", 1)
-        with pytest.raises(TransferError):
-            pool.swap_out(pairs)
+    fails_once(monkeypatch, Flaky, "copy_", lambda: pool.swap_out(pairs))
     for seq_id in (0, 1, 2):
         manager.free(seq_id)
     assert manager.num_free_cpu_blocks == 16
@@ -233,10 +234,7 @@ def test_a_kernel_that_cannot_be_launched_can_be_launched_again(fused_world, mon
     fails = partial(attempts, monkeypatch, fail=Launches)
     copies = manager.append_all()
     before = pool.pool.clone()
-    with monkeypatch.context() as patch:
-        Launches(patch, "_move_blocks", 1)
-        with pytest.raises(TransferError):
-            pool.copy_blocks(copies)
+    fails_once(monkeypatch, Launches, "_move_blocks", lambda: pool.copy_blocks(copies))
     assert same(pool.pool, before)
     assert fails("_move_blocks", lambda: pool.copy_blocks(copies)) >= 1
     for seq_id in manager.running_ids:

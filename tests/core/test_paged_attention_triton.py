@@ -18,7 +18,6 @@ from test_paged_attention import scattered
 
 import paged_attention
 from attention import ShapeError, length_mask, merge_attention
-from paged_attention import pad_block_tables
 from paged_attention_triton import (
     MAX_CHUNK,
     MAX_SPLITS,
@@ -294,39 +293,31 @@ def test_nothing_to_do():
 
 
 def refused():
-    def case(**changes):
-        q = torch.zeros(2, 4, 64, dtype=torch.float16)
-        pool = torch.zeros(3, 16, 2, 64, dtype=torch.float16)
-        tables, lens = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-        return {
-            "q": q,
-            "k_pool": pool,
-            "v_pool": pool,
-            "block_tables": tables,
-            "seq_lens": lens,
-            **changes,
-        }
+    def zeros(*shape, dtype=torch.float16):
+        return torch.zeros(shape, dtype=dtype)
 
-    half = torch.float16
-    pools = {"k_pool": torch.zeros(3, 16, 3, 64, dtype=half)}
-    yield case(q=torch.zeros(2, 4, 1, 64, dtype=half)), "q must be"
-    yield case(**pools), "need pools"
-    yield case(**pools, v_pool=pools["k_pool"]), "multiple"
-    yield case(q=torch.zeros(2, 34, 64, dtype=half)), "up to 16"
-    wide = torch.zeros(3, 16, 2, 512, dtype=half)
-    yield case(q=torch.zeros(2, 4, 512, dtype=half), k_pool=wide, v_pool=wide), "at most 256"
-    yield case(q=torch.zeros(2, 4, 64)), "one dtype"
-    double = torch.zeros(3, 16, 2, 64, dtype=torch.float64)
-    yield case(q=torch.zeros(2, 4, 64, dtype=torch.float64), k_pool=double, v_pool=double), "dtype"
-    strided = torch.zeros(3, 2, 16, 64, dtype=half).transpose(1, 2)
-    yield case(k_pool=strided, v_pool=strided), "dense"
-    yield case(q=torch.zeros(2, 64, 4, dtype=half).transpose(1, 2)), "dense"
-    far = torch.empty(16 << 27, dtype=half, device="meta")
+    def case(pool=None, **changes):
+        given = {"q": zeros(2, 4, 64)} | dict.fromkeys(("k_pool", "v_pool"), zeros(3, 16, 2, 64))
+        given |= {"block_tables": zeros(2, 2, dtype=torch.int32)}
+        given |= {"seq_lens": zeros(2, dtype=torch.int32)}
+        return given | ({} if pool is None else {"k_pool": pool, "v_pool": pool}) | changes
+
+    yield case(q=zeros(2, 4, 1, 64)), "q must be"
+    yield case(k_pool=zeros(3, 16, 3, 64)), "need pools"
+    yield case(zeros(3, 16, 3, 64)), "multiple"
+    yield case(q=zeros(2, 34, 64)), "up to 16"
+    yield case(zeros(3, 16, 2, 512), q=zeros(2, 4, 512)), "at most 256"
+    yield case(q=zeros(2, 4, 64, dtype=torch.float32)), "one dtype"
+    double = {"dtype": torch.float64}
+    yield case(zeros(3, 16, 2, 64, **double), q=zeros(2, 4, 64, **double)), "dtype"
+    yield case(zeros(3, 2, 16, 64).transpose(1, 2)), "dense"
+    yield case(q=zeros(2, 64, 4).transpose(1, 2)), "dense"
+    far = torch.empty(16 << 27, dtype=torch.float16, device="meta")
     far = far.as_strided((1, 16, 2, 64), (0, 1 << 27, 64, 1))
-    yield case(k_pool=far, v_pool=far), "a block spans 2147483648 elements"
-    yield case(block_tables=torch.zeros(2, 2)), "block_tables must be"
-    yield case(seq_lens=torch.zeros(3, dtype=torch.int32)), "B differs"
-    yield case(seq_lens=torch.zeros(2)), "integers"
+    yield case(far), "a block spans 2147483648 elements"
+    yield case(block_tables=zeros(2, 2)), "block_tables must be"
+    yield case(seq_lens=zeros(3, dtype=torch.int32)), "B differs"
+    yield case(seq_lens=zeros(2)), "integers"
 
 
 @pytest.mark.parametrize(("arguments", "message"), list(refused()))
@@ -456,11 +447,3 @@ class TestOnTheDevice:
             want = paged_attention.paged_attention_kernel(*case.arguments())
             torch.testing.assert_close(got[0], want[0], rtol=2e-2, atol=2e-3)
             torch.testing.assert_close(got[1], want[1], rtol=0, atol=2e-5)
-
-
-def test_padded_tables_of_the_plain_kernel_do():
-    case = Case((4, 2), 64, 16, [33, 97, 5], torch.float32)
-    rows = [row[: -(-length // 16)].tolist() for row, length in zip(case.tables, case.lens)]
-    tables = pad_block_tables(rows)
-    q, k, v, _, lens = case.arguments()
-    case.check(kernel(q, k, v, tables.to(DEVICE), lens))
