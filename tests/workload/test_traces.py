@@ -67,12 +67,6 @@ def test_azure(read, pack):
     assert trace.span_s == times[-1] and trace.hash_blocks == 0
 
 
-def test_azures_times_of_2024_have_a_zone(read):
-    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-    text += "2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 02:00:01.009930+02:00,2399,6\n"
-    assert read(text).arrivals.tolist() == [0.0, 1.0]
-
-
 @pytest.mark.parametrize("pack", [str.encode, lambda text: gzip.compress(text.encode())])
 def test_burstgpt_and_its_failures(read, pack):
     trace = read(pack(BURSTGPT))
@@ -166,10 +160,11 @@ PLAIN, SEMICOLONS = DATES.format(1, 5), DATES.replace(",", ";")
             PLAIN.replace("TIMESTAMP", "time (ns)").replace("5,", "4000000001,"),
             "as 'time (ns)' say",
         ),
-        (DATES.format('"11/16/2023 11:59:58 AM"', '"11/16/2023, 12:00:02 PM"'), "the month first"),
-        (DATES.format("31/12/2023 23:59:58", "1/1/2024 0:00:02"), "dates, the day first"),
-        (SEMICOLONS.format("5.12.23 18:15:46,5", "5.12.23 18:15:50,5"), "the day first"),
-        (DATES.format("2023/12/05 18:15", "2023/12/05 18:15:04"), "times are dates"),
+        (DATES.format("1/6/2023 11:59:58 AM", "1/6/2023 12:00:02 PM"), "dates as %m/%d/%Y %I:%M:"),
+        (DATES.format("31/12/2023 23:59:58", "1/1/2024 0:00:02"), "dates as %d/%m/%Y %H:%M:%S: 2"),
+        (DATES.format("2024-05-10 00:00:00+00:00", "2024-05-10 02:00:04.0+02:00"), "dates: 2"),
+        (SEMICOLONS.format("5.12.23 18:15:46,5", "5.12.23 18:15:50,5"), "as %d.%m.%y"),
+        (DATES.format("2023/12/05 18:15:00", "2023/12/05 18:15:04"), "as %Y/%m/%d %H:%M:%S"),
         (DATES.format("23:59:58", "00:00:02"), "times of day"),
         ("ts,input_tokens,total_tokens\n1,374,418\n5,396,505\n", "times in seconds"),
         (OBJECTS, "times in seconds"),
@@ -218,7 +213,6 @@ def mooncake(block, scale, ids=True):
         (mooncake(64, 1, False), None, None, "They are whole, with no hash_ids that fit the lengt"),
         (mooncake(512, 0.1), None, None, "They are not whole, with blocks of 512 tokens; Mooncake"),
         (mooncake(64, 1), "ms", 0.703, "times in milliseconds, as --time-unit says"),
-        (DATES.format("00:01", "00:02"), "s", None, "times of day: --time-unit is for numbers"),
     ],
 )
 def test_the_unit_of_mooncakes_keys_is_found_or_asked_for(read, text, unit, span, says):
@@ -229,7 +223,6 @@ def test_the_unit_of_mooncakes_keys_is_found_or_asked_for(read, text, unit, span
     with pytest.raises(WorkloadError) as caught:
         read(text, unit=unit)
     assert says in str(caught.value) and len(str(caught.value)) < 400
-    assert unit or read(text, timed=False).span_s > 0.0  # as --rate needs no unit
 
 
 def test_the_format_is_not_told_by_the_name(tmp_path):

@@ -236,7 +236,8 @@ class TraceCase:
 
 def make_trace_case(args: argparse.Namespace, case: Case) -> TraceCase:
     """The trace that the options name, for this case. UsageError, WorkloadError."""
-    trace = read_trace(args.trace, args.trace_rows, args.time_unit, timed=args.rate is None)
+    unit = args.time_unit or (None if args.rate is None else "s")  # replaced by --rate
+    trace = read_trace(args.trace, args.trace_rows, unit)
     if args.rate is None and trace.arrivals is None:
         raise UsageError(
             f"{args.trace}: no column of times: give --rate, requests a second, or --rate inf"

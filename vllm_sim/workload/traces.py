@@ -130,28 +130,25 @@ def why(refused: Mapping[str, Refusal]) -> str:
 
 
 def read_trace(
-    path: str | os.PathLike[str],
-    at_most: int | None = None,
-    unit: str | None = None,
-    timed: bool = True,
+    path: str | os.PathLike[str], at_most: int | None = None, unit: str | None = None
 ) -> Trace:
     """The requests of a file, of its first `at_most` rows if given, however large the file.
 
-    `unit` (s, ms, us, ns) is that of times that are numbers, found unless given; not `timed`:
-    times only order the rows. Times before the row above are put in order, and counted. Raises
-    WorkloadError for a file that cannot be read (read_text), is in no known format, has no row
-    that can be served, or times whose unit must be asked for.
+    `unit` (s, ms, us, ns) is that of times that are numbers, found unless given. Times before the
+    row above are put in order, and counted. Raises WorkloadError for a file that cannot be read
+    (read_text), is in no known format, has no row that can be served, or times whose unit must be
+    asked for.
     """
     name = os.fspath(path)
     with closing(read_text(path, part=at_most is not None)) as lines:
         try:
             form, rows = find_format(name, lines)
-            return _collect(name, form, islice(rows, at_most), unit, timed)
+            return _collect(name, form, islice(rows, at_most), unit)
         except TooLongError as error:
             raise TooLongError(f"{error}: read its first rows with --trace-rows N") from None
 
 
-def _collect(name: str, form: Format, rows: Iterator[Row], unit: str | None, timed: bool) -> Trace:
+def _collect(name: str, form: Format, rows: Iterator[Row], unit: str | None) -> Trace:
     counts: dict[str, Refusal] = {}
 
     def refuse(reason: str, line: int) -> None:
@@ -174,7 +171,7 @@ def _collect(name: str, form: Format, rows: Iterator[Row], unit: str | None, tim
     block, told, arrivals, late = block_of([row[0] for row in found], hashes), "no times", None, 0
     if form.time is not None and found:
         try:
-            told, seconds = understand(times, form, block, unit, timed)
+            told, seconds = understand(times, form, block, unit)
         except WorkloadError as error:
             raise WorkloadError(f"{name}: {error}") from None
         sound = [i for i, one in enumerate(seconds) if not isinstance(one, str)]
