@@ -16,11 +16,14 @@ For inference only: nothing here records gradients. The whole (B, H, T_q, T_k) s
 held, so a long prefill needs 4 * H * T_q * T_k bytes beside its K and V.
 """
 
+from numbers import Integral
+
 import torch
 
 # Below this many K elements per sequence, one batched product that copies K beats a Python
 # loop of products that do not (measured on two CPU cores).
 LOOP_MIN_ELEMENTS = 65536
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class ShapeError(ValueError):
@@ -31,6 +34,21 @@ def check_shape(condition, message):
     """Raise ShapeError(message) unless condition holds."""
     if not condition:
         raise ShapeError(message)
+
+
+def check_tensors(**named):
+    """Raise ShapeError unless all are tensors."""
+    for name, x in named.items():
+        check_shape(isinstance(x, torch.Tensor), f"{name} must be a tensor, not {type(x).__name__}")
+
+
+def check_lengths(seq_lens):
+    """Raise ShapeError unless these are (B,) integers."""
+    check_tensors(seq_lens=seq_lens)
+    check_shape(
+        seq_lens.dim() == 1 and seq_lens.dtype in INTEGERS,
+        f"seq_lens must be (B,) integers, not {tuple(seq_lens.shape)} {seq_lens.dtype}",
+    )
 
 
 @torch.no_grad()
@@ -95,8 +113,7 @@ def merge_attention(outs, lses):
     nothing, whatever its out holds.
     Returns out (..., H, D) in the dtype of outs, and lse (..., H). Raises ShapeError.
     """
-    outs = outs if isinstance(outs, torch.Tensor) else torch.stack(tuple(outs))
-    lses = lses if isinstance(lses, torch.Tensor) else torch.stack(tuple(lses))
+    outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     check_shape(
         outs.dim() >= 2 and outs.shape[:-1] == lses.shape and outs.shape[0] > 0,
         f"outs (P, ..., H, D) and lses (P, ..., H) disagree, or P = 0: "
@@ -119,7 +136,7 @@ def length_mask(seq_lens, num_slots):
 
     seq_lens: (B,) integers, in tokens. Returns (B, 1, num_slots) bool on seq_lens' device.
     """
-    check_shape(seq_lens.dim() == 1, f"seq_lens must be (B,), not {tuple(seq_lens.shape)}")
+    check_lengths(seq_lens)
     return torch.arange(num_slots, device=seq_lens.device) < seq_lens[:, None, None]
 
 
@@ -133,14 +150,27 @@ def causal_mask(num_queries, seq_lens, num_slots=None, device=None):
     with nothing to attend to.
     Returns (B or 1, num_queries, num_slots) bool on seq_lens' device, or `device` for an int.
     """
-    if not isinstance(seq_lens, torch.Tensor):
+    if isinstance(seq_lens, Integral):
         num_slots = seq_lens if num_slots is None else num_slots
-        seq_lens = torch.tensor([seq_lens], device=device)
-    check_shape(seq_lens.dim() == 1, f"seq_lens must be (B,), not {tuple(seq_lens.shape)}")
+        seq_lens = torch.tensor([int(seq_lens)], device=device)
+    check_lengths(seq_lens)
     check_shape(num_slots is not None, "seq_lens as a tensor needs num_slots as well")
     steps = torch.arange(1 - num_queries, 1, device=seq_lens.device)  # 0 for the newest token
     last = seq_lens[:, None].long() - 1 + steps  # (B, T_q): the last position that each may see
     return torch.arange(num_slots, device=last.device) <= last[:, :, None]
+
+
+def _stacked(name, parts):
+    """P tensors as one (P, ...); ShapeError for none at all, or where they do not fit together."""
+    if isinstance(parts, torch.Tensor):
+        return parts
+    parts = tuple(parts)
+    check_shape(parts, f"{name} is empty: there is nothing to merge")
+    for part in parts:
+        check_tensors(**{f"each of {name}": part})
+    kinds = [(tuple(part.shape), part.dtype, part.device) for part in parts]
+    check_shape(len({*kinds}) == 1, f"{name} differ in shape, dtype or device: {kinds}")
+    return torch.stack(parts)
 
 
 def _scores(rows, k):
@@ -197,6 +227,7 @@ def _by_head(x, dtype, copy=False):
 
 def _check_inputs(q, k, v, mask):
     """Raise ShapeError, or return mask as (B or 1, T_q or 1, T_k or 1), None if None."""
+    check_tensors(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
     check_shape(
         q.dim() == 4 and k.dim() == 4 and k.shape == v.shape,
         f"need q (B, T_q, H, D) and k, v (B, T_k, H_kv, D), got {tuple(q.shape)}, "
@@ -211,8 +242,8 @@ def _check_inputs(q, k, v, mask):
         f"{q.shape[2]} query heads are no multiple of {k.shape[2]} K/V heads",
     )
     check_shape(
-        q.is_floating_point() and q.dtype == k.dtype == v.dtype,
-        f"q, k, v must have one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}",
+        q.is_floating_point() and q.itemsize > 1 and q.dtype == k.dtype == v.dtype,
+        f"q, k, v must have one floating dtype above 8 bits, not {q.dtype}, {k.dtype}, {v.dtype}",
     )
     check_shape(
         q.device == k.device == v.device and (mask is None or mask.device == q.device),

@@ -28,7 +28,14 @@ from collections.abc import Callable
 
 import torch
 
-from attention import attention, check_shape, length_mask
+from attention import (
+    ShapeError,
+    attention,
+    check_lengths,
+    check_shape,
+    check_tensors,
+    length_mask,
+)
 
 STAGING_BYTES = 256 << 20  # of device memory that a swap takes at a time, or one block if larger
 GATHER, TRITON = "gather", "triton"  # the kernels
@@ -74,7 +81,10 @@ class PagedKVCache:
         dtype = dtype or (torch.float16 if pinned else torch.float32)
         sizes = (num_layers, num_blocks, block_size, num_kv_heads, head_size)
         check_shape(
-            min(sizes) >= 1 and num_cpu_blocks >= 0 and dtype.is_floating_point,
+            all(hasattr(size, "__index__") for size in (*sizes, num_cpu_blocks))
+            and min(sizes) >= 1
+            and num_cpu_blocks >= 0
+            and dtype.is_floating_point,
             f"no cache can have {sizes=}, {num_cpu_blocks=} and {dtype=}",
         )
         self._kernels = _block_kernels(torch.device(device), fused)
@@ -95,6 +105,7 @@ class PagedKVCache:
         # The same for copies, which do not care what is inside a block: (L * 2, N, S * H_kv * D)
         self._blocks = self.pool.flatten(0, 1).flatten(2)
         self._host = HostPool(num_cpu_blocks, self.pool, self._kernels)
+        _check_indexed(dtype, self.device, fused=self.fused, poison=poison)
         if poison:
             self.pool.fill_(torch.nan)
             self.cpu_pool.fill_(torch.nan)
@@ -120,6 +131,7 @@ class PagedKVCache:
         it is not defined which token wins); k, v: (T, H_kv, D) in the cache's dtype.
         Raises ShapeError, and BlockMapError for a slot outside the pool (CPU only).
         """
+        check_tensors(k=k, v=v)
         slots = self._check_slots(slot_mapping)
         shape = (*slots.shape, self.num_kv_heads, self.head_size)
         for x in (k, v):
@@ -196,6 +208,7 @@ class PagedKVCache:
         return self.pool[layer, part].flatten(0, 1).flatten(1)
 
     def _check_slots(self, slots):
+        check_tensors(slot_mapping=slots)
         have, want = (slots.dim(), slots.dtype, slots.device), (1, torch.int64, self.device)
         check_shape(have == want, f"slot_mapping: (dim, dtype, device) is {have}, not {want}")
         _check_numbers(slots, self.num_blocks * self.block_size, "slot")
@@ -245,6 +258,22 @@ def check_device_memory(num_bytes, device):
     if num_bytes > available:
         need, have = -(-100 * num_bytes >> 30) / 100, (100 * available >> 30) / 100  # never equal
         raise DeviceMemoryError(f"{device}: {need:,.2f} GiB needed, {have:,.2f} GiB available")
+
+
+def _not_indexed(dtype, device):
+    return f"blocks of {dtype} cannot be indexed on {device}"
+
+
+def _check_indexed(dtype, device, fused, poison):
+    """Raise ShapeError unless torch can do on a device what a cache of this dtype asks for."""
+    rows, at = torch.zeros(1, 1, device=device).to(dtype), torch.tensor([0], device=device)
+    try:
+        if not fused:
+            rows.index_copy_(0, at, rows.index_select(0, at))
+        if poison:
+            rows.index_fill_(0, at, torch.nan)
+    except NotImplementedError:
+        raise ShapeError(_not_indexed(dtype, device)) from None
 
 
 def _check_numbers(numbers, end, what):
@@ -386,6 +415,7 @@ def gather_blocks(pool, block_tables):
     pool: (N, S, H_kv, D); block_tables: (B, max_blocks) int32 or int64 on the same device.
     Raises ShapeError, and BlockMapError for a block outside the pool (CPU only).
     """
+    check_tensors(pool=pool, block_tables=block_tables)
     check_shape(pool.dim() == 4, f"pool must be (N, S, H_kv, D), not {tuple(pool.shape)}")
     good = block_tables.dim() == 2 and block_tables.dtype in (torch.int32, torch.int64)
     check_shape(good, "block_tables must be (B, max_blocks), int32 or int64")
@@ -393,7 +423,10 @@ def gather_blocks(pool, block_tables):
     _check_numbers(block_tables, pool.shape[0], "block")
     batch, max_blocks = block_tables.shape
     # As rows of one block each: index_select then copies whole blocks, not heads.
-    blocks = pool.flatten(1).index_select(0, block_tables.flatten())
+    try:
+        blocks = pool.flatten(1).index_select(0, block_tables.flatten())
+    except NotImplementedError:  # of 8 bits, on some devices
+        raise ShapeError(_not_indexed(pool.dtype, pool.device)) from None
     return blocks.view(batch, max_blocks * pool.shape[1], *pool.shape[2:])
 
 
@@ -410,7 +443,14 @@ def paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens, scale=None
     Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
     0 and -inf. Raises ShapeError and, on a CPU, BlockMapError.
     """
+    check_tensors(q=q, k_pool=k_pool, v_pool=v_pool, block_tables=block_tables)
     check_shape(q.dim() == 3, f"q must be (B, H, D), not {tuple(q.shape)}")
+    check_lengths(seq_lens)
+    check_shape(
+        (k_pool.shape, k_pool.dtype) == (v_pool.shape, v_pool.dtype),
+        f"the pools of K and V differ: {tuple(k_pool.shape)} {k_pool.dtype} and "
+        f"{tuple(v_pool.shape)} {v_pool.dtype}",
+    )
     check_shape(
         block_tables.shape[:1] == seq_lens.shape == q.shape[:1],
         f"B differs: q {tuple(q.shape)}, block_tables {tuple(block_tables.shape)}, "
@@ -457,7 +497,9 @@ def _problem(device: torch.device, group: int, head_size: int) -> str | None:
     try:
         import paged_attention_triton as module
     except ImportError as error:
-        return f"{error}"
+        return f"triton cannot be imported ({error})"
+    if device.type != "cuda" and not module.INTERPRETED:
+        return f"triton's kernels need a GPU, and this run is on {device}"
     try:
         module.try_launch(device, group, head_size)
     except Exception as error:  # triton, the compiler and the driver each raise their own

@@ -34,7 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attention import check_shape
+from attention import check_lengths, check_shape, check_tensors
 
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels below were decorated
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -212,6 +212,8 @@ def try_launch(device: torch.device, group: int, head_size: int) -> None:
 
 def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
     """ShapeError unless the kernel can run on these."""
+    check_tensors(q=q, k_pool=k_pool, v_pool=v_pool, block_tables=block_tables)
+    check_lengths(seq_lens)
     check_shape(q.dim() == 3, f"q must be (B, H, D), not {tuple(q.shape)}")
     check_shape(
         k_pool.dim() == 4 and k_pool.shape == v_pool.shape and k_pool.shape[3] == q.shape[2],
@@ -244,9 +246,7 @@ def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
         "block_tables must be (B, max_blocks), int32 or int64, its rows dense",
     )
     check_shape(
-        block_tables.shape[:1] == seq_lens.shape == q.shape[:1]
-        and seq_lens.is_contiguous()
-        and not seq_lens.is_floating_point(),
+        block_tables.shape[:1] == seq_lens.shape == q.shape[:1] and seq_lens.is_contiguous(),
         f"need (B,) integers; B differs: q {tuple(q.shape)}, "
         f"block_tables {tuple(block_tables.shape)}, seq_lens {tuple(seq_lens.shape)}",
     )

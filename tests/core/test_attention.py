@@ -269,8 +269,10 @@ def test_masks_by_hand():
     assert causal_mask(2, 3, 4).int().tolist() == [[[1, 1, 0, 0], [1, 1, 1, 0]]]
     ragged = causal_mask(2, torch.tensor([1, 3]), 3).int().tolist()
     assert ragged == [[[0, 0, 0], [1, 0, 0]], [[1, 1, 0], [1, 1, 1]]]
-    refuses(ShapeError, length_mask, [(torch.tensor([[1]]), 2)])
-    refuses(ShapeError, causal_mask, [(2, torch.ones(1))])
+    lens = torch.tensor([1])
+    bad = [lens[None], lens.float(), lens > 0, [1]]
+    refuses(ShapeError, length_mask, [(one, 2) for one in bad])
+    refuses(ShapeError, causal_mask, [(2, one, 2) for one in bad] + [(2, lens)])
 
 
 def test_inputs_that_do_not_fit_are_refused():
@@ -292,7 +294,15 @@ def test_inputs_that_do_not_fit_are_refused():
         (q, k, k, ones[:, :2]),
         (q, k, k, ones[..., :4]),
         (q, k, k, ones[None]),
+        (q.tolist(), k, k, None),
+        (q, k.tolist(), k, None),
+        (q, k, k.tolist(), None),
+        (q, k, k, ones.tolist()),
+        *([x.to(torch.float8_e5m2) for x in (q, k, k)],),
     ]
     refuses(ShapeError, attention, refused)
     shapes = [((2, 3, 4), (2, 4)), ((2, 3, 4), (3, 3)), ((0, 3, 4), (0, 3)), ((4,), ())]
     refuses(ShapeError, merge_attention, [map(torch.zeros, pair) for pair in shapes])
+    out, lse = torch.zeros(3, 4), torch.zeros(3)
+    parts = [([], []), ([out], []), ([out, out[:2]], [lse, lse]), ([out, out], [lse, lse.double()])]
+    refuses(ShapeError, merge_attention, [*parts, (out.tolist(), lse), ([out], lse.tolist())])

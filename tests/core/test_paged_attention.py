@@ -221,6 +221,14 @@ def test_kernel_refuses_what_does_not_fit():
         (q, pools[0][0], pools[1], tables, lens),
         (q[:, :3], *pools, tables, lens),
         (q.half(), *pools, tables, lens),
+        (q, *pools, tables, lens.float()),
+        (q, *pools, tables, lens > 0),
+        (q, pools[0], pools[1][:3], tables, lens),
+        (q, pools[0], pools[1].half(), tables, lens),
+        (q.tolist(), *pools, tables, lens),
+        (q, *pools, tables.tolist(), lens),
+        (q, *pools, tables, lens.tolist()),
+        (q, pools[0].tolist(), pools[1], tables, lens),
     ]
     refuses(ShapeError, paged_attention_kernel, refused)
     outside = [(tables - 1, lens), (tables + 4, lens), (tables, lens + 1), (tables, lens - 1)]
@@ -255,7 +263,8 @@ def test_defaults_by_device(device):
 def test_a_pool_that_makes_no_sense_or_does_not_fit_is_refused(monkeypatch):
     good = {"num_blocks": 2, "block_size": 2, "num_kv_heads": 1, "head_size": 4}
     none = dict.fromkeys(("num_blocks", "block_size", "num_layers"), 0)
-    for name, bad in (none | {"num_cpu_blocks": -1, "dtype": torch.int8}).items():
+    whole = {"num_blocks": 2.0, "head_size": 4.5, "num_cpu_blocks": -1, "dtype": torch.int8}
+    for name, bad in [*none.items(), *whole.items()]:
         with pytest.raises(ShapeError):
             PagedKVCache(**good | {name: bad})
     check_device_memory(1, "cpu")
@@ -356,6 +365,9 @@ def test_write_and_read_refuse_what_does_not_fit():
         (slots[None], k[None], k[None]),
         (slots, k.to("meta"), k),
         (slots.to("meta"), k, k),
+        (slots.tolist(), k, k),
+        (slots, k.tolist(), k),
+        (slots, k, k.tolist()),
     ]
     refuses(ShapeError, cache.write, [(0, *case) for case in refused])
     outside = [torch.tensor([0, 21]), torch.tensor([-1, 0])]
@@ -560,10 +572,36 @@ def test_what_the_kernel_cannot_do_is_named():
 
 def test_without_triton_there_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "paged_attention_triton", None)
-    with pytest.raises(
-        KernelError, match="--kernel triton: import of paged_attention_triton halted"
-    ):
+    with pytest.raises(KernelError, match="--kernel triton: triton cannot be imported"):
         choose_kernel(TRITON, CPU, 4, 4, 64)
+
+
+def test_without_a_gpu_the_sentence_is_ours(monkeypatch):
+    module = pytest.importorskip("paged_attention_triton", exc_type=ImportError)
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    ours = "triton's kernels need a GPU, and this run is on cpu"
+    with pytest.raises(KernelError, match=f"^--kernel triton: {ours}; use --kernel gather$"):
+        choose_kernel(TRITON, CPU, 4, 4, 64)
+
+
+def test_eight_bits_that_a_device_cannot_index_are_refused(monkeypatch):
+    sizes = {"num_blocks": 2, "block_size": 2, "num_kv_heads": 1, "head_size": 4}
+    with pytest.raises(ShapeError, match="float8_e4m3fn cannot be indexed on cpu"):
+        PagedKVCache(**sizes, dtype=torch.float8_e4m3fn, poison=True)
+    pool = torch.zeros(2, 2, 1, 4).to(torch.float8_e4m3fn)
+    q, tables, lens = torch.zeros(1, 1, 4), torch.tensor([[0]]), torch.tensor([1])
+    for query in (q, q.to(pool.dtype)):
+        with pytest.raises(ShapeError, match="float8_e4m3fn"):
+            paged_attention_kernel(query, pool, pool, tables, lens)
+
+    def no_kernel(*arguments):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch.Tensor, "index_select", no_kernel)
+    with pytest.raises(ShapeError, match="cannot be indexed"):
+        paged_attention_kernel(q, pool, pool, tables, lens)
+    with pytest.raises(ShapeError, match="cannot be indexed"):
+        PagedKVCache(**sizes, dtype=torch.float8_e4m3fn)
 
 
 def test_a_kernel_that_cannot_be_launched_at_this_size_is_found_before_the_run(monkeypatch):

@@ -318,6 +318,9 @@ def refused():
     yield case(block_tables=zeros(2, 2)), "block_tables must be"
     yield case(seq_lens=zeros(3, dtype=torch.int32)), "B differs"
     yield case(seq_lens=zeros(2)), "integers"
+    yield case(seq_lens=zeros(2) > 0), "integers"
+    yield case(seq_lens=[0, 0]), "seq_lens must be a tensor, not list"
+    yield case(block_tables=[[0], [1]]), "block_tables must be a tensor, not list"
 
 
 @pytest.mark.parametrize(("arguments", "message"), list(refused()))
