@@ -186,8 +186,8 @@ def test_what_a_worker_does_is_what_one_process_does(monkeypatch):
     seen = []
     monkeypatch.setattr(runner.signal, "signal", lambda *given: seen.append(given))
     monkeypatch.setattr(runner, "end_with_parent", seen.append)
-    runner._begin_work(7, COMPACT)
-    assert seen == [7, (runner.signal.SIGINT, runner.signal.SIG_IGN)]
+    runner._begin_work(COMPACT)
+    assert seen == [os.getppid(), (runner.signal.SIGINT, runner.signal.SIG_IGN)]
     assert runner._work(run) == execute(run, COMPACT)
 
 

@@ -132,7 +132,7 @@ def _in_processes(
 ) -> Generator[tuple[Run, Outcome], None, None]:
     """(run, outcome) as they come; `needed()` is asked for more whenever one is done."""
     others = set(active_children())
-    pools = ProcessPoolExecutor(jobs, initializer=_begin_work, initargs=(os.getpid(), lengths))
+    pools = ProcessPoolExecutor(jobs, initializer=_begin_work, initargs=(lengths,))
     with _interrupts_noted() as raise_if_noted, pools as pool:
         pending: dict[Future, Run] = {}
         num_done = 0
@@ -189,10 +189,10 @@ def _cost(run: Run) -> float:
     return run.rate * run.seconds * run.width * (3.0 if run.decoding == "beam" else 1.0)
 
 
-def _begin_work(parent: int, lengths: Lengths) -> None:
+def _begin_work(lengths: Lengths) -> None:
     """In each process; Ctrl-C is for the parent."""
     global _lengths
-    end_with_parent(parent)
+    end_with_parent(os.getppid())  # which may be a server that forks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _lengths = lengths
 
