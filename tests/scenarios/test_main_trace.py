@@ -100,10 +100,11 @@ def made(trace, count=40, gap=0.5, longest=100, seed=0):
     options = [{}] * (count // 2) + [{"prefix_len": 30}] * (count // 4)
     options += [{"num_samples": 4}] * (count - len(options))
     rng = np.random.default_rng(seed)
-    return mixed.requests_of(trace, options, longest, 50, gap, rng), options
+    return mixed.requests_of(trace, options, longest, gap, rng), options
 
 
-def test_lengths_and_order_are_the_traces_and_cut_to_fit():
+def test_lengths_and_order_are_the_traces_and_cut_to_fit(monkeypatch):
+    monkeypatch.setattr(mixed, "MAX_OUTPUT", 50)
     prompts, outputs = np.array([10, 500, 20, 95, 3]), np.array([5, 5, 60, 80, 1])
     trace = Trace("t", "plain CSV", 5, prompts, outputs)
     requests, options = made(trace)
@@ -115,7 +116,7 @@ def test_lengths_and_order_are_the_traces_and_cut_to_fit():
     dealt = [{"prefix_len": r.prefix_len, "num_samples": r.num_samples} for r in requests]
     assert sum(d["prefix_len"] == 30 for d in dealt) == sum(d["num_samples"] == 4 for d in dealt)
     assert dealt != [{"prefix_len": 0, "num_samples": 1} | option for option in options]
-    told = mixed.told_of(trace, requests, 50)
+    told = mixed.told_of(trace, requests)
     assert "the first 40 requests of t, the 5 there are from the top again; " in told
     whole, ours = prompts + outputs, [r.prompt_len + r.output_len for r in requests]
     cut = [total for i, total in enumerate(ours) if total < whole[i % 5]]

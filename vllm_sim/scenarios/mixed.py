@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.random import Generator
 
 from kv_cache_manager import MemoryUsage
 from paged_attention import PagedKVCache
@@ -172,12 +173,11 @@ def mix(setting: Setting, longest: int, load: float) -> list[Request]:
     kinds = [(max(2, round(count * scale)), *rest) for count, *rest in kinds]
     if setting.trace is not None:
         options = [options for count, _, options in kinds for _ in range(count)]
-        return requests_of(setting.trace, options, longest, MAX_OUTPUT, gap, rng)
+        return requests_of(setting.trace, options, longest, gap, rng)
     drawn = []
     for count, table, options in kinds:
         for prompt, output in zip(*(lengths.tolist() for lengths in table.sample(count, rng))):
-            lengths = _cut(prompt, output, options, longest, MAX_OUTPUT, 2)
-            drawn.append((*lengths, options))
+            drawn.append((*_cut(prompt, output, options, longest, 2), options))
     order = rng.permutation(len(drawn))
     arrivals = np.cumsum(rng.exponential(gap, len(drawn))).tolist()
     return [
@@ -187,29 +187,24 @@ def mix(setting: Setting, longest: int, load: float) -> list[Request]:
 
 
 def _cut(
-    prompt: int, output: int, options: Mapping[str, int], longest: int, max_output: int, kept: int
+    prompt: int, output: int, options: Mapping[str, int], longest: int, kept: int
 ) -> tuple[int, int]:
     """Lengths of at most `longest` tokens in all, prefix included; the output is 2 at least.
 
     A long prompt is cut so far that `kept` tokens of output have room.
     """
     room = longest - options.get("prefix_len", 0)
-    output = min(max(output, 2), max_output, max(room - prompt, kept))
+    output = min(max(output, 2), MAX_OUTPUT, max(room - prompt, kept))
     return min(prompt, room - output), output
 
 
 def requests_of(
-    trace: Trace,
-    options: Sequence[Mapping[str, int]],
-    longest: int,
-    max_output: int,
-    gap: float,
-    rng: np.random.Generator,
+    trace: Trace, options: Sequence[Mapping[str, int]], longest: int, gap: float, rng: Generator
 ) -> list[Request]:
     """One request for each of `options` (Request's), which are dealt to the requests at random.
 
     Lengths are the first of the trace in its order, from the top again if they run out, cut to
-    `longest` tokens in all and `max_output` of output, which is 2 at least. A long prompt leaves a
+    `longest` tokens in all and MAX_OUTPUT of output, which is 2 at least. A long prompt leaves a
     quarter of `longest` to its output: what hardly generates never outgrows its memory. Arrivals,
     in iterations, are the trace's own, drawn together or apart to `gap` between two on average;
     random where the trace has none.
@@ -219,12 +214,12 @@ def requests_of(
     lengths = zip(trace.prompts[rows].tolist(), trace.outputs[rows].tolist())
     arrivals = _arrivals(trace, len(options), gap, rng)
     return [
-        Request(i, arrivals[i], *_cut(*both, which, longest, max_output, longest // 4), **which)
+        Request(i, arrivals[i], *_cut(*both, which, longest, longest // 4), **which)
         for i, (both, which) in enumerate(zip(lengths, dealt))
     ]
 
 
-def _arrivals(trace: Trace, count: int, gap: float, rng: np.random.Generator) -> list[float]:
+def _arrivals(trace: Trace, count: int, gap: float, rng: Generator) -> list[float]:
     own = trace.arrivals[:count] if trace.arrivals is not None else np.zeros(1)
     if own[-1] == own[0]:
         return np.cumsum(rng.exponential(gap, count)).tolist()
@@ -265,11 +260,11 @@ def _no_pressure(trace: Trace, requests: Sequence[Request], num_blocks: int, ful
     return (
         "scenario 4 is about memory pressure, and no load preempts a request of "
         f"{trace.name}: the first {len(requests):,}, of {prompt:,.0f} + {output:,.0f} tokens on "
-        f"average ({cut_of(trace, requests, MAX_OUTPUT)}), {why} take a trace with longer outputs"
+        f"average ({cut_of(trace, requests)}), {why} take a trace with longer outputs"
     )
 
 
-def cut_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
+def cut_of(trace: Trace, requests: Sequence[Request]) -> str:
     """How many requests that `requests_of` made are shorter than their rows, from what to what."""
     rows = np.arange(len(requests)) % len(trace)
     sizes = (trace.prompts + trace.outputs)[rows]
@@ -278,7 +273,7 @@ def cut_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
     if not cut.any():
         return "none cut"
     return (
-        f"{cut.sum():,} cut to fit the pool, or to {max_output} tokens of output, from up to "
+        f"{cut.sum():,} cut to fit the pool, or to {MAX_OUTPUT} tokens of output, from up to "
         f"{sizes[cut].max():,} tokens in all to at most {ours[cut].max():,}"
     )
 
@@ -377,7 +372,7 @@ def report(found: Found) -> ScenarioReport:
     )
 
 
-def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
+def told_of(trace: Trace, requests: Sequence[Request]) -> str:
     """What a table must say of requests that `requests_of` made."""
     count = len(requests)
     again = f", the {len(trace):,} there are from the top again" if count > len(trace) else ""
@@ -385,7 +380,7 @@ def told_of(trace: Trace, requests: Sequence[Request], max_output: int) -> str:
     left_out = f", {refused:,} of {trace.rows_read:,} rows refused" if refused else ""
     return (
         f"lengths, order and bursts of the first {count:,} requests of {trace.name}{again}"
-        f"{left_out}; {cut_of(trace, requests, max_output)}; decoding methods dealt at random; "
+        f"{left_out}; {cut_of(trace, requests)}; decoding methods dealt at random; "
         f"{trace.times}"
     )
 
@@ -398,7 +393,7 @@ def tables(found: Found) -> Iterator[Table]:
     line += f"samples, {kinds['beam']} with {BEAM_WIDTH} beams, {kinds['prefix']} behind a shared "
     line += f"prefix of {max(r.prefix_len for r in requests)} tokens"
     if setting.trace is not None:
-        line += "; " + told_of(setting.trace, requests, MAX_OUTPUT)
+        line += "; " + told_of(setting.trace, requests)
     parts = MemoryUsage.PARTS
     totals, windows = [], []
     for o in found.outcomes:
