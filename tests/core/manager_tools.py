@@ -21,7 +21,7 @@ def observable(manager):
         return {
             "reservations": {
                 i: (r.start_block, r.num_blocks, r.asked, r.final_len, manager.num_tokens(i))
-                for i, r in manager._held.items()
+                for i, r in ((i, manager.reservation(i)) for i in manager.running_ids)
             },
             "running_ids": manager.running_ids,
             "free chunks": [frozenset(starts) for starts in buddy.free_chunks],

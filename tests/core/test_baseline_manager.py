@@ -178,14 +178,6 @@ def test_external_fragmentation():
     assert manager.reservation(9).num_blocks == 4
 
 
-def test_token_p_lies_at_start_slot_plus_p():
-    manager = BaselineCacheManager(8, 4, policy="oracle", max_len=32)
-    for seq_id in range(4):
-        manager.allocate(seq_id, 5, 8)
-    slots = [manager.start_slot(seq_id) + p for seq_id in range(4) for p in range(8)]
-    assert sorted(slots) == list(range(32))
-
-
 # ---- growth -----------------------------------------------------------------------------------
 
 

@@ -231,7 +231,7 @@ def neighbours_table(attending):
 
 IN_TABLES = (one_slot_too_many, one_slot_too_few, neighbours_table)
 BREAKS = [(broken, mode) for mode, several in stamped.BREAKS.items() for broken in several]
-BREAKS.remove((stamped.heads_swapped, "swap"))  # here is one
+BREAKS.remove((stamped.heads_swapped, "swap"))  # here all have one head
 BREAKS += [(broken, "swap") for broken in IN_TABLES]
 
 

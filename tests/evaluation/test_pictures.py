@@ -4,6 +4,7 @@ Nothing is simulated: figures get outcomes made up here.
 """
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -51,7 +52,9 @@ def made_up(figure):
     return Found(figure, [SOME_ROW], [], done)
 
 
+@cache
 def painted(name, quick=False):
+    """A figure's rows and curves, and its picture: to be read, not changed."""
     (figure,) = choose([name], quick)
     found = made_up(figure)
     return found, pictures.paint(found)

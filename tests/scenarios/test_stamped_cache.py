@@ -156,13 +156,6 @@ def test_every_sequence_keeps_its_own_through_preemption(mode, block_size):
     assert copies > 0 or block_size == 1
 
 
-def test_a_swap_that_falls_back_to_recomputation_is_verified_too():
-    requests = requests_of(5)
-    stamped, result = serve(requests, setting_of(32, 4), "swap", cpu=4)
-    assert result.num_swaps > 0 and result.num_recomputations > 0
-    assert_all_verified(stamped, requests)
-
-
 @pytest.mark.parametrize("policy", ["max", "pow2", "oracle"])
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_contiguous_reservations_are_verified_too(policy, block_size):

@@ -249,10 +249,12 @@ def test_the_window_is_half_open_also_where_an_idle_gap_ends(plain, start_s):
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_run_can_be_cut(plain):
-    groups = [SequenceGroup(i, [Sequence(i, 5, 30)], 20.0 * i) for i in range(3)]
-    result = serve(groups, until_s=45.0, plain=plain)
-    assert result.finish_s == {0: 30.0} and result.num_iterations == 45
+def test_a_run_can_be_cut_and_idle_gaps_are_skipped(plain):
+    for until_s, ends, iterations in ((1015.0, 1, 45), (9e9, 3, 90)):
+        groups = [SequenceGroup(i, [Sequence(i, 5, 30)], 1000.0 * i) for i in range(3)]
+        result = serve(groups, until_s=until_s, plain=plain)
+        assert result.finish_s == {i: 1000.0 * i + 30.0 for i in range(ends)}
+        assert (result.num_iterations, result.normalized_latency) == (iterations, 1.0)
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -265,10 +267,3 @@ def test_a_run_is_cut_at_the_first_iteration_that_would_start_then(plain, until_
     groups = [SequenceGroup(0, [Sequence(0, 5, 30)]), SequenceGroup(1, [Sequence(1, 5, 5)], 100.0)]
     result = serve(groups, until_s=until_s, plain=plain)
     assert result.num_iterations == iterations
-
-
-def test_an_idle_gap_is_skipped():
-    groups = [SequenceGroup(i, [Sequence(i, 5, 3)], 1000.0 * i) for i in range(2)]
-    result = serve(groups)
-    assert result.finish_s == {0: 3.0, 1: 1003.0} and result.num_iterations == 6
-    assert result.normalized_latency == 1.0
