@@ -17,8 +17,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import active_children
-from threading import current_thread, main_thread
+from multiprocessing import active_children, parent_process
+from threading import Thread, current_thread, main_thread
 
 from vllm_sim.evaluation.comparison import Figure, Row, allow, over_seeds
 from vllm_sim.evaluation.expected_misses import expected, mark
@@ -26,7 +26,6 @@ from vllm_sim.evaluation.experiments import Done, Outcome, Run, execute
 from vllm_sim.evaluation.figures_blocks import Fig18b, Fig19b
 from vllm_sim.evaluation.figures_memory import Fig2, Fig13, Fig15, Table1
 from vllm_sim.evaluation.figures_rates import BEAM_SECONDS, Fig12, Fig14, Fig16, Fig17
-from vllm_sim.reporting.command_line import end_with_parent
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.workload.data_sets import DATASETS, Lengths
 
@@ -192,9 +191,15 @@ def _cost(run: Run) -> float:
 def _begin_work(lengths: Lengths) -> None:
     """In each process; Ctrl-C is for the parent."""
     global _lengths
-    end_with_parent(os.getppid())  # which may be a server that forks
+    Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _lengths = lengths
+
+
+def _end_with_parent() -> None:
+    """However that ends: it may be killed, and could not tell its workers."""
+    parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _work(run: Run) -> Outcome:

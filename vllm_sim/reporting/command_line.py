@@ -8,7 +8,6 @@ writes it: so that no parser lets an output be an input.
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import sys
@@ -141,14 +140,6 @@ def raise_on_interrupt() -> None:
     """Ctrl-C raises KeyboardInterrupt again, after `begin`: the modules are loaded."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def end_with_parent(parent: int) -> None:
-    """On Linux: kill this process when its parent ends, however it ends; `parent` is its id."""
-    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
-        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it has ended already
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def exit_code(script: str, run: Callable[[], int]) -> int:

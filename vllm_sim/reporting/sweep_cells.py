@@ -5,12 +5,14 @@ Each cell has a file of its own, named after what it runs, so that sweeps share 
 sweep that grows keeps what is done; beside it, as .log, is what the script printed.
 """
 
+import ctypes
 import hashlib
 import json
 import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +22,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, end_with_parent, keep_apart
+from vllm_sim.reporting.command_line import OneLineParser, UsageError, keep_apart
 from vllm_sim.reporting.documents import Json, document, rows_table, told
 from vllm_sim.reporting.files import make_folder, write_json
 from vllm_sim.reporting.sweep_table import read_run
@@ -132,6 +134,14 @@ def run_all(script: Path, cells: list[Cell], out: Path, again: bool) -> int:
         print(f"cell {cell.index}: {told}, exit code {code}: {path}", flush=True)
         worst = max(worst, code)
     return worst
+
+
+def end_with_parent(parent: int) -> None:
+    """On Linux: kill this process when its parent, of this id, ends, be it killed."""
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended already
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_cell(script: Path, cell: Cell, path: Path) -> int:
