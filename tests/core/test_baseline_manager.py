@@ -156,28 +156,6 @@ def test_the_buddy_rounds_blocks_up_to_a_power_of_two():
     assert parts(pow2) == found | {"internal": 2, "rounding": 256 - 132}
 
 
-def test_external_fragmentation():
-    manager = BaselineCacheManager(8, 4, policy="oracle", max_len=32)
-    for seq_id in range(4):
-        manager.allocate(seq_id, 8, 8)
-    starts = {manager.reservation(seq_id).start_block: seq_id for seq_id in range(4)}
-    assert sorted(starts) == [0, 2, 4, 6]
-    manager.free(starts[0])
-    manager.free(starts[4])
-    # 16 slots are free and 16 are asked for, in two chunks that are no buddies.
-    assert manager.num_free_blocks == 4
-    assert manager.refused_by_fragmentation(10, 16)
-    refused(manager, OutOfBlocksError, lambda: manager.allocate(9, 10, 16))
-    assert not manager.refused_by_fragmentation(8, 8)  # it fits
-    assert not manager.refused_by_fragmentation(10, 17)  # not so many slots are free at all
-    refused(manager, OutOfBlocksError, lambda: manager.allocate(9, 10, 17))
-    manager.free(starts[2])
-    assert not manager.refused_by_fragmentation(10, 16)
-    manager.allocate(9, 10, 16)
-    assert manager.start_slot(9) == 0
-    assert manager.reservation(9).num_blocks == 4
-
-
 # ---- growth -----------------------------------------------------------------------------------
 
 
@@ -233,26 +211,6 @@ def test_growth_against_a_plain_model(policy, seed):
         assert usage.internal == asked - sum(b for _, b in model.values())
         assert (usage.internal == 0) or policy != "oracle"
     assert stopped > 0
-
-
-def test_a_step_goes_exactly_up_to_the_first_final_length():
-    manager = BaselineCacheManager(32, 4, policy="max", max_len=32)
-    manager.allocate(0, 3, 9)
-    manager.append_all(2)
-    manager.allocate(1, 1, 5)  # 4 steps to go, and so has the first
-    manager.append_all(4)
-    assert not manager.can_append([0]) and not manager.can_append([1])
-    refused(manager, ReservationError, manager.append_all)
-    manager.free(0)
-    refused(manager, ReservationError, manager.append_all)
-    manager.free(1)
-    manager.append_all()  # nobody is there to be stopped
-    manager.allocate(2, 1, 3)
-    refused(manager, ReservationError, lambda: manager.append_all(3))
-    manager.append(2)
-    refused(manager, ReservationError, lambda: manager.append_all(2))
-    manager.append_all()
-    assert manager.num_tokens(2) == 3
 
 
 @pytest.mark.parametrize("count", [0, -1, True, False, 1.0, None, "1"])

@@ -454,24 +454,17 @@ def chunk_not_given_back(monkeypatch):
     monkeypatch.setattr(BaselineCacheManager, "free", free)
 
 
-@pytest.mark.parametrize(
-    "breaks",
-    [
-        never_merged,
-        merged_with_a_neighbour,
-        a_half_is_lost,
-        fits_by_sum,
-        first_full_is_remembered,
-        group_counted_as_one,
-        chunk_not_given_back,
-    ],
-)
+IN_THE_BUDDY = (never_merged, merged_with_a_neighbour, a_half_is_lost, fits_by_sum)
+IN_THE_MANAGER = (first_full_is_remembered, group_counted_as_one, chunk_not_given_back)
+
+
+@pytest.mark.parametrize("breaks", [*IN_THE_BUDDY, *IN_THE_MANAGER])
 def test_what_is_broken_is_found_in_a_tiny_world(breaks, monkeypatch):
     world = World("oracle", 7, 1, 4, 2)
     search_world(world, canonical_with_the_past)
     breaks(monkeypatch)
     with pytest.raises(AssertionError):
         search_world(world, canonical_with_the_past)
-    if breaks in (never_merged, merged_with_a_neighbour, a_half_is_lost, fits_by_sum):
+    if breaks in IN_THE_BUDDY:
         with pytest.raises(AssertionError):
             search_buddy(7, 4)

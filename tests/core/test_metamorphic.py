@@ -2,12 +2,13 @@
 
 The same requests are served from a pool so large that nobody is ever preempted, and then from tiny
 pools that preempt by swap, by recompute or both; from blocks in other orders; from blocks of other
-sizes. K and V are random and depend on a token's sequence and position alone, queries too. The K
-and V that each sequence holds when it finishes, read through its table, must be the same bits, and
-every attention output of its life the same to 1e-5 (a batch of other width sums in another order).
+sizes; from contiguous memory. K and V are random and depend on a token's sequence and position
+alone, queries too. The K and V that each sequence holds when it finishes, read through its table,
+must be the same bits, and every attention output of its life the same to 1e-5 (a batch of other
+width sums in another order).
 
-See also test_stamped_cache.py (whose tokens each sequence holds, contiguous memory included) and
-test_paged_groups.py (swap out and in, on tables).
+See also test_stamped_cache.py (whose tokens each sequence holds) and test_paged_groups.py (swap out
+and in, on tables).
 """
 
 import random
@@ -21,6 +22,7 @@ import torch
 from test_isolation import DEVICE, TINY, Attending, Bank, poisoned_pool
 from test_stamped_cache import LIMITS, PREFIX_ID, PREFIX_LEN, requests_of
 
+from kv_cache_manager import POLICIES, BaselineCacheManager
 from paged_attention import GATHER, TRITON, pad_block_tables
 from vllm_sim.serving.simulator import make_groups, simulate
 
@@ -34,6 +36,7 @@ class Recording(Attending):
     def __init__(self, *args):
         super().__init__(*args)
         self.all_outputs, self.held = {}, {}
+        self.moved = 0  # sequences that hold output of another: beams
         self.names = iter(range(10**4 * LONGEST))  # of the prefix
 
     def on_iteration(self, iteration):
@@ -63,6 +66,8 @@ class Recording(Attending):
                 yield first + LONGEST * seq.seq_id + len(self.tokens[seq.seq_id])
 
     def attend(self, ids, layer):
+        if isinstance(self.manager, BaselineCacheManager):
+            return  # it has no block tables
         tables = pad_block_tables([self.manager.block_table(i).blocks for i in ids], DEVICE)
         lens = [self.manager.num_tokens(i) for i in ids]
         # The query of a sequence at a length: the K of the bank's other end, for both heads.
@@ -78,6 +83,8 @@ class Recording(Attending):
 
     def _verify(self, seq):
         super()._verify(seq)
+        output = self.tokens[seq.seq_id][seq.context_len :]
+        self.moved += any(token // LONGEST - 10 != seq.seq_id for token in output)
         slots = self.slots(seq.seq_id, 0, self.manager.num_tokens(seq.seq_id)).to(DEVICE)
         parts = [self.cache.read(layer, slots) for layer in range(self.cache.num_layers)]
         self.held[seq.seq_id] = torch.stack([part for pair in parts for part in pair]).cpu()
@@ -86,11 +93,16 @@ class Recording(Attending):
 def serve(
     seed, num_blocks, size, mode="auto", cpu=0, order=None, kernel=GATHER, count=16, layers=2
 ):
+    """(Recording, ServingResult) of a run; `mode` of preemption, or policy of contiguous memory."""
     setting, manager, pool = poisoned_pool(num_blocks, size, cpu, order, seed)
+    prefix_ids = {PREFIX_LEN: PREFIX_ID}
+    if mode in POLICIES:
+        manager = BaselineCacheManager(num_blocks, size, policy=mode, max_len=48)
+        mode, prefix_ids = "auto", {}
     recording = Recording(setting, manager, pool, kernel, Bank(seed), layers)
-    recording.store_prefix(PREFIX_LEN, PREFIX_ID)
+    recording.store_prefix(PREFIX_LEN, prefix_ids.get(PREFIX_LEN))
     requests = requests_of(seed, count)
-    groups = make_groups(requests, prefix_ids={PREFIX_LEN: PREFIX_ID}, seed=seed)
+    groups = make_groups(requests, prefix_ids=prefix_ids, seed=seed)
     result = simulate(groups, manager, LIMITS, preemption=mode, observers=[recording])
     assert recording.wrong == [] and len(recording.held) == sum(r.num_seqs for r in requests)
     return recording, result
@@ -150,6 +162,15 @@ def test_blocks_of_other_sizes_give_the_same(seed, size):
         num_blocks = max(-(-num_slots // size), 10)
         recording, _ = serve(seed, num_blocks, size, mode, cpu=num_blocks // 2)
         assert_same(recording, large(seed))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_contiguous_memory_holds_the_same(seed):
+    recording, _ = serve(seed, 256, 1, "pow2")
+    expected = large(seed)
+    assert recording.moved == expected.moved >= 5, "or nothing is shown of beams"
+    assert recording.held.keys() == expected.held.keys()
+    assert all(torch.equal(held, expected.held[i]) for i, held in recording.held.items())
 
 
 def test_the_triton_kernel_gives_the_same_in_a_tiny_pool():

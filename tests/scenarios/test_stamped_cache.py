@@ -449,66 +449,7 @@ def test_a_sequence_that_ends_too_early_is_found():
         assert (stamped.verified, stamped.wrong) == (1 - len(wrong), wrong)
 
 
-# --- metamorphic ---------------------------------------------------------------------------------
-
-
-class Reader(StampedCache):
-    """Reads every finished sequence back through the cache, as who wrote each of its tokens.
-
-    Numbers depend on the order of a run, so a number is named by the first sequence and position
-    that it was seen at; a copied or shared token keeps the name it was given there.
-    """
-
-    def __init__(self, setting, *rest):
-        super().__init__(setting, *rest)
-        self.names = {number: ("prefix", number) for number in range(PREFIX_LEN)}
-        self.contents, self.plain = {}, Stamps(setting)
-
-    def on_iteration(self, iteration):
-        super().on_iteration(iteration)
-        for seq_id in sorted(self.tokens):
-            for position, number in enumerate(self.tokens[seq_id]):
-                self.names.setdefault(number, (seq_id, position))
-        for group in (*iteration.prefills, *iteration.decodes):
-            for seq in group.unfinished():
-                if seq.num_generated + 1 == seq.output_len:
-                    found = self.numbers(seq.seq_id)
-                    self.contents[seq.seq_id] = [self.names[number] for number in found]
-
-    def numbers(self, seq_id):
-        """Who is stored, by the numbers in K of the last layer, and V must say the same."""
-        layer = self.cache.num_layers - 1
-        count = self.manager.num_tokens(seq_id)
-        zero = self.plain.values(torch.zeros(1, dtype=torch.int64), layer)
-        k, v = (
-            found - pattern
-            for found, pattern in zip(self.cache.read(layer, self.slots(seq_id, 0, count)), zero)
-        )
-        assert torch.equal(k, v)
-        return (k[:, 0, 0] + 1024 * k[:, 0, 1]).long().tolist()
-
-
-def test_the_same_k_and_v_whatever_the_memory():
-    """Large pool, swap, recompute, other block sizes, contiguous: every finished sequence holds
-    tokens of the same sequences at the same positions."""
-    for seed in range(3):
-        requests = requests_of(seed)
-        run = partial(serve, requests, tensors=Reader)
-        expected = run(setting_of(1000, 4))[0].contents
-        assert sorted(expected) == list(range(sum(r.num_seqs for r in requests)))
-        # Beams did hold output of one another, or this would compare positions only.
-        output = {
-            seq.seq_id: {owner for owner, _ in expected[seq.seq_id][seq.context_len :]}
-            for one in make_groups(requests)
-            for seq in one.seqs
-        }
-        assert sum(not owners <= {seq_id} for seq_id, owners in output.items()) >= 5
-        for mode, num_blocks, size in (("swap", 32, 4), ("recompute", 32, 4), ("auto", 44, 3)):
-            stamped, result = run(setting_of(num_blocks, size), mode)
-            assert result.num_swaps + result.num_recomputations > 0
-            assert stamped.contents == expected, (seed, mode)
-        stamped, _ = run(setting_of(256, 1), policy="pow2")
-        assert stamped.contents == expected
+# --- other layouts -------------------------------------------------------------------------------
 
 
 def test_caches_on_other_layouts_verify_the_same(monkeypatch):

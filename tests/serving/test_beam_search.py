@@ -61,19 +61,6 @@ class Recorded:
 # --- one search ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [1, 2, 4, 6])
-@pytest.mark.parametrize("theta", [0.02, 0.25, 5.0])
-def test_survivors_keep_their_places(width, theta):
-    parents = beam_parents(width, 300, np.random.default_rng(width), theta)
-    assert parents.shape == (300, width)
-    assert parents.dtype == np.int64
-    assert (parents[0] == 0).all()
-    for row in parents.tolist():
-        assert set(row) <= set(range(width))
-        for parent in set(row):
-            assert row[parent] == parent
-
-
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("theta", [1e-6, 0.02, 0.25, 0.7, 5.0])
 def test_beams_follow_the_best_cumulative_scores(width, theta):
@@ -85,6 +72,7 @@ def test_beams_follow_the_best_cumulative_scores(width, theta):
         draws[step][:, 0] = 0.0
         draws[step + 1] *= 1e3
     parents = beam_parents(width, 50, Recorded(draws), theta)
+    assert (parents.shape, parents.dtype) == ((50, width), np.int64)
     for row, drawn in zip(parents.tolist(), draws):
         wanted, scores = one_step(drawn.tolist(), scores, theta)
         assert row == wanted
@@ -255,27 +243,3 @@ def test_no_search_is_drawn_twice_however_many_there_are():
     count = 2 * MAX_HISTORIES_AT_ONCE
     histories = beam_histories(4, [60] * count, seed=1)
     assert len({str(history) for history in histories}) == count
-
-
-@pytest.mark.parametrize("width", [2, 4, 6])
-def test_histories_move_as_often_as_searches_one_by_one(width):
-    """Mean share of steps with a move, over searches; the bound is four standard errors."""
-    count, steps, itself = 150, 40, list(range(width))
-
-    def share(history):
-        return sum(row != itself for row in history[1:]) / (steps - 1)
-
-    many = [share(history) for history in beam_histories(width, [steps] * 4 * count, seed=0)]
-    single = [
-        share(beam_parents(width, steps, np.random.default_rng([7, i])).tolist())
-        for i in range(count)
-    ]
-    error = math.sqrt(np.var(many) / len(many) + np.var(single) / len(single))
-    assert error < 0.02, "too few to tell anything"
-    assert abs(np.mean(many) - np.mean(single)) < 4 * error
-    assert np.mean(single) > 0.1
-
-
-def test_a_beam_alone_never_moves():
-    for history in beam_histories(1, [50, 20, 0], seed=0, theta=5.0):
-        assert history == [[0]] * len(history)

@@ -132,20 +132,6 @@ def test_who_is_served_together_by_hand():
     assert ends(2, 100, *[(0.0, 2, 3)] * 5) == [3, 3, 6, 6, 9]
 
 
-def test_computing_hides_behind_the_weights():
-    trace = [(0.0, 3, 2), (0.0, 5, 2)]
-
-    def end(weights_s):
-        model = LatencyModel(step_s=10.0, token_s=1.0, context_s=0.5, weights_s=weights_s)
-        return serve(trace, 2, 100, model).finish_s[0]
-
-    reading = 0.5 * 2 * (5 + 1)
-    assert end(0.0) == (10 + 8) + (10 + 2) + reading
-    assert end(1.0) == (10 + 7) + (10 + 1) + reading
-    assert end(6.0) == (10 + 2) + 10 + reading
-    assert end(8.0) == end(9.0) == 10 + 10 + reading
-
-
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, None, "2"])
 def test_bad_limits_are_refused(bad):
     trace = [(0.0, 1, 1)]
