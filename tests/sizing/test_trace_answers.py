@@ -179,16 +179,12 @@ def test_a_rate_stands_in_for_the_times(run, write):
     assert run("--trace", timed)[1]["tables"] != run("--trace", timed, "--rate", 9)[1]["tables"]
 
 
-def test_only_some_rows(run, write):
-    _, found = run("--trace", write(burst()), "--trace-rows", 20)
-    trace = found["setting"]["trace"]
-    assert (trace["rows_read"], trace["requests"]) == (20, 20)
-
-
-def test_rows_out_of_order_are_told(run, write):
-    printed, found = run("--trace", write("time,input_len,output_len\n5,9,9\n1,9,9\n"))
+def test_only_some_rows_and_rows_out_of_order_are_told(run, write):
+    printed, found = run("--trace", write("time,input_len,output_len\n5,9,9\n1,9,9\n3,9,9\n"))
     assert "rows earlier than the one before: sorted" in printed
     assert found["setting"]["trace"]["rows_sorted"] == 1
+    trace = run("--trace", write(burst()), "--trace-rows", 20)[1]["setting"]["trace"]
+    assert (trace["rows_read"], trace["requests"]) == (20, 20)
 
 
 def test_a_server_that_falls_behind_is_told(run, write):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_data_sets import DATA, needs_data
 
-from vllm_sim.workload import text_files, trace_formats
+from vllm_sim.workload import text_files
 from vllm_sim.workload.text_files import WorkloadError
 from vllm_sim.workload.trace_formats import COLUMNS, FAILED
 from vllm_sim.workload.traces import Trace, prefix_hits, read_trace, why
@@ -57,40 +57,35 @@ def reasons(trace):
 # ---- formats ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pack", [str.encode, lambda text: gzip.compress(text.encode())])
-def test_azure(read, pack):
-    trace = read(pack(AZURE))
-    assert (trace.form, trace.rows_read, len(trace), trace.refused) == ("Azure CSV", 3, 3, {})
-    times, prompts, outputs = columns(trace)
-    assert times == pytest.approx([0.0, 4.314579, 4.541877], abs=1e-6)
-    assert (prompts, outputs) == ([374, 396, 879], [44, 109, 55])
-    assert trace.span_s == times[-1] and trace.hash_blocks == 0
+LATER = "\n".join(row.replace(",", ",7,", 1) for row in BURSTGPT.splitlines())
+BURST = ([0.0, 40.0, 115.0], [472, 1087, 417], [18, 230, 276])
+AT = [0.0, 4.314579, 4.541877]
 
 
 @pytest.mark.parametrize("pack", [str.encode, lambda text: gzip.compress(text.encode())])
-def test_burstgpt_and_its_failures(read, pack):
-    trace = read(pack(BURSTGPT))
-    assert (trace.form, trace.rows_read) == ("BurstGPT CSV", 4)
-    assert columns(trace) == ([0.0, 40.0, 115.0], [472, 1087, 417], [18, 230, 276])
-    assert reasons(trace) == {FAILED: 1} and trace.refused[FAILED].first_line == 4
-
-
-def test_burstgpts_later_columns(read):
-    head, *rows = BURSTGPT.splitlines()
-    text = head.replace("Model", "Session ID,Elapsed time,Model") + "\n"
-    text += "\n".join(row.replace(",", ",7,0.5,", 1) for row in rows)
-    assert read(text).form == "BurstGPT CSV" and len(read(text)) == 3
-
-
-@pytest.mark.parametrize("pack", [str.encode, lambda text: gzip.compress(text.encode())])
-def test_mooncake(read, pack):
-    trace = read(pack(MOONCAKE))
-    assert trace.form == "Mooncake JSON lines"
-    times, prompts, outputs = columns(trace)
-    assert times == pytest.approx([0.0, 3.053, 3.054])
-    assert (prompts, outputs) == ([1455, 1472, 600], [52, 26, 7])
-    # 46 and 47 lead the second prompt; the third's 47 comes behind a block that is new.
-    assert (trace.hash_hits, trace.hash_blocks) == (2, 8)
+@pytest.mark.parametrize(
+    ("text", "form", "there", "failed", "hashes"),
+    [
+        (AZURE, "Azure CSV", (AT, [374, 396, 879], [44, 109, 55]), {}, (0, 0)),
+        (BURSTGPT, "BurstGPT CSV", BURST, {FAILED: 1}, (0, 0)),
+        (LATER, "BurstGPT CSV", BURST, {FAILED: 1}, (0, 0)),  # as its later releases: more columns
+        # 46 and 47 lead the second prompt; the third's 47 comes behind a block that is new.
+        (
+            MOONCAKE,
+            "Mooncake JSON lines",
+            ([0.0, 3.053, 3.054], [1455, 1472, 600], [52, 26, 7]),
+            {},
+            (2, 8),
+        ),
+    ],
+)
+def test_published_formats(read, pack, text, form, there, failed, hashes):
+    trace = read(pack(text))
+    times, *lengths = columns(trace)
+    assert times == pytest.approx(there[0], abs=1e-6) and tuple(lengths) == there[1:]
+    assert (trace.form, trace.rows_read) == (form, 3 + len(failed)) and trace.span_s == times[-1]
+    assert reasons(trace) == failed and (trace.hash_hits, trace.hash_blocks) == hashes
+    assert {refusal.first_line for refusal in trace.refused.values()} == {4} & {4 * len(failed)}
 
 
 def test_mooncake_without_blocks_and_other_json_lines(read):
@@ -466,8 +461,8 @@ def test_mooncakes_bound_on_the_reuse_of_prefixes():
     trace = read_trace(DATA / "mooncake_fast25_synthetic_trace.jsonl.gz")
     assert len(trace) == trace.rows_read == 3993
     assert round(100 * trace.hash_hits / trace.hash_blocks, 1) == 64.0
-    lengths = -(-trace.prompts // trace_formats.HASH_BLOCK)
-    assert trace.hash_blocks == pytest.approx(lengths.sum(), rel=0.01)
+    assert trace.hash_block == 512 and trace.span_s == pytest.approx(1022.025)
+    assert trace.hash_blocks == (-(-trace.prompts // 512)).sum()
 
 
 @needs_data
