@@ -10,7 +10,16 @@ above it succeeds and takes exactly the need.
 import random
 
 import pytest
-from manager_tools import clone, fill, group_of, prefix_ids, random_manager, refused, swapped_ids
+from manager_tools import (
+    fill,
+    group_of,
+    observable,
+    prefix_ids,
+    random_manager,
+    refused,
+    swapped_ids,
+)
+from search_tools import copy_paged
 
 from kv_cache_manager import (
     BaselineCacheManager,
@@ -146,7 +155,7 @@ def some_operations(manager, rng):
 
 
 def with_free(manager, free):
-    trial = clone(manager)
+    trial = copy_paged(manager)
     fill(trial, free)
     return trial
 
@@ -163,11 +172,12 @@ def test_random_states_with_every_number_of_free_blocks(seed):
                 operation(trial)
                 assert trial.num_free_blocks == free - need
                 break
+            before = observable(trial)
             try:
                 operation(trial)
-            except OutOfBlocksError:
-                trial = with_free(manager, free)
-                refused(trial, OutOfBlocksError, lambda m=trial, call=operation: call(m))
+            except OutOfBlocksError as error:
+                assert type(error) is OutOfBlocksError and observable(trial) == before
+                trial.check_invariants()
             else:
                 need = free
                 trial.check_invariants()

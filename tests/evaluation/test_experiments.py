@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kv_cache_manager import PagedKVCacheManager
 from vllm_sim import paper
-from vllm_sim.evaluation.experiments import MemoryMeter, Run, execute, groups_for, manager_for
+from vllm_sim.evaluation.experiments import Run, execute, groups_for, manager_for
 from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, SYSTEMS, VLLM
-from vllm_sim.serving.scheduler import Iteration
 from vllm_sim.workload.data_sets import Lengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,19 +90,6 @@ def test_memory_is_measured_in_the_window_alone():
     outcome = execute(run, COMPACT)
     assert abs(sum(outcome.shares.values()) - 1.0) < 1e-9
     assert outcome.mean_batch == 7.0, "full all the time, as seven reservations fit"
-
-
-def test_iterations_with_nothing_in_memory_say_nothing_of_sharing():
-    """They count for where the slots are, and for Fig. 15's saving only those that hold blocks."""
-    manager = PagedKVCacheManager(8, 4, watermark=0.0)
-    meter = MemoryMeter(manager)
-    meter.on_iteration(Iteration(0, 0.0))
-    assert (meter.mean.shares["free"], meter.mean.saving) == (1.0, 0.0)
-    manager.allocate(1, 8)
-    manager.fork(1, 2)
-    meter.on_iteration(Iteration(1, 1.0))
-    assert meter.mean.shares["free"] == (1.0 + 0.75) / 2
-    assert meter.mean.saving == 0.5  # four logical blocks in two
 
 
 @pytest.mark.parametrize("collecting", [True, False])
