@@ -10,16 +10,8 @@ above it succeeds and takes exactly the need.
 import random
 
 import pytest
-from manager_tools import (
-    fill,
-    group_of,
-    observable,
-    prefix_ids,
-    random_manager,
-    refused,
-    swapped_ids,
-)
-from search_tools import copy_paged
+from manager_tools import fill, group_of, prefix_ids, random_manager, refused, swapped_ids
+from search_tools import copy_paged, frozen_paged
 
 from kv_cache_manager import (
     BaselineCacheManager,
@@ -172,11 +164,11 @@ def test_random_states_with_every_number_of_free_blocks(seed):
                 operation(trial)
                 assert trial.num_free_blocks == free - need
                 break
-            before = observable(trial)
+            before = frozen_paged(trial)
             try:
                 operation(trial)
             except OutOfBlocksError as error:
-                assert type(error) is OutOfBlocksError and observable(trial) == before
+                assert type(error) is OutOfBlocksError and frozen_paged(trial) == before
                 trial.check_invariants()
             else:
                 need = free

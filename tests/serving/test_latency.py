@@ -95,11 +95,8 @@ def test_a_step_that_would_start_when_the_wait_is_over_does_not(seed):
     model = LatencyModel(rng.uniform(1e-3, 0.1), rng.uniform(0, 1e-3), rng.uniform(0, 1e-4))
     num_seqs = rng.randint(1, 60)
     context = num_seqs * rng.randint(1, 400)
-    counts = (
-        (rng.randint(30, 3000) for _ in range(30)),
-        (rng.randint(3000, 10**5) for _ in range(9)),
-    )
-    for count in (*range(1, 30), *counts[0], *counts[1]):
+    drawn = [rng.randint(30, most) for most in (3000, 10**5) for _ in range(20)]
+    for count in (*range(1, 30), *drawn):
         start = model.decode_steps(count, num_seqs, context)
         assert model.steps_until(start, 10**6, num_seqs, context) == count
         earlier, later = math.nextafter(start, 0.0), math.nextafter(start, math.inf)
