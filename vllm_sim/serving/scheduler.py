@@ -159,39 +159,36 @@ class Scheduler:
         """Whether it may have to be recomputed when that is more than an iteration computes.
 
         Only for one that came before does it give way. One that is never swapped has all of those
-        beside it as long as it runs: this goes through its life beside the least of them, which
-        stores a token more than it generates; a longer one may make it give way at any point that
-        it reaches so. Those that come later may fill the CPU pool.
+        beside it as long as it runs, so it must grow so far beside the least of them, which stores
+        a token more than it generates; a longer one may make it give way at any point that it
+        reaches so (taken for granted where its outputs differ in length). Those that come later may
+        fill the CPU pool.
         """
-        manager, limits, seqs = self.manager, self.limits, group.seqs
-        prompt_len, longest = group.own_prompt_len, max([seq.output_len for seq in seqs])
-        if prompt_len + longest - 1 <= limits.max_batched_tokens:
+        manager, limits = self.manager, self.limits
+        lengths, prompt_len = [seq.output_len for seq in group.seqs], group.own_prompt_len
+        most = limits.max_batched_tokens - prompt_len  # generated tokens that may be recomputed
+        if max(lengths) - 1 <= most or not isinstance(manager, PagedKVCacheManager):
             return False
-        if not isinstance(manager, PagedKVCacheManager):
-            return False  # there nobody gives way
-        room, size, watermark = manager.room, manager.block_size, manager.watermark_blocks
+        room, width = manager.room, len(lengths)
         least = 1 if room == manager.num_blocks else 0  # its prompt: none behind a shared prefix
-        first = manager.blocks_at(group, 0, 1)
-        if (
-            len(seqs) >= limits.max_num_seqs
-            or prompt_len + least > limits.max_batched_tokens
-            or first + watermark + least > room
-        ):
+        first = manager.blocks_at(group, 0, width)
+        if width >= limits.max_num_seqs or least > most:
             return False  # it runs only after all who came before
-        never_swapped = len(seqs) < self.swapped_from or first > manager.num_cpu_blocks
-        later = max(0, limits.max_num_seqs - 1 - self.swapped_from) * room
-        for generated in range(1, longest):
-            alive = sum([seq.output_len > generated for seq in seqs])
-            held = manager.blocks_at(group, generated - 1, alive)
-            recomputed = alive < self.swapped_from or held + later > manager.num_cpu_blocks
-            tokens = prompt_len + generated
-            if recomputed and tokens > limits.max_batched_tokens:
+        if first + manager.watermark_blocks + least > room:
+            return False
+        if width < self.swapped_from or first > manager.num_cpu_blocks:
+            if most == 0 or len({*lengths}) > 1:
                 return True
-            if not never_swapped or held + alive - (-(generated + least) // size) <= room:
-                continue  # it grows
-            back = manager.blocks_at(group, generated, alive) - (-(generated + 1 + least) // size)
-            if tokens >= limits.max_batched_tokens or back + watermark > room:
-                return False  # it comes back only once it is alone
+            beside = -(-(most + least) // manager.block_size)
+            return manager.blocks_at(group, most - 1, width) + width + beside <= room
+        later = max(0, limits.max_num_seqs - 1 - self.swapped_from) * room
+        for last in {*lengths}:
+            alive = sum([length >= last for length in lengths])
+            if last - 1 > most and (
+                alive < self.swapped_from
+                or manager.blocks_at(group, last - 2, alive) + later > manager.num_cpu_blocks
+            ):
+                return True
         return False
 
     @property
