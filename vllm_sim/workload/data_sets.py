@@ -77,9 +77,8 @@ def read_cells(path: str | os.PathLike[str], names: Sequence[str]) -> Iterator[R
     lines = read_csv(read_text(path))
     place, header = next(lines, (os.fspath(path), []))
     if any(header.count(name) != 1 for name in names):
-        found = ", ".join(f"{name[:30]!a}" for name in header[:8])
         raise WorkloadError(
-            f"{place}: the header must name {', '.join(names)}, once each; it has {found}"
+            f"{place}: the header must name {', '.join(names)}, once each; it has {_shown(header)}"
         )
     wanted = [header.index(name) for name in names]
     for place, cells in lines:
@@ -211,9 +210,12 @@ def find_lengths(paths: Sequence[str], directory: str | None) -> Lengths:
     """
     named: dict[str, str] = {}
     for path in paths:
-        datasets = _datasets(path, _header(path))
+        datasets = _datasets(path, header := _header(path))
         if not datasets:
-            raise WorkloadError(f"{path}: no data set is known by this header, see data_sets.py")
+            raise WorkloadError(
+                f"{path}: no data set is known by the columns {_shown(header)}; input_len and "
+                "output_len would do (others: vllm_sim/workload/data_sets.py)"
+            )
         _claim(named, path, datasets)
     found: dict[str, str] = {}
     for path in _files_in(directory) if directory else ():
@@ -239,6 +241,10 @@ def _files_in(directory: str) -> list[str]:
     except OSError as error:
         raise WorkloadError(f"{directory}: cannot be listed: {error.strerror}") from None
     return [path for path in paths if os.path.isfile(path)]  # a pipe would never end
+
+
+def _shown(header: Sequence[str]) -> str:
+    return ", ".join(f"{name[:30]!a}" for name in header[:8]) + " ..." * (len(header) > 8)
 
 
 def _header(path: str) -> list[str]:

@@ -116,8 +116,9 @@ class Trace:
 def _times(told: str, arrivals: np.ndarray) -> str:
     """One line: what times are, how long they span and their mean rate."""
     count, span = len(arrivals), float(arrivals[-1] - arrivals[0])
-    rate = f", {(count - 1) / span:,.3g} requests a second" if span else ""
-    return f"{told}: {counted(count, 'request')} over {span:,.3f} s{rate}"
+    told += f": {counted(count, 'request')} over {span:,.3f} s"
+    rate = (count - 1) / span if span else 0.0
+    return f"{told}, {rate:,.{'0f' if rate >= 1000 else '3g'}} requests a second" if span else told
 
 
 def why(refused: Mapping[str, Refusal]) -> str:
