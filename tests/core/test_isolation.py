@@ -46,15 +46,7 @@ TINY = models.Model("tiny", "opt", 2, 32, 2, 1, 16, 64, 100, 256)
 TOKENS = 1 << 16  # different K and V in a run; no run has more tokens
 LIFETIMES = int(os.environ.get("ISOLATION_LIFETIMES", "10000"))
 BLOCK_SIZES = (1, 2, 3, 4, 8)
-KINDS = (
-    {},
-    {},
-    {"num_samples": 3},
-    {"beam_width": 3},
-    {"prefix_len": PREFIX_LEN},
-    {"prefix_len": PREFIX_LEN, "num_samples": 2},
-    {"prefix_len": PREFIX_LEN, "beam_width": 2},
-)
+KINDS = ({}, *stamped.KINDS)
 
 
 pytestmark = pytest.mark.usefixtures("few_bytes")

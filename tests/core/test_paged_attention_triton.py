@@ -112,27 +112,17 @@ def lens_for(block_size):
     return [1, max(1, block_size - 1), block_size, block_size + 1, 0, 61]
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("heads", HEADS)
-def test_every_number_of_queries_for_each_head(dtype, heads):
-    case = Case(heads, 64, 16, lens_for(16), dtype, seed=heads[0])
-    for tuning in TUNINGS if ON_CUDA else [TUNINGS[heads[0] % 4]]:
-        case.check(kernel(*case.arguments(), tuning=tuning))
+SHAPES = [(heads, 64, 16) for heads in HEADS]
+SHAPES += [((h, 1), head_size, 16) for head_size in (4, 8, 80, 96, 128, 256) for h in (1, 4)]
+SHAPES += [((4, 2), 64, block_size) for block_size in (1, 2, 3, 7, 8, 16, 31, 32, 64, 128, 256)]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("head_size", [4, 8, 64, 80, 96, 128, 256])
-def test_every_head_size(dtype, head_size):
-    for heads, tuning in (((1, 1), TUNINGS[3]), ((4, 1), TUNINGS[2])):
-        case = Case(heads, head_size, 16, lens_for(16), dtype, seed=head_size)
-        case.check(kernel(*case.arguments(), tuning=tuning))
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 8, 16, 31, 32, 64, 128, 256])
-def test_every_block_size(dtype, block_size):
-    case = Case((4, 2), 64, block_size, lens_for(min(block_size, 128)), dtype, seed=block_size)
-    for tuning in TUNINGS if ON_CUDA else [Tuning(32, max(32, block_size), 4, 2)]:
+@pytest.mark.parametrize(("heads", "head_size", "block_size"), SHAPES)
+def test_every_number_of_queries_head_size_and_block_size(dtype, heads, head_size, block_size):
+    case = Case(heads, head_size, block_size, lens_for(min(block_size, 128)), dtype, block_size)
+    some = TUNINGS[heads[0] % 4] if block_size == 16 else Tuning(32, max(32, block_size), 4, 2)
+    for tuning in TUNINGS if ON_CUDA else [some]:
         case.check(kernel(*case.arguments(), tuning=tuning))
 
 

@@ -25,6 +25,9 @@ from vllm_sim.workload.requests import Request
 TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
 PREFIX_ID, PREFIX_LEN = 10**6, 7
 LIMITS = Limits(400, 32)
+BEHIND = {"prefix_len": PREFIX_LEN}
+KINDS = ({}, {"num_samples": 3}, {"beam_width": 3}, BEHIND)
+KINDS += (BEHIND | {"num_samples": 2}, BEHIND | {"beam_width": 2})
 
 
 pytestmark = pytest.mark.usefixtures("few_bytes")
@@ -37,11 +40,8 @@ def setting_of(num_blocks=30, block_size=4, num_layers=2, seed=0, model=TINY):
 def requests_of(seed, count=16, most=14):
     """Single, parallel, beam search, and behind a shared prefix, arriving closely together."""
     rng = random.Random(seed)
-    kinds = ({}, {"num_samples": 3}, {"beam_width": 3}, {"prefix_len": PREFIX_LEN})
-    kinds += ({"prefix_len": PREFIX_LEN, "num_samples": 2},)
-    kinds += ({"prefix_len": PREFIX_LEN, "beam_width": 2},)
     return [
-        Request(n, n / 4, rng.randint(1, most), rng.randint(1, most), **kinds[n % len(kinds)])
+        Request(n, n / 4, rng.randint(1, most), rng.randint(1, most), **KINDS[n % len(KINDS)])
         for n in range(count)
     ]
 

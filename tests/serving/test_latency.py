@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import FrozenInstanceError, astuple, replace
+from dataclasses import FrozenInstanceError, asdict, astuple, replace
 from fractions import Fraction
 
 import pytest
@@ -12,6 +12,7 @@ from vllm_sim.models import DEPLOYMENTS, GPU, GPUS, MODELS, Deployment
 from vllm_sim.serving.latency import (
     FITTED,
     SWAP_IN,
+    SWAP_OUT,
     UNIT,
     LatencyModel,
     Software,
@@ -229,16 +230,12 @@ def test_each_gpu_reads_and_computes_its_part(name, gpus, bytes_per_s):
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_the_fitted_constants_are_the_default(name):
     fitted = FITTED["opt-13b" if name == "llama-13b" else name]
+    assert all(0.0 < seconds < 0.1 for seconds in astuple(fitted)), "milliseconds"
     model = latency_model(DEPLOYMENTS[name], 16)
     assert model == latency_model(DEPLOYMENTS[name], 16, fitted)
     bare = latency_model(DEPLOYMENTS[name], 16, Software(0.0, 0.0, 0.0))
     assert model.step_s - bare.step_s == pytest.approx(fitted.step_s, rel=1e-9)
     assert model.prompt_s == fitted.prompt_s > bare.prompt_s == 0.0
-
-
-@pytest.mark.parametrize("name", FITTED)
-def test_fitted_constants_are_milliseconds(name):
-    assert all(0.0 < seconds < 0.1 for seconds in astuple(FITTED[name]))
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
@@ -278,18 +275,11 @@ def test_a_model_takes_nothing_for_what_it_does_not_name():
 
 
 def test_swapping_a_block_takes_a_call_and_its_slots():
-    models = {size: latency_model(DEPLOYMENTS["opt-13b"], size) for size in (1, 2, 4, 16, 256)}
-    for field in ("swap_out_s", "swap_in_s"):
-        seconds = {size: getattr(model, field) for size, model in models.items()}
-        slot = seconds[2] - seconds[1]
-        call = seconds[1] - slot
-        assert slot > 0.0 and call > slot
-        for size, taken in seconds.items():
-            assert taken == pytest.approx(call + size * slot, rel=1e-9)
-    # The same tokens in larger blocks take fewer calls.
-    assert models[16].swap_in_s < 16 * models[1].swap_in_s
-    for size, model in models.items():
-        same = replace(
-            models[1], block_size=size, swap_out_s=model.swap_out_s, swap_in_s=model.swap_in_s
-        )
-        assert model == same, "nothing else depends on the block size"
+    one = latency_model(DEPLOYMENTS["opt-13b"], 1)
+    for size in (1, 2, 4, 16, 256):
+        of_size = {"block_size": size}
+        for way, swap in (("swap_out_s", SWAP_OUT), ("swap_in_s", SWAP_IN)):
+            assert swap.call_s > swap.slot_s > 0.0, "larger blocks pay: they take fewer calls"
+            of_size[way] = pytest.approx(swap.call_s + size * swap.slot_s, rel=1e-9)
+        expected = asdict(one) | of_size  # nothing else depends on the block size
+        assert asdict(latency_model(DEPLOYMENTS["opt-13b"], size)) == expected
