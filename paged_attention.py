@@ -105,7 +105,7 @@ class PagedKVCache:
         # The same for copies, which do not care what is inside a block: (L * 2, N, S * H_kv * D)
         self._blocks = self.pool.flatten(0, 1).flatten(2)
         self._host = HostPool(num_cpu_blocks, self.pool, self._kernels)
-        _check_indexed(dtype, self.device, fused=self.fused, poison=poison)
+        _check_indexed(self._blocks[0, :1], read=not self.fused, poison=poison)
         if poison:
             self.pool.fill_(torch.nan)
             self.cpu_pool.fill_(torch.nan)
@@ -260,20 +260,15 @@ def check_device_memory(num_bytes, device):
         raise DeviceMemoryError(f"{device}: {need:,.2f} GiB needed, {have:,.2f} GiB available")
 
 
-def _not_indexed(dtype, device):
-    return f"blocks of {dtype} cannot be indexed on {device}"
-
-
-def _check_indexed(dtype, device, fused, poison):
-    """Raise ShapeError unless torch can do on a device what a cache of this dtype asks for."""
-    rows, at = torch.zeros(1, 1, device=device).to(dtype), torch.tensor([0], device=device)
+def _check_indexed(rows, read=True, poison=False):
+    """Raise ShapeError unless torch can index such rows: of 8 bits it cannot on some devices."""
+    at = torch.tensor([0], device=rows.device)
     try:
-        if not fused:
-            rows.index_copy_(0, at, rows.index_select(0, at))
+        rows = rows.index_select(0, at) if read else rows[:1].clone()
         if poison:
             rows.index_fill_(0, at, torch.nan)
     except NotImplementedError:
-        raise ShapeError(_not_indexed(dtype, device)) from None
+        raise ShapeError(f"blocks of {rows.dtype} cannot be indexed on {rows.device}") from None
 
 
 def _check_numbers(numbers, end, what):
@@ -423,10 +418,9 @@ def gather_blocks(pool, block_tables):
     _check_numbers(block_tables, pool.shape[0], "block")
     batch, max_blocks = block_tables.shape
     # As rows of one block each: index_select then copies whole blocks, not heads.
-    try:
-        blocks = pool.flatten(1).index_select(0, block_tables.flatten())
-    except NotImplementedError:  # of 8 bits, on some devices
-        raise ShapeError(_not_indexed(pool.dtype, pool.device)) from None
+    if pool.itemsize == 1:
+        _check_indexed(pool[:1].flatten(1))
+    blocks = pool.flatten(1).index_select(0, block_tables.flatten())
     return blocks.view(batch, max_blocks * pool.shape[1], *pool.shape[2:])
 
 
