@@ -19,11 +19,10 @@ import sys
 import time
 from functools import partial
 
-from vllm_sim.reporting import command_line
-from vllm_sim.reporting.command_line import UsageError, exit_code
+from vllm_sim.reporting.command_line import UsageError, begin, exit_code, raise_on_interrupt
 
 if __name__ == "__main__":
-    command_line.begin("capacity.py", "numpy", "tabulate")
+    begin("capacity.py", "numpy", "tabulate")
 
 from vllm_sim.reporting.progress import Progress
 from vllm_sim.sizing.options import build_parser, check_options
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     from vllm_sim.sizing import answers, pictures, trace_answers
     from vllm_sim.sizing.case import make_case, make_trace_case
 
-    command_line.raise_on_interrupt()
+    raise_on_interrupt()
     if args.json is not None:
         check_writable(args.json)
     start = time.perf_counter()

@@ -22,14 +22,14 @@ import time
 from concurrent.futures import BrokenExecutor
 from functools import partial
 
-from vllm_sim.reporting import command_line
-from vllm_sim.reporting.command_line import UsageError, exit_code
+from vllm_sim.reporting.command_line import UsageError, begin, exit_code, raise_on_interrupt
 
 if __name__ == "__main__":
-    command_line.begin("reproduce.py", "numpy", "tabulate")
+    begin("reproduce.py", "numpy", "tabulate")
 
 from allocators import CacheError
 from vllm_sim.evaluation.options import BEAM_SECONDS, FIGURES, build_parser, check
+from vllm_sim.reporting.arguments import keep_apart
 from vllm_sim.reporting.progress import Progress
 
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     from vllm_sim.reporting.files import check_writable, print_then, write_json
     from vllm_sim.workload.data_sets import DATASETS, find_lengths
 
-    command_line.raise_on_interrupt()
+    raise_on_interrupt()
     if args.json is not None:
         check_writable(args.json)
     check(args)
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError("--beam-seconds is for figure 14, which is not among those asked for")
     lengths = find_lengths([*map(str, args.lengths)], os.environ.get("LENGTHS_DIR"))
     read = [("LENGTHS_DIR", path) for path in lengths.files.values()]
-    command_line.keep_apart(read, build_parser().files(args)[1])
+    keep_apart(read, build_parser().files(args)[1])
     sources = {dataset: lengths.source(dataset) for dataset in DATASETS}
     if args.figures is not None:  # last, as it makes the folder
         pictures.check_pictures(args.figures)

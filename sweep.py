@@ -17,11 +17,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from vllm_sim.reporting import command_line
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, file_name, whole
+from vllm_sim.reporting.arguments import OneLineParser, file_name, whole
+from vllm_sim.reporting.command_line import UsageError, begin, exit_code, raise_on_interrupt
 
 if __name__ == "__main__":
-    command_line.begin("sweep.py", "numpy", "tabulate")
+    begin("sweep.py", "numpy", "tabulate")
 
 from vllm_sim.evaluation import options as evaluation
 from vllm_sim.reporting import sweep_cells, sweep_table
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_and_run(argv: list[str] | None) -> int:
     """The exit code. Raises UsageError for what cannot be used, before anything is written."""
     args, arguments = build_parser().parse_known_args(argv)
-    command_line.raise_on_interrupt()
+    raise_on_interrupt()
     if args.merge:
         if arguments:
             raise UsageError(f"unrecognized arguments: {' '.join(arguments)}")

@@ -32,7 +32,8 @@ from script import Script, entry, options, show, table
 from allocators import CacheError
 from vllm_sim.evaluation.experiments import Run, groups_for, latency_of, manager_for
 from vllm_sim.paper import MAX_BATCHED_TOKENS, VLLM
-from vllm_sim.reporting.command_line import UsageError, folder
+from vllm_sim.reporting.arguments import folder
+from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.serving.simulator import ServingResult, simulate
 from vllm_sim.serving.systems import limits_of
 from vllm_sim.workload.data_sets import find_lengths

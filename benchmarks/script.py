@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, positive
+from vllm_sim.reporting.arguments import OneLineParser, positive
+from vllm_sim.reporting.command_line import UsageError, exit_code
 from vllm_sim.reporting.documents import measured
 from vllm_sim.reporting.files import DASH, check_writable, out_file, pictures, write_json
 from vllm_sim.reporting.progress import Progress

@@ -71,7 +71,8 @@ import sweep
 from vllm_sim.evaluation import pictures, runner
 from vllm_sim.models.config_file import ConfigError
 from vllm_sim.reporting import command_line, sweep_cells
-from vllm_sim.reporting.command_line import FileName, UsageError
+from vllm_sim.reporting.arguments import FileName
+from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.sweep_cells import PATHS
 from vllm_sim.scenarios import run as scenario_run
 from vllm_sim.scenarios.report import ScenarioReport

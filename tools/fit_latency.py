@@ -37,7 +37,8 @@ from allocators import CacheError
 from vllm_sim import models, paper
 from vllm_sim.evaluation.curves import fitted_points
 from vllm_sim.evaluation.experiments import Run, execute
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code
+from vllm_sim.reporting.arguments import OneLineParser
+from vllm_sim.reporting.command_line import UsageError, exit_code
 from vllm_sim.reporting.tables import Table, render
 from vllm_sim.serving import latency
 from vllm_sim.serving.latency import Software, Swap, latency_model

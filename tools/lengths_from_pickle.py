@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, file_name
+from vllm_sim.reporting.arguments import OneLineParser, file_name
+from vllm_sim.reporting.command_line import UsageError, exit_code
 from vllm_sim.reporting.files import check_writable, out_file, read_bounded, write_whole
 from vllm_sim.workload.data_sets import PAIR_COLUMNS
 from vllm_sim.workload.requests import MAX_LENGTH

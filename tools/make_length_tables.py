@@ -25,7 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, exit_code, folder
+from vllm_sim.reporting.arguments import OneLineParser, folder
+from vllm_sim.reporting.command_line import UsageError, exit_code
 from vllm_sim.reporting.files import check_writable, write_json
 from vllm_sim.workload import length_tables
 from vllm_sim.workload.data_sets import (

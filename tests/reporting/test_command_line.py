@@ -12,16 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sim.reporting.command_line import (
-    OneLineParser,
-    UsageError,
-    exit_code,
-    file_name,
-    folder,
-    positive,
-    raise_on_interrupt,
-    seed,
-)
+from vllm_sim.reporting.arguments import OneLineParser, file_name, folder, positive, seed
+from vllm_sim.reporting.command_line import UsageError, exit_code, raise_on_interrupt
 from vllm_sim.reporting.files import OutputError, print_then
 
 ROOT = Path(__file__).resolve().parents[2]

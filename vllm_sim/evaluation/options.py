@@ -12,7 +12,8 @@ import argparse
 import os
 
 from vllm_sim import paper
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, file_name, positive
+from vllm_sim.reporting.arguments import OneLineParser, file_name, positive
+from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.files import add_output_options
 
 MAX_SEEDS = 1000

@@ -21,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from vllm_sim.reporting.command_line import STANDARD, FileName, UsageError, folder
+from vllm_sim.reporting.arguments import STANDARD, FileName, folder
+from vllm_sim.reporting.command_line import UsageError
 
 out_file = FileName("file", written=True)
 out_folder = replace(folder, written=True, within="")  # whose files the script itself checks

@@ -22,7 +22,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from vllm_sim.reporting.command_line import OneLineParser, UsageError, keep_apart
+from vllm_sim.reporting.arguments import OneLineParser, keep_apart
+from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.documents import Json, document, rows_table, told
 from vllm_sim.reporting.files import make_folder, write_json
 from vllm_sim.reporting.sweep_table import read_run

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from vllm_sim.reporting.command_line import Named, UsageError, keep_apart
+from vllm_sim.reporting.arguments import Named, keep_apart
+from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.documents import SCHEMA, Json, document, rows_table
 from vllm_sim.reporting.files import check_writable, print_then, read_bounded, write_json
 from vllm_sim.reporting.tables import Cell, Table, counted, render, wrapped

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from vllm_sim import models, paper
-from vllm_sim.reporting.command_line import TIME_UNITS, OneLineParser, file_name, positive, seed
+from vllm_sim.reporting.arguments import TIME_UNITS, OneLineParser, file_name, positive, seed
 from vllm_sim.reporting.files import add_output_options, out_file
 
 EXAMPLE = """\

@@ -16,15 +16,15 @@ from functools import partial
 
 from vllm_sim import paper
 from vllm_sim.models import GPUS, MODELS
-from vllm_sim.reporting.command_line import (
+from vllm_sim.reporting.arguments import (
     TIME_UNITS,
     FileName,
     OneLineParser,
-    UsageError,
     file_name,
     positive,
     seed,
 )
+from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.files import add_output_options
 
 MATRIX_BITS = {"fp16": 16, "bf16": 16, "fp8": 8}
