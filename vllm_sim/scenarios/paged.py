@@ -298,6 +298,7 @@ def report(found: Found) -> ScenarioReport:
     predicted, whole = setting.pool_bytes(), m.kv_bytes_per_token * setting.num_slots
     widest, gathers = found.attended.gathered, setting.kernel == GATHER
     share, told = 100 * widest / predicted, paper.FIG13_VLLM_OVER["ShareGPT"][paper.ORCA_ORACLE]
+    more = f"{widest / paper.GIB:.2f} GiB ({share:.1f} % of the pool)"
     gather = {"bytes": widest, "percent_of_pool": share, "needed": gathers}
     pool = {"bytes": predicted, "layers": setting.num_layers, "model_layers": m.num_layers}
     pool |= {"dtype": dtype, "model_fp16_bytes": whole, "model_fp16_gib": whole / paper.GIB}
@@ -308,17 +309,15 @@ def report(found: Found) -> ScenarioReport:
         "How many requests fit, and is attention over scattered blocks exact?",
         [
             *tables(found),
-            f"K/V pool: {predicted:,} bytes for {setting.num_layers} of {m.num_layers} layers in "
-            f"{dtype}; the whole model in fp16: {whole / paper.GIB:.2f} GiB\n"
+            f"K/V pool: {predicted / paper.GIB:.2f} GiB for {setting.num_layers} of "
+            f"{m.num_layers} layers in {dtype}; the whole model in fp16: {whole / paper.GIB:.2f} GiB\n"
             f"(2 x {m.num_layers} layers x {m.num_kv_heads} heads x {m.head_size} x 2 bytes = "
             f"{m.kv_bytes_per_token:,} bytes per token).",
-            f"Kernel gather: copying the blocks of the largest batch together takes {widest:,} "
-            f"more bytes ({share:.1f} % of the pool), for the copies alone. Kernel "
-            "triton, on a GPU, reads them in place and does not need these."
+            f"Kernel gather: copying the blocks of the largest batch together takes {more} more "
+            "for the copies alone. Kernel triton, on a GPU, reads them in place and needs none."
             if gathers
-            else f"Kernel triton reads the blocks in place: the {widest:,} bytes "
-            f"({share:.1f} % of the pool) into which kernel gather would copy the "
-            "blocks of the largest batch are not needed.",
+            else f"Kernel triton reads the blocks in place: it does not need the {more} into which "
+            "kernel gather would copy the blocks of the largest batch.",
         ],
         [*checks(found)],
         f"paging fills {ours.percent('tokens'):.1f} % of the KV cache with tokens (paper: "
