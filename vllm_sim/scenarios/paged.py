@@ -310,7 +310,8 @@ def report(found: Found) -> ScenarioReport:
         [
             *tables(found),
             f"K/V pool: {predicted / paper.GIB:.2f} GiB for {setting.num_layers} of "
-            f"{m.num_layers} layers in {dtype}; the whole model in fp16: {whole / paper.GIB:.2f} GiB\n"
+            f"{m.num_layers} layers in {dtype}; the whole model in fp16: "
+            f"{whole / paper.GIB:.2f} GiB\n"
             f"(2 x {m.num_layers} layers x {m.num_kv_heads} heads x {m.head_size} x 2 bytes = "
             f"{m.kv_bytes_per_token:,} bytes per token).",
             f"Kernel gather: copying the blocks of the largest batch together takes {more} more "
