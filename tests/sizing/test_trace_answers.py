@@ -177,6 +177,8 @@ def test_a_rate_stands_in_for_the_times(run, write):
     assert rows_of(found, "How many requests run")[0]["number"] == 80
     timed = write(burst(30))
     assert run("--trace", timed)[1]["tables"] != run("--trace", timed, "--rate", 9)[1]["tables"]
+    since_1970 = write("time,prompt,output\n1700000000000,5,5\n1700000000500,6,5\n")  # in ms
+    assert run("--trace", since_1970, "--rate", 4)[1]["setting"]["trace"]["rows_refused"] == {}
 
 
 def test_only_some_rows_and_rows_out_of_order_are_told(run, write):

@@ -236,7 +236,7 @@ class TraceCase:
 
 def make_trace_case(args: argparse.Namespace, case: Case) -> TraceCase:
     """The trace that the options name, for this case. UsageError, WorkloadError."""
-    unit = args.time_unit or (None if args.rate is None else "s")  # replaced by --rate
+    unit = args.time_unit if args.rate is None else "ns"  # any: only their order counts then
     trace = read_trace(args.trace, args.trace_rows, unit)
     if args.rate is None and trace.arrivals is None:
         raise UsageError(
