@@ -175,6 +175,11 @@ def test_traces_as_people_have_them(read, text, times):
     assert trace.times.endswith(": 2 requests over 4.000 s, 0.25 requests a second")
 
 
+@pytest.mark.parametrize(("second", "span"), [("08:30:00", 55_800), ("16:59:00", 60)])
+def test_a_night_lies_between_two_days_but_a_late_row_is_of_the_same(read, second, span):
+    assert read(DATES.format("17:00:00", second)).span_s == span
+
+
 def test_a_long_array_on_one_line_and_one_that_breaks_off(read):
     text = "[" + ", ".join([OBJECT] * 3000)
     assert len(text) > 5 * text_files.MAX_LINE_BYTES
@@ -243,6 +248,7 @@ WRONG_ROWS = [
     ("1,x,5", "the prompt is not a number of tokens"),
     ("1,5.5,5", "the prompt is not a number of tokens"),
     ("1,1e3,5", "the prompt is not a number of tokens"),
+    ("1,1.000,5", "the prompt is not a number of tokens"),
     ("1,,5", "the prompt is not a number of tokens"),
     ("1,5,nan", "the output is not a number of tokens"),
     ("1,5," + "9" * 30, "the output is not a number of tokens"),

@@ -43,7 +43,7 @@ COLUMNS = {
         "completion response output",
     ),
     "time": (
-        "arrival_time arrivals arrival arrival_times arrival_timestamp arrived_at",
+        "arrival_time arrival arrivals arrival_times arrival_timestamp arrived_at",
         "timestamp time timestamps times ts datetime request_time created_at created",
         "start_time start started_at start_timestamp",
     ),
@@ -58,7 +58,7 @@ SECONDS = {
 AZURE = {"timestamp", "contexttokens", "generatedtokens"}
 BURSTGPT = {"timestamp", "model", "requesttokens", "responsetokens"}
 MOONCAKE = {"timestamp", "inputlength", "outputlength"}
-NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
+NUMBER = re.compile(r"-?[0-9]{1,15}(\.(?!000$)0*)?")  # 1.000 may be one or, of Excel, a thousand
 THOUSANDS = re.compile("[0-9]{1,3}(?:[ ,'\u00a0\u2009\u202f][0-9]{3})+")
 FAILED = "failed: 0 response tokens"
 
@@ -115,8 +115,6 @@ KNOWN = {
     for name in names.split()
     for unit, seconds in {"": None, **(SECONDS if role == "time" else {})}.items()
 }
-KNOWN |= {_plain(name): ("time", 1, None) for name in ("timestamps", "times")}
-KNOWN["arrivals"] = ("time", 0, None)
 
 
 def _known(name: str) -> tuple[str, int, float | None]:
@@ -217,7 +215,7 @@ def _count(role: str, value: object) -> int:
 
 def hash_ids(row: Mapping[str, object]) -> tuple[int, ...]:
     """Mooncake's ids of the prompt's blocks, none if there are none; RowError."""
-    ids = row.get("hash_ids", [])
+    ids = row.get("hash_ids") or []
     if not isinstance(ids, list) or not all(type(one) is int for one in ids):
         raise RowError("hash_ids are not whole numbers")
     return tuple(ids)

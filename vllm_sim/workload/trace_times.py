@@ -21,7 +21,8 @@ WORDS = {1.0: "seconds", 1e-3: "milliseconds", 1e-6: "microseconds", 1e-9: "nano
 SAID = {512: 1e-3, 16: 1.0}  # by tokens of a block: Mooncake's unit, and Bailian's
 EPOCH_S = 9e8, 5e9  # seconds since 1970 of any recent day
 LATEST_S = 1e11  # seconds since 1970; milliseconds of today are more
-HALF_DAY_S, CLOCK = 43_200.0, "times of day"
+DAY_S, CLOCK = 86_400.0, "times of day"
+BACK_S = DAY_S / 4  # that a time of day goes back by from one day to the next; a row late, by less
 NO_TIME, ANOTHER = "the time is not one", "the time is of another kind than in the rows above"
 LATE = "a time after the year 5000: in another unit? (--time-unit)"
 # Beside ISO 8601; of two that read a column equally well the first is taken.
@@ -60,12 +61,12 @@ def understand(
 
 
 def _past_midnight(seconds: list[float | str]) -> list[float | str]:
-    """Times of day from the first day on: half a day back is the next one."""
+    """Times of day from the first day on; a night without requests lies between two days."""
     there = [i for i, one in enumerate(seconds) if not isinstance(one, str)]
     days, moved = 0, list(seconds)
     for before, now in pairwise(there):
-        days += seconds[before] - seconds[now] > HALF_DAY_S
-        moved[now] = seconds[now] + 2 * HALF_DAY_S * days
+        days += seconds[before] - seconds[now] > BACK_S
+        moved[now] = seconds[now] + DAY_S * days
     return moved
 
 

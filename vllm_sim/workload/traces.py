@@ -197,9 +197,9 @@ def _collect(name: str, form: Format, rows: Iterator[Row], unit: str | None) -> 
             )
         told = _times(told, arrivals)
     prompts, outputs, lines = columns
-    counted = (lines, late, *prefix_hits(hashes), block, told)
+    rest = (lines, late, *prefix_hits(hashes), block, told)
     name = short_name(name)
-    return Trace(name, form.name, read, prompts, outputs, arrivals, counts, *counted)
+    return Trace(name, form.name, read, prompts, outputs, arrivals, counts, *rest)
 
 
 def _nothing(form: Format, counts: Mapping[str, Refusal]) -> str:
