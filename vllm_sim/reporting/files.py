@@ -29,7 +29,6 @@ out_folder = replace(folder, written=True, within="")  # whose files the script 
 pictures = replace(folder, written=True, within="*.png")
 MAX_PIPE = 2**28 + 1  # bytes: more than any reader takes
 DASH = "-: to standard output, the text to stderr"
-_pipes: dict[tuple[int, int], bytes] = {}  # what came through each, as it comes only once
 
 
 class OutputError(UsageError):
@@ -51,7 +50,7 @@ def short_name(path: str) -> str:
 
 
 def open_input(path: str | os.PathLike[str]) -> BinaryIO:
-    """The file, open; of a pipe, what came through it.
+    """The file, open; of a pipe, what came through it, which comes only once.
 
     Raises OSError, for what is neither a regular file nor a pipe too; ValueError for a NUL.
     """
@@ -64,13 +63,10 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
         if not stat.S_ISFIFO(found.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
         os.set_blocking(file.fileno(), True)
-        which = found.st_dev, found.st_ino
-        if content := file.read(MAX_PIPE):
-            _pipes[which] = content
-        elif which not in _pipes:
+        if not (content := file.read(MAX_PIPE)):
             raise OSError(errno.ENODATA, "nothing comes through this pipe")
     copy = tempfile.TemporaryFile()  # noqa: SIM115 - whoever called closes it
-    copy.write(_pipes[which])
+    copy.write(content)
     copy.seek(0)
     return copy
 

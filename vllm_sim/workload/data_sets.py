@@ -21,7 +21,7 @@ A file is told by the columns that its header names (CSV, plain or gzipped, any 
 
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +30,7 @@ from vllm_sim.reporting.files import short_name
 from vllm_sim.workload import length_tables
 from vllm_sim.workload.length_tables import WMT16_PROMPTS
 from vllm_sim.workload.requests import MAX_LENGTH, Pair, first_pairs, poisson_arrivals
-from vllm_sim.workload.text_files import Row, WorkloadError, read_csv, read_text
+from vllm_sim.workload.text_files import Line, Row, WorkloadError, read_csv, read_text
 
 DATASETS = ("ShareGPT", "Alpaca", "WMT16 1-shot", "WMT16 5-shot", "chat")
 WMT16_SHOTS = {"WMT16 1-shot": 1, "WMT16 5-shot": 5}
@@ -55,6 +55,7 @@ CHAT_OUTPUT = MODEL_LEN - CHAT_PROMPT - 8  # the artifact's 8 spare tokens
 # The artifact encodes each turn as 'human: text' or 'gpt: text', with a BOS token of its own.
 # The file counts the text alone. Three tokens for the speaker are our estimate.
 CHAT_TURN = 1 + 3
+Lines = list[Line] | None  # of a file, if it was read before
 
 
 def read_lengths(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -62,26 +63,30 @@ def read_lengths(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     return tuple(read_columns(path, PAIR_COLUMNS))
 
 
-def read_columns(path: str | os.PathLike[str], names: Sequence[str]) -> np.ndarray:
+def read_columns(
+    path: str | os.PathLike[str], names: Sequence[str], lines: Lines = None
+) -> np.ndarray:
     """The columns `names` of a length file, whole numbers from 1, int64 (columns, rows)."""
     lengths = array("q")  # flat, row by row
-    for place, cells in read_cells(path, names):
+    for place, cells in read_cells(path, names, lines):
         lengths.extend([whole_number(place, cell) for cell in cells])
     if not lengths:
         raise WorkloadError(f"{path}: no rows after the header")
     return np.array(lengths, dtype=np.int64).reshape(-1, len(names)).T.copy()
 
 
-def read_cells(path: str | os.PathLike[str], names: Sequence[str]) -> Iterator[Row]:
+def read_cells(
+    path: str | os.PathLike[str], names: Sequence[str], lines: Lines = None
+) -> Iterator[Row]:
     """('file, line n', cells of the columns `names`) of each row; the first line names columns."""
-    lines = read_csv(read_text(path))
-    place, header = next(lines, (os.fspath(path), []))
+    rows = read_csv(lines or read_text(path))
+    place, header = next(rows, (os.fspath(path), []))
     if any(header.count(name) != 1 for name in names):
         raise WorkloadError(
             f"{place}: the header must name {', '.join(names)}, once each; it has {_shown(header)}"
         )
     wanted = [header.index(name) for name in names]
-    for place, cells in lines:
+    for place, cells in rows:
         if len(cells) != len(header):
             raise WorkloadError(f"{place}: {len(cells)} cells, the header has {len(header)}")
         yield place, [cells[index] for index in wanted]
@@ -97,7 +102,7 @@ def whole_number(place: str, cell: str, low: int = 1) -> int:
     return int(cell)
 
 
-def chat_rounds(path: str | os.PathLike[str]) -> list[Pair]:
+def chat_rounds(path: str | os.PathLike[str], lines: Lines = None) -> list[Pair]:
     """(prompt, output) lengths of every round of the conversations in a file, in file order.
 
     As in the artifact, the prompt is the end of the history and the query, the output as long
@@ -111,7 +116,7 @@ def chat_rounds(path: str | os.PathLike[str]) -> list[Pair]:
     """
     rounds: list[Pair] = []
     history, query, current = 0, None, None
-    for place, cells in read_cells(path, CHAT_COLUMNS):
+    for place, cells in read_cells(path, CHAT_COLUMNS, lines):
         conversation, chunk, speaker, text = cells
         skipped, tokens = (whole_number(place, cell, low=0) for cell in (chunk, text))
         tokens += CHAT_TURN
@@ -124,7 +129,7 @@ def chat_rounds(path: str | os.PathLike[str]) -> list[Pair]:
     return rounds
 
 
-def read_pairs(path: str, dataset: str) -> list[Pair]:
+def read_pairs(path: str, dataset: str, lines: Lines = None) -> list[Pair]:
     """The (prompt, output) lengths of a data set that a trace may use, in the file's order.
 
     As in the artifact: ShareGPT's pairs below the model's length, all of Alpaca's, and WMT16's
@@ -132,14 +137,14 @@ def read_pairs(path: str, dataset: str) -> list[Pair]:
     Raises WorkloadError.
     """
     if dataset == "chat":
-        pairs = chat_rounds(path)
+        pairs = chat_rounds(path, lines)
     elif dataset in WMT16_SHOTS:
         shots = WMT16_SHOTS[dataset]
-        columns = read_columns(path, (WMT16_SUFFIX.format(shots), WMT16_OUTPUT))
+        columns = read_columns(path, (WMT16_SUFFIX.format(shots), WMT16_OUTPUT), lines)
         longest = MODEL_LEN - WMT16_PROMPTS[shots][0]
         pairs = [pair for pair in zip(*columns.tolist()) if sum(pair) <= longest]
     else:
-        pairs = list(zip(*read_columns(path, PAIR_COLUMNS).tolist()))
+        pairs = list(zip(*read_columns(path, PAIR_COLUMNS, lines).tolist()))
         if dataset == "ShareGPT":
             pairs = [pair for pair in pairs if sum(pair) < MODEL_LEN]
     if not pairs:
@@ -151,14 +156,13 @@ def read_pairs(path: str, dataset: str) -> list[Pair]:
 class Lengths:
     """Where the lengths of each data set come from: full files, or the compact tables.
 
-    `files` has the path of each data set that has a file; it is read once, at its first use.
+    `files` has the path of each data set that has a file; it is read once, at its first use, unless
+    its pairs are `known`.
     Raises ValueError for a data set that is not in DATASETS, WorkloadError for a bad file.
     """
 
     files: Mapping[str, str]
-    _pairs: dict[str, list[Pair]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    known: dict[str, list[Pair]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for dataset in self.files:
@@ -167,9 +171,9 @@ class Lengths:
 
     def pairs(self, dataset: str) -> list[Pair]:
         """The pairs of a data set that has a file (KeyError for others), see read_pairs."""
-        if dataset not in self._pairs:
-            self._pairs[dataset] = read_pairs(self.files[dataset], dataset)
-        return self._pairs[dataset]
+        if dataset not in self.known:
+            self.known[dataset] = read_pairs(self.files[dataset], dataset)
+        return self.known[dataset]
 
     def source(self, dataset: str) -> str:
         """One line of ASCII for reports: a file's name and size, or which table."""
@@ -209,25 +213,25 @@ def find_lengths(paths: Sequence[str], directory: str | None) -> Lengths:
     files leave open which of them is meant.
     """
     named: dict[str, str] = {}
+    known: dict[str, list[Pair]] = {}
     for path in paths:
-        datasets = _datasets(path, header := _header(path))
+        lines = [*read_text(path)]  # once, as it may be a pipe
+        datasets = _datasets(path, header := _header(lines))
         if not datasets:
             raise WorkloadError(
                 f"{path}: no data set is known by the columns {_shown(header)}; input_len and "
                 "output_len would do (others: vllm_sim/workload/data_sets.py)"
             )
         _claim(named, path, datasets)
+        known |= {dataset: read_pairs(path, dataset, lines) for dataset in datasets}
     found: dict[str, str] = {}
     for path in _files_in(directory) if directory else ():
         try:
-            header = _header(path)
+            header = _header(read_text(path))
         except WorkloadError:
             continue  # a folder may hold anything
         _claim(found, path, [name for name in _datasets(path, header) if name not in named])
-    lengths = Lengths(found | named)
-    for dataset in named:
-        lengths.pairs(dataset)
-    return lengths
+    return Lengths(found | named, known)
 
 
 def _check_dataset(name: str) -> None:
@@ -247,8 +251,8 @@ def _shown(header: Sequence[str]) -> str:
     return ", ".join(f"{name[:30]!a}" for name in header[:8]) + " ..." * (len(header) > 8)
 
 
-def _header(path: str) -> list[str]:
-    return next(read_csv(read_text(path)), (path, []))[1]
+def _header(lines: Iterable[Line]) -> list[str]:
+    return next(read_csv(lines), ("", []))[1]
 
 
 def _datasets(path: str, header: Sequence[str]) -> Sequence[str]:
