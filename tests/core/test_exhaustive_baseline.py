@@ -170,7 +170,8 @@ def canonical_baseline(m):
         (r.start_block, r.num_blocks, r.asked, r.final_len, r.start_len + m._now)
         for r in m._held.values()
     ]
-    return tuple(sorted(held)), frozen_buddy(m._buddy)
+    sums = m._tokens, m._final, m._asked
+    return tuple(sorted(held)), frozen_buddy(m._buddy), sums
 
 
 def canonical_with_the_past(m):
@@ -209,6 +210,10 @@ class Moves:
         assert len(taken) == len(set(taken)) == m.num_blocks - m.num_free_blocks
         assert set(taken) == taken_blocks(m._buddy)
         lengths = {i: (r.start_len + m._now, r.final_len) for i, r in held.items()}
+        assert all(m.num_tokens(i) == length for i, (length, _) in lengths.items())
+        usage, tokens = m.usage(), sum(length for length, _ in lengths.values())
+        assert usage.tokens == usage.logical_tokens == tokens
+        assert usage.reserved == sum(final for _, final in lengths.values()) - tokens
         unused = [i for i in range(world.num_seqs) if i not in held]
         if unused:
             yield from self.allocations(m, unused[0], lengths)
@@ -285,19 +290,15 @@ class Moves:
 
         def check(trial, result):
             assert trial._held.keys() == lengths.keys()
-            tokens = reserved = 0
+            now = trial._now
             for i, r in trial._held.items():
-                length, final = lengths[i]
-                assert (trial.num_tokens(i), r.final_len) == (length, final)
-                tokens, reserved = tokens + length, reserved + final - length
+                assert (r.start_len + now, r.final_len) == lengths[i]
                 if (old := places.get(i)) is not None:
                     at = old.start_block, old.num_blocks, old.asked
                     assert (r.start_block, r.num_blocks, r.asked) == at
                 else:
                     assert (r.asked, r.num_blocks) == new[i]
                     assert r.start_block % r.num_blocks == 0
-            usage = trial.usage()
-            assert (usage.tokens, usage.reserved) == (tokens, reserved)
 
         return check
 
