@@ -41,7 +41,7 @@ help:
 	@echo 'make run       main.py, all four scenarios; ARGS="--scenario 2 --seed 1" passes arguments'
 	@echo 'make figures   reproduce.py, every figure; ARGS=--quick for what takes seconds'
 	@echo 'make test      the tests but the slow ones; ARGS="-k cli" passes arguments to pytest'
-	@echo 'make slow      the long searches, an hour; writes their figures to results/searches.json'
+	@echo 'make slow      the long searches, half an hour; writes their figures to results/searches.json'
 	@echo 'make coverage  make test, and which branches of the root modules and vllm_sim it takes'
 	@echo 'make mutants   mutation testing, hours; MODULE=allocators.py is one module'
 	@echo 'make lint      ruff check and ruff format --check'
@@ -61,7 +61,7 @@ test: $(TEST_STAMP)
 	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m "not slow" -rs -n $(WORKERS) $(ARGS)
 
 slow: $(TEST_STAMP)
-	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m slow -n $(WORKERS) \
+	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m slow -n $(WORKERS) --dist worksteal \
 	    --figures results/searches.json $(ARGS)
 
 # Takes about twice as long. Every process that a test starts is counted as well, workers too.

@@ -8,14 +8,15 @@ each stands at the end of the run, and `--figures FILE` writes those of the last
 
 import json
 import os
-import shlex
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import record
 import torch
+
+from vllm_sim.reporting.documents import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,13 +104,20 @@ def pytest_terminal_summary(terminalreporter, config):
         if isinstance(numbers, dict):
             sums = searches.setdefault(name, {})
             sums |= {key: round(sums.get(key, 0) + value, 1) for key, value in numbers.items()}
-    if searches:
+    lines = [
+        f"{name}: {', '.join(f'{value:,} {key}' for key, value in numbers.items())}"
+        for name, numbers in searches.items()
+    ]
+    if lines:
         terminalreporter.section("figures")
-    for name, numbers in searches.items():
-        shown = (f"{value:,} {key}" for key, value in numbers.items())
-        terminalreporter.write_line(f"{name}: {', '.join(shown)}")
+        terminalreporter.write_line("\n".join(lines))
     if path := config.getoption("--figures"):
-        command = shlex.join(["pytest", *sys.argv[1:]])
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        document = {"command": command, "date": date, "searches": searches}
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        document = {
+            "command": "make slow",
+            "commit": record.commit(),
+            "device": record.device(),
+            "versions": versions(),
+            "output": {"arguments": sys.argv[1:], "searches": searches},
+            "printed": lines,
+        }
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="ascii")
