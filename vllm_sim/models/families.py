@@ -80,8 +80,16 @@ def rotary(
     return found
 
 
+def windowed(
+    config: Config, found: dict, window: int | None, slides: Callable = lambda index: True, **values
+) -> Model:
+    """A model whose layers have this window: as `layer_types` says, else where `slides(index)`."""
+    windows = layer_windows(config, found["num_layers"], window, slides)
+    return make_model(config, **found, windows=windows, **values)
+
+
 def layer_windows(config: Config, num_layers: int, window: int | None, slides: Callable) -> Windows:
-    """The window of each layer: as `layer_types` says, else where `slides(index)`."""
+    """Of each layer; () if none has one."""
     types = config.list("layer_types")
     if types and len(types) != num_layers:
         raise config.fail(f"{len(types)} layer_types for {num_layers} layers")
@@ -98,34 +106,24 @@ def layer_windows(config: Config, num_layers: int, window: int | None, slides: C
     return tuple(window if slide else None for slide in sliding)
 
 
-def all_layers(index: int) -> bool:
-    return True
-
-
 def every_other(index: int) -> bool:
     return index % 2 == 0
 
 
-def late_layers(config: Config) -> tuple[int | None, Callable]:
+def late_windowed(config: Config, found: dict, **values: object) -> Model:
     """Qwen's: `use_sliding_window`, from layer `max_window_layers` on."""
     if not config.flag("use_sliding_window", False):
-        return None, all_layers
+        return windowed(config, found, None, **values)
     first = config.count("max_window_layers", default=28, least=0)
-    return config.optional("sliding_window"), lambda index: index >= first
+    window = config.optional("sliding_window")
+    return windowed(config, found, window, lambda index: index >= first, **values)
 
 
 def _mixtral(config: Config, name: str) -> Model:
     found = rotary(config, name)
-    windows = layer_windows(
-        config, found["num_layers"], config.optional("sliding_window"), all_layers
-    )
-    experts = Experts(
-        found["num_layers"],
-        config.count("num_local_experts"),
-        config.count("num_experts_per_tok"),
-        found["ffn_size"],
-    )
-    return make_model(config, **found, windows=windows, experts=experts)
+    names = ("num_local_experts", "num_experts_per_tok")
+    experts = Experts(found["num_layers"], *map(config.count, names), found["ffn_size"])
+    return windowed(config, found, config.optional("sliding_window"), experts=experts)
 
 
 def _sparse_layers(config: Config, num_layers: int) -> int:
@@ -148,28 +146,19 @@ def _qwen2_moe(config: Config, name: str) -> Model:
         config.count("shared_expert_intermediate_size"),
         shared_gate=True,
     )
-    windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_model(config, **found, windows=windows, qkv_bias=True, experts=experts)
+    return late_windowed(config, found, qkv_bias=True, experts=experts)
 
 
 def _qwen3_moe(config: Config, name: str) -> Model:
     found = rotary(config, name, biased=False)
     experts = Experts(*_routed(config, found["num_layers"]))
-    windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_model(config, **found, windows=windows, head_norms=True, experts=experts)
+    return late_windowed(config, found, head_norms=True, experts=experts)
 
 
 def _deepseek(config: Config, name: str) -> Model:
     """V2 and V3: a latent cache, dense layers first, then experts with shared ones."""
-    for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
-        config.count(key)  # named before anything else is asked for
-    latent = Latent(
-        config.count("kv_lora_rank"),
-        config.count("qk_rope_head_dim"),
-        config.count("qk_nope_head_dim"),
-        config.count("v_head_dim"),
-        config.optional("q_lora_rank"),
-    )
+    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    latent = Latent(*map(config.count, names), config.optional("q_lora_rank"))
     head_size = latent.nope_size + latent.rope_size
     found = rotary(config, name, head_dim=head_size)
     found |= {"head_size": head_size, "num_kv_heads": found["num_heads"]}
@@ -205,8 +194,7 @@ def _gpt_oss(config: Config, name: str) -> Model:
         biases=True,
     )
     window = config.count("sliding_window", default=128)
-    windows = layer_windows(config, found["num_layers"], window, every_other)
-    return make_model(config, **found, windows=windows, experts=experts, sinks=True)
+    return windowed(config, found, window, every_other, experts=experts, sinks=True)
 
 
 def _opt(config: Config, name: str) -> Model:
@@ -272,23 +260,15 @@ def _llama(config: Config, name: str) -> Model:
 
 
 def _mistral(config: Config, name: str) -> Model:
-    found = rotary(config, name)
-    windows = layer_windows(
-        config, found["num_layers"], config.optional("sliding_window"), all_layers
-    )
-    return make_model(config, **found, windows=windows)
+    return windowed(config, rotary(config, name), config.optional("sliding_window"))
 
 
 def _qwen2(config: Config, name: str) -> Model:
-    found = rotary(config, name)
-    windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_model(config, **found, windows=windows, qkv_bias=True)
+    return late_windowed(config, rotary(config, name), qkv_bias=True)
 
 
 def _qwen3(config: Config, name: str) -> Model:
-    found = rotary(config, name, biased=False, head_dim=128)
-    windows = layer_windows(config, found["num_layers"], *late_layers(config))
-    return make_model(config, **found, windows=windows, head_norms=True)
+    return late_windowed(config, rotary(config, name, biased=False, head_dim=128), head_norms=True)
 
 
 def _gemma(config: Config, name: str) -> Model:
@@ -298,8 +278,7 @@ def _gemma(config: Config, name: str) -> Model:
 def _gemma2(config: Config, name: str) -> Model:
     found = rotary(config, name, tied=True, biased=False, head_dim=256)
     window = config.count("sliding_window", default=4096)
-    windows = layer_windows(config, found["num_layers"], window, every_other)
-    return make_model(config, **found, windows=windows, norms_per_layer=4)
+    return windowed(config, found, window, every_other, norms_per_layer=4)
 
 
 def _gemma3(config: Config, name: str) -> Model:
@@ -314,19 +293,11 @@ def _gemma3(config: Config, name: str) -> Model:
     found = rotary(config, name, tied=True, biased=False, **class_defaults)
     pattern = config.count("sliding_window_pattern", "_sliding_window_pattern", default=6)
     window = config.count("sliding_window", default=4096)
-    windows = layer_windows(
-        config, found["num_layers"], window, lambda index: (index + 1) % pattern
-    )
     missing = [key for key in class_defaults if not config.has(key)]
     notes = (f"class defaults for {', '.join(missing)}",) if missing else ()
-    return make_model(
-        config,
-        **found,
-        windows=windows,
-        norms_per_layer=4,
-        head_norms=True,
-        notes=notes,
-    )
+    norms = {"norms_per_layer": 4, "head_norms": True}
+    slides = lambda index: (index + 1) % pattern  # noqa: E731
+    return windowed(config, found, window, slides, **norms, notes=notes)
 
 
 FAMILIES: dict[str, Callable[[Config, str], Model]] = {
