@@ -29,6 +29,8 @@ from vllm_sim.reporting.drawing import (
     RED,
     SMALL,
     YELLOW,
+    beside,
+    beside_legend,
     block_size_axis,
     check_folder,
     legend,
@@ -215,25 +217,12 @@ def _fig15(found: Found) -> Figure:
 
 def _bars(found: Found, panels: Mapping[str, Sequence[Bar]], unit: str) -> Figure:
     """A panel a title, with ours and the paper's side by side."""
-    from matplotlib.patches import Patch
-
-    dashed = {"fill": False, "linestyle": "--", "linewidth": 1.5}
     figure, grid = _sheet(found, len(panels))
     for number, (axes, (title, bars)) in enumerate(zip(grid, panels.items())):
-        for x, (_, name, theirs, ours) in enumerate(bars):
-            colour, label = LOOKS[name][0], {"fmt": "{:.3g}", "padding": 2, "fontsize": SMALL}
-            axes.bar_label(axes.bar(x - BAR / 2, ours, 0.94 * BAR, color=colour), **label)
-            hollow = axes.bar(x + BAR / 2, theirs, 0.94 * BAR, edgecolor=colour, **dashed)
-            axes.bar_label(hollow, **label)
+        beside(axes, [(label, LOOKS[name][0], ours, told) for label, name, told, ours in bars])
         axes.set_title(f"({ascii_lowercase[number]}) {title}")
-        axes.set_xticks(range(len(bars)), [label for label, *_ in bars])
-        axes.margins(y=0.12)
     grid[0].set_ylabel(unit)
-    whose = [
-        Patch(color=GREY, label="ours: filled"),
-        Patch(edgecolor=GREY, label="paper: hollow", **dashed),
-    ]
-    figure.legend(handles=whose, loc="outside lower center", ncols=2)
+    beside_legend(figure, GREY)
     return figure
 
 

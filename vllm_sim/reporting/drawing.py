@@ -51,6 +51,7 @@ STYLE = {
 # Without matplotlib's version in it, the same rows give the same bytes.
 PNG = {"format": "png", "bbox_inches": "tight", "metadata": {"Software": None}}
 HOLLOW = {"linestyle": "--", "linewidth": 1.3, "markerfacecolor": "white", "markersize": 6.5}
+DASHED = {"fill": False, "linestyle": "--", "linewidth": 1.5}
 PLATE = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 BAR = 0.38  # the width of a bar; ours and the paper's are side by side, pairs are 1 apart
 SMALL = 9.5  # points: the least that a label has
@@ -115,6 +116,27 @@ def segment(
     if value >= least:
         axes.bar_label(bar, fmt="%.1f", label_type="center", fontsize=SMALL, bbox=PLATE)
     return bottom + value
+
+
+def beside(axes: Axes, bars: Sequence[tuple[str, str, float, float | None]]) -> None:
+    """Bars of (label, colour, ours, the paper's if it has one): ours filled, the paper's hollow."""
+    for x, (_, colour, ours, theirs) in enumerate(bars):
+        drawn = [axes.bar(x - BAR / 2, ours, 0.94 * BAR, color=colour)]
+        if theirs is not None:
+            drawn.append(axes.bar(x + BAR / 2, theirs, 0.94 * BAR, edgecolor=colour, **DASHED))
+        for bar in drawn:
+            axes.bar_label(bar, fmt="{:.3g}", padding=2, fontsize=SMALL)
+    axes.set_xticks(range(len(bars)), [label for label, *_ in bars])
+    axes.margins(y=0.12)
+
+
+def beside_legend(figure: Figure, colour: str) -> None:
+    """Whose is whose of the bars that `beside` draws."""
+    from matplotlib.patches import Patch
+
+    ours, theirs = {"color": colour}, {"edgecolor": colour, **DASHED}
+    whose = [Patch(**ours, label="ours: filled"), Patch(**theirs, label="paper: hollow")]
+    figure.legend(handles=whose, loc="outside lower center", ncols=2)
 
 
 def legend(figure: Figure, looks: Mapping[str, tuple[str, str]], columns: int) -> None:

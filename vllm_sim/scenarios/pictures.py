@@ -31,6 +31,8 @@ from vllm_sim.reporting.drawing import (
     SKY,
     SMALL,
     YELLOW,
+    beside,
+    beside_legend,
     check_folder,
     parts_legend,
     save,
@@ -186,31 +188,17 @@ def pool_slots(report: ScenarioReport, setting: str) -> Figure:
 
 def saving_bars(report: ScenarioReport, setting: str) -> Figure:
     """Fig. 15a's bars and the text's range for ShareGPT: ours filled, the paper's hollow."""
-    from matplotlib.patches import Patch
-
     panels: dict[str, list[Saving]] = {}
     for saving in report.savings:
         panels.setdefault(saving.lengths, []).append(saving)
-    hollow = {"fill": False, "linestyle": "--", "linewidth": 1.5}
     title = f"Scenario 3: blocks saved by sharing the prompt (Fig. 15)\n{setting}"
     figure, grid = sheet(title, len(panels), sharey=True)
     for axes, (name, found) in zip(grid, panels.items()):
-        for x, one in enumerate(found):
-            bars = [axes.bar(x - BAR / 2, one.ours, 0.94 * BAR, color=BLUE)]
-            if one.paper is not None:
-                bars.append(axes.bar(x + BAR / 2, one.paper, 0.94 * BAR, edgecolor=BLUE, **hollow))
-            for bar in bars:
-                axes.bar_label(bar, fmt="{:.3g}", padding=2, fontsize=SMALL)
+        beside(axes, [(f"{one.num_samples} samples", BLUE, one.ours, one.paper) for one in found])
         told = " (the paper's text: a range)" if any(one.paper is None for one in found) else ""
         axes.set_title(f"{name} lengths{told}")
-        axes.set_xticks(range(len(found)), [f"{one.num_samples} samples" for one in found])
-        axes.margins(y=0.12)
     grid[0].set_ylabel("Blocks saved (%)")
-    whose = [
-        Patch(color=BLUE, label="ours: filled"),
-        Patch(edgecolor=BLUE, label="paper: hollow", **hollow),
-    ]
-    figure.legend(handles=whose, loc="outside lower center", ncols=2)
+    beside_legend(figure, BLUE)
     return figure
 
 
