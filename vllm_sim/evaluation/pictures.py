@@ -21,25 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sim import paper
 from vllm_sim.evaluation.runner import Found
-from vllm_sim.reporting.drawing import (
-    BAR,
-    BLUE,
-    GREEN,
-    GREY,
-    RED,
-    SMALL,
-    YELLOW,
-    beside,
-    beside_legend,
-    block_size_axis,
-    check_folder,
-    legend,
-    log_axis,
-    pair,
-    save,
-    segment,
-    sheet,
-)
+from vllm_sim.reporting import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,23 +31,23 @@ if TYPE_CHECKING:
 
 TOP = 1.0  # s/token, where the paper's latency axes end
 LOOKS = {  # colour and marker
-    paper.FASTER_TRANSFORMER: (GREY, "D"),
-    paper.ORCA_MAX: (RED, "^"),
-    paper.ORCA_POW2: (YELLOW, "v"),
-    paper.ORCA_ORACLE: (GREEN, "s"),
-    paper.VLLM: (BLUE, "o"),
-    "ShareGPT": (BLUE, "o"),
-    "Alpaca": (RED, "s"),
-    "recompute": (BLUE, "o"),
-    "swap": (RED, "s"),
-    "parallel": (BLUE, ""),
-    "beam": (GREEN, ""),
+    paper.FASTER_TRANSFORMER: (drawing.GREY, "D"),
+    paper.ORCA_MAX: (drawing.RED, "^"),
+    paper.ORCA_POW2: (drawing.YELLOW, "v"),
+    paper.ORCA_ORACLE: (drawing.GREEN, "s"),
+    paper.VLLM: (drawing.BLUE, "o"),
+    "ShareGPT": (drawing.BLUE, "o"),
+    "Alpaca": (drawing.RED, "s"),
+    "recompute": (drawing.BLUE, "o"),
+    "swap": (drawing.RED, "s"),
+    "parallel": (drawing.BLUE, ""),
+    "beam": (drawing.GREEN, ""),
 }
 PARTS = {  # of Fig. 2's bars, from the bottom
-    "tokens": ("Token states", BLUE),
-    "reserved": ("Reservation", YELLOW),
-    "internal": ("Internal fragmentation", RED),
-    "external": ("External fragmentation and others", GREY),
+    "tokens": ("Token states", drawing.BLUE),
+    "reserved": ("Reservation", drawing.YELLOW),
+    "internal": ("Internal fragmentation", drawing.RED),
+    "external": ("External fragmentation and others", drawing.GREY),
 }
 LATENCY = "Normalized latency (s/token)"
 Bar = tuple[str, str, float, float]  # label, name in LOOKS, the paper's, ours
@@ -74,13 +56,13 @@ Panel = tuple[str, Mapping[str, float]]  # title, the paper's rates at its RATE_
 
 def check_pictures(directory: Path) -> None:
     """OutputError unless pictures can be drawn and written there; makes the directory."""
-    check_folder(directory, map(_file, PICTURES))
+    drawing.check_folder(directory, map(_file, PICTURES))
 
 
 def draw(found: list[Found], directory: Path) -> list[Path]:
     """Draw what has a picture; returns the files written. Raises OutputError."""
     chosen = [one for one in found if one.rows and one.figure.name in PICTURES]
-    return save({_file(one.figure.name): partial(paint, one) for one in chosen}, directory)
+    return drawing.save({_file(one.figure.name): partial(paint, one) for one in chosen}, directory)
 
 
 def paint(found: Found) -> Figure:
@@ -96,7 +78,7 @@ def _file(name: str) -> str:
 def _sheet(found: Found, columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty figure under its title, and its panels in reading order."""
     name = found.figure.name
-    return sheet(f"{name}: {PICTURES[name][1]}", columns, rows)
+    return drawing.sheet(f"{name}: {PICTURES[name][1]}", columns, rows)
 
 
 def _read(found: Found, pattern: str, metric: str) -> list[tuple[tuple[str, ...], float, float]]:
@@ -133,13 +115,13 @@ def _curves(found: Found) -> Figure:
         right = 0.0
         for system, curve in curves.items():
             lines = curve.line(found.done), _beyond_top(curve.paper, rates[system])
-            pair(axes, LOOKS[system], *lines)
+            drawing.pair(axes, LOOKS[system], *lines)
             right = max([right, *(_leaves(line) for line in lines if line)])
         axes.set(xlim=(0.0, 1.04 * right), ylim=(0.0, TOP), xlabel="Request rate (req/s)")
         axes.set_title(f"({ascii_lowercase[number]}) {title}" if title else "")
         axes.set_ylabel("" if number % columns else LATENCY)
     names = dict.fromkeys(name for curves in panels.values() for name in curves)
-    legend(figure, {name: LOOKS[name] for name in names}, columns)
+    drawing.legend(figure, {name: LOOKS[name] for name in names}, columns)
     return figure
 
 
@@ -169,11 +151,11 @@ def _blocks(found: Found) -> Figure:
         lines.setdefault(name, []).append((int(block), *values))
     for name, points in lines.items():
         blocks, theirs, ours = zip(*sorted(points))
-        pair(axes, LOOKS[name], list(zip(blocks, ours)), list(zip(blocks, theirs)))
-    block_size_axis(axes, paper.BLOCK_SIZES)
-    log_axis(axes)
+        drawing.pair(axes, LOOKS[name], list(zip(blocks, ours)), list(zip(blocks, theirs)))
+    drawing.block_size_axis(axes, paper.BLOCK_SIZES)
+    drawing.log_axis(axes)
     axes.set(xlabel="Block size (tokens)", ylabel=LATENCY)
-    legend(figure, {name: LOOKS[name] for name in lines}, 1)
+    drawing.legend(figure, {name: LOOKS[name] for name in lines}, 1)
     return figure
 
 
@@ -186,12 +168,14 @@ def _fig2(found: Found) -> Figure:
         for (system,), theirs, ours in _read(found, "13B ShareGPT, (.+)", f"{part}, % of slots"):
             middle = systems.setdefault(system, len(systems))
             for whose, value, side in (("ours", ours, -0.53), ("paper", theirs, 0.53)):
-                x = middle + side * BAR
+                x = middle + side * drawing.BAR
                 look = {"label": label} if whose == "ours" else {"alpha": 0.55, "hatch": "///"}
                 if x not in bottoms:
-                    axes.text(x, 101.0, whose, ha="center", fontsize=SMALL)
+                    axes.text(x, 101.0, whose, ha="center", fontsize=drawing.SMALL)
                 bottom = bottoms.get(x, 0.0)
-                bottoms[x] = segment(axes, x, bottom, value, BAR, 5.0, color=colour, **look)
+                bottoms[x] = drawing.segment(
+                    axes, x, bottom, value, drawing.BAR, 5.0, color=colour, **look
+                )
     axes.set_xticks(list(systems.values()), list(systems))
     axes.set(ylim=(0.0, 107.0), yticks=range(0, 101, 20), ylabel="Share of KV cache slots (%)")
     handles, labels = axes.get_legend_handles_labels()
@@ -219,10 +203,12 @@ def _bars(found: Found, panels: Mapping[str, Sequence[Bar]], unit: str) -> Figur
     """A panel a title, with ours and the paper's side by side."""
     figure, grid = _sheet(found, len(panels))
     for number, (axes, (title, bars)) in enumerate(zip(grid, panels.items())):
-        beside(axes, [(label, LOOKS[name][0], ours, told) for label, name, told, ours in bars])
+        drawing.beside(
+            axes, [(text, LOOKS[name][0], ours, told) for text, name, told, ours in bars]
+        )
         axes.set_title(f"({ascii_lowercase[number]}) {title}")
     grid[0].set_ylabel(unit)
-    beside_legend(figure, GREY)
+    drawing.beside_legend(figure, drawing.GREY)
     return figure
 
 

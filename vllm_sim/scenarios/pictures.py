@@ -20,25 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_sim import paper
-from vllm_sim.reporting.drawing import (
-    BAR,
-    BLUE,
-    GREEN,
-    GREY,
-    PARTS,
-    PLATE,
-    PURPLE,
-    SKY,
-    SMALL,
-    YELLOW,
-    beside,
-    beside_legend,
-    check_folder,
-    parts_legend,
-    save,
-    segment,
-    sheet,
-)
+from vllm_sim.reporting import drawing
 from vllm_sim.scenarios.recorder import Moment, Recording
 from vllm_sim.scenarios.report import Saving, ScenarioReport
 
@@ -48,13 +30,14 @@ if TYPE_CHECKING:
 
 THEIRS = ("tokens", "reserved", "internal", "external")  # parts of the paper's bars
 KINDS = {  # of a request, as a block map colours its blocks
-    "prefix itself": GREY,
-    "prefix": SKY,
-    "beam": GREEN,
-    "parallel": YELLOW,
-    "single": BLUE,
+    "prefix itself": drawing.GREY,
+    "prefix": drawing.SKY,
+    "beam": drawing.GREEN,
+    "parallel": drawing.YELLOW,
+    "single": drawing.BLUE,
 }
-SAMPLES = (BLUE, YELLOW, GREEN, PURPLE)  # where a map shows one request alone
+# Where a map shows one request alone.
+SAMPLES = (drawing.BLUE, drawing.YELLOW, drawing.GREEN, drawing.PURPLE)
 LINE = 64  # blocks in a row of a pool drawn slot by slot
 MOST_PER_ROW = 40  # blocks of a block map
 
@@ -90,26 +73,26 @@ def figures(reports: Iterable[ScenarioReport], setting: str) -> dict[str, Callab
 
 def check(directory: Path, scenarios: Iterable[int]) -> None:
     """OutputError unless the pictures of these scenarios can be written there."""
-    check_folder(directory, dict.fromkeys(file for number in scenarios for file in FILES[number]))
+    drawing.check_folder(directory, {file for number in scenarios for file in FILES[number]})
 
 
 def draw(reports: Iterable[ScenarioReport], setting: str, directory: Path) -> list[Path]:
     """Draw all that the scenarios found; returns the files written. Raises OutputError."""
-    return save(figures(reports, setting), directory)
+    return drawing.save(figures(reports, setting), directory)
 
 
 def memory_bars(bars: dict[str, dict[str, float]], setting: str) -> Figure:
     """Fig. 2: the slots of each system, ours by part and the paper's by its own."""
     title = f"Where the KV cache goes (Fig. 2)\n{setting}"
-    figure, (axes,) = sheet(title, 1, size=(2.0 + 1.75 * max(3, len(bars)), 5.4))
-    colours = {**PARTS, "external": GREY}
+    figure, (axes,) = drawing.sheet(title, 1, size=(2.0 + 1.75 * max(3, len(bars)), 5.4))
+    colours = {**drawing.PARTS, "external": drawing.GREY}
     for middle, (system, ours) in enumerate(bars.items()):
-        _stack(axes, middle - 0.53 * BAR, "ours", ours, colours)
+        _stack(axes, middle - 0.53 * drawing.BAR, "ours", ours, colours)
         told = {part: paper.FIG2[system][part] for part in THEIRS}
-        _stack(axes, middle + 0.53 * BAR, "paper", told, colours)
+        _stack(axes, middle + 0.53 * drawing.BAR, "paper", told, colours)
     axes.set_xticks(range(len(bars)), list(bars))
     axes.set(ylim=(0.0, 107.0), yticks=range(0, 101, 20), ylabel="Share of KV cache slots (%)")
-    parts_legend(figure, external=True)
+    drawing.parts_legend(figure, external=True)
     return figure
 
 
@@ -120,33 +103,35 @@ def _stack(
     bottom = 0.0
     look = {"alpha": 0.55, "hatch": "///"} if whose == "paper" else {}
     for part, share in shares.items():
-        bottom = segment(axes, x, bottom, share, BAR, 3.5, color=colours[part], **look)
-    axes.text(x, 101.0, whose, ha="center", fontsize=SMALL)
+        bottom = drawing.segment(
+            axes, x, bottom, share, drawing.BAR, 3.5, color=colours[part], **look
+        )
+    axes.text(x, 101.0, whose, ha="center", fontsize=drawing.SMALL)
 
 
 def over_time(report: ScenarioReport, setting: str) -> Figure:
     """Every slot by its part, iteration by iteration; a row for each run, all on one time axis."""
     runs, title = report.series, f"Scenario {report.number}: slots over time\n{setting}"
     size = (9.6, 1.6 + (2.6 if len(runs) == 1 else 1.75 * len(runs)))
-    figure, grid = sheet(title, 1, len(runs), size, sharex=True)
+    figure, grid = drawing.sheet(title, 1, len(runs), size, sharex=True)
     seen = set()
     for axes, run in zip(grid, runs):
-        shares = [[100.0 * usage.share(part) for usage in run.usages] for part in PARTS]
+        shares = [[100.0 * usage.share(part) for usage in run.usages] for part in drawing.PARTS]
         x = range(len(run.usages))
-        axes.stackplot(x, shares, colors=list(PARTS.values()), linewidth=0.0)
+        axes.stackplot(x, shares, colors=list(drawing.PARTS.values()), linewidth=0.0)
         axes.set(ylim=(0.0, 100.0), yticks=(0, 50, 100), ylabel="slots (%)")
         axes.set_title(run.name, loc="left", fontsize=11.0, y=1.04)
         if run.preemptions:
             look = {"marker": "v", "color": "#303030", "markersize": 4.5, "clip_on": False}
             height, count = [103.0] * len(run.preemptions), len(run.preemptions)
             axes.plot(run.preemptions, height, linestyle="", **look)
-            words = {"loc": "right", "fontsize": SMALL, "color": "#303030", "y": 1.04}
+            words = {"loc": "right", "fontsize": drawing.SMALL, "color": "#303030", "y": 1.04}
             axes.set_title(f"{count} iterations preempt (marked)", **words)
-        seen |= {part for part, share in zip(PARTS, shares) if any(share)}
+        seen |= {part for part, share in zip(drawing.PARTS, shares) if any(share)}
     grid[-1].set_xlim(0, max(len(run.usages) for run in runs) - 1)
     whose = "" if report.number == 4 else " of the steady state"
     grid[-1].set_xlabel(f"iteration{whose}")
-    parts_legend(figure, seen)
+    drawing.parts_legend(figure, seen)
     return figure
 
 
@@ -154,13 +139,13 @@ def pool_slots(report: ScenarioReport, setting: str) -> Figure:
     """Every slot of a pool by its part, in the order of memory, 64 blocks a row."""
     from matplotlib.colors import ListedColormap
 
-    pools, colours = report.pools, ListedColormap([*PARTS.values(), "white"])
-    names = list(PARTS)
+    pools, colours = report.pools, ListedColormap([*drawing.PARTS.values(), "white"])
+    names = list(drawing.PARTS)
     rows = [-(-sum(count for count, _ in p.spans) // (LINE * p.block_size)) for p in pools]
     size = (9.6, 1.5 + sum(0.45 + 0.1 * n for n in rows))
     when = "at the first refusal" if report.number == 1 else "in the steady state"
     title = f"Scenario {report.number}: the pool slot by slot, {when}\n{setting}"
-    figure, grid = sheet(title, 1, len(pools), size, height_ratios=rows)
+    figure, grid = drawing.sheet(title, 1, len(pools), size, height_ratios=rows)
     for axes, pool, height in zip(grid, pools, rows):
         slots = [names.index(part) for count, part in pool.spans for _ in range(count)]
         width = LINE * pool.block_size
@@ -182,7 +167,7 @@ def pool_slots(report: ScenarioReport, setting: str) -> Figure:
         axes.set_ylabel("first block")
         axes.spines[:].set_visible(False)
     grid[-1].set_xlabel("block in the row")
-    parts_legend(figure, (part for pool in pools for count, part in pool.spans if count))
+    drawing.parts_legend(figure, (part for pool in pools for count, part in pool.spans if count))
     return figure
 
 
@@ -192,13 +177,16 @@ def saving_bars(report: ScenarioReport, setting: str) -> Figure:
     for saving in report.savings:
         panels.setdefault(saving.lengths, []).append(saving)
     title = f"Scenario 3: blocks saved by sharing the prompt (Fig. 15)\n{setting}"
-    figure, grid = sheet(title, len(panels), sharey=True)
+    figure, grid = drawing.sheet(title, len(panels), sharey=True)
     for axes, (name, found) in zip(grid, panels.items()):
-        beside(axes, [(f"{one.num_samples} samples", BLUE, one.ours, one.paper) for one in found])
+        drawing.beside(
+            axes,
+            [(f"{one.num_samples} samples", drawing.BLUE, one.ours, one.paper) for one in found],
+        )
         told = " (the paper's text: a range)" if any(one.paper is None for one in found) else ""
         axes.set_title(f"{name} lengths{told}")
     grid[0].set_ylabel("Blocks saved (%)")
-    beside_legend(figure, BLUE)
+    drawing.beside_legend(figure, drawing.BLUE)
     return figure
 
 
@@ -222,12 +210,14 @@ def block_map(recording: Recording, moment: Moment) -> Figure:
     wide = columns > 20
     cell = 0.3 if wide else 0.46  # inches
     title = f"{recording.name}, {moment.title}\n{recording.about}"
-    figure, (axes,) = sheet(title, 1, size=(max(8.4, columns * cell + 0.9), rows * cell + 1.6))
+    figure, (axes,) = drawing.sheet(
+        title, 1, size=(max(8.4, columns * cell + 0.9), rows * cell + 1.6)
+    )
     free = {"facecolor": "white", "edgecolor": "#c8c8c8"}
     padding = {"facecolor": "white", "hatch": "//////", "linewidth": 0.0}
     shared = {"fill": False, "edgecolor": "black", "linewidth": 1.3}
-    small = {"fontsize": 6.4 if wide else SMALL, "linespacing": 0.9}
-    plate = PLATE | {"boxstyle": "round,pad=0.06"}
+    small = {"fontsize": 6.4 if wide else drawing.SMALL, "linespacing": 0.9}
+    plate = drawing.PLATE | {"boxstyle": "round,pad=0.06"}
     seen = {}
     for block in range(total):
         x, y = block % columns, block // columns
@@ -240,7 +230,7 @@ def block_map(recording: Recording, moment: Moment) -> Figure:
         colour, entry = KINDS[kind], kind
         if alone:
             several = len(who) > 1
-            colour = GREY if several else SAMPLES[who[0] % len(SAMPLES)]
+            colour = drawing.GREY if several else SAMPLES[who[0] % len(SAMPLES)]
             entry = "shared" if several else f"sample {who[0] + 1}"
             name = "" if several else str(who[0] + 1)
         seen[entry] = colour
@@ -269,7 +259,7 @@ def block_map(recording: Recording, moment: Moment) -> Figure:
     entries = [Patch(facecolor=seen[kind], label=words.get(kind, kind)) for kind in order]
     entries += [
         Patch(**shared, label="x4: shared by four"),
-        Patch(**padding, edgecolor=GREY, label="padding"),
+        Patch(**padding, edgecolor=drawing.GREY, label="padding"),
         Patch(**free, label="free"),
     ]
     figure.legend(handles=entries, loc="outside lower center", ncols=4)
