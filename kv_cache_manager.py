@@ -342,16 +342,18 @@ class PagedKVCacheManager:
 
     # -- admission (the authors' rules, section 4.5) ----------------------------------------
 
-    def blocks_for_group(self, group: SequenceGroup) -> int:
-        """New blocks for the unfinished sequences of a group: the prompt once, then each's own.
+    def blocks_for_group(self, group: SequenceGroup, generated: list[int] | None = None) -> int:
+        """New blocks for a group: those of its prompt once, then those of each sequence.
 
-        Generated tokens count as well: after a recomputation they come back as prompt.
+        `generated` are the tokens that each has generated, by default those of its unfinished
+        sequences: after a recomputation they come back as prompt.
         """
         size, prefix_id = self.block_size, group.prefix_id
         prefix_len = 0 if prefix_id is None else self._prefix(prefix_id).num_tokens
         context = prefix_len + group.own_prompt_len
         full = context // size
-        generated = [seq.num_generated for seq in group.unfinished()]
+        if generated is None:
+            generated = [seq.num_generated for seq in group.unfinished()]
         need = full - prefix_len // size
         need += sum([-(-(context + count) // size) - full for count in generated if count])
         # The prompt's part-filled block stays with those that have generated nothing; without
@@ -364,23 +366,15 @@ class PagedKVCacheManager:
         Beams are taken to share no more than samples do: how they fork is not known beforehand.
         """
         lengths = [seq.output_len for seq in group.seqs]
-        need = 0
-        for last in {*lengths}:  # as the next of them ends: until then they only grow
-            need = max(need, self.blocks_at(group, last - 1, sum([n >= last for n in lengths])))
+        # Most just before one of them ends: until then they only grow.
+        need = max(
+            self.blocks_for_group(group, [last - 1 for length in lengths if length >= last])
+            for last in {*lengths}
+        )
         if need > self.room:
             raise RequestTooLargeError(
                 f"request {group.group_id} may need {need} blocks; the pool has {self.room}"
             )
-
-    def blocks_at(self, group: SequenceGroup, generated: int, width: int) -> int:
-        """Blocks that `width` sequences of a group take once each has so many tokens generated."""
-        size, prefix_id = self.block_size, group.prefix_id
-        context = group.seqs[0].context_len
-        full = context // size
-        need = full if prefix_id is None else full - group.seqs[0].prefix_len // size
-        if not generated:
-            return need + (context % size > 0)
-        return need + width * (-(-(context + generated) // size) - full)
 
     @property
     def room(self) -> int:

@@ -141,8 +141,8 @@ class Scheduler:
     def check(self, group: SequenceGroup) -> None:
         """RequestTooLargeError if a group might not come to its end, in some company.
 
-        One that has the pool to itself needs no block to spare, so it comes to its end if its
-        blocks fit, unless it has to be computed anew when that takes more than an iteration.
+        It comes to its end if it fits into the pool alone, unless it is preempted when to compute
+        it anew takes more than an iteration.
         """
         seqs, limits = group.seqs, self.limits
         self.manager.require_fits(group)
@@ -158,35 +158,37 @@ class Scheduler:
     def _may_outgrow_iteration(self, group: SequenceGroup) -> bool:
         """Whether it may have to be recomputed when that is more than an iteration computes.
 
-        Only for one that came before does it give way. One that is never swapped has all of those
-        beside it as long as it runs, so it must grow so far beside the least of them, which stores
-        a token more than it generates; a longer one may make it give way at any point that it
-        reaches so (taken for granted where its outputs differ in length). Those that come later may
-        fill the CPU pool.
+        A group gives way only to one that came before it. If it is never swapped, that one ran
+        whenever it did, and generated no less. So both must have fitted beside each other, in the
+        last step after which the group could be recomputed.
         """
         manager, limits = self.manager, self.limits
-        lengths, prompt_len = [seq.output_len for seq in group.seqs], group.own_prompt_len
-        most = limits.max_batched_tokens - prompt_len  # generated tokens that may be recomputed
+        lengths = [seq.output_len for seq in group.seqs]
+        most = limits.max_batched_tokens - group.own_prompt_len  # generated, and yet recomputed
         if max(lengths) - 1 <= most or not isinstance(manager, PagedKVCacheManager):
             return False
-        room, width = manager.room, len(lengths)
-        least = 1 if room == manager.num_blocks else 0  # its prompt: none behind a shared prefix
-        first = manager.blocks_at(group, 0, width)
-        if width >= limits.max_num_seqs or least > most:
-            return False  # it runs only after all who came before
-        if first + manager.watermark_blocks + least > room:
-            return False
-        if width < self.swapped_from or first > manager.num_cpu_blocks:
-            if most == 0 or len({*lengths}) > 1:
-                return True
-            beside = -(-(most + least) // manager.block_size)
-            return manager.blocks_at(group, most - 1, width) + width + beside <= room
+        room, width, blocks = manager.room, len(lengths), manager.blocks_for_group
+        first = blocks(group, [0] * width)
+        # The other stores a prompt token of its own, unless it may have a shared prefix.
+        least = int(room == manager.num_blocks)
+        if (
+            width >= limits.max_num_seqs
+            or least > most
+            or first + manager.watermark_blocks + least > room
+        ):
+            return False  # it starts only after all who came before it have ended
+        if width < self.swapped_from or first > manager.num_cpu_blocks:  # it is never swapped
+            grown = [most - 1 for length in lengths if length > most]
+            held = blocks(group, grown if group.beam_parents is None else grown[:1])
+            other = -(-(most + least) // manager.block_size)
+            return most == 0 or held + len(grown) + other <= room
+        # Groups that came later are swapped first: each may leave as much as a whole pool there.
         later = max(0, limits.max_num_seqs - 1 - self.swapped_from) * room
         for last in {*lengths}:
-            alive = sum([length >= last for length in lengths])
+            grown = [last - 2 for length in lengths if length >= last]
             if last - 1 > most and (
-                alive < self.swapped_from
-                or manager.blocks_at(group, last - 2, alive) + later > manager.num_cpu_blocks
+                len(grown) < self.swapped_from
+                or blocks(group, grown) + later > manager.num_cpu_blocks
             ):
                 return True
         return False
