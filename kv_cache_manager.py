@@ -37,7 +37,7 @@ from allocators import (
     SharedBlockError,
     UnknownSequenceError,
 )
-from sequence import BlockTable, Clock, Sequence, SequenceGroup, check_id, is_integer
+from sequence import BlockTable, Clock, Sequence, SequenceGroup, check_count, check_id
 
 __all__ = [
     "NO_COPIES",
@@ -57,13 +57,6 @@ __all__ = [
 
 BlockPairs = tuple[tuple[int, int], ...]
 NO_COPIES: BlockPairs = ()
-
-
-def check_count(what: str, value: int, least: int = 1) -> int:
-    """An integer of any kind as Python's; ValueError if it is none (a bool) or below `least`."""
-    if not is_integer(value) or value < least:
-        raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}")
-    return int(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +160,7 @@ class PagedKVCacheManager:
 
     def block_table(self, seq_id: int) -> BlockTable:
         """The table of a running sequence or a shared prefix; to be read, not written."""
-        table = self._tables.get(seq_id) or self._prefixes.get(seq_id)
+        table = self._tables.get(check_id(seq_id)) or self._prefixes.get(seq_id)
         if table is None:
             raise UnknownSequenceError(f"sequence {seq_id} has no GPU blocks")
         return table
@@ -232,6 +225,7 @@ class PagedKVCacheManager:
 
     def free(self, seq_id: int) -> list[int]:
         """Drop a sequence or prefix, wherever it is; returns the GPU blocks that became free."""
+        seq_id = check_id(seq_id)
         if seq_id in self._swapped:
             table = self._swapped.pop(seq_id)
             keep = table.num_prefix_blocks
@@ -247,6 +241,8 @@ class PagedKVCacheManager:
 
     def append(self, seq_id: int, num_tokens: int = 1) -> BlockPairs:
         """Room for `num_tokens` more tokens of one sequence; returns the copies to make first."""
+        if type(seq_id) is not int:
+            seq_id = check_id(seq_id)
         table = self._tables.get(seq_id) or self._running(seq_id)
         if num_tokens is not ONE:
             num_tokens = check_count("number of tokens", num_tokens)
@@ -335,7 +331,7 @@ class PagedKVCacheManager:
 
     def blocks_for_append(self, seq_ids: Iterable[int]) -> int:
         """Exact number of new blocks, copies included, for a token more in each of these."""
-        tables = [self._tables.get(seq_id) or self._running(seq_id) for seq_id in seq_ids]
+        tables = [self._running(seq_id) for seq_id in seq_ids]
         size, now = self.block_size, self._clock.now
         due = sum([(table.offset + now) % size == 0 for table in tables])
         return due + self._copies_for(tables)
@@ -425,14 +421,9 @@ class PagedKVCacheManager:
         All new tables are built before any old one is dropped, so a beam may take the place of
         another that moves away in the same step. Returns the blocks nobody holds any more.
         """
-        tables, tails, due, pool = self._tables, self._tails, self._due, self._gpu
+        tails, due, pool = self._tails, self._due, self._gpu
         size, now = self.block_size, self._clock.now
-        for seq_id in (*parents, *parents.values()):
-            check_id(seq_id)
-        moves = [
-            (a, tables.get(a) or self._running(a), b, tables.get(b) or self._running(b))
-            for a, b in parents.items()
-        ]
+        moves = [(a, self._running(a), b, self._running(b)) for a, b in parents.items()]
         moved = []
         for child_id, child, parent_id, parent in moves:
             if child is parent:
@@ -474,7 +465,7 @@ class PagedKVCacheManager:
         A shared block moves once. Blocks of a shared prefix stay where they are. Raises
         SharedBlockError if others hold a block of theirs, OutOfSwapSpaceError if the CPU is full.
         """
-        tables = {seq_id: self._running(seq_id) for seq_id in seq_ids}
+        tables = {check_id(seq_id): self._running(seq_id) for seq_id in seq_ids}
         moving = _swappable(tables, self._gpu)
         if len(moving) > self.num_free_cpu_blocks:
             raise OutOfSwapSpaceError(
@@ -501,7 +492,7 @@ class PagedKVCacheManager:
 
     def swap_in(self, seq_ids: list[int]) -> BlockPairs:
         """Bring back a group that was swapped out; returns (CPU block, GPU block) pairs."""
-        tables = {seq_id: self._swapped_out(seq_id) for seq_id in seq_ids}
+        tables = {check_id(seq_id): self._swapped_out(seq_id) for seq_id in seq_ids}
         moving = _swappable(tables, self._cpu)
         free = self.num_free_blocks
         if len(moving) > free:
@@ -661,7 +652,7 @@ class PagedKVCacheManager:
 
 def _find(tables: Mapping[int, BlockTable], seq_id: int, what: str) -> BlockTable:
     """The table of that id, or UnknownSequenceError."""
-    table = tables.get(seq_id)
+    table = tables.get(seq_id if type(seq_id) is int else check_id(seq_id))
     if table is None:
         raise UnknownSequenceError(f"{seq_id} is not the id of {what}")
     return table
@@ -733,7 +724,7 @@ class BaselineCacheManager:
     def reservation(self, seq_id: int) -> Reservation:
         """The contiguous slots of a sequence; to be read, not written."""
         try:
-            return self._held[seq_id]
+            return self._held[check_id(seq_id)]
         except KeyError:
             raise UnknownSequenceError(f"sequence {seq_id} has no reservation") from None
 
@@ -896,8 +887,8 @@ class BaselineCacheManager:
         """
         copies = []
         for child, parent in parents.items():
-            length = self.num_tokens(check_id(child))
-            if self.num_tokens(check_id(parent)) != length:
+            length = self.num_tokens(child)
+            if self.num_tokens(parent) != length:
                 raise ReservationError(f"beams {child} and {parent} differ in length")
             if child != parent:
                 copies.append((self.start_slot(parent), self.start_slot(child), length))

@@ -33,7 +33,16 @@ RUNNING, FINISHED = SequenceStatus.RUNNING, SequenceStatus.FINISHED
 
 def is_integer(value: object) -> bool:
     """Whether it is an integer of any kind, numpy's included; a bool is none."""
-    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_count(what: str, value: int, least: int = 1) -> int:
+    """An integer of any kind as Python's; ValueError if it is none (a bool) or below `least`."""
+    if type(value) is int and value >= least:
+        return value
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}")
+    return int(value)
 
 
 def check_id(seq_id: int) -> int:
@@ -112,8 +121,8 @@ class BlockTable:
 class Sequence:
     """One sequence of a request: lengths in tokens, and where it stands.
 
-    `prefix_len` tokens of a shared prefix (section 4.4) precede the `prompt_len` of its own; only
-    behind a prefix there may be none.
+    `prefix_len` tokens of a shared prefix (section 4.4) precede the `prompt_len` of its own, which
+    may be 0 only behind a prefix.
     The last generated token is never fed back, so its K and V are never stored: a finished
     sequence has written prefix_len + prompt_len + output_len - 1 slots.
 
@@ -132,17 +141,13 @@ class Sequence:
         num_generated: int = 0,
     ) -> None:
         self.seq_id = check_id(seq_id)
-        if prompt_len < (prefix_len == 0) or output_len < 1 or prefix_len < 0:
-            raise ValueError(
-                f"sequence {seq_id}: prompt and output need at least one token, "
-                f"got {prompt_len} and {output_len} (prefix {prefix_len})"
-            )
-        self.prompt_len = prompt_len
-        self.output_len = output_len
-        self.prefix_len = prefix_len
+        self.prefix_len = check_count("prefix length", prefix_len, least=0)
+        self.prompt_len = check_count("prompt length", prompt_len, least=int(not prefix_len))
+        self.output_len = check_count("output length", output_len)
         self.status = SequenceStatus.WAITING
         self._clock: Clock | None = None
-        self._offset = num_generated  # tokens generated, less the clock's time while it runs
+        # Tokens generated, less the clock's time while it runs.
+        self._offset = check_count("number of tokens", num_generated, least=0)
 
     @property
     def num_generated(self) -> int:

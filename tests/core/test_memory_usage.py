@@ -4,7 +4,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from kv_cache_manager import MemoryUsage, check_count
+from kv_cache_manager import MemoryUsage
+from sequence import check_count
 
 
 def test_every_part_may_have_slots_at_once():

@@ -133,12 +133,20 @@ def test_an_id_is_an_integer_and_what_is_none_is_named(bad):
         (manager, lambda: manager.allocate(bad, 1, prefix_id=100)),
         (manager, lambda: manager.allocate_prefix(bad, 1)),
         (manager, lambda: manager.fork(1, bad)),
-        (manager, lambda: manager.reorder({bad: 1})),
-        (manager, lambda: manager.reorder({1: bad})),
+        (manager, lambda: manager.fork(bad, 2)),
+        (manager, lambda: manager.can_swap_out([bad])),
+        (manager, lambda: manager.swap_out([bad])),
+        (manager, lambda: manager.can_swap_in([bad])),
+        (manager, lambda: manager.swap_in([bad])),
+        (manager, lambda: manager.blocks_for_append([bad])),
+        *([(manager, lambda: manager.allocate(2, 1, bad))] if bad is not None else []),
         (held, lambda: held.allocate(bad, 2, 5)),
-        (held, lambda: held.reorder({bad: 1})),
-        (held, lambda: held.reorder({1: bad})),
         (manager, lambda: Sequence(bad, 1, 1)),
+        *((each, lambda each=each: each.append(bad)) for each in (manager, held)),
+        *((each, lambda each=each: each.free(bad)) for each in (manager, held)),
+        *((each, lambda each=each: each.num_tokens(bad)) for each in (manager, held)),
+        *((each, lambda each=each: each.reorder({bad: 1})) for each in (manager, held)),
+        *((each, lambda each=each: each.reorder({1: bad})) for each in (manager, held)),
     ):
         refused(each, ValueError, call, match=re.escape(f"must be an integer, got {bad!r}"))
 
@@ -153,6 +161,11 @@ def test_numbers_of_numpy_are_integers():
     manager.fork(one, np.int64(3))
     manager.append(1, np.uint8(250 - 225))
     manager.append_all(two)
+    manager.swap_out([two])
+    manager.swap_in([two])
+    manager.free(np.int64(3))
+    manager.try_admit(SequenceGroup(0, [Sequence(np.int64(3), nine, one)]))
+    manager.append(np.int64(3), two)
     assert [type(i) for i in manager.running_ids] == [int] * 3
     assert [manager.num_tokens(i) for i in (1, 2, 3, 7)] == [36, 12, 11, 9]
     held = BaselineCacheManager(np.int64(16), np.uint8(4), max_len=np.int64(32))
@@ -167,7 +180,7 @@ def test_numbers_of_numpy_are_integers():
 @pytest.mark.parametrize("lengths", [(0, 1, 0), (1, 0, 0), (-1, 1, 0), (-1, 1, 2), (1, 1, -1)])
 def test_sequences_that_cannot_be(lengths):
     prompt, output, prefix = lengths
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match=r"length must be an integer of at least [01], got"):
         Sequence(0, prompt, output, prefix)
 
 

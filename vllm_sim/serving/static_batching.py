@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kv_cache_manager import check_count
+from sequence import check_count
 from vllm_sim.serving.latency import LatencyModel
 from vllm_sim.serving.simulator import ServingResult
 
