@@ -39,6 +39,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gpu_timing import copy_bandwidth
 from script import Script, entry, options, show
 
 from vllm_sim.models import MODELS
@@ -47,7 +48,7 @@ from vllm_sim.reporting.tables import Table
 MODEL, VOCABULARY = MODELS["opt-13b"], MODELS["opt-13b"].vocab_size
 SEQUENCES, GROUPS = (1, 2, 4, 6), (16, 64)
 BLOCK_SIZE, BLOCKS = 16, (1, 8, 64, 128)
-LARGE_BYTES, DEVICE_TO_DEVICE = 4 << 30, 3  # cudaMemcpyKind
+DEVICE_TO_DEVICE = 3  # cudaMemcpyKind
 Row = dict[str, float | int]
 
 
@@ -93,14 +94,6 @@ def measure_groups(sequences: int, groups: int, repeats: int) -> Row:
     parts = zip(*((a, b, c, c - a, c - b) for a, b, c in times))
     names = ("sample_us", "synced_us", "beam_us", "beam_less_sample_us", "beam_less_synced_us")
     return {"groups": groups, "sequences": sequences, **dict(zip(names, map(median, parts)))}
-
-
-def bandwidth(repeats: int) -> float:
-    """Bytes per second, read and written, of one large copy inside GPU memory."""
-    source = torch.randint(255, (LARGE_BYTES,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = [timed(target.copy_, source)[1] for _ in range(repeats + 3)][3:]
-    return 2 * LARGE_BYTES / median(times) * 1e6
 
 
 def cuda_memcpy() -> Callable[..., int]:
@@ -169,7 +162,7 @@ def run(argv: list[str] | None) -> int:
     repeats = max(2, script.args.repeats)
     sizes = [(sequences, number) for number in GROUPS for sequences in SEQUENCES]
     groups = [measure_groups(*size, repeats) for size in script.each(sizes, "groups")]
-    speed = bandwidth(repeats)
+    speed = copy_bandwidth()
     copies = Copies()
     blocks = [copies.measure(number, repeats, speed) for number in BLOCKS]
     where = f"median of {repeats}, {torch.cuda.get_device_name()}, V = {VOCABULARY:,}"

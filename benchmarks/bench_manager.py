@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script import Script, entry, options
+from script import Script, entry, options, show, table
 
 from kv_cache_manager import PagedKVCacheManager
 
@@ -75,6 +75,16 @@ WORKLOADS: dict[str, tuple[Callable[[], PagedKVCacheManager], int]] = {
     "W2": (fill_w2, 128),
     "W3": (fill_w3, 128),
 }
+
+
+COLUMNS = [
+    ("workload", "workload"),
+    ("tokens", "tokens"),
+    ("append", lambda row: row["ns_per_token"]["append"]),
+    ("x call", lambda row: row["ns_per_token"]["append"] / row["ns_per_token"]["call"]),
+    ("append_all", lambda row: row["ns_per_token"]["append_all"]),
+    ("blocks", lambda row: ", ".join(f"{count:,}" for count in row["blocks"])),
+]
 
 
 def run_single(manager: PagedKVCacheManager | EmptyCall, ids: list[int], steps: int) -> float:
@@ -130,18 +140,9 @@ def run(argv: list[str] | None) -> int:
     script = Script(__file__, parser, argv, on_gpu=False)
     repeats = script.args.repeats
     rows = [measure(name, repeats) for name in script.each(WORKLOADS)]
-    print(f"Python {platform.python_version()}, block size {BLOCK_SIZE}, best of {repeats}")
-    print(
-        f"{'':4}{'tokens':>10}{'append':>9}{'x call':>8}{'append_all':>12}"
-        "   blocks: admitted, step 1, end"
-    )
-    for row in rows:
-        ns = row["ns_per_token"]
-        print(
-            f"{row['workload']:4}{row['tokens']:>10,}{ns['append']:>9.0f}"
-            f"{ns['append'] / ns['call']:>8.1f}{ns['append_all']:>12.1f}   "
-            + ", ".join(f"{b:,}" for b in row["blocks"])
-        )
+    where = f"Python {platform.python_version()}, block size {BLOCK_SIZE}, best of {repeats}"
+    title = "ns per appended token, and blocks after admission, the first step and the last"
+    show(table(title, COLUMNS, rows, where, decimals=1))
     found = {"block_size": BLOCK_SIZE, "repeats": repeats, "rows": rows}
     return script.write(found, {"rows": 1})
 

@@ -41,11 +41,11 @@ from measure_paging import (
     measure_swap,
 )
 from opt_prefill import RandomOPT
-from script import Script, options, show, table
+from script import Script, entry, options, show, table
 
 import paged_attention
 from vllm_sim.paper import figures as paper
-from vllm_sim.reporting.command_line import UsageError, exit_code
+from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.drawing import check_folder
 from vllm_sim.reporting.tables import Table
 
@@ -221,19 +221,16 @@ def run(argv: list[str] | None) -> int:
         found = measure(setting, parts, kernel, where, script.each)
     except ImportError as error:
         raise UsageError(str(error)) from None
+    except WrongResult as error:
+        print(f"{script.name}: wrong result, nothing timed: {error}", file=sys.stderr)
+        return 1
     code = script.write({**found, "kernel": args.kernel, "quick": args.quick}, INDEX)
     if args.figures:
         pictures.draw_paging(found, where, args.figures)
     return code
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        return exit_code("bench_paging_cost.py", lambda: run(argv))
-    except WrongResult as error:
-        print(f"bench_paging_cost.py: wrong result, nothing timed: {error}", file=sys.stderr)
-        return 1
-
+main = entry(__file__, run)
 
 if __name__ == "__main__":
     sys.exit(main())
