@@ -44,11 +44,6 @@ def test_the_headline_tells_held_fitted_and_explained_apart():
     assert f"; without them {told}\n" in text
 
 
-def test_rows_are_found_in_the_json_of_now_and_of_before():
-    tables = [{"id": "other", "rows": []}, {"id": "rows", "rows": [1]}]
-    assert update_readme.rows({"tables": tables}) == update_readme.rows({"rows": [1]}) == [1]
-
-
 def test_a_page_that_differs_is_named_and_rewritten(tmp_path, monkeypatch, capsys):
     page = tmp_path / "docs" / "results" / "page.md"
     monkeypatch.setattr(update_readme, "ROOT", tmp_path)
