@@ -155,18 +155,9 @@ class Fig15(Figure):
     def _run(self, dataset: str, decoding: str, width: int) -> Run:
         setting = paper.ARTIFACT_RUNS["Fig. 15"]
         rate = setting["rate"] if dataset == "Alpaca" else SHAREGPT_SHARING_RATE
-        return Run(
-            VLLM,
-            MODEL,
-            dataset,
-            rate,
-            float(setting["seconds"]),
-            decoding=decoding,
-            width=width,
-            theta=THETA[dataset],
-            window_s=setting["window"],
-            memory=True,
-        )
+        memory = {"window_s": setting["window"], "memory": True}
+        what = {"decoding": decoding, "width": width, "theta": THETA[dataset]}
+        return Run(VLLM, MODEL, dataset, rate, float(setting["seconds"]), **what, **memory)
 
     def _decodings(self) -> list[str]:
         return [decoding for decoding in FIG15 if self.beams or decoding != "beam"]

@@ -203,9 +203,7 @@ def _bars(found: Found, panels: Mapping[str, Sequence[Bar]], unit: str) -> Figur
     """A panel a title, with ours and the paper's side by side."""
     figure, grid = _sheet(found, len(panels))
     for number, (axes, (title, bars)) in enumerate(zip(grid, panels.items())):
-        drawing.beside(
-            axes, [(text, LOOKS[name][0], ours, told) for text, name, told, ours in bars]
-        )
+        drawing.beside(axes, [(text, LOOKS[name][0], *values) for text, name, *values in bars])
         axes.set_title(f"({ascii_lowercase[number]}) {title}")
     grid[0].set_ylabel(unit)
     drawing.beside_legend(figure, drawing.GREY)

@@ -240,16 +240,8 @@ class Model:
             other += 2 * embedding_size * h
         idle = routed - routed * moe.num_active // moe.num_experts if moe else 0
         total = layers * (attention + kv + down) + feed_forward + routed + embeddings + other
-        return Weights(
-            layers * attention,
-            layers * kv,
-            feed_forward,
-            routed,
-            layers * down,
-            embeddings,
-            other,
-            total - idle,
-        )
+        parts = layers * attention, layers * kv, feed_forward, routed, layers * down
+        return Weights(*parts, embeddings, other, total - idle)
 
     def _latent_weights(self, latent: Latent) -> tuple[int, int, int]:
         """(matrices split by heads, matrices that are whole everywhere, norms) of one layer."""

@@ -118,9 +118,9 @@ def segment(
     return bottom + value
 
 
-def beside(axes: Axes, bars: Sequence[tuple[str, str, float, float | None]]) -> None:
-    """Bars of (label, colour, ours, the paper's if it has one): ours filled, the paper's hollow."""
-    for x, (_, colour, ours, theirs) in enumerate(bars):
+def beside(axes: Axes, bars: Sequence[tuple[str, str, float | None, float]]) -> None:
+    """Bars of (label, colour, the paper's if it has one, ours): ours filled, the paper's hollow."""
+    for x, (_, colour, theirs, ours) in enumerate(bars):
         drawn = [axes.bar(x - BAR / 2, ours, 0.94 * BAR, color=colour)]
         if theirs is not None:
             drawn.append(axes.bar(x + BAR / 2, theirs, 0.94 * BAR, edgecolor=colour, **DASHED))

@@ -181,7 +181,7 @@ def saving_bars(report: ScenarioReport, setting: str) -> Figure:
     for axes, (name, found) in zip(grid, panels.items()):
         drawing.beside(
             axes,
-            [(f"{one.num_samples} samples", drawing.BLUE, one.ours, one.paper) for one in found],
+            [(f"{one.num_samples} samples", drawing.BLUE, one.paper, one.ours) for one in found],
         )
         told = " (the paper's text: a range)" if any(one.paper is None for one in found) else ""
         axes.set_title(f"{name} lengths{told}")

@@ -62,13 +62,10 @@ class Workload:
         rng = np.random.default_rng([seed, 6])
         if self.table is not None:
             prompts, outputs = self.table.sample(count, rng)
-        elif self.fixed:
-            prompts, outputs = (
-                np.full(count, int(mean)) for mean in (self.mean_prompt, self.mean_output)
-            )
         else:
             prompts, outputs = (
-                rng.geometric(1.0 / mean, count) for mean in (self.mean_prompt, self.mean_output)
+                np.full(count, int(mean)) if self.fixed else rng.geometric(1.0 / mean, count)
+                for mean in (self.mean_prompt, self.mean_output)
             )
         prompts = np.minimum(prompts, max_len - 1)
         return prompts, np.minimum(outputs, max_len - prompts)
