@@ -261,8 +261,9 @@ class Scheduler:
         """A slot more for each running sequence; returns the groups that had to give way.
 
         In order of arrival, a group at whose turn fewer blocks are free than it has sequences
-        takes them from the latest arrived. Growing does not change what a later group holds, so
-        the turns are counted first and those that stay then grow in one call.
+        takes them from the latest arrived; alone it needs only those that it takes. Growing does
+        not change what a later group holds, so the turns are counted first and those that stay
+        then grow in one call.
         """
         manager = self.manager
         preempted: list[SequenceGroup] = []
@@ -280,11 +281,7 @@ class Scheduler:
         preempted: list[SequenceGroup] = []
         turn = taken = 0
         while turn < len(running):
-            if (
-                len(running) == 1
-                and manager.blocks_for_append(running[0].unfinished_ids())
-                <= manager.num_free_blocks
-            ):
+            if len(running) == 1 and need <= manager.num_free_blocks:
                 break  # alone it needs no block to spare
             # Where all are equally wide the last turn is the hardest, so it decides for all.
             if self.num_running_seqs == widest * len(running):
