@@ -214,7 +214,10 @@ def test_no_output_is_an_input_or_another_output(script, tmp_path, refused):
     assert path.read_text() == "kept"
 
 
-@pytest.mark.parametrize("written", ["--json=new/a.png --figures=new", "--timeline=a --json=./a"])
+@pytest.mark.parametrize(
+    "written",
+    ["--json=new/a.png --figures=new", "--timeline=a --json=./a", "--json=new --figures=new"],
+)
 def test_no_two_outputs_are_one_file_that_is_not_there_yet(written, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "are the same file" in refused(main, *written.split())

@@ -89,7 +89,8 @@ class FileName:
             return [Path(value)]
         with suppress(OSError, ValueError):  # it may not be there yet
             names = [*os.listdir(value), *(names if self.written else ())]
-        return [Path(value, name) for name in names if fnmatch(name, self.within)]
+        found = [Path(value, name) for name in names if fnmatch(name, self.within)]
+        return [Path(value), *found] if self.written else found  # no file may be in its place
 
 
 def keep_apart(reads: Named, writes: Named) -> None:
