@@ -480,7 +480,7 @@ class PagedKVCacheManager:
     def can_swap_in(self, seq_ids: list[int], alone: bool = False) -> bool:
         """Whether they fit, with a block more for each and the watermark left (the artifact).
 
-        `alone` they need no more than the blocks of their next token.
+        `alone` nothing must be left but the blocks that their next tokens take.
         """
         tables = [self._swapped_out(seq_id) for seq_id in seq_ids]
         need = len(_movable(tables)) + len(seq_ids)

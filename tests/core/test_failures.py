@@ -67,6 +67,8 @@ OPERATIONS = {
     "behind whole blocks": (lambda: behind_prefix(8), lambda m: m.allocate(9, 5, 100), 2),
     "behind a part, in the copy": (lambda: behind_prefix(6), lambda m: m.allocate(9, 2, 100), 1),
     "behind a part, beyond it": (lambda: behind_prefix(6), lambda m: m.allocate(9, 8, 100), 3),
+    "nothing behind a part": (lambda: behind_prefix(6), lambda m: m.allocate(9, 0, 100), 1),
+    "nothing behind whole blocks": (lambda: behind_prefix(8), lambda m: m.allocate(9, 0, 100), 0),
     "fork": (lambda: two_of(7), lambda m: m.fork(0, 9), 0),
     "append in place": (lambda: behind_prefix(6), lambda m: m.append(0, 3), 0),
     "append a block": (lambda: behind_prefix(5), lambda m: m.append(0), 1),

@@ -41,8 +41,8 @@ Manager = PagedKVCacheManager | BaselineCacheManager
 class Limits:
     """What an iteration may hold: prompt and decode tokens, and sequences.
 
-    As in the artifact a group joins if `max_num_seqs` is at least its own sequences and the groups
-    that run: each of these counts as one, so that more sequences may run where they have several.
+    As in the artifact, a group joins if its own sequences and the groups that run are together at
+    most `max_num_seqs`: a group that runs counts as one, so more sequences than that may run.
     """
 
     max_batched_tokens: int
@@ -160,7 +160,7 @@ class Scheduler:
 
         A group gives way only to one that came before it. If it is never swapped, that one ran
         whenever it did, and generated no less. So both must have fitted beside each other, in the
-        last step after which the group could be recomputed.
+        last step after which the group could still be recomputed.
         """
         manager, limits = self.manager, self.limits
         lengths = [seq.output_len for seq in group.seqs]

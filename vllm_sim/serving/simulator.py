@@ -62,7 +62,7 @@ def make_groups(
     groups = []
     seq_id = first_seq_id
     for request in requests:
-        shape = int(request.prompt_len), int(request.output_len), int(request.prefix_len)
+        shape = request.prompt_len, request.output_len, request.prefix_len
         ids = range(seq_id, seq_id + request.num_seqs)
         seqs = [Sequence(one, *shape) for one in ids]
         seq_id = ids.stop
