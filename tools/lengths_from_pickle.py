@@ -20,7 +20,7 @@ from vllm_sim.reporting.files import check_writable, out_file, read_bounded, wri
 from vllm_sim.workload.data_sets import PAIR_COLUMNS
 from vllm_sim.workload.requests import MAX_LENGTH
 
-MAX_BYTES = 64 * 2**20  # a larger file counts as empty
+MAX_BYTES = 64 * 2**20
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -35,7 +35,8 @@ class PlainUnpickler(pickle.Unpickler):
 def read_pairs(path: Path) -> list[tuple[int, int]]:
     """The (input, output) lengths of a pickle, in its order. Raises UsageError."""
     try:
-        data = read_bounded(path, MAX_BYTES) or b""
+        if (data := read_bounded(path, MAX_BYTES)) is None:
+            raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
         found = PlainUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # a broken pickle raises anything
         told = ascii(getattr(error, "strerror", None) or str(error))[1:-1][:200]

@@ -1,5 +1,6 @@
 """The authors' pickle becomes a CSV, and a pickle that would run code is refused in one line."""
 
+import os
 import pickle
 
 import lengths_from_pickle
@@ -57,3 +58,5 @@ def test_what_is_no_list_of_pairs_takes_one_line(tmp_path, refused, data, told):
     (tmp_path / "a.pkl").write_bytes(data)
     args = ("--pickle", tmp_path / "a.pkl", "--csv", tmp_path / "a.csv")
     assert told in refused(lengths_from_pickle, *args) and not (tmp_path / "a.csv").exists()
+    os.truncate(tmp_path / "a.pkl", 2**26 + 1)
+    assert ": larger than 64 MiB" in refused(lengths_from_pickle, *args)
