@@ -30,7 +30,7 @@ from vllm_sim.reporting.files import short_name
 from vllm_sim.workload import length_tables
 from vllm_sim.workload.length_tables import WMT16_PROMPTS
 from vllm_sim.workload.requests import MAX_LENGTH, Pair, first_pairs, poisson_arrivals
-from vllm_sim.workload.text_files import Line, Row, WorkloadError, read_csv, read_text
+from vllm_sim.workload.text_files import Line, Row, WorkloadError, read_csv, read_text, shown
 
 DATASETS = ("ShareGPT", "Alpaca", "WMT16 1-shot", "WMT16 5-shot", "chat")
 WMT16_SHOTS = {"WMT16 1-shot": 1, "WMT16 5-shot": 5}
@@ -83,7 +83,7 @@ def read_cells(
     place, header = next(rows, (os.fspath(path), []))
     if any(header.count(name) != 1 for name in names):
         raise WorkloadError(
-            f"{place}: the header must name {', '.join(names)}, once each; it has {_shown(header)}"
+            f"{place}: the header must name {', '.join(names)}, once each; it has {shown(header)}"
         )
     wanted = [header.index(name) for name in names]
     for place, cells in rows:
@@ -219,7 +219,7 @@ def find_lengths(paths: Sequence[str], directory: str | None) -> Lengths:
         datasets = _datasets(path, header := _header(lines))
         if not datasets:
             raise WorkloadError(
-                f"{path}: no data set is known by the columns {_shown(header)}; input_len and "
+                f"{path}: no data set is known by the columns {shown(header)}; input_len and "
                 "output_len would do (others: vllm_sim/workload/data_sets.py)"
             )
         _claim(named, path, datasets)
@@ -245,10 +245,6 @@ def _files_in(directory: str) -> list[str]:
     except OSError as error:
         raise WorkloadError(f"{directory}: cannot be listed: {error.strerror}") from None
     return [path for path in paths if os.path.isfile(path)]  # a pipe would never end
-
-
-def _shown(header: Sequence[str]) -> str:
-    return ", ".join(f"{name[:30]!a}" for name in header[:8]) + " ..." * (len(header) > 8)
 
 
 def _header(lines: Iterable[Line]) -> list[str]:

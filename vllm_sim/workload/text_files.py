@@ -17,7 +17,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import BinaryIO
@@ -147,6 +147,11 @@ def find_separator(lines: Iterator[Line]) -> tuple[str, Iterator[Line]]:
         return said[1], lines
     bare = re.sub('"[^"]*"', "", first[1])
     return max(SEPARATORS, key=bare.count), chain([first], lines)
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first names of a header, short and in ASCII, for a message."""
+    return ", ".join(f"{name[:30]!a}" for name in names[:8]) + " ..." * (len(names) > 8)
 
 
 def read_csv(lines: Iterable[Line], separator: str | None = None) -> Iterator[Row]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from vllm_sim.workload.requests import MAX_LENGTH
-from vllm_sim.workload.text_files import Line, WorkloadError, find_separator, read_csv
+from vllm_sim.workload.text_files import Line, WorkloadError, find_separator, read_csv, shown
 
 # What a column may be called; all but letters and digits, and capitals, do not matter. The first
 # names in a line that a file has go before those in the lines below.
@@ -130,18 +130,17 @@ def _format(place: str, names: Sequence[str], separator: str | None) -> Format:
         ranked = [[n for n in names if _known(n)[:2] == (role, rank)] for rank in range(len(ranks))]
         named = next(filter(None, ranked), [])
         if len(named) > 1:
-            shown = " and ".join(f"{name[:30]!a}" for name in named[:2])
-            raise WorkloadError(f"{place}: {shown} could both be the {role}: keep one {what}")
+            both = " and ".join(f"{name[:30]!a}" for name in named[:2])
+            raise WorkloadError(f"{place}: {both} could both be the {role}: keep one {what}")
         if named:
             found[role] = named[0]
     missing = [role for role in ("prompt", "output") if role not in found]
     if missing and not ("prompt" in found and "total" in found):
-        shown = ", ".join(f"{name[:30]!a}" for name in names[:8]) + " ..." * (len(names) > 8)
         split = "" if separator is None else f", separated by {separator!a}"
         wanted = "; ".join(f"{r}: {', '.join(COLUMNS[r][0].split()[:6])} ..." for r in missing)
         raise WorkloadError(
-            f"{place}: no trace of a known format: its {what}s{split}: {shown}; wanted is one for "
-            f"the {wanted} (capitals, blanks, _ and - do not matter)"
+            f"{place}: no trace of a known format: its {what}s{split}: {shown(names)}; wanted "
+            f"is one for the {wanted} (capitals, blanks, _ and - do not matter)"
         )
     plain, time = {_plain(name) for name in names}, found.get("time")
     if separator is None:
