@@ -162,7 +162,11 @@ def test_size_is_bounded_after_unpacking(tmp_path, monkeypatch):
 KINDS = {
     "only pairs": ("x.csv", PAIRS, {"ShareGPT": [(3, 4), (2000, 47), (5, 6)]}),
     "ShareGPT": ("My_ShareGPT.csv.gz", PAIRS, {"ShareGPT": [(3, 4), (2000, 47), (5, 6)]}),
-    "Alpaca by name": ("alpaca.csv", PAIRS, {"Alpaca": [(3, 4), (2000, 47), (2000, 48), (5, 6)]}),
+    "Alpaca by name": (
+        "alpaca.csv",
+        PAIRS + "2000,49\n",
+        {"Alpaca": [(3, 4), (2000, 47), (2000, 48), (5, 6)]},
+    ),
     "Alpaca by header": ("sharegpt.csv", ALPACA, {"Alpaca": [(9, 46), (2000, 48)]}),
     "WMT16": (
         "lengths.csv.gz",

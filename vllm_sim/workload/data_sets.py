@@ -132,8 +132,9 @@ def chat_rounds(path: str | os.PathLike[str], lines: Lines = None) -> list[Pair]
 def read_pairs(path: str, dataset: str, lines: Lines = None) -> list[Pair]:
     """The (prompt, output) lengths of a data set that a trace may use, in the file's order.
 
-    As in the artifact: ShareGPT's pairs below the model's length, all of Alpaca's, and WMT16's
-    up to the model's length with the shared prefix, whose whole blocks the prompt leaves out.
+    As in the artifact: ShareGPT's pairs below the model's length, all of Alpaca's, none of which
+    is above it, and WMT16's up to it with the shared prefix, whose whole blocks the prompt leaves
+    out.
     Raises WorkloadError.
     """
     if dataset == "chat":
@@ -144,9 +145,9 @@ def read_pairs(path: str, dataset: str, lines: Lines = None) -> list[Pair]:
         longest = MODEL_LEN - WMT16_PROMPTS[shots][0]
         pairs = [pair for pair in zip(*columns.tolist()) if sum(pair) <= longest]
     else:
-        pairs = list(zip(*read_columns(path, PAIR_COLUMNS, lines).tolist()))
-        if dataset == "ShareGPT":
-            pairs = [pair for pair in pairs if sum(pair) < MODEL_LEN]
+        known = zip(*read_columns(path, PAIR_COLUMNS, lines).tolist())
+        longest = MODEL_LEN - (dataset == "ShareGPT")
+        pairs = [pair for pair in known if sum(pair) <= longest]
     if not pairs:
         raise WorkloadError(f"{path}: no request for {dataset} in it")
     return pairs
