@@ -76,8 +76,10 @@ def read_text(path: str | os.PathLike[str], part: bool = False) -> Iterator[Line
             for count, (number, line) in enumerate(_pieces(stream), 1):
                 size += len(line)
                 place = f"{name}, line {number}"
-                if size > MAX_FILE_BYTES or count > MAX_LINES or len(line) > MAX_LINE_BYTES:
-                    raise TooLongError(f"{place}: the file, or this line, is too long")
+                if len(line) > MAX_LINE_BYTES:
+                    raise WorkloadError(f"{place}: the line is too long")
+                if size > MAX_FILE_BYTES or count > MAX_LINES:
+                    raise TooLongError(f"{place}: the file is too long")
                 text = line if isinstance(line, str) else _decoded(line)
                 if text and not text.isspace():
                     yield place, text.strip(BLANKS)
