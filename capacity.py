@@ -51,15 +51,18 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         found = trace_answers.answer_trace(asked, progress)
     progress.clear()
 
+    first, *more = found.answer.split("\n")
+
     def show() -> None:
-        for line in (found.answer, *(f"{case.model.name}: {note}" for note in case.model.notes)):
+        print(f"{comment}{first}\n")
+        for line in (*more, *(f"{case.model.name}: {note}" for note in case.model.notes)):
             print(wrapped(line, comment) + "\n")
         for section in found.sections:
             print(f"{render(section, args.format)}\n\n{wrapped(section.answer, comment)}\n")
 
     def keep() -> None:
         tables = [section.to_json() for section in found.sections]
-        told = {"answer": found.answer, "tables": tables, "exit_code": 0}
+        told = {"answer": first, "tables": tables, "exit_code": 0}
         told["setting"] = (asked or case).to_json()
         told["elapsed_s"] = time.perf_counter() - start
         if args.json is not None:

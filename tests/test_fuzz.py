@@ -179,6 +179,7 @@ def test_names_count_in_any_case_and_are_refused_as_they_were_written(tmp_path, 
                     PARSERS[script].parse_args([option, "None-SUCH"])
     model = ACTIONS[capacity]["--model"].type
     assert (model("OPT-66B"), model("None-SUCH")) == ("opt-66b", "None-SUCH")
+    assert f"{model('OPT-66B')}" == "OPT-66B"  # in what is said of it
     (tmp_path / "OPT-66B").touch()
     monkeypatch.chdir(tmp_path)
     assert (model("OPT-66B"), model("opt-66B")) == ("OPT-66B", "opt-66b")  # a file is itself

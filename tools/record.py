@@ -41,6 +41,8 @@ def device() -> str:
 
 def main(result: str, *command: str) -> int:
     """The script's own exit code. Nothing is written if it leaves no JSON."""
+    if os.path.realpath(result) in map(os.path.realpath, command):
+        sys.exit(f"record.py: {result} is what the command reads")
     started_at = commit()  # a long run may see others come
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "out.json"

@@ -174,7 +174,7 @@ def test_formats(run):
 def test_grouped_heads_and_copies_of_them(run, config):
     path = config("Llama-3-70B")
     printed, found = run("--model", path, "--gpu", "H100", "--gpus", 4, *QUICK)
-    assert "4 x h100 of" in printed and "not the 64 query heads that share them" in printed
+    assert "4 x H100 of" in printed and "not the 64 query heads that share them" in printed
     assert "it would be 8.0 times that" in printed and "2 of 8 K/V heads" in printed
     assert section(found, "How many bytes")[-1]["value"] == 2 * 80 * 2 * 128 * 2
     printed, found = run("--model", path, "--gpu", "h100", "--gpus", 16, *QUICK)

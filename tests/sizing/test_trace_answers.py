@@ -65,7 +65,9 @@ def rows_of(found, start):
 
 def test_the_answer_first_then_a_table_and_an_answer_each(run, write):
     printed, found = run("--trace", write(burst() + "9,0,5\nx,5,5\n", "my trace.csv"))
-    assert printed.startswith("60 of 62 rows of my trace.csv served; with none held up")
+    first, _, second = printed.partition("\n\n")
+    assert first.startswith("my trace.csv: ") and first.endswith("no request held up by memory")
+    assert second.startswith("60 of 62 rows of my trace.csv served; at most 1 % held up")
     whole = " ".join(printed.split())
     asked = [section["title"] for section in found["tables"]]
     assert [q.startswith(start) for q, start in zip(asked, QUESTIONS, strict=True)] == [True] * 9
@@ -120,7 +122,7 @@ def test_the_figures_are_those_of_the_parts(run, write, case_of):
             runs = [serve(part, server, row["policy"], 983) for part in parts]
             assert (sum(r.held_up for r in runs) <= few) == (servers == row["servers"] > 0)
     paged = needs["paged", 0.0]
-    assert f"paging takes {paged['blocks']:,} blocks ({paged['gib_of_k_v']:.1f} GiB)" in printed
+    assert f": {paged['blocks']:,} blocks ({paged['gib_of_k_v']:.1f} GiB) and" in printed
 
 
 def test_gpus_are_those_of_all_servers(run, write):
@@ -241,7 +243,7 @@ def test_a_long_trace_is_searched_in_its_busiest_stretch_where_some_are_held_up(
     monkeypatch.setattr(trace_answers, "LONGEST", 50)
     monkeypatch.setattr(trace_answers, "STRETCH", 60)
     printed, found = run(*args)
-    assert "at most 10 % (its busiest 60 requests in a row) held up by memory" in printed
+    assert "at most 10 % (its busiest 60 requests in a row) held up" in " ".join(printed.split())
     assert rows_of(found, "How many requests run") == rows_of(exact, "How many requests run")
     for start in ("What is the smallest", "How many GPUs"):
         assert rows_of(found, start)[:4] == rows_of(exact, start)[:4]

@@ -5,6 +5,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
 import record
 import update_readme
 
@@ -67,6 +68,13 @@ def test_a_record_holds_command_machine_output_and_lines(tmp_path):
 
 def test_a_script_that_leaves_no_json_is_not_recorded(tmp_path):
     assert record.main(str(tmp_path / "result.json"), "-c", "print(1)") == 2
+
+
+def test_what_a_command_reads_is_not_recorded_over(tmp_path):
+    (tmp_path / "config.json").write_text("kept")
+    with pytest.raises(SystemExit, match="is what the command reads"):
+        record.main(f"{tmp_path}/./config.json", "capacity.py", str(tmp_path / "config.json"))
+    assert (tmp_path / "config.json").read_text() == "kept"
     assert not (tmp_path / "result.json").exists()
 
 

@@ -8,6 +8,8 @@ writes it: so that no parser lets an output be an input.
     parser.add_argument("--blocks", type=positive)
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
@@ -24,6 +26,25 @@ STANDARD = Path("/dev/stdout")  # what `-` stands for where a file is written
 Named = list[tuple[str, Path]]  # the option that names a file, and the file
 
 
+class Known(str):
+    """A name that a script knows; in an f-string it reads as the user wrote it."""
+
+    written: str
+
+    def __format__(self, spec: str) -> str:
+        return format(self.written, spec)
+
+    @classmethod
+    def among(cls, names: Collection[str], text: str) -> Known | None:
+        """The name that is this text in any case, if one is."""
+        for name in names:
+            if isinstance(name, str) and name.lower() == text.lower():
+                known = cls(name)
+                known.written = text
+                return known
+        return None
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse, but a mistake takes one line, without the usage."""
 
@@ -35,8 +56,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, text: str):
         """One of the choices in any case; anything else is refused as it was written."""
-        spelt = [name for name in action.choices or () if str(name).lower() == text.lower()]
-        return spelt[0] if spelt else super()._get_value(action, text)
+        return Known.among(action.choices or (), text) or super()._get_value(action, text)
 
     def parse_known_args(self, args=None, namespace=None):  # parse_args comes here too
         for word in sys.argv[1:] if args is None else args:
@@ -77,8 +97,8 @@ class FileName:
         if not text.strip():
             raise argparse.ArgumentTypeError(f"{text[:40]!a} names no {self.kind}")
         if self.known:  # a name in any case, unless there is a file of that name
-            name = text if text in self.known or os.path.exists(text) else text.lower()
-            return name if name in self.known else text
+            there = text not in self.known and os.path.exists(text)
+            return (None if there else Known.among(self.known, text)) or text
         return STANDARD if self.written and text == "-" else Path(text)
 
     def files(self, value: Path | str, names: Collection[str]) -> list[Path]:

@@ -12,6 +12,7 @@ import ctypes
 import os
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
@@ -80,7 +81,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
     if args.device == "cuda" and not cuda:
         raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
     device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    model = models.MODELS[args.model]
+    model = replace(models.MODELS[args.model], name=args.model)  # as the user wrote it
     num_layers = model.num_layers if args.layers is None else args.layers
     if num_layers > model.num_layers:
         raise UsageError(f"--layers {num_layers}: {model.name} has {model.num_layers}")

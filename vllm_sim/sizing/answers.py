@@ -43,7 +43,7 @@ def survey(case: Case, progress: Progress = SILENT) -> Survey:
 def headline(case: Case, found: Means, held: list[Holding]) -> str:
     """The answer in one line: requests at a time under paging."""
     (requests,) = (h.requests for h in held if h.policy == PAGED)
-    where = f"{case.model.name} on {case.plan.num_gpus} x {case.gpu.name}, {case.kv_type} K/V"
+    where = f"{case.told} on {case.plan.num_gpus} x {case.gpu.name}, {case.kv_type} K/V"
     told = (
         f"{where}: {requests:,.{int(requests < 100)}f} requests of {case.workload.told} at a time"
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_sim import paper
 from vllm_sim.models import DEPLOYMENTS, GPU, GPUS, Deployment, Model, PlanError, load_model
@@ -62,6 +62,7 @@ class Survey:
 class Case:
     """One model on one kind of GPU under one workload. Lengths in tokens."""
 
+    told: str  # the model's name
     plan: Plan
     weight_type: str
     kv_type: str
@@ -82,7 +83,7 @@ class Case:
     def line(self) -> str:
         """The line above each table."""
         return (
-            f"{self.model.name}, {self.weight_type} weights, {self.kv_type} K/V, "
+            f"{self.told}, {self.weight_type} weights, {self.kv_type} K/V, "
             f"{self.plan.num_gpus} x {self.gpu.name} of {self.plan.memory / GIB:.2f} GiB, "
             f"{PLANS[self.plan.name]}, block size {self.plan.block_size}, "
             f"up to {self.max_len:,} tokens"
@@ -119,6 +120,7 @@ def make_case(args: argparse.Namespace) -> Case:
     """The case that the options describe. UsageError or ValueError if it cannot be had."""
     workload = parse_workload(args.workload or "sharegpt", args.lengths == "fixed")
     model = load_model(args.model)
+    told = f"{args.model}" if is_preset(model) else model.name  # as the user wrote it
     own = model.dtype or "fp16"
     weight_type = args.dtype or own
     kv_type = args.kv_dtype or (own if weight_type == "fp8" else weight_type)
@@ -127,17 +129,19 @@ def make_case(args: argparse.Namespace) -> Case:
             f"--dtype fp8: {model.name} is quantised already, as {model.quantisation.method}"
         )
     sizes = Sizes(MATRIX_BITS[weight_type], KV_BYTES[kv_type], args.block_size)
-    gpu = GPUS[args.gpu or "a100-40gb"]
+    named = args.gpu or "a100-40gb"
+    gpu = replace(GPUS[named], name=named)
     if args.gpu_memory:
         gpu = GPU("GPU", int(args.gpu_memory * GIB))
     try:
         plan = _plan(args, Deployment(model, gpu, args.gpus), sizes)
     except DoesNotFitError as error:
-        raise PlanError(f"{error}; {_would_do(args, model, gpu, sizes)}") from None
+        named = str(error).replace(model.name, told, 1)
+        raise PlanError(f"{named}; {_would_do(args, model, gpu, sizes)}") from None
     longest = _longest(args, model)
     if model.quantisation:
         weight_type = model.quantisation.method
-    return Case(plan, weight_type, kv_type, longest, workload, args.prefix_len, args.seed)
+    return Case(told, plan, weight_type, kv_type, longest, workload, args.prefix_len, args.seed)
 
 
 def _plan(args: argparse.Namespace, deployment: Deployment, sizes: Sizes) -> Plan:

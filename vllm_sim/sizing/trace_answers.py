@@ -104,19 +104,22 @@ def answer_trace(asked: TraceCase, progress: Progress = SILENT) -> Survey:
 
 
 def _summary(asked: TraceCase, free: Served, needs: list[Need]) -> str:
-    trace = asked.trace
+    trace, first = asked.trace, "a request does not fit alone"
     told = [f"{len(trace):,} of {counted(trace.rows_read, 'row')} of {trace.name} served"]
     for need in needs:
-        if need.policy == "paged":
-            share = f"at most {100 * need.rate:g} %" if need.rate else "with none"
-            share += f" ({_searched()})" * (need.rate > 0.0 and len(trace) > LONGEST)
+        if need.policy == "paged" and not need.rate:
+            first = f"{_needed(asked, need)} with paging and no request held up by memory"
+        elif need.policy == "paged":
+            share = f"at most {100 * need.rate:g} %"
+            share += f" ({_searched()})" * (len(trace) > LONGEST)
             told.append(f"{share} held up by memory, paging takes {_needed(asked, need)}")
     others = ", ".join(
         f"{NAMES[need.policy]} {_needed(asked, need)}"
         for need in reversed(needs)
         if need.policy != "paged" and need.rate == 0.0
     )
-    return "; ".join([*told, f"with none, {others}", *falls_behind(asked, free)]) + "."
+    more = "; ".join([*told, f"with none, {others}", *falls_behind(asked, free)]) + "."
+    return f"{trace.name}: {first}\n{more}"
 
 
 def _needed(asked: TraceCase, need: Need) -> str:
