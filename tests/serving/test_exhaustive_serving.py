@@ -20,7 +20,7 @@ from collections import Counter, namedtuple
 from itertools import product
 
 import pytest
-from scheduler_tools import MODES, finish, group
+from scheduler_tools import MODES, group
 from test_event_driven import assert_same, both
 from test_scheduler_reference import run_beside_naive
 
@@ -242,17 +242,39 @@ def test_what_is_admitted_never_stalls_and_what_is_refused_could(kinds, waits, f
     figure(f"refusals, {len(kinds)} kinds of requests", **count)
 
 
-def test_beams_that_share_may_grow_further_than_samples_before_they_give_way():
-    """Beside a single request they reach 5 tokens, which are one too many to compute anew."""
-    beams = group(1, 5, [7] * 3, 0.0, None, [[0, 1, 1]] * 7)
-    scheduler = Scheduler(PagedKVCacheManager(8, 4), Limits(9, 6))
-    scheduler.check(group(1, 5, [7] * 3))
-    with pytest.raises(RequestTooLargeError, match="11 tokens in 3 sequences"):
-        scheduler.check(beams)
-    for one in (group(0, 1, [6]), beams):
-        scheduler.enqueue(one)
+BEAM_SEARCH = group(1, 5, [7] * 3, 0.0, None, [[0, 1, 1]] * 7)
+SINGLE = ((0, 2, 8, 0.0), (1, 2, 7, 2.0), (2, 1, 7, 3.0), (4, 2, 10, 4.0))
+LATE = [group(number, prompt, [output], at) for number, prompt, output, at in SINGLE]
+# Pool of GPU blocks, their size and CPU blocks, limits, others, and who stalls among them.
+STALLS = {
+    "beams share, and so grow further than samples": (
+        (8, 4, 0), Limits(9, 6), [group(0, 1, [6])], BEAM_SEARCH
+    ),
+    "nothing may be held behind a prefix": (
+        (2, 4, 0), Limits(2, 2), [group(0, 0, [3], 0.0, (99, 4))], group(1, 2, [3])
+    ),
+    "its prompt may be swapped, what it generates not": (
+        (14, 1, 1), Limits(8, 5), LATE, group(3, 1, [10], 4)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STALLS)
+def test_what_stalls_in_rare_company_is_refused(name):
+    (num_blocks, size, cpu), limits, others, one = STALLS[name]
+    manager = PagedKVCacheManager(num_blocks, size, num_cpu_blocks=cpu, watermark=0.0)
+    if others[0].prefix_id is not None:
+        manager.allocate_prefix(others[0].prefix_id, others[0].seqs[0].prefix_len)
+    scheduler = Scheduler(manager, limits, "swap")
+    with pytest.raises(RequestTooLargeError, match=f"exceed {limits.max_batched_tokens} tokens"):
+        scheduler.check(one)
+    queue = sorted([*others, one], key=lambda each: each.order)
     with pytest.raises(StalledError):
-        finish(scheduler)
+        for now in range(100):
+            while queue and queue[0].arrival_s <= now:
+                scheduler.enqueue(queue.pop(0))
+            scheduler.schedule(float(now))
+            scheduler.complete()
 
 
 # ---- what is broken is found --------------------------------------------------------------------

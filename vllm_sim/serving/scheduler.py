@@ -183,7 +183,7 @@ class Scheduler:
             other = -(-(most + least) // manager.block_size)
             return most == 0 or held + len(grown) + other <= room
         # Groups that came later are swapped first: each may leave as much as a whole pool there.
-        later = max(0, limits.max_num_seqs - 1 - self.swapped_from) * room
+        later = (limits.max_num_seqs - 1 - self.swapped_from) * room
         for last in {*lengths}:
             grown = [last - 2 for length in lengths if length >= last]
             if last - 1 > most and (
