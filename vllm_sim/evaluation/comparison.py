@@ -120,21 +120,15 @@ def verdict(row: Row) -> str:
 
 
 def relative(
-    figure: str,
-    setting: str,
-    metric: str,
-    paper: float,
-    ours: float,
-    percent: float,
-    reason: str = "",
+    figure: str, setting: str, metric: str, paper: float, ours: float, most: float, reason: str = ""
 ) -> Row:
     """Held if ours is within so many percent of the paper's."""
 
     def measure(ours: float) -> tuple[str, float]:
         off = 100.0 * (ours / paper - 1.0)
-        return f"{off:+.1f} %", abs(off) / percent
+        return f"{off:+.1f} %", abs(off) / most
 
-    return _row(figure, setting, metric, paper, f"{percent:g} %", measure, reason, ours)
+    return _row(figure, setting, metric, paper, f"{most:g} %", measure, reason, ours)
 
 
 def absolute(

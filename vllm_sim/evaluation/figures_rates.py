@@ -172,7 +172,7 @@ class Fig12(CurveFigure):
             text = TEXT[key]
             low, high = text.value
             values = [v for s, v in ours.items() if "ShareGPT" in s and s.endswith(f"/ {system}")]
-            row = partial(relative, text.figure, f"ShareGPT, vLLM / {system}", percent=18.0)
+            row = partial(relative, text.figure, f"ShareGPT, vLLM / {system}", most=18.0)
             found.append(row("rate, lowest ratio", low, of_all(min, values)))
             found.append(row("rate, highest ratio", high, of_all(max, values), reason="D13"))
         text = TEXT["over_ft_up_to"]

@@ -37,12 +37,12 @@ class Known(str):
     @classmethod
     def among(cls, names: Collection[str], text: str) -> Known | None:
         """The name that is this text in any case, if one is."""
-        for name in names:
-            if isinstance(name, str) and name.lower() == text.lower():
-                known = cls(name)
-                known.written = text
-                return known
-        return None
+        found = [name for name in names if str(name).lower() == text.lower()]
+        if not found or not isinstance(found[0], str):
+            return None
+        known = cls(found[0])
+        known.written = text
+        return known
 
 
 class OneLineParser(argparse.ArgumentParser):
