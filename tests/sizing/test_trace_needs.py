@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
+from kv_cache_manager import OutOfBlocksError
 from sequence import Sequence, SequenceGroup
 from vllm_sim.serving.latency import UNIT, LatencyModel
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import Observer, simulate
-from vllm_sim.serving.systems import POLICIES
+from vllm_sim.serving.systems import POLICIES, new_manager
 from vllm_sim.sizing import trace_needs, trace_serving
 from vllm_sim.sizing.trace_needs import EXACT, servers_needed, smallest, smallest_pool
 from vllm_sim.sizing.trace_serving import (
@@ -155,7 +156,7 @@ def plainly(columns, policy, num_blocks):
     groups = [SequenceGroup(i, [Sequence(i, p, o)], t) for i, (t, p, o) in enumerate(zip(*columns))]
     simulate(
         groups,
-        SERVER.manager(policy, num_blocks),
+        new_manager(policy, num_blocks, SIZE, max_len=MAX_LEN),  # block by block, for max too
         SERVER.limits,
         LATENCY,
         on_decision=counting.look,
@@ -218,6 +219,20 @@ def test_the_run_with_unbounded_memory_tells_which_memories_serve(policy, seed, 
     monkeypatch.setattr(trace_needs, "serve", lambda *args: calls.append(args) or serve(*args))
     smallest_pool(columns, SERVER, policy, 0.0, free)
     assert not calls if policy != "paged" else 1 <= len(calls) <= 9
+    calls.clear()
+    smallest_pool(columns, SERVER, policy, 0.3, free)
+    chunks = [num_blocks // (16 if policy == "max" else 1) for *_, num_blocks, _, _ in calls]
+    assert calls and len(set(chunks)) == len(chunks), "one more block that serves nobody"
+
+
+def test_a_chunk_of_the_longest_model_costs_no_more_than_one_block():
+    """Max reserves the model's maximum, a list of blocks each if it were kept block by block."""
+    manager = Server(1, 10**6, LATENCY, Limits(60, 10**9)).manager("max", 10**7)
+    for i in range(9):
+        manager.allocate(i, 1, 2)
+    with pytest.raises(OutOfBlocksError):
+        manager.allocate(9, 1, 2)
+    assert [len(manager.free(i)) for i in range(9)] == [1] * 9
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -343,6 +358,6 @@ def test_chunks_are_what_the_manager_takes():
         manager = SERVER.manager(policy, 16 * 60)
         for i, (prompt, output) in enumerate(zip(prompts.tolist(), outputs.tolist())):
             manager.allocate(i, prompt, prompt + output)
-        taken = [manager.reservation(i).num_blocks for i in range(60)]
-        assert SERVER.chunks(policy, prompts, outputs).tolist() == taken
+        taken = [manager.reservation(i).num_blocks * manager.block_size for i in range(60)]
+        assert (SIZE * SERVER.chunks(policy, prompts, outputs)).tolist() == taken
     assert SERVER.chunks("paged", np.array([4, 5]), np.array([4, 4])).tolist() == [2, 3]

@@ -48,28 +48,26 @@ def survey(asked: TraceCase, progress: Progress = SILENT) -> Survey:
         part.at(0, 1)
         return part
 
-    told = step("serving the trace with unbounded memory")
     columns, part = asked.columns, asked
-    whole = free = unbounded(columns, server, told)
+    whole = free = unbounded(columns, server, step("serving the trace with unbounded memory"))
     needs: dict[tuple[str, float], Need] = {}
-    runs: dict[tuple[int, int], Served] = {}
+    runs = {(1, 0): free}
     for rate in rates:
         servers, before = 1, None
         if rate and len(asked.trace) > LONGEST:
             part = busiest(asked, whole)
-            columns, runs = part.columns, {}
-            free = unbounded(columns, server)
+            columns, free = part.columns, unbounded(part.columns, server)
+            runs = {(1, 0): free}
         for policy in POLICIES:
             old = needs.get((policy, 0.0))
             share = f"{policy}, {100 * rate:g} % held up"
             told = step(f"searching the smallest memory, {share}")
             pool = smallest_pool(columns, server, policy, rate, free, old and old.pool, told)
             told = step(f"searching the number of servers, {share}")
-            known = old and old.servers
             if before is not None:  # fewer than as many as the smallest memories let expect
                 servers = max(1, servers * pool.num_blocks // before)
             before = pool.num_blocks
-            more = (servers, known, runs, told)
+            more = (servers, old and old.servers, runs, told)
             found = servers_needed(columns, server, policy, rate, num_blocks, *more)
             servers = found or servers
             needs[policy, rate] = Need(policy, rate, pool, found)
@@ -89,8 +87,8 @@ def busiest(asked: TraceCase, free: Served) -> TraceCase:
     taken = free.together(asked.server.chunks("paged", trace.prompts, trace.outputs))
     sums = np.cumsum(np.concatenate([[0], taken]))
     first = int(np.argmax(sums[STRETCH:] - sums[:-STRETCH]))
-    stretch = trace.part(first, first + STRETCH, f"{trace.name}, {_searched()}")
-    return replace(asked, trace=stretch)
+    name = f"{trace.name}, {_searched()}"
+    return replace(asked, trace=trace.part(first, first + STRETCH, name))
 
 
 def _searched() -> str:

@@ -104,39 +104,38 @@ def smallest_pool(
     `free` is the run with unbounded memory, `known` a memory that serves, at this rate or a lower.
     Where nobody may be held up, that run tells of most memories whether they serve.
     """
-    count = len(columns[0])
-    few = allowed(rate, count)
+    few = allowed(rate, len(columns[0]))
     chunks = server.chunks(policy, np.array(columns[1]), np.array(columns[2]))
-    runs = {known.num_blocks: known.served} if known else {}
+    unit = 1 if policy == "paged" else int(chunks.min())  # what is left of a pool serves nobody
+    runs = {known.num_blocks // unit: known.served} if known else {}
 
     def serves(num_blocks: int) -> bool:
-        if num_blocks not in runs:
+        if (key := num_blocks // unit) not in runs:
             sure = None
             if few == 0:
                 sure = holds_up_none(free, columns, server, policy, num_blocks)
-                if sure is None and any(runs[n] for n in runs if n < num_blocks):
+                if sure is None and any(runs[n] for n in runs if n < key):
                     sure = True  # what a smaller one does for paging
             if sure is None:
-                runs[num_blocks] = serve(columns, server, policy, num_blocks, few, progress)
+                runs[key] = serve(columns, server, policy, num_blocks, few, progress)
             else:
-                runs[num_blocks] = free if sure else None
-        return runs[num_blocks] is not None
+                runs[key] = free if sure else None
+        return runs[key] is not None
 
     demand = free.demand if policy == "paged" else free.together(chunks)
     # Room for all requests at once, and to spare.
     most = known.num_blocks if known else 4 * (int(chunks.sum()) + int(chunks.max()) + 2)
     if few == 0:  # then all that run together with unbounded memory do, and must find room
-        least = int(demand.max())
-        guess = least
+        guess = least = int(demand.max())
         if policy == "paged":
             guess = int(least * (1.0 + paper.WATERMARK))
             serves(next(n for n in count_from(least) if n - int(paper.WATERMARK * n) >= least))
     else:
         least = int(chunks.max())
-        guess = int(np.quantile(demand, 1.0 - few / count))
+        guess = int(np.quantile(demand, 1.0 - few / len(columns[0])))
     found = smallest(serves, guess, most, least)
     assert found is not None, "room for all requests at once does not serve them"
-    return Pool(found, runs[found])
+    return Pool(found, runs[found // unit])
 
 
 def servers_needed(

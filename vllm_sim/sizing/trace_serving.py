@@ -57,8 +57,11 @@ class Server:
     limits: Limits
 
     def manager(self, policy: str, num_blocks: int) -> Manager:
-        """An empty pool under a policy."""
-        return new_manager(policy, num_blocks, self.block_size, max_len=self.max_len)
+        """An empty pool under a policy; where all chunks are alike, one of such blocks."""
+        count, size = num_blocks, self.block_size
+        if policy == "max" and count >= (chunk := int(_power_of_two(-(-self.max_len // size)))):
+            count, size = count // chunk, size * chunk  # to list a chunk's blocks takes long
+        return new_manager(policy, count, size, max_len=self.max_len)
 
     def chunks(self, policy: str, prompts: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         """Blocks of the chunk that each request reserves; under paged, what it ends with."""
