@@ -50,8 +50,8 @@ class TableSpec:
     """How one data set is read and how finely it is kept.
 
     `columns` are the file's two, none if it has turns. `rows` is the number of input ranges aimed
-    at, `skew` > 1 makes them narrower (in share of requests) for long inputs, `input_knots` and
-    `output_knots` are the knots per row. `bounded` keeps the knots within the lengths that there
+    at, `skew` > 1 makes them narrower (in share of requests) for long inputs, `knots`
+    are those of a row's inputs and outputs. `bounded` keeps the knots within the lengths that there
     are, where the longest is one of many. `source` and `about` say where the lengths are from.
     """
 
@@ -60,8 +60,7 @@ class TableSpec:
     columns: tuple[str, ...]
     rows: int
     skew: float
-    input_knots: int
-    output_knots: int
+    knots: tuple[int, int]
     source: str
     about: str
     max_total: int | None = None
@@ -75,8 +74,7 @@ SPECS = {
         PAIR_COLUMNS,
         rows=44,
         skew=1.8,
-        input_knots=9,
-        output_knots=48,
+        knots=(9, 48),
         source="sosp-ae-39/sosp-ae-astra 3180d2f8 (the paper's artifact), OPT tokenizer",
         about="one BOS on each side; no licence file, its README says that only lengths are given "
         "because of licensing; pairs with input + output <= 2048",
@@ -88,8 +86,7 @@ SPECS = {
         PAIR_COLUMNS,
         rows=60,
         skew=1.5,
-        input_knots=6,
-        output_knots=80,
+        knots=(6, 80),
         source="hikariming/alpaca_chinese_dataset a32705c (English records), OPT tokenizer",
         about='one BOS on each side; text = instruction + " " + input; CC BY-NC 4.0',
     ),
@@ -99,8 +96,7 @@ SPECS = {
         (WMT16_SUFFIX.format(1), WMT16_OUTPUT),
         rows=40,
         skew=1.2,
-        input_knots=4,
-        output_knots=48,
+        knots=(4, 48),
         source="newstest2016, LLaMA tokenizer; inputs: what follows the shared 1-shot prefix",
         about="prompts as in the paper's artifact (sosp-ae-39/sosp-ae-astra, commit 3180d2f8); "
         "WMT's own terms",
@@ -111,8 +107,7 @@ SPECS = {
         (),
         rows=44,
         skew=1.0,
-        input_knots=6,
-        output_knots=64,
+        knots=(6, 64),
         source="ShareGPT_V3_unfiltered_cleaned_split, rounds as in data_sets, OPT tokenizer",
         about="rounds of Fig. 17 from the first conversations (125,509,632 bytes): prompts of "
         "history and query, and replies; no licence named; a stand-in: the paper's artifact does "
@@ -176,8 +171,8 @@ def table_lines(pairs: np.ndarray, spec: TableSpec) -> list[str]:
         if low == high:
             inputs = [low]  # one knot stands for a constant
         else:
-            inputs = fit_knots(part[:, 0], np.linspace(0.0, 1.0, spec.input_knots))
-        outputs = fit_knots(part[:, 1], knot_levels(spec.output_knots))
+            inputs = fit_knots(part[:, 0], np.linspace(0.0, 1.0, spec.knots[0]))
+        outputs = fit_knots(part[:, 1], knot_levels(spec.knots[1]))
         if spec.bounded:
             inputs = np.clip(inputs, low, high).tolist()
             outputs = np.clip(outputs, part[:, 1].min(), part[:, 1].max()).tolist()

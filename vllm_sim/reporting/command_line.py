@@ -4,6 +4,7 @@ Input that cannot be used is one line on stderr and exit code 2, never a traceba
 code 130, and a reader that has gone away (`| head`) 141, without a word. Standard library alone.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -26,6 +27,14 @@ def raise_on_interrupt() -> None:
     """Ctrl-C raises KeyboardInterrupt again, after `begin`: the modules are loaded."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_with_parent(parent: int) -> None:
+    """On Linux: kill this process when its parent, of this id, ends, be it killed."""
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended already
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def exit_code(script: str, run: Callable[[], int]) -> int:

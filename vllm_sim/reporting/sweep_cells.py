@@ -5,14 +5,12 @@ Each cell has a file of its own, named after what it runs, so that sweeps share 
 sweep that grows keeps what is done; beside it, as .log, is what the script printed.
 """
 
-import ctypes
 import hashlib
 import json
 import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 from vllm_sim.reporting.arguments import OneLineParser, keep_apart
-from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.reporting.command_line import UsageError, end_with_parent
 from vllm_sim.reporting.documents import Json, document, rows_table, told
 from vllm_sim.reporting.files import make_folder, write_json
 from vllm_sim.reporting.sweep_table import read_run
@@ -115,34 +113,20 @@ def make_place(parser: OneLineParser, cells: list[Cell], wanted: list[Cell], out
     write_list(parser.prog, cells, out)
 
 
-def done_code(path: Path, script: str, cell: Cell) -> int | None:
-    """The exit code of a cell whose result is there, None if it must run."""
-    with suppress(UsageError):  # not there, or cut off by something else: it is written anew
-        run = read_run(path)
-        if (run.script, run.options) == (script, cell.options) and run.code in (0, 1):
-            return run.code
-    return None
-
-
 def run_all(script: Path, cells: list[Cell], out: Path, again: bool) -> int:
     """Run in turn the cells that are not done, or all `again`. Returns the highest exit code."""
     worst = 0
     for cell in cells:
-        path = out / cell.file
-        code, told = None if again else done_code(path, script.name, cell), "done before"
+        path, code, told = out / cell.file, None, "done before"
+        with suppress(UsageError):  # not there, or cut off by something else: it is written anew
+            run = read_run(path)
+            if not again and (run.script, run.options) == (script.name, cell.options):
+                code = run.code if run.code in (0, 1) else None
         if code is None:
             code, told = run_cell(script, cell, path), "done"
         print(f"cell {cell.index}: {told}, exit code {code}: {path}", flush=True)
         worst = max(worst, code)
     return worst
-
-
-def end_with_parent(parent: int) -> None:
-    """On Linux: kill this process when its parent, of this id, ends, be it killed."""
-    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
-        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it has ended already
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_cell(script: Path, cell: Cell, path: Path) -> int:
