@@ -5,7 +5,6 @@ writes it: so that no parser lets an output be an input.
 
     parser = OneLineParser(description="...")
     parser.add_argument("--trace", type=file_name)
-    parser.add_argument("--blocks", type=positive)
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ Named = list[tuple[str, Path]]  # the option that names a file, and the file
 
 class Known(str):
     """A name that a script knows; in an f-string it reads as the user wrote it."""
-
-    written: str
 
     def __format__(self, spec: str) -> str:
         return format(self.written, spec)
