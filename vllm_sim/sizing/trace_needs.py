@@ -181,8 +181,8 @@ def servers_needed(
 
     manager = server.manager(policy, num_blocks)
     try:
-        for i, (_, prompt, output) in enumerate(zip(*columns)):
-            manager.require_fits(SequenceGroup(i, [Sequence(i, prompt, output)], 0.0))
+        for prompt, output in set(zip(*columns[1:])):
+            manager.require_fits(SequenceGroup(0, [Sequence(0, prompt, output)], 0.0))
     except RequestTooLargeError:
         return None
     return smallest(serves, known or guess, known or min(count, MOST_SERVERS), creep=True)
