@@ -39,13 +39,12 @@ PREFIX = (10**6, 3)
 BEAMS = [[0, 0], [1, 1], [1, 0]]  # parents after each token: one takes over, the other, a swap
 Kind = namedtuple("Kind", "prompt_len outputs parents behind", defaults=(None, False))
 SMALL_KINDS = (
-    Kind(1, (5,)),
     Kind(1, (1, 3)),
     Kind(1, (3, 3), BEAMS),
     Kind(3, (3, 3)),
     Kind(1, (4,), None, True),
 )
-KINDS = SMALL_KINDS + tuple(
+KINDS = (Kind(1, (5,)), *SMALL_KINDS) + tuple(
     Kind(prompt_len, outputs) for prompt_len in (1, 2) for outputs in ((1,), (3,), (6,), (2, 2))
 )
 # GPU blocks, CPU blocks, watermark; two blocks more hold the prefix.
