@@ -37,8 +37,7 @@ from vllm_sim.models.config_file import ConfigError, read_config
 from vllm_sim.reporting import sweep_cells
 from vllm_sim.reporting.arguments import FileName, OneLineParser, positive, seed
 from vllm_sim.reporting.command_line import UsageError
-from vllm_sim.reporting.documents import document, rows_table
-from vllm_sim.reporting.sweep_table import read_run
+from vllm_sim.reporting.documents import document, read_run, rows_table
 from vllm_sim.workload.data_sets import (
     ALPACA_COLUMNS,
     DATASETS,

@@ -381,7 +381,7 @@ def test_no_reader_is_left_out():
         "vllm_sim/reporting/files.py",
         "vllm_sim/reporting/sweep_cells.py",  # a log, to write
         "vllm_sim/models/config_file.py",
-        "vllm_sim/reporting/sweep_table.py",
+        "vllm_sim/reporting/documents.py",
         "vllm_sim/workload/text_files.py",  # READERS and JSON_READERS
         "tools/lengths_from_pickle.py",
         "tools/update_readme.py",
@@ -603,7 +603,10 @@ def test_a_reader_that_leaves_anywhere_takes_no_half_of_a_file_along(script, tmp
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        ("sweep.py", ["--script", "capacity.py", "--workload", "30,20", "--seed", "0,1"]),
+        (
+            "sweep.py",
+            ["--script", "capacity.py", "--workload", "30,20", "--seed", "0,1", "--quiet"],
+        ),
         pytest.param("main.py", [*HARMLESS[main], "--scenario", "2"], marks=pytest.mark.slow),
     ],
 )

@@ -14,8 +14,7 @@ import main
 import reproduce
 from vllm_sim import paper
 from vllm_sim.evaluation.experiments import Run
-from vllm_sim.reporting.documents import document, measured, rows_table, told
-from vllm_sim.reporting.sweep_table import read_run
+from vllm_sim.reporting.documents import document, measured, read_run, rows_table, told
 from vllm_sim.scenarios import baseline, paged, sampling
 
 PAGE = (Path(main.__file__).parent / "docs" / "json.md").read_text(encoding="ascii")

@@ -9,8 +9,8 @@ import pytest
 
 import sweep
 from vllm_sim.reporting.command_line import UsageError
-from vllm_sim.reporting.documents import SCHEMA
-from vllm_sim.reporting.sweep_table import merge, read_run
+from vllm_sim.reporting.documents import SCHEMA, read_run
+from vllm_sim.reporting.sweep_table import merge
 
 
 def run(seed=0, block_size=16, script="capacity.py", batch=1.0, ok=True, **more):

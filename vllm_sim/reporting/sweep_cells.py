@@ -22,9 +22,8 @@ from pathlib import Path
 
 from vllm_sim.reporting.arguments import OneLineParser, keep_apart
 from vllm_sim.reporting.command_line import UsageError, end_with_parent
-from vllm_sim.reporting.documents import Json, document, rows_table, told
+from vllm_sim.reporting.documents import Json, document, read_run, rows_table, told
 from vllm_sim.reporting.files import make_folder, write_json
-from vllm_sim.reporting.sweep_table import read_run
 
 SEPARATOR = {"--workload": "/"}  # whose own values have commas
 PATHS = ("--lengths", "--trace")  # are never a list; capacity.py's --lengths is no path

@@ -1,79 +1,18 @@
 """Many runs in one table: which options vary, means over the seeds, what failed, what is missing.
 
-Reads what --json and sweep.py wrote (docs/json.md); the order of the files, and files given twice,
-change nothing.
+The order of the files, and files given twice, change nothing.
 """
 
-import json
 import os
-import shlex
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 from vllm_sim.reporting.arguments import Named, keep_apart
 from vllm_sim.reporting.command_line import UsageError
-from vllm_sim.reporting.documents import SCHEMA, Json, document, rows_table
-from vllm_sim.reporting.files import check_writable, print_then, read_bounded, write_json
-from vllm_sim.reporting.tables import Cell, Table, counted, render, wrapped
-
-MAX_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Run:
-    """What counts of one document."""
-
-    path: Path = field(compare=False)
-    script: str
-    options: Json
-    code: int
-    told: str  # what became of it
-    figures: dict[tuple[str, str, str], float]  # every number, by table, row and column
-    listed: list["Run"]  # a sweep's cells, each as it is if its file is missing
-
-    def chosen(self, names: list[str]) -> tuple[Cell, ...]:
-        return tuple(_text(self.options.get(name)) for name in names)
-
-
-def read_run(path: Path) -> Run:
-    """One document. UsageError names the file that cannot be read, or is not what --json writes."""
-    figures, listed = {}, []
-    try:
-        if (data := read_bounded(path, MAX_BYTES)) is None:
-            raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-        found = json.loads(data, parse_int=_finite, parse_float=_finite, parse_constant=_finite)
-        if found["schema"] != SCHEMA:
-            raise ValueError(f"its schema is not {SCHEMA}")
-        for table, row in [(one, row) for one in found["tables"] for row in one["rows"]]:
-            which = ", ".join(str(_text(row[key])) for key in table["index"])
-            for column in [key for key in row if key not in table["index"]]:
-                where = str(_text(table["id"])), which, str(_text(column))
-                if where in figures:
-                    raise ValueError(f"two rows of table {where[0]} are one")
-                if type(row[column]) in (int, float):
-                    figures[where] = row[column]
-            if found["script"] == "sweep.py":
-                cell = path.parent / Path(row["file"]).name  # which leads nowhere else
-                of, missing = str(found["setting"]["script"]), shlex.join(row["arguments"])
-                listed.append(Run(cell, of, {**row["options"]}, 2, f"missing: {missing}", {}, []))
-        failed = [f"{one['name']} ({one['detail']})" for one in found["checks"] if not one["ok"]]
-        told = f"failed: {'; '.join(failed) or 'a check'}"
-        if "error" in found:
-            told = f"did not run: {found['error']}"
-        if not (code := int(found["exit_code"] or bool(failed))):
-            told = f"{counted(len(found['checks']), 'check')} held"
-        return Run(path, str(found["script"]), {**found["options"]}, code, told, figures, listed)
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise UsageError(f"{path}: not a document of --json: {reason}") from None
-
-
-def _finite(text: str) -> int | float:
-    if not abs(value := float(text)) <= 1e300:  # so that sums stay finite
-        raise ValueError(f"{text[:40]} is no finite number")
-    return int(text) if text.lstrip("-").isdigit() else value
+from vllm_sim.reporting.documents import Run, ascii_cell, document, read_run, rows_table
+from vllm_sim.reporting.files import check_writable, print_then, write_json
+from vllm_sim.reporting.tables import Table, counted, render, wrapped
 
 
 def merge(paths: list[Path], writes: Named = ()) -> tuple[dict[str, Table], bool]:
@@ -100,10 +39,10 @@ def merge(paths: list[Path], writes: Named = ()) -> tuple[dict[str, Table], bool
     names = dict.fromkeys(name for one in options for name in one)
     vary = [name for name in names if len({repr(one.get(name)) for one in options}) > 1]
     cells = sorted(kept.values(), key=lambda run: [_rank(run.options.get(n)) for n in vary])
-    rows = [(_text(run.path.name), *run.chosen(vary), _text(run.told)) for run in cells]
+    rows = [(ascii_cell(run.path.name), *run.chosen(vary), ascii_cell(run.told)) for run in cells]
     held = sum(run.code == 0 for run in cells)
-    title = f"{_text(*scripts)}: {held} of {counted(len(cells), 'cell')} held"
-    shown = Table(title, ("file", *map(_text, vary), "result"), rows)
+    title = f"{ascii_cell(*scripts)}: {held} of {counted(len(cells), 'cell')} held"
+    shown = Table(title, ("file", *map(ascii_cell, vary), "result"), rows)
     return {"runs": shown} | _means(cells, vary), held == len(cells)
 
 
@@ -115,7 +54,7 @@ def _means(runs: list[Run], vary: list[str]) -> dict[str, Table]:
         for (table, *label), value in run.figures.items():
             choices = found.setdefault(table, {}).setdefault(tuple(label), {})
             choices.setdefault(run.chosen(vary), []).append(value)
-    headers = ("row", "column", *map(_text, vary), "mean", "lowest", "highest", "cells")
+    headers = ("row", "column", *map(ascii_cell, vary), "mean", "lowest", "highest", "cells")
     tables = {}
     for name, labels in found.items():
         rows = [
@@ -158,11 +97,3 @@ def _rank(value: object) -> tuple[bool, bool, float, str]:
     """For sorting: nothing first, then numbers by size, then all else as text."""
     number = type(value) in (int, float)
     return value is not None, not number, value if number else 0, repr(value)
-
-
-def _text(value: object) -> Cell:
-    """A value in a cell of ASCII."""
-    if type(value) is int or value is None:
-        return value
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if text.isascii() and text.isprintable() else ascii(text)
