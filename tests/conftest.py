@@ -8,6 +8,7 @@ each stands at the end of the run, and `--figures FILE` writes those of the last
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -113,11 +114,11 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("\n".join(lines))
     if path := config.getoption("--figures"):
         document = {
-            "command": "make slow",
+            "command": shlex.join(["pytest", *sys.argv[1:]]),
             "commit": record.commit(),
             "device": record.device(),
             "versions": versions(),
-            "output": {"arguments": sys.argv[1:], "searches": searches},
+            "output": searches,
             "printed": lines,
         }
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="ascii")

@@ -245,17 +245,14 @@ BEAM_SEARCH = group(1, 5, [7] * 3, 0.0, None, [[0, 1, 1]] * 7)
 SINGLE = ((0, 2, 8, 0.0), (1, 2, 7, 2.0), (2, 1, 7, 3.0), (4, 2, 10, 4.0))
 LATE = [group(number, prompt, [output], at) for number, prompt, output, at in SINGLE]
 # Pool of GPU blocks, their size and CPU blocks, limits, others, and who stalls among them.
+SHARED = (8, 4, 0), Limits(9, 6), [group(0, 1, [6])], BEAM_SEARCH
+BEHIND = (2, 4, 0), Limits(2, 2), [group(0, 0, [3], 0.0, (99, 4))], group(1, 2, [3])
+SWAPPED = (14, 1, 1), Limits(8, 5), LATE, group(3, 1, [10], 4)
 STALLS = {
-    "beams share, and so grow further than samples": (
-        (8, 4, 0), Limits(9, 6), [group(0, 1, [6])], BEAM_SEARCH
-    ),
-    "nothing may be held behind a prefix": (
-        (2, 4, 0), Limits(2, 2), [group(0, 0, [3], 0.0, (99, 4))], group(1, 2, [3])
-    ),
-    "its prompt may be swapped, what it generates not": (
-        (14, 1, 1), Limits(8, 5), LATE, group(3, 1, [10], 4)
-    ),
-}  # fmt: skip
+    "beams share, and so grow further than samples": SHARED,
+    "nothing may be held behind a prefix": BEHIND,
+    "its prompt may be swapped, what it generates not": SWAPPED,
+}
 
 
 @pytest.mark.parametrize("name", STALLS)

@@ -29,9 +29,8 @@ def test_arrivals_are_poisson_in_slots_of_10_ms():
 def test_workloads_are_joined_in_order_of_arrival_with_ids_of_their_own():
     first, second = ([Request(n, at, n + 1, 2) for n, at in enumerate(times)] for times in TWO)
     both = join(first, second, [])
-    assert [(r.request_id, r.arrival_s, r.prompt_len) for r in both] == [
-        (0, 0.0, 1), (1, 0.5, 1), (2, 1.0, 2), (3, 1.0, 2), (4, 7.0, 3)
-    ]  # fmt: skip
+    wanted = [(0, 0.0, 1), (1, 0.5, 1), (2, 1.0, 2), (3, 1.0, 2), (4, 7.0, 3)]
+    assert [(r.request_id, r.arrival_s, r.prompt_len) for r in both] == wanted
     assert join() == [] and first[1].request_id == 1
 
 
