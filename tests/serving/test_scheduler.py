@@ -361,13 +361,10 @@ def test_contiguous_reservations_never_preempt(policy):
 # What is submitted at a limit, the same one beyond it, and what refuses it: 12 blocks of 4, one of
 # them the watermark, two a shared prefix of 6 tokens; at most 22 tokens and 4 sequences.
 BOUNDARIES = {
-    # The last token is never computed again.
-    "tokens": (group(1, 10, [13]), group(1, 11, [13]), "23 tokens"),
-    "prompt tokens": (group(1, 22, [1]), group(1, 23, [1]), "23 tokens"),
-    "the longest counts": (group(1, 14, [1, 9]), group(1, 14, [1, 10]), "23 tokens"),
-    "tokens behind a prefix": (
-        group(1, 10, [13], prefix=(9, 6)),
-        group(1, 10, [14], prefix=(9, 6)),
+    "prompt tokens": (group(1, 22, [9]), group(1, 23, [9]), "23 tokens"),
+    "prompt tokens behind a prefix": (
+        group(1, 22, [9], prefix=(9, 6)),
+        group(1, 23, [9], prefix=(9, 6)),
         "23 tokens",
     ),
     "sequences": (group(1, 3, [2] * 4), group(1, 3, [2] * 5), "5 sequences"),

@@ -138,8 +138,10 @@ class Naive:
         decoding = [g for g in self.running if g.group_id in log["decodes"]]
         in_batch = sum(len(self._alive(g)) for g in decoding) + log["prompt tokens"]
         if in_batch + tokens > self.max_tokens:
-            self.seen["token limit"] += 1
-            return False
+            if in_batch or not any(seq.num_generated for seq in seqs):
+                self.seen["token limit"] += 1
+                return False
+            self.seen["recomputed by itself"] += 1
         if len(self.running) + len(seqs) > self.max_seqs:
             self.seen["cap on admission"] += 1
             return False

@@ -41,8 +41,9 @@ Manager = PagedKVCacheManager | BaselineCacheManager
 class Limits:
     """What an iteration may hold: prompt and decode tokens, and sequences.
 
-    As in the artifact, a group joins if its own sequences and the groups that run are together at
-    most `max_num_seqs`: a group that runs counts as one, so more sequences than that may run.
+    A group that is recomputed may have outgrown `max_batched_tokens`: it gets an iteration to
+    itself. As in the artifact, a group joins if its own sequences and the groups that run are
+    together at most `max_num_seqs`: a group that runs counts as one, so more sequences may run.
     """
 
     max_batched_tokens: int
@@ -139,59 +140,14 @@ class Scheduler:
         _place(self.waiting, group)
 
     def check(self, group: SequenceGroup) -> None:
-        """RequestTooLargeError if a group might not come to its end, in some company.
-
-        It comes to its end if it fits into the pool alone, unless it is preempted when to compute
-        it anew takes more than an iteration.
-        """
-        seqs, limits = group.seqs, self.limits
+        """RequestTooLargeError if a group could not run even alone; any other comes to its end."""
+        width, limits = len(group.seqs), self.limits
         self.manager.require_fits(group)
-        tokens = group.own_prompt_len
-        if tokens <= limits.max_batched_tokens and self._may_outgrow_iteration(group):
-            tokens += max([seq.output_len for seq in seqs]) - 1
-        if tokens > limits.max_batched_tokens or len(seqs) > limits.max_num_seqs:
+        if group.own_prompt_len > limits.max_batched_tokens or width > limits.max_num_seqs:
             raise RequestTooLargeError(
-                f"request {group.group_id}: {tokens} tokens in {len(seqs)} sequences "
+                f"request {group.group_id}: {group.own_prompt_len} tokens in {width} sequences "
                 f"exceed {limits.max_batched_tokens} tokens or {limits.max_num_seqs} sequences"
             )
-
-    def _may_outgrow_iteration(self, group: SequenceGroup) -> bool:
-        """Whether it may have to be recomputed when that is more than an iteration computes.
-
-        A group gives way only to one that came before it. If it is never swapped, that one ran
-        whenever it did, and generated no less. So both must have fitted beside each other, in the
-        last step after which the group could still be recomputed.
-        """
-        manager, limits = self.manager, self.limits
-        lengths = [seq.output_len for seq in group.seqs]
-        most = limits.max_batched_tokens - group.own_prompt_len  # generated, and yet recomputed
-        if max(lengths) - 1 <= most or not isinstance(manager, PagedKVCacheManager):
-            return False
-        room, width, blocks = manager.room, len(lengths), manager.blocks_for_group
-        first = blocks(group, [0] * width)
-        # The other stores a prompt token of its own, unless it may have a shared prefix.
-        least = int(room == manager.num_blocks)
-        if (
-            width >= limits.max_num_seqs
-            or least > most
-            or first + manager.watermark_blocks + least > room
-        ):
-            return False  # it starts only after all who came before it have ended
-        if width < self.swapped_from or first > manager.num_cpu_blocks:  # it is never swapped
-            grown = [most - 1 for length in lengths if length > most]
-            held = blocks(group, grown if group.beam_parents is None else grown[:1])
-            other = -(-(most + least) // manager.block_size)
-            return most == 0 or held + len(grown) + other <= room
-        # Groups that came later are swapped first: each may leave as much as a whole pool there.
-        later = (limits.max_num_seqs - 1 - self.swapped_from) * room
-        for last in {*lengths}:
-            grown = [last - 2 for length in lengths if length >= last]
-            if last - 1 > most and (
-                len(grown) < self.swapped_from
-                or blocks(group, grown) + later > manager.num_cpu_blocks
-            ):
-                return True
-        return False
 
     @property
     def idle(self) -> bool:
@@ -353,7 +309,9 @@ class Scheduler:
             prompt_len = group.own_prompt_len
             generated = [seq.num_generated for seq in seqs]
             tokens = prompt_len + max(generated)
-            if batched + tokens > limits.max_batched_tokens:
+            # What was preempted comes back whatever it has grown to, if need be by itself.
+            by_itself = group.num_preemptions and not batched
+            if batched + tokens > limits.max_batched_tokens and not by_itself:
                 return False
             copies = manager.try_admit(group, alone=not self.running)
             if copies is None:
