@@ -14,19 +14,18 @@ import pytest
 import reproduce
 from allocators import BuddyAllocator, DuplicateSequenceError
 from kv_cache_manager import MemoryUsage, PagedKVCacheManager
-from vllm_sim import models, paper
+from vllm_sim import paper
 from vllm_sim.evaluation import expected_misses, experiments, pictures, report, runner
-from vllm_sim.evaluation.comparison import EXPLAINED
-from vllm_sim.evaluation.expected_misses import Miss
+from vllm_sim.evaluation.expected_misses import by_row, expected
 from vllm_sim.evaluation.experiments import Outcome, Run, execute
 from vllm_sim.evaluation.figures_memory import Fig2, Fig15, Table1
-from vllm_sim.evaluation.options import FIGURES
+from vllm_sim.evaluation.options import BEAM_SECONDS, FIGURES
 from vllm_sim.evaluation.runner import choose
 from vllm_sim.evaluation.runner import reproduce as regenerate
 from vllm_sim.paper import VLLM
 from vllm_sim.reporting.progress import Progress
 from vllm_sim.serving.latency import LatencyModel
-from vllm_sim.workload.data_sets import Lengths, find_lengths
+from vllm_sim.workload.data_sets import DATASETS, Lengths, find_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -65,25 +64,22 @@ def test_a_table_with_its_words_as_keys(run_script, tmp_path):
     (table,) = found["tables"]
     rows = table["rows"]
     assert all(list(row)[: len(KEYS)] == KEYS for row in rows)
-    assert {row["held"] for row in rows} == {True, EXPLAINED}
-    assert all(("reason" in row) == (row["held"] == EXPLAINED) for row in rows)
-    held = sum(row["held"] is True for row in rows)
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith(f"{len(rows)} rows: {held} held, {len(rows) - held} explained, 0 not")
+    assert {row["held"] for row in rows} == {True, False}
+    assert all(row["held"] != ("expected" in row) for row in rows)
+    detail, _, seconds = done.stdout.splitlines()[-1].rpartition(", ")
+    assert detail == "16 rows: 14 held, 2 missed, all as expected" and seconds.endswith(" s")
     assert {row["fitted"] for row in rows} == {False}
-    assert found["checks"] == [
-        {"name": "Table 1", "ok": True, "detail": done.stdout.splitlines()[-1].rpartition(",")[0]}
-    ]
+    assert found["checks"] == [{"name": "Table 1", "ok": True, "detail": detail}]
     assert "compact table" in found["setting"]["lengths"]["ShareGPT"]
     first, *_ = done.stdout.splitlines()
-    assert "compact tables, not the authors' files: more rows are off" in first
+    assert first.startswith("Lengths: compact tables for ShareGPT, Alpaca, WMT16 1-shot, ")
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
-def test_held_and_fitted_are_explained_before_they_are_used(capsys):
+def test_the_words_of_a_table_are_told_before_it(capsys):
     assert reproduce.main(["--figure", "table1", "--format", "latex"]) == 0
     before, *_ = capsys.readouterr().out.split("\n\n")
-    assert "'yes'" in before and "'NO'" in before and "'fitted'" in before
+    assert "'yes'" in before and "'MISSED'" in before and "'fitted'" in before
     assert all(line.startswith("% ") for line in before.splitlines())
 
 
@@ -116,9 +112,9 @@ def test_the_length_of_beam_search_goes_from_the_command_line_into_the_json(monk
         return replace(OUTCOME, normalized_latency=0.03 if run.rate < 15.0 else 2.0)
 
     monkeypatch.setattr(runner, "execute", at_once)
-    for told, seconds in ((["--beam-seconds", "60"], 60), ([], 600)):
+    for told, seconds, code in ((["--beam-seconds", "60"], 60, 0), ([], BEAM_SECONDS, 1)):
         asked.clear()
-        assert reproduce.main(["--figure", "14", "--jobs", "1", "--json", str(out), *told]) == 1
+        assert reproduce.main(["--figure", "14", "--jobs", "1", "--json", str(out), *told]) == code
         assert asked == {("parallel", 3600.0), ("beam", seconds)}
         assert json.loads(out.read_text())["setting"]["beam_seconds"] == seconds
 
@@ -232,7 +228,8 @@ def test_every_figure_has_its_rows_and_notes(monkeypatch, seeds):
     found = regenerate(figures, COMPACT, seeds, 1, shown)
     assert [one.figure.name for one in found] == [figure.name for figure in figures]
     for one in found:
-        assert one.rows and all(row.held in (True, False, EXPLAINED) for row in one.rows)
+        assert one.rows and all(row.held in (True, False) for row in one.rows)
+        assert all((row.expected is None) == (seeds == 2) for row in one.rows)
         assert all(isinstance(note, str) and note for note in one.notes)
         headers = report.table_of(one).headers
         assert ("spread" in headers) == any(row.spread is not None for row in one.rows)
@@ -324,7 +321,7 @@ def test_what_a_run_raises_is_one_line(error, says, capsys, monkeypatch):
 
 def failures(figures):
     found = regenerate(figures, COMPACT, 1, 1)
-    return [row for figure in found for row in figure.rows if row.held is False]
+    return [row for figure in found for row in figure.rows if row.failed]
 
 
 @pytest.mark.slow
@@ -350,9 +347,9 @@ def test_the_closing_line_counts_the_fitted_rows_apart(monkeypatch, capsys):
     monkeypatch.setattr(Table1, "rows", fitted)
     assert reproduce.main(["--figure", "table1"]) == 0
     printed = capsys.readouterr().out
-    # Of Table 1's four numbers for 175B one is explained.
-    assert "16 rows: 14 held (3 of them fitted), 2 exp" in printed
-    assert printed.count("yes, fitted") == 3 and printed.count("D2, fitted") == 1
+    # Of Table 1's four numbers for 175B one is missed.
+    assert "16 rows: 14 held (3 of them fitted), 2 missed, all as expected, " in printed
+    assert printed.count("yes, fitted") == 3 and printed.count("missed, fitted") == 1
 
 
 def test_a_wrong_buddy_size_is_found(monkeypatch):
@@ -407,49 +404,93 @@ def test_a_simulator_too_slow_from_the_first_rate_on_is_found(monkeypatch, tmp_p
     assert without and not any(row["held"] for row in without)
 
 
-SLOTS = [Miss("Table 1", f"opt-{size}", "kilo slots", "why") for size in ("13b", "66b", "175b")]
+# --- which rows are expected to be missed --------------------------------------------------------
+
+GB = "parameters, GB"
+SLOTS = ("D1", "Table 1", "opt-66b", "kilo slots")
+SAVED = ("D14", "Fig. 15", "13B Alpaca, {parallel,beam} 6", "% of blocks saved")
 
 
-def test_a_miss_is_exit_code_1_unless_it_is_expected_and_so_is_an_expected_one_that_holds(
-    monkeypatch, capsys, tmp_path
+@pytest.mark.parametrize(
+    ("listed", "code", "failed", "closing"),
+    [
+        ([SLOTS, ("D2", "Table 1", "opt-175b", GB)], 0, [], "all as expected"),
+        ([SLOTS], 1, [f"MISSED: Table 1, opt-175b, {GB}"], "1 of them not expected"),
+        (
+            [SLOTS, ("D2", "Table 1", "opt-{13b,175b}", GB)],
+            1,
+            [f"NOT MISSED: Table 1, opt-13b, {GB}"],
+            "1 held but expected to be missed",
+        ),
+    ],
+)
+def test_a_row_missed_but_not_listed_and_one_listed_but_held_each_fail_the_run(
+    monkeypatch, capsys, listed, code, failed, closing
 ):
-    def run(*more):
-        code = reproduce.main(["--figure", "table1", "--quiet", *more])
-        return code, capsys.readouterr().out
+    monkeypatch.setattr(expected_misses, "WITHOUT_FILES", listed)
+    assert reproduce.main(["--figure", "table1", "--quiet"]) == code
+    told = capsys.readouterr().out.split("Expected to be missed (docs/differences.md):\n")[1]
+    _, *lines, _, last = [line for line in told.splitlines() if not line.startswith("D2: ")]
+    assert lines == failed and last.startswith(f"16 rows: 14 held, 2 missed, {closing}, ")
 
-    missed = "Missed as expected: Table 1, opt-13b, kilo slots: why\n"
-    monkeypatch.setattr(expected_misses, "WITHOUT_FILES", SLOTS[:1])
-    code, printed = run()
-    assert code == 1 and " 1 not missed as expected, 0 not held" in printed
-    assert "not missed (expected_misses.py): Table 1, opt-13b, kilo slots: why\n" in printed
-    monkeypatch.setattr(models, "kv_blocks", lambda *args, **options: 900)
-    code, printed = run()
-    assert code == 1 and " 1 missed as expected, 2 not held" in printed and missed in printed
-    assert "\nNot held: Table 1, opt-66b, kilo slots\n" in printed
-    monkeypatch.setattr(expected_misses, "WITHOUT_FILES", SLOTS)
-    code, printed = run()
-    assert code == 0 and " 3 missed as expected, 0 not held" in printed and missed in printed
-    # Another run than the recorded one: nothing is expected of it.
+
+def test_a_part_of_the_run_is_expected_to_miss_its_part(monkeypatch):
+    assert expected(choose(FIGURES, True), COMPACT, 1) == expected(
+        choose(FIGURES, False), COMPACT, 1
+    )
+    short(monkeypatch, 10, (2, 10))
+    monkeypatch.setattr(expected_misses, "WITHOUT_FILES", [SLOTS, SAVED])
+    for beams, names in ((True, ["parallel", "beam"]), (False, ["parallel"])):
+        (found,) = regenerate([Fig15(beams=beams)], COMPACT, 1, 1)
+        told = [row.setting for row in found.rows if row.expected]
+        assert told == [f"13B Alpaca, {name} 6" for name in names]
+
+
+def test_of_another_run_rows_are_only_counted(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(expected_misses, "WITHOUT_FILES", [])
     (tmp_path / "sharegpt.csv").write_text("input_len,output_len\n5,7\n")
     for other in (["--seeds", "2"], ["--lengths", str(tmp_path / "sharegpt.csv")]):
-        code, printed = run(*other)
-        assert code == 1 and ", 3 not held" in printed and "expected:" not in printed
-    assert expected_misses.expected(choose(["14"], False), COMPACT, 1)
-    assert not expected_misses.expected(choose(["14"], False, 60.0), COMPACT, 1)
+        assert reproduce.main(["--figure", "table1", *other]) == 0
+        printed = capsys.readouterr().out
+        assert (
+            "its rows are only counted" in printed and "\n16 rows: 14 held, 2 missed, " in printed
+        )
+        assert "MISSED:" not in printed and "expected, " not in printed
+    assert expected(choose(["14"], False, 60.0), COMPACT, 1) is None
+    assert expected(choose(["14"], False), COMPACT, 1) == {}
 
 
-def test_the_run_without_the_authors_files_missed_what_is_expected_and_nothing_else():
-    recorded = json.loads((ROOT / "results" / "reproduce_without_lengths.json").read_text())
-    rows = recorded["output"]["tables"][0]["rows"]
-    missed = [row for row in rows if row["held"] is False]
-    assert len(rows) == 380 and recorded["output"]["exit_code"] == 0
-    told = {
-        Miss(*(row[key] for key in ("figure", "setting", "metric", "expected"))) for row in missed
-    }
-    assert told == {*expected_misses.WITHOUT_FILES}
+def test_the_recorded_files_are_known_by_what_is_in_them(monkeypatch):
+    known = {dataset: [(5, 7), (6, 8)] for dataset in DATASETS}
+    files = Lengths(dict.fromkeys(DATASETS, "any name"), known)
+    assert expected([], files, 1) is None
+    monkeypatch.setattr(expected_misses, "CHECKSUM", expected_misses.checksum(files))
+    assert expected([], files, 1) == by_row(expected_misses.WITH_FILES)
+    assert expected([], files, 2) is None
+    fewer = Lengths({name: path for name, path in files.files.items() if name != "chat"}, known)
+    order = Lengths(files.files, known | {"chat": known["chat"][::-1]})
+    assert expected([], fewer, 1) is expected([], order, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("reproduce", expected_misses.WITH_FILES),
+        ("reproduce_without_lengths", expected_misses.WITHOUT_FILES),
+    ],
+)
+def test_the_recorded_runs_missed_what_is_listed_and_nothing_else(name, listed):
+    recorded = json.loads((ROOT / "results" / f"{name}.json").read_text())["output"]
+    rows = recorded["tables"][0]["rows"]
+    missed = [
+        (row["figure"], row["setting"], row["metric"]) for row in rows if row["held"] is not True
+    ]
+    assert len(rows) == 380 and recorded["exit_code"] == 0
+    assert sorted(by_row(listed)) == sorted(missed)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the authors' lengths are not here")
 def test_the_authors_lengths_give_figure_2_within_a_point():
     (found,) = regenerate([Fig2()], find_lengths([], str(DATA)), 1, 1)
-    assert len(found.rows) == 17 and all(row.held is True for row in found.rows)
+    assert len(found.rows) == 17 and all(row.held for row in found.rows)
+    assert {row.expected for row in found.rows} == {""}, "these are the recorded run's files"

@@ -233,7 +233,7 @@ TEXTS = {
     "[]": OTHER,
     "{}": OTHER + "'schema'",
     '{"command": "python main.py", "output": {}}': OTHER + "'schema'",  # of results/
-    changed(schema="pagedattention-sim/2"): OTHER + "its schema is not pagedattention-sim/1",
+    changed(schema="pagedattention-sim/1"): OTHER + "its schema is not pagedattention-sim/2",
     changed(schema=None): "its schema is not",
     changed(options=[]): OTHER,
     changed(tables={"a": 1}): OTHER,

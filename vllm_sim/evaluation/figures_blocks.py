@@ -14,7 +14,6 @@ from vllm_sim.evaluation.comparison import Figure, Row, between, factor
 from vllm_sim.evaluation.experiments import Done, Run
 from vllm_sim.paper import FIG18B, FIG19A_RATIO, FIG19B, TEXT, VLLM
 
-SMALL = 16  # slots; below, the paper's kernel decides
 MOST = 1.4
 
 
@@ -26,12 +25,9 @@ def _run(figure: str, dataset: str, block: int, preemption: str = "auto") -> Run
     return Run(VLLM, "opt-13b", dataset, setting["rate"], seconds, **options)
 
 
-def _row(
-    figure: str, setting: str, block: int, metric: str, printed: float, ours: float, reason: str
-) -> Row:
-    """A row about one block size; small ones have a reason of their own."""
-    reason = "D10" if block < SMALL else reason
-    return factor(figure, f"{setting}, blocks of {block}", metric, printed, ours, MOST, reason)
+def _row(figure: str, setting: str, block: int, metric: str, printed: float, ours: float) -> Row:
+    """A row about one block size."""
+    return factor(figure, f"{setting}, blocks of {block}", metric, printed, ours, MOST)
 
 
 @dataclass(frozen=True)
@@ -59,9 +55,8 @@ class Fig18b(Figure):
         ours = {key: done[run].normalized_latency for key, run in self._runs().items()}
         rows = []
         for (dataset, block), latency in ours.items():
-            printed, reason = FIG18B[dataset][block], "D11" if dataset == "Alpaca" else "D12"
-            setting = f"13B {dataset}"
-            rows.append(_row(self.name, setting, block, "s/token", printed, latency, reason))
+            printed, setting = FIG18B[dataset][block], f"13B {dataset}"
+            rows.append(_row(self.name, setting, block, "s/token", printed, latency))
         for dataset in dict.fromkeys(dataset for dataset, _ in ours):
             text = TEXT[f"good_blocks_{dataset.lower()}"]
             low, high = text.value
@@ -95,11 +90,11 @@ class Fig19b(Figure):
         ours = {key: done[run].normalized_latency for key, run in self._runs().items()}
         for (mode, block), latency in ours.items():
             printed, where = FIG19B[mode][block], f"{setting}, {mode}"
-            rows.append(_row(self.name, where, block, "s/token", printed, latency, "D12"))
+            rows.append(_row(self.name, where, block, "s/token", printed, latency))
         ratios = {b: ours["recompute", b] / ours["swap", b] for b in FIG19B["swap"]}
         for block, found in ratios.items():
             printed = FIG19B["recompute"][block] / FIG19B["swap"][block]
-            rows.append(_row(self.name, setting, block, ratio, printed, found, "D12"))
+            rows.append(_row(self.name, setting, block, ratio, printed, found))
         text = TEXT["comparable_blocks"]
         low, high = text.value
         middle = [found for block, found in ratios.items() if low <= block <= high]

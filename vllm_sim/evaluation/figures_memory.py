@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 
 from vllm_sim import models, paper
 from vllm_sim.evaluation.comparison import Figure, Row, absolute, as_printed, between, relative
@@ -23,7 +22,6 @@ THETA = {"Alpaca": 0.27, "ShareGPT": 0.035}
 SHAREGPT_SHARING_RATE = 4.0  # requests/s; the paper gives none for its ShareGPT figures
 KNEE_RATES = (25.0, 27.5, 29.0)  # on the way to Fig. 13's 30 requests/s; Fig. 12 has them too
 BATCH_WINDOW_S = (float(paper.ARTIFACT_RUNS["Fig. 13"]["window"][0]), 3600.0)
-KNOWN = {("opt-66b", "kilo_slots"): "D1", ("opt-175b", "parameters_gb"): "D2"}
 
 
 class Table1(Figure):
@@ -45,8 +43,7 @@ class Table1(Figure):
             }
             for what, value in printed.items():
                 metric = what.replace("_gb", ", GB").replace("_", " ")
-                known = KNOWN.get((model, what), "")
-                rows.append(as_printed(self.name, model, metric, value, measured[what], known))
+                rows.append(as_printed(self.name, model, metric, value, measured[what]))
         slot = models.MODELS[MODEL].kv_bytes_per_token
         for key, unit, value in (
             ("kv_bytes_per_token", "bytes of K/V a token", slot),
@@ -87,11 +84,10 @@ class Fig2(Figure):
                 percent["external"] = percent["padding"]
             else:
                 percent["external"] = percent["rounding"] + percent["padding"] + percent["free"]
-            row = partial(absolute, self.name, f"13B ShareGPT, {system}", most=1.0)
-            rows += [
-                row(f"{part}, % of slots", value, percent[part], most_of_mean=2.5)
-                for part, value in printed.items()
-            ]
+            where = self.name, f"13B ShareGPT, {system}"
+            for part, value in printed.items():
+                what = *where, f"{part}, % of slots", value, percent[part]
+                rows.append(replace(absolute(*what, 1.0), of_mean=absolute(*what, 2.5)))
         blocks = models.kv_blocks(models.DEPLOYMENTS[MODEL])
         watermark = 100.0 * int(paper.WATERMARK * blocks) / blocks
         free = 100.0 * done[self._run(VLLM)].least_free

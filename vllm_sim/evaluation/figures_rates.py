@@ -32,7 +32,6 @@ SHORT = {"opt-13b": "13B", "opt-66b": "66B", "opt-175b": "175B"}
 HOUR = 3600.0
 # Fig. 14's beam search runs the artifact's ten minutes, for the time that the paper's hour takes.
 BEAM_SECONDS = float(paper.ARTIFACT_RUNS["Fig. 12"]["seconds"])
-FEW_REQUESTS = 200
 KNEE = 1.5  # times the first point's latency: a drawn point above it is on the knee or beyond
 # The artifact's scheduler for vLLM with prefixes, and the only reading of the 175B panels that
 # fits, has the older default of 256 sequences instead of 2048 (docs/differences.md).
@@ -77,12 +76,11 @@ def over(
     printed: float,
     rates: Mapping[str, float],
     percent: float,
-    reason: str = "",
     metric: str = RATIO,
 ) -> Row:
     """The row on vLLM's rate over that of another system of a panel."""
     ratio = rates[VLLM] / rates[system]
-    return relative(figure, f"{panel}, vLLM / {system}", metric, printed, ratio, percent, reason)
+    return relative(figure, f"{panel}, vLLM / {system}", metric, printed, ratio, percent)
 
 
 @dataclass(frozen=True)
@@ -119,13 +117,9 @@ class Fig12(CurveFigure):
             panel = f"{SHORT[model]} {dataset}"
             rates, rates_02 = rates_of(curves, done), rates_of(curves, done, 0.2)
             for system, printed in paper.FIG12_RATES[dataset][model].items():
-                most, reason = (12.0 if system == VLLM else 25.0), ""
-                if system == FASTER_TRANSFORMER:
-                    most = 10.0
-                elif model == "opt-175b":
-                    reason = "D4"
+                most = {VLLM: 12.0, FASTER_TRANSFORMER: 10.0}.get(system, 25.0)
                 where = self.name, f"{panel}, {system}", AT
-                rows.append(relative(*where, printed, rates[system], most, reason))
+                rows.append(relative(*where, printed, rates[system], most))
             for system, printed in paper.FIG12_VLLM_OVER[dataset][model].items():
                 most = 25.0 if system == FASTER_TRANSFORMER else 18.0
                 rows.append(over(self.name, panel, system, printed, rates, most))
@@ -149,8 +143,7 @@ class Fig12(CurveFigure):
             if latency < below and rate in seen:
                 continue  # one curve has two points at one rate: the first counts
             seen.add(rate)
-            reason = "D5" if rate * curve.run.seconds < FEW_REQUESTS else ""
-            row = partial(relative, self.name, setting, reason=reason)
+            row = partial(relative, self.name, setting)
             if latency < below:
                 metric = f"s/token at {rate:g} requests/s"
                 drawn = row(metric, latency, ours[float(rate)], 20.0)
@@ -167,14 +160,14 @@ class Fig12(CurveFigure):
         over_orcas = [row for row in ratios if not row.setting.endswith(FASTER_TRANSFORMER)]
         near = sum(abs(row.ours / row.paper - 1.0) <= 0.10 for row in over_orcas)
         where = self.name, "6 panels, vLLM / Orca", "ratios within 10 % (our criterion)"
-        found = [between(*where, 15, 18, near, "D4")]
+        found = [between(*where, 15, 18, near)]
         for key, system in (("over_oracle_sharegpt", ORCA_ORACLE), ("over_max_sharegpt", ORCA_MAX)):
             text = TEXT[key]
             low, high = text.value
             values = [v for s, v in ours.items() if "ShareGPT" in s and s.endswith(f"/ {system}")]
             row = partial(relative, text.figure, f"ShareGPT, vLLM / {system}", most=18.0)
             found.append(row("rate, lowest ratio", low, of_all(min, values)))
-            found.append(row("rate, highest ratio", high, of_all(max, values), reason="D13"))
+            found.append(row("rate, highest ratio", high, of_all(max, values)))
         text = TEXT["over_ft_up_to"]
         highest = of_all(max, [v for s, v in ours.items() if s.endswith(FASTER_TRANSFORMER)])
         where = text.figure, "vLLM / FasterTransformer", "rate, highest ratio"
@@ -221,16 +214,15 @@ class Fig14(CurveFigure):
         for (decoding, width), curves in self.curves.items():
             panel = f"13B Alpaca, {decoding} {width}"
             rates = rates_of(curves, done)
-            reason = "D6" if decoding == "beam" else ""
             for system, printed in paper.FIG14_RATES[decoding][width].items():
                 where = self.name, f"{panel}, {system}", AT
-                rows.append(relative(*where, printed, rates[system], 20.0, reason))
+                rows.append(relative(*where, printed, rates[system], 20.0))
             for system, printed in paper.FIG14_VLLM_OVER[decoding][width].items():
                 most = ratio_most[decoding][system]
-                rows.append(over(self.name, panel, system, printed, rates, most, reason))
+                rows.append(over(self.name, panel, system, printed, rates, most))
         text, rates = TEXT["over_oracle_beam6"], rates_of(self.curves["beam", 6], done)
         panel = "13B Alpaca, beam 6"
-        rows.append(over(text.figure, panel, ORCA_ORACLE, text.value, rates, 15.0, "D6"))
+        rows.append(over(text.figure, panel, ORCA_ORACLE, text.value, rates, 15.0))
         return rows
 
 
@@ -257,10 +249,10 @@ class Fig16(CurveFigure):
             panel = f"LLaMA-13B WMT16 {shots}"
             for system, rate in rates.items():
                 where = self.name, f"{panel}, {system}", AT
-                rows.append(relative(*where, printed[system], rate, 20.0, "D7"))
+                rows.append(relative(*where, printed[system], rate, 20.0))
             for figure, ratio in ((self.name, "ratio"), ("Sec. 6.4", "text_ratio")):
                 value = printed[ratio]
-                rows.append(over(figure, panel, ORCA_ORACLE, value, rates, 15.0, "D7"))
+                rows.append(over(figure, panel, ORCA_ORACLE, value, rates, 15.0))
         return rows
 
 
@@ -279,12 +271,12 @@ class Fig17(CurveFigure):
         rates, printed = rates_of(self.curves["chatbot"], done), paper.FIG17_RATES
         panel = "13B chatbot"
         rows = [
-            relative(self.name, f"{panel}, {system}", AT, value, rates[system], 20.0, "D9")
+            relative(self.name, f"{panel}, {system}", AT, value, rates[system], 20.0)
             for system, value in printed.items()
         ]
         for system in ORCAS:
             ratio = printed[VLLM] / printed[system]
-            rows.append(over(self.name, panel, system, ratio, rates, 8.0, "D9"))
+            rows.append(over(self.name, panel, system, ratio, rates, 8.0))
         text = TEXT["chatbot"]
-        rows.append(over(text.figure, panel, ORCA_ORACLE, text.value, rates, 8.0, "D8"))
+        rows.append(over(text.figure, panel, ORCA_ORACLE, text.value, rates, 8.0))
         return rows

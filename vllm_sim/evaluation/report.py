@@ -12,7 +12,7 @@ import argparse
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from vllm_sim.evaluation.comparison import EXPLAINED, Row, verdict
+from vllm_sim.evaluation.comparison import Row, verdict
 from vllm_sim.evaluation.runner import Found
 from vllm_sim.reporting import documents
 from vllm_sim.reporting.tables import Table, counted, render, wrapped
@@ -20,10 +20,10 @@ from vllm_sim.workload.data_sets import COMPACT_SOURCE
 
 HEADERS = ("setting and metric", "paper", "ours", "off by", "at most", "held")
 WORDS = """\
-A row is held ('yes') if ours is within its tolerance of the paper's value. If it is not, 'D1' to
-'D15' name the difference that explains it, 'missed' is a miss that is expected and listed below,
-and 'NO' says that nothing explains it. 'fitted': a constant of the simulator was fitted to that
-value, so that the row is held shows little."""
+A row is held ('yes') if ours is within its tolerance of the paper's value, else it is missed.
+'fitted': a constant of the simulator was fitted to that value; that it is held shows little."""
+JUDGED = "'MISSED' and 'NOT MISSED', in capitals, are rows that are not as expected: exit code 1."
+COUNTED = "Nothing is expected of this run (docs/commands.md): its rows are only counted."
 
 
 def all_rows(found: Iterable[Found]) -> list[Row]:
@@ -32,15 +32,10 @@ def all_rows(found: Iterable[Found]) -> list[Row]:
 
 def where_from(sources: Mapping[str, str]) -> str:
     """Where the lengths are from, and what it means for the rows that they are not the authors'."""
-    drawn = [dataset for dataset, source in sources.items() if source == COMPACT_SOURCE]
-    files = [f"{source} for {name}" for name, source in sources.items() if name not in drawn]
-    if not files:
-        return (
-            "Lengths: compact tables, not the authors' files: more rows are off, and by more (D14)"
-        )
-    if drawn:
-        files.append(f"compact tables for {', '.join(drawn)}, of which more rows are off (D14)")
-    return f"Lengths: {'; '.join(files)}"
+    told = [f"{file} for {name}" for name, file in sources.items() if file != COMPACT_SOURCE]
+    if drawn := [name for name, file in sources.items() if file == COMPACT_SOURCE]:
+        told.append(f"compact tables for {', '.join(drawn)}, of which more rows are missed (D14)")
+    return f"Lengths: {'; '.join(told)}"
 
 
 def table_of(found: Found) -> Table:
@@ -69,54 +64,48 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def summary(rows: list[Row], of_these: str = "") -> str:
-    """How many are held, explained, missed as expected, or none of these."""
-    count = Counter(row.held for row in rows)
-    listed = Counter(row.failed for row in rows if row.expected)
-    told = [f"{count[True]} held{of_these}", f"{count[EXPLAINED]} explained"]
-    told += [f"{listed[False]} missed as expected"] * bool(listed[False])
-    told += [f"{listed[True]} not missed as expected"] * bool(listed[True])
-    told += [f"{count[False] - listed[False]} not held"]
-    return f"{counted(len(rows), 'row')}: {', '.join(told)}"
+def summary(rows: list[Row]) -> str:
+    """How many are held, of them fitted, and missed; and whether that was expected."""
+    held = [row for row in rows if row.held]
+    fitted = sum(row.fitted for row in held)
+    failed = Counter(row.held for row in rows if row.failed)
+    text = f"{counted(len(rows), 'row')}: {len(held)} held"
+    text += f" ({fitted} of them fitted)" * bool(fitted) + f", {len(rows) - len(held)} missed"
+    text += f", {failed[False]} of them not expected" * bool(failed[False])
+    text += f", {failed[True]} held but expected to be missed" * bool(failed[True])
+    return text + ", all as expected" * (any(row.expected for row in rows) and not failed)
 
 
 def exit_code_of(found: Iterable[Found]) -> int:
-    """0 if every row is held, explained or missed as expected, else 1."""
+    """0 if no more and no fewer rows are missed than expected, or nothing is expected; else 1."""
     return int(any(row.failed for row in all_rows(found)))
 
 
 def show(found: list[Found], sources: Mapping[str, str], fmt: str, elapsed_s: float) -> None:
-    """Print all figures, then which rows are not held and how many are."""
+    """Print all figures, then why rows are missed, which are not as expected, and how many."""
     comment = "% " if fmt == "latex" else ""
 
     def say(text: str) -> None:
         print("\n".join(wrapped(line, comment) for line in text.split("\n")))
 
-    say(f"{where_from(sources)}\n{WORDS}")
+    rows = all_rows(found)
+    what = COUNTED if any(row.expected is None for row in rows) else JUDGED
+    say(f"{where_from(sources)}\n{WORDS}\n{what}")
     print()
     for figure in found:
         print(render(table_of(figure), fmt))
         for note in figure.notes:
             say(note)
         print(flush=True)
-    rows = all_rows(found)
-    reasons = {row.reason for row in rows if row.reason}
-    if reasons:
-        by_item = sorted(reasons, key=lambda text: int(text[1 : text.index(":")]))
-        say("\n".join(["Explained (docs/differences.md):", *by_item]))
-    for what, failed, listed in (
-        ("Not held:", True, False),
-        ("Expected to be missed, and not missed (expected_misses.py):", True, True),
-        ("Missed as expected:", False, True),
-    ):
-        named = [row for row in rows if (row.failed, bool(row.expected)) == (failed, listed)]
-        for row in named:
-            told = f"{what} {row.figure}, {row.setting}, {row.metric}"
-            say(f"{told}: {row.expected}" if listed else told)
-    fitted = sum(row.held is True and row.fitted for row in rows)
-    of_these = f" ({fitted} of them fitted)" if fitted else ""
+    if listed := Counter(row.expected for row in rows if row.expected):
+        say("Expected to be missed (docs/differences.md):")
+    for why, number_of_rows in listed.items():
+        say(f"{why} ({counted(number_of_rows, 'row')})")
+    for row in rows:
+        if row.failed:
+            say(f"{verdict(row)}: {row.figure}, {row.setting}, {row.metric}")
     print()
-    say(f"{summary(rows, of_these)}, {elapsed_s:.1f} s")
+    say(f"{summary(rows)}, {elapsed_s:.1f} s")
 
 
 def document(
@@ -124,17 +113,13 @@ def document(
 ) -> documents.Json:
     """What --json writes: all rows in one table, and a check a figure."""
     title = "The paper's number beside ours"
+    setting = {name: getattr(args, name) for name in ("seeds", "quick", "beam_seconds")}
     rows = [row.to_json() for row in all_rows(found)]
     return documents.document(
         "reproduce.py",
         vars(args),
         seeds=range(args.seeds),
-        setting={
-            "seeds": args.seeds,
-            "quick": args.quick,
-            "beam_seconds": args.beam_seconds,
-            "lengths": sources,
-        },
+        setting={**setting, "lengths": sources},
         notes=[note for one in found for note in one.notes],
         tables=[documents.rows_table("rows", title, rows, 3)],
         checks=[

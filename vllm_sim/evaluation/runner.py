@@ -20,16 +20,15 @@ from dataclasses import dataclass, replace
 from multiprocessing import active_children, parent_process
 from threading import Thread, current_thread, main_thread
 
-from vllm_sim.evaluation.comparison import Figure, Row, allow, over_seeds
+from vllm_sim.evaluation.comparison import Figure, Row, over_seeds
 from vllm_sim.evaluation.expected_misses import expected, mark
 from vllm_sim.evaluation.experiments import Done, Outcome, Run, execute
 from vllm_sim.evaluation.figures_blocks import Fig18b, Fig19b
 from vllm_sim.evaluation.figures_memory import Fig2, Fig13, Fig15, Table1
 from vllm_sim.evaluation.figures_rates import BEAM_SECONDS, Fig12, Fig14, Fig16, Fig17
 from vllm_sim.reporting.progress import SILENT, Progress
-from vllm_sim.workload.data_sets import DATASETS, Lengths
+from vllm_sim.workload.data_sets import Lengths
 
-ANOTHER_DRAW = "D14"
 LOOK_S = 0.5  # between two looks at the clock and for Ctrl-C while processes work
 _lengths: Lengths  # of the runs of a process that is given them
 Needed = Callable[[], set[Run]]
@@ -88,28 +87,12 @@ def reproduce(
     with closing(work) as outcomes:
         for run, outcome in outcomes:
             by_seed[run.seed][replace(run, seed=0)] = outcome
-    found = []
+    misses, found = expected(figures, lengths, num_seeds), []
     for figure in figures:
         same = zip(*(figure.rows(done) for done in by_seed), strict=True)
-        rows = [_judge(over_seeds(list(one)), lengths) for one in same]
-        rows = mark(rows, expected(figures, lengths, num_seeds))
+        rows = mark([over_seeds(list(one)) for one in same], misses)
         found.append(Found(figure, rows, figure.notes(by_seed[0]), by_seed[0]))
     return found
-
-
-def _judge(row: Row, lengths: Lengths) -> Row:
-    """Without the authors' files a trace is another draw of the same lengths: it may be off."""
-    setting = row.setting.lower()
-    named = [name for name in DATASETS if name.split()[0].lower() in setting]
-    if not lengths_matter(row) or set(named or DATASETS) & lengths.files.keys():
-        return row
-    return allow(row, ANOTHER_DRAW)
-
-
-def lengths_matter(row: Row) -> bool:
-    """Whether the row comes from a trace: only then can another draw explain it."""
-    sizes = row.figure in ("Table 1", "Fig. 1", "Sec. 4.5") or "of K/V a" in row.metric
-    return not sizes and not row.setting.startswith("Fig. 19a")
 
 
 def _one_by_one(

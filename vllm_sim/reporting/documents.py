@@ -17,7 +17,7 @@ from vllm_sim.reporting.files import read_bounded
 from vllm_sim.reporting.tables import Cell, counted
 
 Json = dict[str, object]
-SCHEMA = "pagedattention-sim/1"  # the number goes up when a key goes or changes its meaning
+SCHEMA = "pagedattention-sim/2"  # the number goes up when a key goes or changes its meaning
 PACKAGES = ("torch", "numpy", "triton", "flashinfer-python", "nvidia-cudnn-cu13")
 # Options that say where output goes and how it looks, not what is found.
 PRESENTATION = {"json", "figures", "timeline", "format", "quiet", "jobs"}
