@@ -8,15 +8,16 @@ Serves section 6. These constants rest on no more than
 - the left ends of Fig. 12: the first points of each curve of Orca and vLLM, while their latency is
   below 1.25 times the first one's; and the first point of FasterTransformer on ShareGPT
   (`fitted_points` of curves.py, where reproduce.py looks too, to mark its rows on them);
+- the left ends of Fig. 16 for LLaMA-13B, and those of Fig. 14's beam search for what beams cost;
 - Fig. 1 (right): tokens/s of OPT-13B by batch size, where each request is taken to have the context
   with which Fig. 1's requests fill Table 1's slots;
-- Fig. 19a's swapping, for SWAP_*: least squares of the relative error.
+- Fig. 19a: a lone prompt of 256 tokens (the median of what is drawn, without the artifact's factor
+  of 0.9), and for SWAP_* swapping: least squares of the relative error.
 
-step_s and prompt_s are the multiples of 0.25 ms with the least root mean square of log(ours /
-paper) over a model's points, all of equal weight, static_step_s that of 0.05 ms nearest to its
-point. The search starts from nothing. Traces are as long as the paper's, but for Alpaca as the
-artifact's, 600 s. Longer ones raise latencies by at most 2 %, but for three points where requests
-begin to wait: by 4, and OPT-66B's by 11 and 17 %. So an hour would give OPT-66B 24.5 and 3 ms.
+Each has the least root mean square of log(ours / paper) over a model's points, all of equal weight,
+found by Gauss and Newton's method with differences, and is rounded to GRID. static_step_s is the
+multiple of 0.05 ms nearest to its point. Traces are as long as the paper's, but for Alpaca as the
+artifact's, 600 s: longer ones raise latencies by at most 2 %, but where requests begin to wait.
 
 Exit code 1 if --check finds other constants than latency.py has, 2 for input that cannot be used.
 """
@@ -24,28 +25,40 @@ Exit code 1 if --check finds other constants than latency.py has, 2 for input th
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from allocators import CacheError
-from vllm_sim import models, paper
-from vllm_sim.evaluation.curves import fitted_points
+from vllm_sim import paper
+from vllm_sim.evaluation.curves import fitted_points, left_end
 from vllm_sim.evaluation.experiments import Run, execute
+from vllm_sim.evaluation.figures_rates import CurveFigure, Fig14, Fig16
+from vllm_sim.models import DEPLOYMENTS
 from vllm_sim.reporting.arguments import OneLineParser
 from vllm_sim.reporting.command_line import UsageError, exit_code
 from vllm_sim.reporting.tables import Table, render
 from vllm_sim.serving import latency
 from vllm_sim.serving.latency import Software, Swap, latency_model
+from vllm_sim.serving.scheduler import Iteration
 from vllm_sim.workload.data_sets import Lengths, find_lengths
 
-GRID_S, STATIC_GRID_S = 0.25e-3, 0.05e-3
-STRIDES = (64, 8, 1)  # grid steps
+GRID = {  # s
+    "step_s": 0.25e-3,
+    "request_s": 0.25e-3,
+    "seq_s": 0.005e-3,
+    "static_step_s": 0.05e-3,
+    "beam_s": 0.02e-3,
+    "copy_call_s": 0.1e-6,
+}
+START = Software(step_s=10e-3, seq_s=0.2e-3, request_s=5e-3)
+MOST_ROUNDS = 12
 LONGEST_S = {"ShareGPT": math.inf, "Alpaca": float(paper.ARTIFACT_RUNS["Fig. 12"]["seconds"])}
 FIG1_MODEL = "opt-13b"
 SWAPPED_TOKENS = max(paper.BLOCK_SIZES)  # Fig. 19a moves as many as one of its largest blocks
@@ -53,38 +66,63 @@ SWAPPED_TOKENS = max(paper.BLOCK_SIZES)  # Fig. 19a moves as many as one of its 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the paper: s/token of a run, or, where it is a batch size, Fig. 1's tokens/s."""
+    """A point of the paper: s/token of a run, or Fig. 1's tokens/s of a batch, or Fig. 19a's
+    seconds of a lone prompt."""
 
-    source: Run | int
+    source: Run | int | str
     paper: float
 
     def __str__(self) -> str:
         if isinstance(self.source, int):
             return f"Fig. 1, batch of {self.source}"
+        if isinstance(self.source, str):
+            return "Fig. 19a, recompute"
         return f"{self.source.dataset}, {self.source.system}, {self.source.rate:g} req/s"
 
 
 def points_of(model: str) -> list[Point]:
-    """What step_s and prompt_s are fitted to: Fig. 12, then Fig. 1 if it is of this model."""
+    """What the constants of a model are fitted to: Fig. 12 or 16, then Fig. 1 if it is of this
+    model, and Fig. 19a, which is of models of OPT-13B's shape."""
     points = []
     for dataset, longest_s in LONGEST_S.items():
+        if (dataset, model) not in paper.FIG12_CURVES:
+            continue
         seconds = min(float(paper.TRACE_SECONDS[model]), longest_s)
         for system in (*paper.ORCAS, paper.VLLM):
             for rate, at in fitted_points(dataset, model, system):
                 points.append(Point(Run(system, model, dataset, float(rate), seconds), at))
+    if not points:
+        points = left_ends(Fig16())
     if model == FIG1_MODEL:
         points += [Point(batch, at) for batch, at in paper.FIG1_THROUGHPUT.items()]
+    if DEPLOYMENTS[model].model.num_layers == DEPLOYMENTS[FIG1_MODEL].model.num_layers:
+        drawn = median(paper.FIG19A["recompute"].values())
+        points.append(Point(model, 1e-3 * drawn / paper.FIG19A_RECOMPUTE_FACTOR))
     return points
 
 
-def ours(source: Run | int, lengths: Lengths, software: Software) -> float:
+def left_ends(figure: CurveFigure, decoding: str = "single") -> list[Point]:
+    """The points of the left ends of all curves of a figure with this decoding."""
+    return [
+        Point(curve.at(float(rate)), at)
+        for panel in figure.curves.values()
+        for curve in panel.values()
+        if curve.run.decoding == decoding
+        for rate, at in left_end(curve.paper)
+    ]
+
+
+def ours(source: Run | int | str, lengths: Lengths, software: Software) -> float:
     """What these constants give in place of a point. Fig. 1's are tokens/s of a decode step, each
     request at the context with which its requests fill Table 1's slots: 409 tokens."""
     if isinstance(source, Run):
         return execute(source, lengths, software=software).normalized_latency
+    if isinstance(source, str):
+        model = latency_model(DEPLOYMENTS[source], paper.BLOCK_SIZE, software)
+        return model.iteration(Iteration(0, 0.0, num_seqs=1, prompt_tokens=SWAPPED_TOKENS))
     slots = 1000.0 * paper.TABLE1[FIG1_MODEL]["kilo_slots"]
     context = slots / paper.FIG1_FULL_AT[paper.VLLM + "_requests"]
-    model = latency_model(models.DEPLOYMENTS[FIG1_MODEL], paper.BLOCK_SIZE, software)
+    model = latency_model(DEPLOYMENTS[FIG1_MODEL], paper.BLOCK_SIZE, software)
     return source / model.decode_steps(1, source, round(source * context))
 
 
@@ -97,44 +135,37 @@ def rms(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum(value * value for value in values) / len(values))
 
 
-def descend(score: Callable[[int], float], start: int, stride: int) -> int:
-    """The lowest number of grid steps seen while going from `start` either way, in strides, until
-    it gets higher: single steps twice in a row, as latencies are not quite smooth."""
-    best, lowest = start, score(start)
-    for step in (stride, -stride):
-        at, higher = best, 0
-        while higher < (2 if stride == 1 else 1) and (at := at + step) >= 0:
-            value, higher = score(at), higher + 1
-            if value < lowest:
-                best, lowest, higher = at, value, 0
-    return best
+def fit(
+    points: Sequence[Point], lengths: Lengths, start: Software, names: Sequence[str]
+) -> Software:
+    """`start` with the constants of these names that have the least rms, none below 0."""
+    # Times jump a little where another iteration takes an arrival: wide differences see past that.
+    steps = 4.0 * np.array([GRID[name] for name in names])
+
+    def errors(values: np.ndarray) -> np.ndarray:
+        constants = dict(zip(names, values.tolist()))
+        return np.array(log_ratios(points, lengths, replace(start, **constants)))
+
+    best = np.array([getattr(start, name) for name in names])
+    found = errors(best)
+    for _ in range(MOST_ROUNDS):
+        slopes = [(errors(best + row) - found) / step for row, step in zip(np.diag(steps), steps)]
+        slopes = np.stack(slopes, axis=1)
+        move = np.linalg.lstsq(slopes, -found, rcond=None)[0]
+        slopes[:, (best == 0.0) & (move < 0.0)] = 0.0  # these stay at 0
+        move = np.linalg.lstsq(slopes, -found, rcond=None)[0]
+        tried = np.maximum(best + move, 0.0)
+        after = errors(tried)
+        if rms(after.tolist()) >= 0.9999 * rms(found.tolist()):
+            break
+        best, found = tried, after
+    return on_grid(start, dict(zip(names, best.tolist())))
 
 
-def fit_software(points: Sequence[Point], lengths: Lengths) -> Software:
-    """The step_s and prompt_s on the grid with the least rms over the points."""
-
-    @cache
-    def score(step: int, prompt: int) -> float:
-        return rms(log_ratios(points, lengths, on_grid(step, prompt)))
-
-    step = prompt = 0
-    for stride in STRIDES:
-        prompts = {step: prompt}  # the best for each step_s tried
-
-        def profile(at: int, stride: int = stride, prompts: dict[int, int] = prompts) -> float:
-            start = prompts[min(prompts, key=lambda tried: abs(tried - at))]
-            prompts[at] = descend(partial(score, at), start, stride)
-            return score(at, prompts[at])
-
-        step = descend(profile, step, stride)
-        prompt = prompts[step]
-    return on_grid(step, prompt)
-
-
-def on_grid(step: int, prompt: int, static: int = 0) -> Software:
-    """Constants from numbers of grid steps, in whole nanoseconds as latency.py writes them."""
-    in_s = (step * GRID_S, prompt * GRID_S, static * STATIC_GRID_S)
-    return Software(*(round(value, 9) for value in in_s))
+def on_grid(start: Software, values: dict[str, float]) -> Software:
+    """`start` with these values to the grid, in digits as latency.py writes them."""
+    rounded = {name: round(round(at / GRID[name]) * GRID[name], 9) for name, at in values.items()}
+    return replace(start, **rounded)
 
 
 def fit_static(model: str, lengths: Lengths) -> float:
@@ -142,13 +173,20 @@ def fit_static(model: str, lengths: Lengths) -> float:
     ((rate, at),) = fitted_points("ShareGPT", model, paper.FASTER_TRANSFORMER)
     run = Run(paper.FASTER_TRANSFORMER, model, "ShareGPT", rate, 3600.0)  # the artifact's hour
 
-    def score(static: int) -> float:
-        return rms(log_ratios([Point(run, at)], lengths, on_grid(0, 0, static)))
+    return fit([Point(run, at)], lengths, START, ("static_step_s",)).static_step_s
 
-    static = 0
-    for stride in STRIDES:
-        static = descend(score, static, stride)
-    return on_grid(0, 0, static).static_step_s
+
+def fit_model(model: str, lengths: Lengths) -> Software:
+    """All constants of a model. Fig. 16's few points leave LLaMA-13B's seq_s open: OPT-13B's."""
+    if ("ShareGPT", model) not in paper.FIG12_CURVES:
+        start = replace(START, seq_s=latency.FITTED[FIG1_MODEL].seq_s)
+        return fit(points_of(model), lengths, start, ("step_s", "request_s"))
+    found = fit(points_of(model), lengths, START, ("step_s", "request_s", "seq_s"))
+    found = replace(found, static_step_s=fit_static(model, lengths))
+    if model != FIG1_MODEL:
+        return found
+    beams = left_ends(Fig14(LONGEST_S["Alpaca"]), "beam")
+    return fit(beams, lengths, found, ("beam_s", "copy_call_s"))
 
 
 def fit_swap(milliseconds: dict[int, float]) -> tuple[Swap, list[float]]:
@@ -164,12 +202,10 @@ def fit_swap(milliseconds: dict[int, float]) -> tuple[Swap, list[float]]:
 def row(name: str, software: Software, points: Sequence[Point], lengths: Lengths) -> tuple:
     """A row of the table: the constants of a model, and how far they are from its points."""
     ratios = log_ratios(points, lengths, software)
-    fig12 = sum(isinstance(at.source, Run) for at in points)  # the first of them
     worst, at = max(zip(ratios, points), key=lambda pair: abs(pair[0]))
     in_ms = [1e3 * seconds for seconds in astuple(software)]
-    parts = ratios[:fig12], ratios[fig12:], ratios
-    percent = (100.0 * rms(part) if part else None for part in parts)
-    return (name, *in_ms, len(points), *percent, f"{at}: {math.expm1(worst):+.1%}")
+    in_ms[-1] *= 1e3
+    return (name, *in_ms, len(points), 100.0 * rms(ratios), f"{at}: {math.expm1(worst):+.1%}")
 
 
 def check_software(names: Iterable[str], lengths: Lengths) -> list[str]:
@@ -177,13 +213,13 @@ def check_software(names: Iterable[str], lengths: Lengths) -> list[str]:
     rows, other = [], []
     for name in names:
         points, present = points_of(name), latency.FITTED[name]
-        found = replace(fit_software(points, lengths), static_step_s=fit_static(name, lengths))
+        found = fit_model(name, lengths)
         rows.append(row(name, found, points, lengths))
         if found != present:
             rows.append(row("(latency.py)", present, points, lengths))
             other.append(f"FITTED[{name!r}] is {present}, found {found}")
-    headers = "", "step ms", "prompt ms", "static ms", "points", "Fig. 12", "Fig. 1", "all", "worst"
-    table = Table("Constants; rms of log(ours / paper) in %", headers, rows, decimals=2)
+    headers = "", "step", "seq", "request", "static", "beam", "copy us", "points", "rms %", "worst"
+    table = Table("Constants in ms; rms of log(ours / paper)", headers, rows, decimals=3)
     print(render(table, "plain") + "\n", flush=True)
     return other
 

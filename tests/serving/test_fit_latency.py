@@ -16,7 +16,7 @@ from vllm_sim import models, paper
 from vllm_sim.evaluation.curves import fitted_points, left_end
 from vllm_sim.evaluation.experiments import Outcome, Run, execute
 from vllm_sim.evaluation.figures_rates import SHORT, Fig12
-from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_POW2, VLLM
+from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_ORACLE, ORCA_POW2, VLLM
 from vllm_sim.serving import latency
 from vllm_sim.serving.latency import FITTED, Software
 from vllm_sim.workload.data_sets import Lengths
@@ -24,6 +24,7 @@ from vllm_sim.workload.data_sets import Lengths
 ROOT = Path(__file__).resolve().parents[2]
 
 TABLES = Lengths({})
+OPTS = "opt-13b", "opt-66b", "opt-175b"
 
 
 def test_left_end_stops_at_the_first_point_that_is_not_below():
@@ -53,7 +54,7 @@ def test_the_rows_marked_as_fitted_are_the_points_of_the_fit(monkeypatch):
     rows = figure.rows(done)
     marked = [(row.setting, row.metric, row.paper) for row in rows if row.fitted]
     used = []
-    for model in FITTED:
+    for model in OPTS:
         used += [at for at in fit_latency.points_of(model) if isinstance(at.source, Run)]
         asked = set()  # by the fit of FasterTransformer's constant
         monkeypatch.setattr(
@@ -74,35 +75,40 @@ def test_the_rows_marked_as_fitted_are_the_points_of_the_fit(monkeypatch):
     assert len(marked) == len(set(marked)) < len(rows) / 4
 
 
-def test_points_are_those_of_the_model_and_only_13b_has_fig_1():
+def test_points_are_those_of_the_model_and_only_13b_has_figs_1_and_19a():
     for model in FITTED:
         points = fit_latency.points_of(model)
         runs = [at.source for at in points if isinstance(at.source, Run)]
-        batches = [at for at in points if isinstance(at.source, int)]
         assert {run.model for run in runs} == {model}
+        others = [at.source for at in points if not isinstance(at.source, Run)]
+        batches = list(paper.FIG1_THROUGHPUT) if model == "opt-13b" else []
+        assert others == [*batches, model] if model.endswith("-13b") else others == []
+    for model in OPTS:
+        runs = [at.source for at in fit_latency.points_of(model) if isinstance(at.source, Run)]
         assert {run.system for run in runs} == {*paper.ORCAS, VLLM}
         seconds = paper.TRACE_SECONDS[model]
         assert {(run.dataset, run.seconds) for run in runs} == {
             ("ShareGPT", seconds),
             ("Alpaca", 600.0),
         }
-        assert len(batches) == (len(paper.FIG1_THROUGHPUT) if model == "opt-13b" else 0)
         for run in runs:  # each curve's first point is always there
             first = paper.FIG12_CURVES[run.dataset, model][run.system][0]
-            assert Point(replace(run, rate=float(first[0])), first[1]) in points
+            point = Point(replace(run, rate=float(first[0])), first[1])
+            assert point in fit_latency.points_of(model)
+    llama = {at.source.dataset for at in fit_latency.points_of("llama-13b")[:-1]}
+    assert llama == {"WMT16 1-shot", "WMT16 5-shot"}
 
 
-def test_tokens_a_second_by_hand():
-    software = Software(5e-3, 1.0, 1.0)
+def test_tokens_a_second_and_a_lone_prompt_by_hand():
+    software = Software(5e-3, 0.1e-3, 1.0, 1.0)
     opt = models.MODELS["opt-13b"]
-    tokens = 40 * 15_700 / 38.4
-    step = (
-        5e-3
-        + 2 * opt.num_params / (0.8 * 1555e9)
-        + 40 * 2 * opt.num_params / (0.5 * 312e12)
-        + tokens * 819_200 / (0.8 * 1555e9)
-    )
+    weights, tokens = 2 * opt.num_params / (0.8 * 1555e9), 40 * 15_700 / 38.4
+    step = 5e-3 + weights + 40 * 0.1e-3 + tokens * 819_200 / (0.8 * 1555e9)
     assert fit_latency.ours(40, TABLES, software) == pytest.approx(40 / step, rel=1e-4)
+    lone = 5e-3 + 256 * 2 * opt.num_params / (0.6 * 312e12) + 0.1e-3
+    assert fit_latency.ours("opt-13b", TABLES, software) == pytest.approx(lone)
+    at = next(at for at in fit_latency.points_of("opt-13b") if at.source == "opt-13b")
+    assert at.paper == pytest.approx(38.4e-3 / 0.9)
 
 
 @pytest.mark.parametrize(
@@ -119,31 +125,41 @@ def test_a_run_is_simulated_as_in_the_experiments(run):
     assert fit_latency.ours(run, TABLES, FITTED[run.model]) == outcome.normalized_latency
 
 
-@pytest.mark.parametrize("steps", [(0, 0), (26, 31)])
-def test_descent_finds_the_constants_that_made_the_points(steps):
-    known = fit_latency.on_grid(*steps)
+@pytest.mark.parametrize("known", [(6.5e-3, 0.0, 0.1e-3), (8e-3, 7.75e-3, 0.155e-3)])
+def test_the_constants_that_made_the_points_are_found(known):
+    names = "step_s", "request_s", "seq_s"
+    software = replace(fit_latency.START, **dict(zip(names, known)))
     runs = [
         Run(VLLM, "opt-13b", "ShareGPT", 1.0, 30.0),
         Run(ORCA_POW2, "opt-13b", "Alpaca", 4.0, 15.0),
         Run(VLLM, "opt-13b", "Alpaca", 8.0, 15.0),
     ]
-    points = [Point(source, fit_latency.ours(source, TABLES, known)) for source in (*runs, 4, 40)]
-    found = fit_latency.fit_software(points, TABLES)
-    assert abs(found.step_s - known.step_s) <= 0.25e-3 + 1e-9
-    assert abs(found.prompt_s - known.prompt_s) <= 0.25e-3 + 1e-9
-    assert fit_latency.rms(fit_latency.log_ratios(points, TABLES, found)) < 0.01
+    sources = (*runs, 4, 40, "opt-13b")
+    points = [Point(source, fit_latency.ours(source, TABLES, software)) for source in sources]
+    found = fit_latency.fit(points, TABLES, fit_latency.START, names)
+    assert fit_latency.rms(fit_latency.log_ratios(points, TABLES, found)) < 0.004
+    for name, at in zip(names, known):
+        assert abs(getattr(found, name) - at) <= 2.01 * fit_latency.GRID[name], name
 
 
-def test_descend_stays_at_or_above_zero():
-    asked = []
-    assert fit_latency.descend(lambda at: asked.append(at) or (at - 11) ** 2, 3, 4) == 11
-    assert fit_latency.descend(lambda at: asked.append(at) or at, 9, 4) == 1
-    assert min(asked) >= 0
+def test_what_beams_cost_is_found_and_the_rest_kept():
+    runs = [
+        Run(system, "opt-13b", "Alpaca", 4.0, 60.0, decoding="beam", width=width)
+        for system in (VLLM, ORCA_ORACLE)
+        for width in (2, 4)
+    ]
+    known = replace(fit_latency.START, beam_s=0.1e-3, copy_call_s=2e-6)
+    points = [Point(run, fit_latency.ours(run, TABLES, known)) for run in runs]
+    found = fit_latency.fit(points, TABLES, fit_latency.START, ("beam_s", "copy_call_s"))
+    assert fit_latency.rms(fit_latency.log_ratios(points, TABLES, found)) < 0.004
+    assert replace(found, beam_s=0.0, copy_call_s=0.0) == fit_latency.START
+    assert found.beam_s == pytest.approx(0.1e-3, abs=0.03e-3)
+    assert found.copy_call_s == pytest.approx(2e-6, rel=0.2)
 
 
 def test_static_step_is_found_again(monkeypatch):
     run = Run(FASTER_TRANSFORMER, "opt-66b", "ShareGPT", 0.05, 3600.0)
-    at = fit_latency.ours(run, TABLES, Software(9.0, 9.0, 7.35e-3))
+    at = fit_latency.ours(run, TABLES, Software(9.0, 9.0, 9.0, 7.35e-3))
     monkeypatch.setitem(
         paper.FIG12_CURVES, ("ShareGPT", "opt-66b"), {FASTER_TRANSFORMER: ((run.rate, at),)}
     )
@@ -179,8 +195,7 @@ def run_tool(monkeypatch, capsys):
             monkeypatch.setenv("LENGTHS_DIR", str(lengths_dir))
         swaps = {id(paper.FIG19A["swap in"]): latency.SWAP_IN}
         results = {
-            "fit_software": lambda points, lengths: found,
-            "fit_static": lambda model, lengths: found.static_step_s,
+            "fit_model": lambda model, lengths: found,
             "fit_swap": lambda ms: (swaps.get(id(ms), latency.SWAP_OUT), [0.0]),
             "points_of": lambda model: [Point(4, 147.0)],
         }
@@ -205,7 +220,7 @@ def test_check_passes_when_latency_has_what_is_found(run_tool, files):
 
 
 def test_check_names_each_constant_that_differs(run_tool, files):
-    given = {"found": replace(FITTED["opt-13b"], prompt_s=1.0), "lengths_dir": files}
+    given = {"found": replace(FITTED["opt-13b"], request_s=1.0), "lengths_dir": files}
     arguments = ("--model", "opt-13b", "--model", "opt-13b")
     code, out, _ = run_tool("--check", *arguments, **given)
     lines = [line for line in out.splitlines() if ", found " in line]

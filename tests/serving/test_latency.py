@@ -20,17 +20,18 @@ from vllm_sim.serving.latency import (
 )
 from vllm_sim.serving.scheduler import Completion, Iteration
 
-SOFTWARE = Software(step_s=3e-3, prompt_s=7e-3, static_step_s=0.5e-3)
+SOFTWARE = Software(3e-3, 0.2e-3, 7e-3, 0.5e-3, beam_s=0.3e-3, copy_call_s=2e-6)
 
 
 def start_times(model, num_seqs, context_tokens, count):
     """When each of `count` decode iterations starts: one by one, in exact arithmetic."""
     step, token, read = map(Fraction, (model.step_s, model.token_s, model.context_s))
+    step += max(Fraction(model.weights_s), token * num_seqs) + Fraction(model.seq_s) * num_seqs
     now, contexts = Fraction(0), [Fraction(context_tokens, num_seqs)] * num_seqs
     starts = []
     for _ in range(count):
         starts.append(now)
-        now += step + sum(token + read * context for context in contexts)
+        now += step + sum(read * context for context in contexts)
         contexts = [context + 1 for context in contexts]
     return starts
 
@@ -41,17 +42,23 @@ def start_times(model, num_seqs, context_tokens, count):
 @pytest.mark.parametrize("seed", range(40))
 def test_many_steps_take_what_the_iterations_take_one_by_one(seed):
     rng = random.Random(seed)
-    token_s, context_s = (rng.choice([0.0, 10 ** rng.uniform(-9, 0)]) for _ in range(2))
-    unused = dict.fromkeys(("prompt_s", "copy_s", "swap_out_s", "swap_in_s"), 1e6)
-    step_s = 10 ** rng.uniform(-6, 1)
-    model = LatencyModel(step_s, token_s, context_s, **unused, block_size=16)
+    names = "token_s", "context_s", "seq_s", "weights_s"
+    used = {name: rng.choice([0.0, 10 ** rng.uniform(-9, 0)]) for name in names}
+    unused = dict.fromkeys(("request_s", "copy_s", "swap_out_s", "swap_in_s", "move_s"), 1e6)
+    model = LatencyModel(10 ** rng.uniform(-6, 1), **used, **unused, block_size=16)
     num_seqs = rng.randint(1, 300)
     context = rng.randint(num_seqs, 1000 * num_seqs)
     for num_steps in (1, 2, 3, rng.randint(4, 50), rng.randint(50, 2000)):
         # Every sequence holds a token more in each iteration.
         seconds = [
             model.iteration(
-                Iteration(i, 0.0, num_decodes=num_seqs, context_tokens=context + i * num_seqs)
+                Iteration(
+                    i,
+                    0.0,
+                    num_decodes=num_seqs,
+                    num_seqs=num_seqs,
+                    context_tokens=context + i * num_seqs,
+                )
             )
             for i in range(num_steps)
         ]
@@ -67,7 +74,8 @@ def dyadic_model(rng):
     """Times are few binary digits, so that every sum of them is exact."""
     step = rng.randint(1, 64) / 64
     token, context = rng.choice([0, 1, 5]) / 256, rng.choice([0, 0, 1, 3, 7]) / 1024
-    return LatencyModel(step_s=step, token_s=token, context_s=context)
+    seq, weights = rng.choice([0, 3]) / 128, rng.choice([0, 9]) / 256
+    return LatencyModel(step, token, context, seq, weights_s=weights)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -126,40 +134,54 @@ def test_the_steps_of_a_wait_are_computed_and_not_searched(monkeypatch, seed):
 # --- iteration and completion --------------------------------------------------------------------
 
 # Each term has a decimal digit of its own.
-DIGITS = LatencyModel(1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6, block_size=2)
+DIGITS = LatencyModel(1.0, 10.0, 100.0, 1e7, 1e3, 1e4, 1e5, 1e6, 1e8, block_size=2)
 PAIR = (0, 1)
 
 
 def busy_iteration(**changes):
     parts = {"prefills": [object()] * 5, "num_decodes": 1, "prompt_tokens": 2, "context_tokens": 4}
+    parts |= {"num_seqs": 9}
     parts |= {"copies": (PAIR,) * 3, "swapped_out": (PAIR,) * 7, "swapped_in": (PAIR,) * 8}
     return Iteration(0, 0.0, **(parts | changes))
 
 
 def test_an_iteration_takes_what_it_does():
-    # 1 step, 1 + 2 tokens, 4 of context, 5 prompts, 3 blocks of 2 slots, 7 out, 8 in.
-    assert DIGITS.iteration(busy_iteration()) == 8_765_431
+    # 1 step, 1 + 2 tokens, 4 of context, 5 requests, 3 blocks of 2 slots, 7 out, 8 in, 9 sequences.
+    assert DIGITS.iteration(busy_iteration()) == 98_765_431
     assert DIGITS.iteration(Iteration(0, 0.0)) == 1
 
 
 def test_each_term_counts_by_itself():
-    terms = {"num_decodes": 10, "prompt_tokens": 20, "context_tokens": 400, "prefills": 5_000}
+    terms = {"prompt_tokens": 20, "context_tokens": 400, "prefills": 5_000, "num_seqs": 90_000_000}
     terms |= {"copies": 60_000, "swapped_out": 700_000, "swapped_in": 8_000_000}
     for name, seconds in terms.items():
-        left_out = {name: 0 if seconds < 1000 else ()}
-        assert DIGITS.iteration(busy_iteration(**left_out)) == 8_765_431 - seconds, name
+        left_out = {name: () if isinstance(getattr(busy_iteration(), name), (list, tuple)) else 0}
+        assert DIGITS.iteration(busy_iteration(**left_out)) == 98_765_431 - seconds, name
+
+
+def test_a_request_costs_beside_others_that_decode_only():
+    assert DIGITS.iteration(busy_iteration(num_decodes=0)) == 98_765_431 - 10 - 5_000
+
+
+@pytest.mark.parametrize(("weights_s", "takes"), [(29.0, 30.0), (30.0, 30.0), (31.5, 31.5)])
+def test_computing_hides_behind_reading_the_weights(weights_s, takes):
+    model = replace(DIGITS, weights_s=weights_s)
+    assert model.iteration(busy_iteration()) == 98_765_401 + takes
 
 
 def test_what_is_not_work_takes_no_time():
     same = {"freed": [1, 2, 3], "num_swaps": 4, "num_recomputations": 5, "decodes": [object()] * 6}
-    assert DIGITS.iteration(busy_iteration(**same)) == 8_765_431
+    assert DIGITS.iteration(busy_iteration(**same)) == 98_765_431
 
 
 def test_a_beam_that_moves_copies_its_whole_reservation_unless_it_is_paged():
     manager = BaselineCacheManager(16, 4, policy="oracle", max_len=32)
     for seq_id, final_len in enumerate((3, 4, 7, 8, 9, 16)):
         manager.allocate(seq_id, 2, final_len)  # 1, 1, 2, 2, and 4 blocks of the buddy's twice
-    model, paged = LatencyModel(step_s=1.0, copy_s=0.5, block_size=4), PagedKVCacheManager(8, 4)
+    model, paged = (
+        LatencyModel(step_s=1.0, copy_s=0.5, move_s=0.25, block_size=4),
+        PagedKVCacheManager(8, 4),
+    )
     for reorders, blocks in (
         ([], 0),
         ([{0: 1}], 1),
@@ -169,7 +191,7 @@ def test_a_beam_that_moves_copies_its_whole_reservation_unless_it_is_paged():
         ([{0: 1}, {2: 3}, {5: 4}], 1 + 2 + 4),
     ):
         completion = Completion(reorders=reorders)
-        assert model.completion(completion, manager) == blocks * 4 * 0.5
+        assert model.completion(completion, manager) == blocks * (4 * 0.5 + 0.25)
         assert model.completion(completion, paged) == 0.0
 
 
@@ -181,7 +203,7 @@ def test_an_iteration_takes_time(step_s):
 
 @pytest.mark.parametrize("field", LatencyModel.__slots__)
 def test_nothing_gives_time_back(field):
-    model = LatencyModel(*range(1, 8), block_size=8)
+    model = LatencyModel(*range(1, 10), block_size=8)
     with pytest.raises(ValueError, match="nothing gives time back"):
         replace(model, **{field: -1})
 
@@ -190,18 +212,22 @@ def test_nothing_gives_time_back(field):
 
 
 def test_opt_13b_by_hand():
-    """25.7 GB of weights and 800 KB a token, over 80 % of 1,555 GB/s and half of 312 TFLOPS."""
+    """25.7 GB of weights and 800 KB a token, over 80 % of 1,555 GB/s and 60 % of 312 TFLOPS."""
     model = latency_model(DEPLOYMENTS["opt-13b"], 16, SOFTWARE)
     config = MODELS["opt-13b"]
     weights = 2 * config.num_params
     assert weights == pytest.approx(25.7e9, rel=0.002)
-    assert model.step_s == pytest.approx(3e-3 + weights / 1244e9, rel=1e-12)
-    assert model.step_s - 3e-3 == pytest.approx(20.66e-3, rel=1e-3)
-    assert model.token_s == pytest.approx(2 * config.num_params / 156e12, rel=1e-12)
+    assert model.weights_s == pytest.approx(weights / 1244e9, rel=1e-12)
+    assert model.weights_s == pytest.approx(20.66e-3, rel=1e-3)
+    assert model.token_s == pytest.approx(2 * config.num_params / 187.2e12, rel=1e-12)
     slot = 2 * 40 * 5120 * 2  # K and V, layers, width, bytes
     assert model.context_s == pytest.approx(slot / 1244e9, rel=1e-12)
     assert model.copy_s == pytest.approx(2 * slot / 1244e9, rel=1e-12)  # read and written
-    assert (model.prompt_s, model.block_size) == (7e-3, 16)
+    assert model.move_s == pytest.approx(2 * 40 * 2e-6)
+    its_own = (model.step_s, model.seq_s, model.request_s, model.block_size)
+    assert its_own == (3e-3, 0.2e-3, 7e-3, 16)
+    beams = latency_model(DEPLOYMENTS["opt-13b"], 16, SOFTWARE, beams=True)
+    assert beams == replace(model, seq_s=0.2e-3 + 0.3e-3)
 
 
 @pytest.mark.parametrize(
@@ -215,39 +241,34 @@ def test_each_gpu_reads_and_computes_its_part(name, gpus, bytes_per_s):
     # Norms, biases and positions are on every GPU: well below a thousandth of a part.
     part = config.weights().split / gpus + config.weights().whole
     assert config.num_params / gpus < part < config.num_params / gpus * 1.003
-    assert model.step_s == pytest.approx(3e-3 + 2 * part / (0.8 * bytes_per_s), rel=1e-9)
-    assert model.token_s == pytest.approx(2 * part / 156e12, rel=1e-9)
+    assert model.weights_s == pytest.approx(2 * part / (0.8 * bytes_per_s), rel=1e-9)
+    assert model.token_s == pytest.approx(2 * part / 187.2e12, rel=1e-9)
     slot = 2 * config.num_layers * config.hidden_size * 2 / gpus
     assert model.context_s == pytest.approx(slot / (0.8 * bytes_per_s), rel=1e-12)
     assert model.copy_s == pytest.approx(2 * model.context_s, rel=1e-12)
     # Nearly as fast again as on half as many GPUs, the software aside.
     half = latency_model(Deployment(config, deployment.gpu, gpus // 2), 16, SOFTWARE)
-    assert half.step_s - 3e-3 == pytest.approx(2 * (model.step_s - 3e-3), rel=0.003)
+    assert half.weights_s == pytest.approx(2 * model.weights_s, rel=0.003)
     assert half.context_s == pytest.approx(2 * model.context_s, rel=1e-12)
-    assert half.prompt_s == model.prompt_s
+    assert (half.step_s, half.request_s) == (model.step_s, model.request_s)
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_the_fitted_constants_are_the_default(name):
-    fitted = FITTED["opt-13b" if name == "llama-13b" else name]
-    assert all(0.0 < seconds < 0.1 for seconds in astuple(fitted)), "milliseconds"
+    fitted = FITTED[name]
+    assert all(0.0 <= seconds < 0.1 for seconds in astuple(fitted)), "milliseconds"
     model = latency_model(DEPLOYMENTS[name], 16)
     assert model == latency_model(DEPLOYMENTS[name], 16, fitted)
-    bare = latency_model(DEPLOYMENTS[name], 16, Software(0.0, 0.0, 0.0))
-    assert model.step_s - bare.step_s == pytest.approx(fitted.step_s, rel=1e-9)
-    assert model.prompt_s == fitted.prompt_s > bare.prompt_s == 0.0
+    its_own = (model.step_s, model.seq_s, model.request_s)
+    assert its_own == (fitted.step_s, fitted.seq_s, fitted.request_s)
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_faster_transformer_has_a_step_of_its_own_and_prompts_for_nothing(name):
+def test_faster_transformer_has_a_step_of_its_own_and_requests_for_nothing(name):
     usual = latency_model(DEPLOYMENTS[name], 16, SOFTWARE)
     static = latency_model(DEPLOYMENTS[name], 16, SOFTWARE, static=True)
-    assert usual.step_s - static.step_s == pytest.approx(3e-3 - 0.5e-3, rel=1e-9)
-    assert static.prompt_s == 0.0
-    # Its computing may hide behind reading the weights; continuous batching adds the two.
-    assert static.weights_s == pytest.approx(static.step_s - 0.5e-3, rel=1e-9)
-    assert usual.weights_s == 0.0
-    its_own = {name: getattr(usual, name) for name in ("step_s", "prompt_s", "weights_s")}
+    assert (static.step_s, static.seq_s, static.request_s) == (0.5e-3, 0.0, 0.0)
+    its_own = {name: getattr(usual, name) for name in ("step_s", "seq_s", "request_s", "move_s")}
     assert replace(static, **its_own) == usual, "all else is the same machine"
 
 
@@ -256,7 +277,7 @@ def test_what_is_not_known_is_refused():
     for static in (False, True):
         with pytest.raises(KeyError, match=r"opt-6\.7b"):
             latency_model(unknown, 16, static=static)
-    assert latency_model(unknown, 16, SOFTWARE).prompt_s == 7e-3, "its constants were given"
+    assert latency_model(unknown, 16, SOFTWARE).request_s == 7e-3, "its constants were given"
     for known in ({}, {"bytes_per_s": 2e12}, {"flops_per_s": 3e14}):
         elsewhere = Deployment(MODELS["opt-13b"], GPU("h100-80gb", 80 * 10**9, **known), 1)
         with pytest.raises(KeyError, match="h100"):
@@ -265,9 +286,7 @@ def test_what_is_not_known_is_refused():
 
 def test_a_model_takes_nothing_for_what_it_does_not_name():
     assert UNIT.iteration(busy_iteration()) == 1.0
-    assert (UNIT.block_size, UNIT.weights_s) == (1, 0.0)
-    assert LatencyModel(*range(1, 8), block_size=8, weights_s=0.5).weights_s == 0.5
-    for record, field in ((UNIT, "step_s"), (SOFTWARE, "prompt_s"), (SWAP_IN, "call_s")):
+    for record, field in ((UNIT, "step_s"), (SOFTWARE, "request_s"), (SWAP_IN, "call_s")):
         with pytest.raises(FrozenInstanceError):
             setattr(record, field, 2.0)
     with pytest.raises(TypeError):

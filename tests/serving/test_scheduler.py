@@ -44,7 +44,7 @@ def test_an_iteration_does_nothing_until_told():
     iteration = Iteration(7, 1.5)
     assert (iteration.index, iteration.start_s, iteration.num_groups) == (7, 1.5, 0)
     others = [getattr(iteration, field.name) for field in fields(Iteration)[2:]]
-    assert len(others) == 11 and not any(others)
+    assert len(others) == 12 and not any(others)
     completion = Completion()
     assert not any(getattr(completion, field.name) for field in fields(Completion))
     completion.freed.append(1)
@@ -526,11 +526,21 @@ def test_groups_are_counted_only_where_blocks_are_short():
 
 
 def test_only_beams_that_move_are_reordered_however_many_there_are():
-    parents = [[1, *range(1, 300)], [*range(300)]]
-    beams = group(0, 4, [2] * 300, parents=parents)
+    """Nor is one at the first token, which comes from the prompt that all of them have."""
+    moves = [1, *range(1, 300)]
+    beams = group(0, 4, [3] * 300, parents=[moves, moves, [*range(300)]])
     scheduler = scheduler_of([beams], 700, limits=Limits(2560, 400))
-    assert step(scheduler)[1].reorders == [{0: 1}]
+    assert [step(scheduler)[1].reorders for _ in range(2)] == [[], [{0: 1}]]
     assert finish(scheduler) == [0]
+
+
+def test_without_sharing_every_sequence_computes_the_prompt():
+    contiguous = BaselineCacheManager(64, 2, policy="oracle", max_len=16)
+    for manager, tokens in ((PagedKVCacheManager(99, SIZE), 5), (contiguous, 3 * 5)):
+        scheduler = Scheduler(manager, Limits(2560, 256))
+        scheduler.add(group(0, 5, [2] * 3))
+        iteration = scheduler.schedule()
+        assert (iteration.prompt_tokens, iteration.num_seqs) == (tokens, 3)
 
 
 def test_more_groups_than_python_shares_numbers():

@@ -33,7 +33,7 @@ def one_token_at_a_time(trace, batch_size, limit, model):
             batch.append((index, request))
         queue = queue[len(batch) :]
         padded_input = max(prompt for _, (_, prompt, _) in batch)
-        software = model.step_s - model.weights_s
+        software = model.step_s
         computing = sum(model.token_s * prompt for _, (_, prompt, _) in batch)
         clock += software + max(model.weights_s, computing)
         batches.append(len(batch))

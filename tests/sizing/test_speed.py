@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_sim.models import DEPLOYMENTS
-from vllm_sim.serving.latency import latency_model
+from vllm_sim.serving.latency import FITTED, latency_model
 from vllm_sim.sizing import speed
 from vllm_sim.sizing.speed import attention_share, speed_of
 
@@ -16,7 +16,7 @@ def test_the_papers_deployments_have_the_papers_speed(name, case_of, monkeypatch
     assert own == latency_model(at, 16)
     monkeypatch.setattr(speed, "PAPERS_GPUS", ())  # as if it were any other GPU
     derived = speed_of(plan, at.gpu.name).latency
-    for part in ("step_s", "token_s", "context_s", "prompt_s"):
+    for part in ("step_s", "token_s", "context_s", "seq_s", "request_s", "weights_s"):
         assert getattr(derived, part) == pytest.approx(getattr(own, part), rel=0.015), part
 
 
@@ -25,8 +25,9 @@ def test_a_speed_by_hand(config, case_of):
     found = speed_of(case.plan, "h100")
     assert "the constants of opt-13b" in found.assumed
     params = case.model.num_params - 128_256 * 4096  # without the input embeddings
-    bandwidth, flops = 0.8 * 3350e9, 0.5 * 989.5e12
-    assert found.latency.step_s == pytest.approx(6.5e-3 + 2 * params / bandwidth)
+    bandwidth, flops = 0.8 * 3350e9, 0.6 * 989.5e12
+    assert found.latency.step_s == FITTED["opt-13b"].step_s
+    assert found.latency.weights_s == pytest.approx(2 * params / bandwidth)
     assert found.latency.token_s == pytest.approx(2 * params / flops)
     assert found.latency.context_s == pytest.approx(2 * 32 * 8 * 128 / bandwidth)
     with pytest.raises(KeyError):
@@ -36,9 +37,9 @@ def test_a_speed_by_hand(config, case_of):
 def test_only_active_experts_compute_but_all_are_read(config, case_of):
     case = case_of("--model", config("Mixtral-8x7B"), "--gpu", "h200")
     weights, found = case.model.weights(), speed_of(case.plan, "h200").latency
-    flops, bandwidth = 0.5 * 989.5e12, 0.8 * 4800e9
+    flops, bandwidth = 0.6 * 989.5e12, 0.8 * 4800e9
     assert found.token_s == pytest.approx(2 * weights.active / flops, rel=0.02)
-    assert found.step_s == pytest.approx(6.5e-3 + 2 * weights.total / bandwidth, rel=0.01)
+    assert found.weights_s == pytest.approx(2 * weights.total / bandwidth, rel=0.01)
 
 
 def test_what_attention_itself_would_add_to_prompts(config, case_of):

@@ -25,7 +25,7 @@ from vllm_sim.sizing.trace_serving import (
 )
 
 SIZE, MAX_LEN = 4, 40
-LATENCY = LatencyModel(step_s=1.0, token_s=0.013, context_s=0.0007, prompt_s=0.11)
+LATENCY = LatencyModel(step_s=1.0, token_s=0.013, context_s=0.0007, request_s=0.11)
 SERVER = Server(SIZE, MAX_LEN, LATENCY, Limits(60, 10**9))
 
 
@@ -99,7 +99,7 @@ def naive_paged(columns, num_blocks):
         short = refused or bool(preempted)
         if short:
             kept |= {i for i in waiting if i not in start}
-        now += 1.0 + 0.013 * computed + 0.0007 * context + 0.11 * prompts
+        now += 1.0 + 0.013 * computed + 0.0007 * context + 0.11 * prompts * (decodes > 0)
         for i in list(running):
             done[i] += 1
             if done[i] == lens[i][2]:

@@ -201,4 +201,5 @@ def _beam_pool(width: int, theta: float, seed: int, steps: int, count: int) -> l
 def latency_of(run: Run, software: Software | None = None) -> LatencyModel:
     """The latency model of a run; `software` are its constants, as fitted unless given."""
     static = run.system == FASTER_TRANSFORMER
-    return latency_model(DEPLOYMENTS[run.model], run.block_size, software, static=static)
+    kind = {"static": static, "beams": run.decoding == "beam"}
+    return latency_model(DEPLOYMENTS[run.model], run.block_size, software, **kind)

@@ -1,22 +1,24 @@
 """Seconds of one iteration, from what it reads and computes.
 
-Reproduces: the machine under section 6's experiments, as far as bytes, FLOPs and two constants per
-model can. An iteration takes, on each GPU,
+Reproduces: the machine under section 6's experiments, as far as bytes, FLOPs and a few constants
+can. An iteration takes, on each GPU,
 
     c0                              software, small kernels, communication: fitted per model
-    + weights / (0.8 x bandwidth)   every iteration reads all weights
-    + tokens x 2 x parameters / (0.5 x peak FLOPS)
+    + the longer of reading the weights, over 0.8 x bandwidth, and
+      tokens x 2 x parameters / (0.6 x peak FLOPS)
     + K/V bytes read / (0.8 x bandwidth)
-    + cpre x prompts                what each prompt costs beyond its tokens: fitted per model
+    + cs x sequences                a token of each is sampled, in Python: fitted per model
+    + cr x requests                 whose prompts join others that decode: fitted per model
     + bytes copied (read and written), and what swapping takes
 
     model = latency_model(DEPLOYMENTS["opt-13b"], 16)
     model.iteration(iteration)                    # one iteration
     model.decode_steps(100, num_seqs=32, context_tokens=16_000)     # a hundred, in closed form
 
-0.8 of the bandwidth and 0.5 of the FLOPS are customary round numbers, not fitted. `FITTED` is what
-`tools/fit_latency.py` finds in the left ends of Fig. 12 and in Fig. 1 (right); it prints them, and
-`--check` fails if they are not these. Nothing else here comes from the paper's results.
+0.8 of the bandwidth and 0.6 of the FLOPS are customary round numbers. `FITTED` is what
+`tools/fit_latency.py` finds where nothing waits for memory: in the left ends of Figs. 12, 14 (beam
+search) and 16, in Fig. 1 (right) and in Fig. 19a. It prints them, and `--check` fails if they are
+not these. Nothing else here comes from the paper's results.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from vllm_sim.models import Deployment
 from vllm_sim.paper import BLOCK_SIZE
 from vllm_sim.serving.scheduler import Completion, Iteration, Manager
 
-BANDWIDTH_USED, FLOPS_USED = 0.8, 0.5
+BANDWIDTH_USED, FLOPS_USED = 0.8, 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,11 @@ class Software:
     """The fitted constants of one model, in seconds (tools/fit_latency.py)."""
 
     step_s: float  # c0: each iteration
-    prompt_s: float  # cpre: each prompt
-    static_step_s: float  # c0 of FasterTransformer, from its single leftmost ShareGPT point
+    seq_s: float  # cs: each sequence that generates a token
+    request_s: float  # cr: each request whose prompt is computed beside others that decode
+    static_step_s: float = 0.0  # c0 of FasterTransformer, from its leftmost ShareGPT point
+    beam_s: float = 0.0  # each beam, beyond what a sample costs
+    copy_call_s: float = 0.0  # each copy of a block of a moved beam, one a layer and K or V
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +55,12 @@ class Swap:
 
 
 FITTED = {
-    "opt-13b": Software(6.5e-3, 6.5e-3, 0.95e-3),
-    "opt-66b": Software(25.0e-3, 5.25e-3, 5.0e-3),
-    "opt-175b": Software(52.5e-3, 6.0e-3, 14.5e-3),
+    "opt-13b": Software(7.25e-3, 0.12e-3, 11e-3, 0.95e-3, 0.08e-3, 1.4e-6),
+    "opt-66b": Software(25.5e-3, 0.15e-3, 11.5e-3, 5.0e-3),
+    "opt-175b": Software(54.75e-3, 0.265e-3, 6.5e-3, 14.5e-3),
+    # Fig. 16's, with another version of the authors' code; its left ends leave cs open.
+    "llama-13b": Software(5e-3, 0.12e-3, 0.0),
 }
-# Same layers, same width: the constants of one are taken for the other.
-FITTED_LIKE = {"llama-13b": "opt-13b"}
 # From Fig. 19a's microbenchmark, an input of Figs. 14 and 19b (tools/fit_latency.py).
 SWAP_IN = Swap(0.268e-3, 0.0672e-3)
 SWAP_OUT = Swap(0.154e-3, 0.0626e-3)
@@ -65,26 +70,29 @@ SWAP_OUT = Swap(0.154e-3, 0.0626e-3)
 class LatencyModel:
     """Seconds of an iteration as a sum over what it does."""
 
-    step_s: float  # each iteration: software and the weights
+    step_s: float  # each iteration
     token_s: float = 0.0  # each token computed
     context_s: float = 0.0  # each token of K/V read
-    prompt_s: float = 0.0  # each prompt
+    seq_s: float = 0.0  # each sequence that generates a token
+    request_s: float = 0.0  # each request admitted to others that decode
     copy_s: float = 0.0  # each slot copied inside GPU memory
     swap_out_s: float = 0.0  # each block (measured for OPT-13B's slots)
     swap_in_s: float = 0.0
+    move_s: float = 0.0  # each block copied where beams do not share, beyond its slots
     block_size: int = 1
-    weights_s: float = 0.0  # of step_s, what computing tokens may hide behind (0: the two add up)
+    weights_s: float = 0.0  # reading the weights, behind which computing tokens hides
 
     def __post_init__(self) -> None:
-        if not self.step_s > 0.0 or min(getattr(self, f) for f in self.__slots__) < 0.0:
+        if not self.step_s + self.weights_s > 0.0 or min(getattr(self, f) for f in self.__slots__) < 0.0:
             raise ValueError(f"an iteration takes time, and nothing gives time back: {self}")
 
     def iteration(self, it: Iteration) -> float:
         """One iteration, as scheduled."""
-        seconds = self.step_s + self.token_s * (it.num_decodes + it.prompt_tokens)
-        seconds += self.context_s * it.context_tokens
-        if it.prefills:
-            seconds += self.prompt_s * len(it.prefills)
+        tokens = it.num_decodes + it.prompt_tokens
+        seconds = self.step_s + max(self.weights_s, self.token_s * tokens)
+        seconds += self.seq_s * it.num_seqs + self.context_s * it.context_tokens
+        if it.num_decodes:
+            seconds += self.request_s * len(it.prefills)
         if it.copies:
             seconds += self.copy_s * self.block_size * len(it.copies)
         if it.swapped_out or it.swapped_in:
@@ -100,19 +108,23 @@ class LatencyModel:
             return 0.0
         moved = [seq_id for reorder in done.reorders for seq_id in reorder]
         blocks = sum(manager.reservation(seq_id).num_blocks for seq_id in moved)
-        return self.copy_s * self.block_size * blocks
+        return (self.copy_s * self.block_size + self.move_s) * blocks
 
     def decode_steps(self, num_steps: int, num_seqs: int, context_tokens: int) -> float:
         """`num_steps` iterations of `num_seqs` sequences that first read `context_tokens`."""
-        first = self.step_s + self.token_s * num_seqs + self.context_s * context_tokens
+        first = self._decode_step(num_seqs, context_tokens)
         longer = self.context_s * num_seqs  # each step reads a token more of every sequence
         return num_steps * first + longer * (num_steps * (num_steps - 1) / 2)
+
+    def _decode_step(self, num_seqs: int, context_tokens: int) -> float:
+        work = max(self.weights_s, self.token_s * num_seqs)
+        return self.step_s + work + self.seq_s * num_seqs + self.context_s * context_tokens
 
     def steps_until(self, wait_s: float, at_most: int, num_seqs: int, context_tokens: int) -> int:
         """How many such iterations start before `wait_s` seconds have passed, at most."""
         if wait_s <= 0.0:
             return 0
-        first = self.step_s + self.token_s * num_seqs + self.context_s * context_tokens
+        first = self._decode_step(num_seqs, context_tokens)
         half = self.context_s * num_seqs / 2.0
         linear = first - half  # half n**2 + linear n = wait, in the form that does not cancel
         root = 2.0 * wait_s / (linear + math.sqrt(linear * linear + 4.0 * half * wait_s))
@@ -134,26 +146,31 @@ def latency_model(
     software: Software | None = None,
     *,
     static: bool = False,
+    beams: bool = False,
 ) -> LatencyModel:
     """The model of a deployment; `software` as fitted unless given, `static` for
-    FasterTransformer's. KeyError for a model or GPU of which nothing is known."""
+    FasterTransformer's, `beams` if every sequence is one. KeyError for a model or GPU of which
+    nothing is known."""
     model, gpu, gpus = deployment.model, deployment.gpu, deployment.num_gpus
     if gpu.bytes_per_s is None or gpu.flops_per_s is None:
         raise KeyError(gpu.name)
-    software = software or FITTED[FITTED_LIKE.get(model.name, model.name)]
+    software = software or FITTED[model.name]
+    if static:
+        software = Software(software.static_step_s, 0.0, 0.0)
     weights = model.weights()
     params = weights.split // gpus + weights.whole
     bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
-    weights_s = 2 * params / bandwidth
     slot_bytes = model.kv_bytes_per_token / gpus
     return LatencyModel(
-        step_s=(software.static_step_s if static else software.step_s) + weights_s,
+        step_s=software.step_s,
         token_s=2 * params / (FLOPS_USED * gpu.flops_per_s),
         context_s=slot_bytes / bandwidth,
-        prompt_s=0.0 if static else software.prompt_s,
-        weights_s=weights_s if static else 0.0,
+        seq_s=software.seq_s + (software.beam_s if beams else 0.0),
+        request_s=software.request_s,
         copy_s=2 * slot_bytes / bandwidth,
         swap_out_s=SWAP_OUT.call_s + SWAP_OUT.slot_s * block_size,
         swap_in_s=SWAP_IN.call_s + SWAP_IN.slot_s * block_size,
+        move_s=2 * model.num_layers * software.copy_call_s,
         block_size=block_size,
+        weights_s=2 * params / bandwidth,
     )

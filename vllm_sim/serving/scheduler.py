@@ -71,7 +71,8 @@ class Iteration:
     num_recomputations: int = 0
     num_decodes: int = 0  # sequences of `decodes`: each computes one token
     context_tokens: int = 0  # K/V that they read, each for itself, also where it is shared
-    prompt_tokens: int = 0  # that `prefills` compute
+    num_seqs: int = 0  # that generate a token: those of `decodes` and of `prefills`
+    prompt_tokens: int = 0  # that `prefills` compute; without sharing, of every sequence
 
     @property
     def num_groups(self) -> int:
@@ -168,6 +169,7 @@ class Scheduler:
         self.short_of_blocks = bool(preempted or self.swapped)
         if self.waiting and not self.swapped:
             all_tried = self._admit(iteration, preempted)
+        iteration.num_seqs = self.num_running_seqs
         if not self.running and not self.idle and not preempted:
             raise StalledError("nothing runs and nothing can be admitted")
         self._settled = all_tried and not preempted
@@ -320,7 +322,9 @@ class Scheduler:
             waiting.popleft()
             iteration.copies += copies
             iteration.prefills.append(group)
-            iteration.prompt_tokens += prompt_len + sum(generated)
+            # Without sharing every sequence computes the prompt for itself, as in the artifact.
+            prompts = 1 if isinstance(manager, PagedKVCacheManager) else len(seqs)
+            iteration.prompt_tokens += prompts * prompt_len + sum(generated)
             batched += tokens
             self._run(group, seqs)
         return True
@@ -341,7 +345,8 @@ class Scheduler:
         else:
             generated = seqs[0].num_generated  # beams are equally long
             steps = seqs[0].output_len - generated
-            move = group.beam_parents.next_move(generated)
+            # The first token comes from the prompt, which all of them have: nobody moves.
+            move = group.beam_parents.next_move(max(1, generated))
             if move is not None:
                 steps = min(steps, move + 1 - generated)
         group.event_step = step = self._clock.now + steps

@@ -12,7 +12,6 @@ by them so that the memory suffices; no manager is asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from sequence import check_count
 from vllm_sim.serving.latency import LatencyModel
@@ -34,7 +33,6 @@ def simulate_static(
     """
     check_count("batch size", batch_size)
     check_count("maximum total length", max_total_len)
-    decode = replace(latency, token_s=0.0)
     result = ServingResult()
     now, first, count = 0.0, 0, len(arrivals)
     while first < count:
@@ -48,12 +46,8 @@ def simulate_static(
             longest_in, longest_out = wider
             end += 1
         batch = end - first
-        # One large multiplication after another: computing and reading the weights overlap.
-        now += latency.step_s
-        now += max(0.0, latency.token_s * sum(prompts[first:end]) - latency.weights_s)
-        computed = max(0.0, latency.token_s * batch - latency.weights_s)
-        now += (longest_out - 1) * computed
-        now += decode.decode_steps(longest_out - 1, batch, batch * (longest_in + 1))
+        now += latency.step_s + max(latency.weights_s, latency.token_s * sum(prompts[first:end]))
+        now += latency.decode_steps(longest_out - 1, batch, batch * (longest_in + 1))
         result.count_batch(longest_out, batch, True)
         for index in range(first, end):
             result.finish_s[index] = now

@@ -20,7 +20,6 @@ from vllm_sim.models.presets import is_preset
 from vllm_sim.serving.latency import (
     BANDWIDTH_USED,
     FITTED,
-    FITTED_LIKE,
     FLOPS_USED,
     LatencyModel,
     latency_model,
@@ -47,9 +46,8 @@ def speed_of(plan: Plan, gpu_name: str) -> Speed:
     communication beyond the constants.
     """
     gpu, model, sizes = GPUS[gpu_name], plan.deployment.model, plan.sizes
-    like = FITTED_LIKE.get(model.name, model.name) if is_preset(model) else UNFITTED
-    like = like if like in FITTED else UNFITTED
-    own = is_preset(model) and like == model.name
+    own = is_preset(model) and model.name in FITTED
+    like = model.name if own else UNFITTED
     constants = "its own constants" if own else f"the constants of {like}"
     assumed = f"at the speed of {plan.num_gpus} x {gpu_name}, {constants} (latency.py)"
     plain = (sizes.matrix_bits, sizes.kv_bytes) == (16, 2)
@@ -60,12 +58,14 @@ def speed_of(plan: Plan, gpu_name: str) -> Speed:
     bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
     per_gpu = (weights.active - table) / plan.num_gpus
     latency = LatencyModel(
-        step_s=FITTED[like].step_s + plan.weights * (1.0 - table / weights.total) / bandwidth,
+        step_s=FITTED[like].step_s,
         token_s=2 * per_gpu / (FLOPS_USED * gpu.flops_per_s),
         context_s=plan.slot_bytes / bandwidth,
-        prompt_s=FITTED[like].prompt_s,
+        seq_s=FITTED[like].seq_s,
+        request_s=FITTED[like].request_s,
         copy_s=2 * plan.slot_bytes / bandwidth,
         block_size=plan.block_size,
+        weights_s=plan.weights * (1.0 - table / weights.total) / bandwidth,
     )
     return Speed(latency, assumed)
 

@@ -143,7 +143,7 @@ def falls_behind(asked: TraceCase, free: Served) -> list[str]:
     trace, latency = asked.trace, asked.speed.latency
     after = float(free.finishes.max()) - trace.span_s
     both = int((trace.prompts + trace.outputs).max())
-    alone = latency.prompt_s + latency.token_s * int(trace.prompts.max())
+    alone = latency.request_s + latency.token_s * int(trace.prompts.max())
     alone += latency.decode_steps(int(trace.outputs.max()), 1, both)
     if trace.span_s == 0.0 or after <= max(trace.span_s / 10, 3 * alone):
         return []
