@@ -196,8 +196,10 @@ def test_a_server_that_falls_behind_is_told(run, write):
     first, rest = " ".join(printed.split()).split(" What is in the trace? ")
     assert "one server falls behind whatever its memory, going on for " in first
     assert "go by the GPUs" in first and "falls behind" in rest
-    printed, _ = run("--trace", write(burst(20, 5.0)), "--preemption-rate", 0)
-    assert "falls behind" not in printed
+    for count, told in ((3, False), (4, True)):  # prompts that fill an iteration each
+        text = "time,input_len,output_len\n" + "".join(f"{i / 1e5},2000,1\n" for i in range(count))
+        printed, _ = run("--trace", write(text), "--preemption-rate", 0)
+        assert ("falls behind" in printed) == told
 
 
 def test_a_request_too_long_for_a_server_is_told(run, write, config):

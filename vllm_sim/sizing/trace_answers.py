@@ -18,6 +18,7 @@ import numpy as np
 from vllm_sim.paper import GIB
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import counted
+from vllm_sim.serving.scheduler import Iteration
 from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import WHAT, memory_sections
 from vllm_sim.sizing.case import Section, Survey, TraceCase
@@ -142,9 +143,9 @@ def falls_behind(asked: TraceCase, free: Served) -> list[str]:
     """
     trace, latency = asked.trace, asked.speed.latency
     after = float(free.finishes.max()) - trace.span_s
-    both = int((trace.prompts + trace.outputs).max())
-    alone = latency.request_s + latency.token_s * int(trace.prompts.max())
-    alone += latency.decode_steps(int(trace.outputs.max()), 1, both)
+    prompt, output = int(trace.prompts.max()), int(trace.outputs.max())
+    alone = latency.iteration(Iteration(0, 0.0, num_seqs=1, prompt_tokens=prompt))
+    alone += latency.decode_steps(output - 1, 1, prompt + 1)
     if trace.span_s == 0.0 or after <= max(trace.span_s / 10, 3 * alone):
         return []
     return [
