@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from allocators import CacheError
 from vllm_sim import paper
 from vllm_sim.evaluation.curves import fitted_points, left_end
-from vllm_sim.evaluation.experiments import Run, execute
+from vllm_sim.evaluation.experiments import Run, execute, latency_of
 from vllm_sim.evaluation.figures_rates import CurveFigure, Fig14, Fig16
 from vllm_sim.models import DEPLOYMENTS
 from vllm_sim.reporting.arguments import OneLineParser
@@ -116,7 +116,8 @@ def ours(source: Run | int | str, lengths: Lengths, software: Software) -> float
     """What these constants give in place of a point. Fig. 1's are tokens/s of a decode step, each
     request at the context with which its requests fill Table 1's slots: 409 tokens."""
     if isinstance(source, Run):
-        return execute(source, lengths, software=software).normalized_latency
+        speed = latency_of(source, software)
+        return execute(source, lengths, latency=speed).normalized_latency
     if isinstance(source, str):
         model = latency_model(DEPLOYMENTS[source], paper.BLOCK_SIZE, software)
         return model.iteration(Iteration(0, 0.0, num_seqs=1, prompt_tokens=SWAPPED_TOKENS))

@@ -104,17 +104,17 @@ def execute(
     run: Run,
     lengths: Lengths,
     *,
-    software: Software | None = None,
+    latency: LatencyModel | None = None,
     check: bool = False,
     progress: Progress = SILENT,
 ) -> Outcome:
-    """Simulate one run; `software` are the latency model's constants, as fitted unless given;
-    `check` recomputes all invariants in every iteration.
+    """Simulate one run; `latency` is `latency_of(run)` unless given; `check` recomputes all
+    invariants in every iteration.
 
     Raises ValueError, RequestTooLargeError, and WorkloadError for bad length files.
     """
     columns = lengths.columns(run.dataset, run.rate, run.seconds, run.seed)
-    latency = latency_of(run, software)
+    latency = latency or latency_of(run)
     if run.system == FASTER_TRANSFORMER:
         batch_size = paper.FT_BATCH_SIZE[run.dataset][run.model]
         return _outcome(simulate_static(*columns, batch_size, paper.FT_MAX_TOTAL_LEN, latency))

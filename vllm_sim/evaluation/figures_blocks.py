@@ -37,7 +37,7 @@ class Fig18b(Figure):
     alpaca: bool = True
     name = "Fig. 18b"
 
-    def _runs(self) -> dict[tuple[str, int], Run]:
+    def runs(self) -> dict[tuple[str, int], Run]:
         """By data set and block size. ShareGPT's rate is not stated: Fig. 19b's, which the
         artifact's plots pair with it."""
         figures = {"ShareGPT": "Fig. 19b", "Alpaca": "Fig. 18b"}
@@ -49,10 +49,10 @@ class Fig18b(Figure):
         }
 
     def needed(self, done: Done) -> list[Run]:
-        return list(self._runs().values())
+        return list(self.runs().values())
 
     def rows(self, done: Done) -> list[Row]:
-        ours = {key: done[run].normalized_latency for key, run in self._runs().items()}
+        ours = {key: done[run].normalized_latency for key, run in self.runs().items()}
         rows = []
         for (dataset, block), latency in ours.items():
             printed, setting = FIG18B[dataset][block], f"13B {dataset}"
@@ -73,7 +73,7 @@ class Fig19b(Figure):
 
     name = "Fig. 19b"
 
-    def _runs(self) -> dict[tuple[str, int], Run]:
+    def runs(self) -> dict[tuple[str, int], Run]:
         """By mode and block size. Alone, a sequence is recomputed by default: Fig. 18b's runs."""
         modes = {"recompute": "auto", "swap": "swap"}
         return {
@@ -83,11 +83,11 @@ class Fig19b(Figure):
         }
 
     def needed(self, done: Done) -> list[Run]:
-        return list(self._runs().values())
+        return list(self.runs().values())
 
     def rows(self, done: Done) -> list[Row]:
         rows, setting, ratio = [], "13B ShareGPT", "recompute over swap"
-        ours = {key: done[run].normalized_latency for key, run in self._runs().items()}
+        ours = {key: done[run].normalized_latency for key, run in self.runs().items()}
         for (mode, block), latency in ours.items():
             printed, where = FIG19B[mode][block], f"{setting}, {mode}"
             rows.append(_row(self.name, where, block, "s/token", printed, latency))

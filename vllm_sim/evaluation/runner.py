@@ -25,7 +25,7 @@ from vllm_sim.evaluation.expected_misses import expected, mark
 from vllm_sim.evaluation.experiments import Done, Outcome, Run, execute
 from vllm_sim.evaluation.figures_blocks import Fig18b, Fig19b
 from vllm_sim.evaluation.figures_memory import Fig2, Fig13, Fig15, Table1
-from vllm_sim.evaluation.figures_rates import BEAM_SECONDS, Fig12, Fig14, Fig16, Fig17
+from vllm_sim.evaluation.figures_rates import HOUR, Fig12, Fig14, Fig16, Fig17
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.workload.data_sets import Lengths
 
@@ -44,7 +44,7 @@ class Found:
     done: Done
 
 
-def choose(names: Iterable[str], quick: bool, beam_seconds: float = BEAM_SECONDS) -> list[Figure]:
+def choose(names: Iterable[str], quick: bool, beam_seconds: float = HOUR) -> list[Figure]:
     """The figures of these names, Fig. 14's beam search that long; with `quick` what is cheap."""
     everything: dict[str, Figure] = {
         "table1": Table1(),

@@ -83,7 +83,10 @@ class LatencyModel:
     weights_s: float = 0.0  # reading the weights, behind which computing tokens hides
 
     def __post_init__(self) -> None:
-        if not self.step_s + self.weights_s > 0.0 or min(getattr(self, f) for f in self.__slots__) < 0.0:
+        if (
+            not self.step_s + self.weights_s > 0.0
+            or min(getattr(self, f) for f in self.__slots__) < 0.0
+        ):
             raise ValueError(f"an iteration takes time, and nothing gives time back: {self}")
 
     def iteration(self, it: Iteration) -> float:

@@ -1,0 +1,83 @@
+"""What would have to be otherwise for some rows that are missed to be held.
+
+    LENGTHS_DIR=data python tools/what_if.py            # two minutes
+
+Serves section 6.5 and Fig. 18b: the figures of docs/differences.md, D9 to D11. How Fig. 17's rates
+move with the share of prompts that are cut to 1,024 tokens, and with outputs 0.6 as long; how many
+times longer K and V would take to be read for blocks below 16 slots to be as slow as the paper
+draws; at which rate ours has the latency that it draws for Alpaca at 30.1 requests/s.
+"""
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vllm_sim import paper
+from vllm_sim.evaluation.experiments import Run, execute, latency_of
+from vllm_sim.evaluation.figures_blocks import Fig18b
+from vllm_sim.evaluation.figures_rates import Fig17
+from vllm_sim.evaluation.runner import reproduce
+from vllm_sim.reporting.tables import Table, render
+from vllm_sim.workload.data_sets import Lengths, find_lengths
+
+FULL, SMALL = 1024, 16
+SHARES = (0.0, 0.7, 0.8, 0.9, 1.0)  # 0: as the data are
+SHORTER = 0.6
+
+
+def chat(lengths: Lengths, share: float, scale: float = 1.0) -> Lengths:
+    """The same rounds, some drawn to have a full prompt until this share has, outputs scaled."""
+    pairs, rng = lengths.pairs("chat"), random.Random(0)
+    full = sum(prompt >= FULL for prompt, _ in pairs) / len(pairs)
+    filled = (share - full) / (1.0 - full)
+    changed = [
+        (FULL if rng.random() < filled else prompt, max(1, round(scale * output)))
+        for prompt, output in pairs
+    ]
+    return Lengths({"chat": ""}, {"chat": changed})
+
+
+def crossing(f: Callable[[float], float], wanted: float, low: float, high: float) -> float:
+    """Where f, which rises, has the wanted value, to a hundredth of the interval's logarithm."""
+    for _ in range(8):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if f(middle) < wanted else (low, middle)
+    return (low * high) ** 0.5
+
+
+def main() -> None:
+    lengths = find_lengths([], os.environ["LENGTHS_DIR"])
+    rows = []
+    for share, scale in (*((share, 1.0) for share in SHARES), (0.0, SHORTER), (1.0, SHORTER)):
+        found = reproduce([Fig17()], chat(lengths, share, scale), 1, os.cpu_count() or 1)[0].rows
+        rows.append((share or "data", scale, *(row.ours for row in found[:-1])))
+    headers = "full prompts", "outputs", *paper.FIG17_RATES, *(f"/ {s}" for s in paper.ORCAS)
+    print(render(Table("Fig. 17: requests/s at 0.5 s/token", headers, rows, decimals=3), "plain"))
+
+    def seconds(run: Run, times: float) -> float:
+        speed = latency_of(run)
+        longer = replace(speed, context_s=times * speed.context_s)
+        return execute(run, lengths, latency=longer).normalized_latency
+
+    rows = []
+    for (dataset, block), run in Fig18b().runs().items():
+        drawn = paper.FIG18B[dataset][block]
+        times = rate = None
+        if block < SMALL:
+            times = crossing(lambda k, run=run: seconds(run, k), drawn, 0.5, 16.0)
+        if dataset == "Alpaca":
+            rate = crossing(
+                lambda r, run=run: seconds(replace(run, rate=r), 1.0), drawn, 15.0, 60.0
+            )
+        rows.append((dataset, block, drawn, seconds(run, 1.0), times, rate))
+    headers = "data", "block", "paper s/token", "ours", "K/V x", "requests/s for it"
+    print(render(Table("Fig. 18b", headers, rows, decimals=3), "plain"))
+
+
+if __name__ == "__main__":
+    main()
