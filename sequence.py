@@ -33,13 +33,11 @@ RUNNING, FINISHED = SequenceStatus.RUNNING, SequenceStatus.FINISHED
 
 def is_integer(value: object) -> bool:
     """Whether it is an integer of any kind, numpy's included; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_count(what: str, value: int, least: int = 1) -> int:
     """An integer of any kind as Python's; ValueError if it is none (a bool) or below `least`."""
-    if type(value) is int and value >= least:
-        return value
     if not is_integer(value) or value < least:
         raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}")
     return int(value)
@@ -47,8 +45,6 @@ def check_count(what: str, value: int, least: int = 1) -> int:
 
 def check_id(seq_id: int) -> int:
     """The id of a sequence as Python's integer; ValueError that names it if it is none."""
-    if type(seq_id) is int:
-        return seq_id
     if not is_integer(seq_id):
         raise ValueError(f"the id of a sequence must be an integer, got {seq_id!r}")
     return int(seq_id)
@@ -259,7 +255,7 @@ class SequenceGroup:
 
     def unfinished_ids(self) -> list[int]:
         """Their ids."""
-        return [seq.seq_id for seq in self.seqs if seq.status is not FINISHED]
+        return [seq.seq_id for seq in self.unfinished()]
 
     @property
     def finished(self) -> bool:

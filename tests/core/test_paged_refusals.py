@@ -177,11 +177,15 @@ def test_numbers_of_numpy_are_integers():
         assert type(each.usage().tokens) is int
 
 
-@pytest.mark.parametrize("lengths", [(0, 1, 0), (1, 0, 0), (-1, 1, 0), (-1, 1, 2), (1, 1, -1)])
+@pytest.mark.parametrize(
+    "lengths", [(0, 1, 0), (1, 0, 0), (-1, 1, 0), (-1, 1, 2), (1, 1, -1), (1, 1, 0, -1)]
+)
 def test_sequences_that_cannot_be(lengths):
-    prompt, output, prefix = lengths
-    with pytest.raises(ValueError, match=r"length must be an integer of at least [01], got"):
-        Sequence(0, prompt, output, prefix)
+    """Prompt, output, prefix and tokens generated."""
+    with pytest.raises(
+        ValueError, match=r"(length|tokens) must be an integer of at least [01], got"
+    ):
+        Sequence(0, *lengths)
 
 
 @pytest.mark.parametrize(
