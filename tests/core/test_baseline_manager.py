@@ -139,7 +139,8 @@ def test_orca_max_batches_seven_requests():
     usage = manager.usage()
     assert usage.free == 87 * SIZE  # 64 + 16 + 4 + 2 + 1 blocks, and none of use to Max
     assert manager.num_free_blocks == 87
-    refused(manager, OutOfBlocksError, lambda: manager.allocate(7, 50, 60))
+    refusal = "asks for 128 contiguous blocks; of 87 free"
+    refused(manager, OutOfBlocksError, lambda: manager.allocate(7, 50, 60), refusal)
     assert not manager.refused_by_fragmentation(50, 60)  # 1,392 slots are not 2,048 at all
 
 
