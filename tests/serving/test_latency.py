@@ -286,7 +286,7 @@ def test_what_is_not_known_is_refused():
 
 def test_a_model_takes_nothing_for_what_it_does_not_name():
     assert UNIT.iteration(busy_iteration()) == 1.0
-    assert UNIT == LatencyModel(1.0, *[0.0] * 8, block_size=1, weights_s=0.0)
+    assert LatencyModel(1.0, *[0.0] * 8, block_size=1, weights_s=0.0) == UNIT
     for record, field in ((UNIT, "step_s"), (SOFTWARE, "request_s"), (SWAP_IN, "call_s")):
         with pytest.raises(FrozenInstanceError):
             setattr(record, field, 2.0)
