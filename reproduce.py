@@ -6,7 +6,6 @@ Reproduces: Table 1, Figs. 2, 12 to 17, 18b and 19b, and the claims of the text 
     python reproduce.py                     # everything
     python reproduce.py --quick             # what is cheap to simulate, each as in a full run
     python reproduce.py --figure 2 --seeds 8
-    python reproduce.py --figure 14 --beam-seconds 600      # ten minutes of beam search, quicker
     LENGTHS_DIR=data python reproduce.py --json out.json --figures pictures
 
 Exit code 0 if the rows that are missed are those that the run is expected to miss, or nothing is
@@ -28,7 +27,7 @@ if __name__ == "__main__":
     begin("reproduce.py", "numpy", "tabulate")
 
 from allocators import CacheError
-from vllm_sim.evaluation.options import BEAM_SECONDS, FIGURES, build_parser, check
+from vllm_sim.evaluation.options import FIGURES, build_parser, check
 from vllm_sim.reporting.arguments import keep_apart
 from vllm_sim.reporting.progress import Progress
 
@@ -44,11 +43,9 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     if args.json is not None:
         check_writable(args.json)
     check(args)
-    figures = choose(args.figure or FIGURES, args.quick, float(args.beam_seconds))
+    figures = choose(args.figure or FIGURES, args.quick)
     if not figures:
         raise UsageError(f"--quick: nothing of figure {', '.join(args.figure)} is quick")
-    if args.beam_seconds != BEAM_SECONDS and "Fig. 14" not in {f.name for f in figures}:
-        raise UsageError("--beam-seconds is for figure 14, which is not among those asked for")
     lengths = find_lengths([*map(str, args.lengths)], os.environ.get("LENGTHS_DIR"))
     read = [("LENGTHS_DIR", path) for path in lengths.files.values()]
     keep_apart(read, build_parser().files(args)[1])

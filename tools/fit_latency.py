@@ -101,10 +101,12 @@ def points_of(model: str) -> list[Point]:
     return points
 
 
-def left_ends(figure: CurveFigure, decoding: str = "single") -> list[Point]:
+def left_ends(
+    figure: CurveFigure, decoding: str = "single", longest_s: float = math.inf
+) -> list[Point]:
     """The points of the left ends of all curves of a figure with this decoding."""
     return [
-        Point(curve.at(float(rate)), at)
+        Point(replace(curve.at(float(rate)), seconds=min(curve.run.seconds, longest_s)), at)
         for panel in figure.curves.values()
         for curve in panel.values()
         if curve.run.decoding == decoding
@@ -186,7 +188,7 @@ def fit_model(model: str, lengths: Lengths) -> Software:
     found = replace(found, static_step_s=fit_static(model, lengths))
     if model != FIG1_MODEL:
         return found
-    beams = left_ends(Fig14(LONGEST_S["Alpaca"]), "beam")
+    beams = left_ends(Fig14(), "beam", LONGEST_S["Alpaca"])
     return fit(beams, lengths, found, ("beam_s", "copy_call_s"))
 
 

@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,11 +36,9 @@ def chat(lengths: Lengths, share: float, scale: float = 1.0) -> Lengths:
     pairs, rng = lengths.pairs("chat"), random.Random(0)
     full = sum(prompt >= FULL for prompt, _ in pairs) / len(pairs)
     filled = (share - full) / (1.0 - full)
-    changed = [
-        (FULL if rng.random() < filled else prompt, max(1, round(scale * output)))
-        for prompt, output in pairs
-    ]
-    return Lengths({"chat": ""}, {"chat": changed})
+    prompts = [FULL if rng.random() < filled else prompt for prompt, _ in pairs]
+    outputs = [max(1, round(scale * output)) for _, output in pairs]
+    return Lengths({"chat": ""}, {"chat": list(zip(prompts, outputs))})
 
 
 def crossing(f: Callable[[float], float], wanted: float, low: float, high: float) -> float:
@@ -57,26 +56,26 @@ def main() -> None:
         found = reproduce([Fig17()], chat(lengths, share, scale), 1, os.cpu_count() or 1)[0].rows
         rows.append((share or "data", scale, *(row.ours for row in found[:-1])))
     headers = "full prompts", "outputs", *paper.FIG17_RATES, *(f"/ {s}" for s in paper.ORCAS)
-    print(render(Table("Fig. 17: requests/s at 0.5 s/token", headers, rows, decimals=3), "plain"))
-
-    def seconds(run: Run, times: float) -> float:
-        speed = latency_of(run)
-        longer = replace(speed, context_s=times * speed.context_s)
-        return execute(run, lengths, latency=longer).normalized_latency
-
+    show("Fig. 17: requests/s at 0.5 s/token", headers, rows)
     rows = []
     for (dataset, block), run in Fig18b().runs().items():
-        drawn = paper.FIG18B[dataset][block]
-        times = rate = None
-        if block < SMALL:
-            times = crossing(lambda k, run=run: seconds(run, k), drawn, 0.5, 16.0)
+
+        def seconds(rate: float, times: float = 1.0, run: Run = run) -> float:
+            at, speed = replace(run, rate=rate), latency_of(run)
+            longer = replace(speed, context_s=times * speed.context_s)
+            return execute(at, lengths, latency=longer).normalized_latency
+
+        drawn, times, rate = paper.FIG18B[dataset][block], None, None
         if dataset == "Alpaca":
-            rate = crossing(
-                lambda r, run=run: seconds(replace(run, rate=r), 1.0), drawn, 15.0, 60.0
-            )
-        rows.append((dataset, block, drawn, seconds(run, 1.0), times, rate))
-    headers = "data", "block", "paper s/token", "ours", "K/V x", "requests/s for it"
-    print(render(Table("Fig. 18b", headers, rows, decimals=3), "plain"))
+            rate = crossing(seconds, drawn, 15.0, 60.0)
+        elif block < SMALL:
+            times = crossing(partial(seconds, run.rate), drawn, 0.5, 16.0)
+        rows.append((dataset, block, drawn, seconds(run.rate), times, rate))
+    show("Fig. 18b", ("data", "block", "paper s/token", "ours", "K/V x", "requests/s"), rows)
+
+
+def show(title: str, headers: tuple[str, ...], rows: list[tuple]) -> None:
+    print(render(Table(title, headers, rows, decimals=3), "plain"))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from vllm_sim import paper
-from vllm_sim.evaluation.experiments import Run, execute, groups_for, manager_for
+from vllm_sim.evaluation.experiments import Run, execute, groups_for, latency_of, manager_for
+from vllm_sim.evaluation.figures_rates import Fig14, Fig16, over
 from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_MAX, ORCA_ORACLE, SYSTEMS, VLLM
+from vllm_sim.serving.scheduler import Scheduler
 from vllm_sim.workload.data_sets import Lengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,3 +125,42 @@ def test_a_beam_search_that_is_longer_than_any():
     beam = replace(SHORT, decoding="beam", width=2)
     with pytest.raises(ValueError, match="no beam search of 1000000 steps"):
         groups_for(beam, ([0.0], [5], [10**6]))
+
+
+# --- rules on which rows rest --------------------------------------------------------------------
+
+
+def rate_of(curve, latency=lambda run: None):
+    done = {}
+    while runs := curve.needed(done):
+        done |= {run: execute(run, COMPACT, latency=latency(run)) for run in runs}
+    return curve.rate_at(done)
+
+
+@pytest.mark.slow
+def test_without_prompts_that_hide_behind_the_weights_fig_16_is_missed():
+    def adds(run):
+        speed = latency_of(run)
+        return replace(speed, step_s=speed.step_s + speed.weights_s, weights_s=0.0)
+
+    panel, printed = Fig16().curves["1-shot"], paper.FIG16["1-shot"]
+    for rule, held in ((latency_of, True), (adds, False)):
+        rates = {system: rate_of(curve, rule) for system, curve in panel.items()}
+        ratio = over("Fig. 16", "1-shot", ORCA_ORACLE, printed["ratio"], rates, 15.0)
+        assert ratio.held is held
+
+
+@pytest.mark.slow
+def test_with_one_prompt_for_a_group_of_orcas_fig_14_is_missed(monkeypatch):
+    def once(self, now_s=0.0, schedule=Scheduler.schedule):
+        iteration = schedule(self, now_s)
+        iteration.prompt_tokens = sum(group.own_prompt_len for group in iteration.prefills)
+        return iteration
+
+    panel, printed = Fig14().curves["parallel", 4], paper.FIG14_VLLM_OVER["parallel"][4]
+    rates = {system: rate_of(panel[system]) for system in (VLLM, ORCA_ORACLE)}
+    for held in (True, False):
+        ratio = over("Fig. 14", "parallel 4", ORCA_ORACLE, printed[ORCA_ORACLE], rates, 10.0)
+        assert ratio.held is held
+        monkeypatch.setattr(Scheduler, "schedule", once)
+        rates[ORCA_ORACLE] = rate_of(panel[ORCA_ORACLE])

@@ -19,7 +19,7 @@ from vllm_sim.evaluation import expected_misses, experiments, pictures, report, 
 from vllm_sim.evaluation.expected_misses import by_row, expected
 from vllm_sim.evaluation.experiments import Outcome, Run, execute
 from vllm_sim.evaluation.figures_memory import Fig2, Fig15, Table1
-from vllm_sim.evaluation.options import BEAM_SECONDS, FIGURES
+from vllm_sim.evaluation.options import FIGURES
 from vllm_sim.evaluation.runner import choose
 from vllm_sim.evaluation.runner import reproduce as regenerate
 from vllm_sim.paper import VLLM
@@ -92,31 +92,9 @@ def test_quick_is_a_part_of_everything():
     assert [figure.name for figure in choose(["2"], True)] == ["Fig. 2"]
 
 
-def test_beam_search_runs_as_long_as_it_is_told_and_nothing_else_does():
-    for beam_seconds in (600.0, 60.0, 3600.0):
-        (figure,) = choose(["14"], False, beam_seconds)
-        for (decoding, _), curves in figure.curves.items():
-            seconds = {curve.run.seconds for curve in curves.values()}
-            assert seconds == {3600.0 if decoding == "parallel" else beam_seconds}
-        assert {run.seconds for run in figure.needed({})} == {beam_seconds, 3600.0}
-    assert choose(["14"], False) == choose(["14"], False, 3600.0)
-    assert choose(["2", "15"], False) == choose(["2", "15"], False, 60.0)
-
-
-def test_the_length_of_beam_search_goes_from_the_command_line_into_the_json(monkeypatch, tmp_path):
-    """Fig. 14 with outcomes at once: how long each run was asked to be."""
-    asked, out = set(), tmp_path / "out.json"
-
-    def at_once(run, lengths, progress=None):
-        asked.add((run.decoding, run.seconds))
-        return replace(OUTCOME, normalized_latency=0.03 if run.rate < 15.0 else 2.0)
-
-    monkeypatch.setattr(runner, "execute", at_once)
-    for told, seconds, code in ((["--beam-seconds", "60"], 60, 0), ([], BEAM_SECONDS, 1)):
-        asked.clear()
-        assert reproduce.main(["--figure", "14", "--jobs", "1", "--json", str(out), *told]) == code
-        assert asked == {("parallel", 3600.0), ("beam", seconds)}
-        assert json.loads(out.read_text())["setting"]["beam_seconds"] == seconds
+def test_figure_14_runs_the_papers_hour():
+    (figure,) = choose(["14"], False)
+    assert {run.seconds for run in figure.needed({})} == {3600.0}
 
 
 def test_figures_are_drawn_after_the_table_is_printed(capsys, monkeypatch, tmp_path):
@@ -270,9 +248,6 @@ def bad_files(folder):
         (["--fig", "2"], "unrecognized arguments"),
         (["--figures", "12"], "for one figure use --figure 12"),
         (["--quick", "--figure", "13"], "nothing of figure 13 is quick"),
-        (["--beam-seconds", "0"], "'0' is not a positive integer"),
-        (["--beam-seconds", "3601"], "--beam-seconds 3601: at most 3600"),
-        (["--beam-seconds", "60", "--figure", "2"], "for figure 14, which is not among"),
         (["--lengths", "{folder}/none.csv"], "cannot be read"),
         (["--lengths", "{folder}/empty.csv"], "empty.csv"),
         (["--lengths", "{folder}/sharegpt_bad.csv"], "line 2"),
@@ -393,7 +368,7 @@ def test_a_simulator_too_slow_from_the_first_rate_on_is_found(monkeypatch, tmp_p
     """No curve has a rate at 0.5 s/token then: that is a failure, not input that cannot be used."""
     monkeypatch.setattr(paper, "TRACE_SECONDS", dict.fromkeys(paper.TRACE_SECONDS, 5))
     slow = LatencyModel(step_s=1.0, token_s=0.1)
-    monkeypatch.setattr(experiments, "latency_of", lambda run, software: slow)
+    monkeypatch.setattr(experiments, "latency_of", lambda run: slow)
     out = tmp_path / "rows.json"
     assert reproduce.main(["--figure", "12", "--quick", "--jobs", "1", "--json", str(out)]) == 1
     assert "no value" in capsys.readouterr().out
@@ -435,9 +410,6 @@ def test_a_row_missed_but_not_listed_and_one_listed_but_held_each_fail_the_run(
 
 
 def test_a_part_of_the_run_is_expected_to_miss_its_part(monkeypatch):
-    assert expected(choose(FIGURES, True), COMPACT, 1) == expected(
-        choose(FIGURES, False), COMPACT, 1
-    )
     short(monkeypatch, 10, (2, 10))
     monkeypatch.setattr(expected_misses, "WITHOUT_FILES", [SLOTS, SAVED])
     for beams, names in ((True, ["parallel", "beam"]), (False, ["parallel"])):
@@ -456,20 +428,18 @@ def test_of_another_run_rows_are_only_counted(monkeypatch, capsys, tmp_path):
             "its rows are only counted" in printed and "\n16 rows: 14 held, 2 missed, " in printed
         )
         assert "MISSED:" not in printed and "expected, " not in printed
-    assert expected(choose(["14"], False, 60.0), COMPACT, 1) is None
-    assert expected(choose(["14"], False), COMPACT, 1) == {}
 
 
 def test_the_recorded_files_are_known_by_what_is_in_them(monkeypatch):
     known = {dataset: [(5, 7), (6, 8)] for dataset in DATASETS}
     files = Lengths(dict.fromkeys(DATASETS, "any name"), known)
-    assert expected([], files, 1) is None
+    assert expected(files, 1) is None
     monkeypatch.setattr(expected_misses, "CHECKSUM", expected_misses.checksum(files))
-    assert expected([], files, 1) == by_row(expected_misses.WITH_FILES)
-    assert expected([], files, 2) is None
+    assert expected(files, 1) == by_row(expected_misses.WITH_FILES)
+    assert expected(files, 2) is None
     fewer = Lengths({name: path for name, path in files.files.items() if name != "chat"}, known)
     order = Lengths(files.files, known | {"chat": known["chat"][::-1]})
-    assert expected([], fewer, 1) is expected([], order, 1) is None
+    assert expected(fewer, 1) is expected(order, 1) is None
 
 
 @pytest.mark.parametrize(

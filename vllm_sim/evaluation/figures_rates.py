@@ -184,21 +184,18 @@ def of_all(pick: Callable[[list[float]], float], values: list[float]) -> float:
     return math.nan if any(map(math.isnan, values)) else pick(values)
 
 
-@dataclass(frozen=True)
 class Fig14(CurveFigure):
-    """Parallel sampling and beam search, OPT-13B, Alpaca; the latter for so many seconds."""
+    """Parallel sampling and beam search, OPT-13B, Alpaca."""
 
-    beam_seconds: float = HOUR
     name = "Fig. 14"
 
     @cached_property
     def curves(self) -> Panels:
         """By decoding and number of sequences."""
-        seconds = {"parallel": float(paper.TRACE_SECONDS["opt-13b"]), "beam": self.beam_seconds}
         panels = {}
         for (decoding, width), points in paper.FIG14_CURVES.items():
             options = {"decoding": decoding, "width": width, "theta": THETA["Alpaca"]}
-            run = Run(VLLM, "opt-13b", "Alpaca", 1.0, seconds[decoding], **options)
+            run = Run(VLLM, "opt-13b", "Alpaca", 1.0, HOUR, **options)
             next_rates = paper.FIG14_NEXT_RATES[decoding, width]
             panels[decoding, width] = panel_of(run, points, next_rates)
         return panels

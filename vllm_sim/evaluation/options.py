@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 
-from vllm_sim import paper
 from vllm_sim.reporting.arguments import OneLineParser, file_name, positive
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.files import add_output_options
 
 MAX_SEEDS = 1000
 MAX_JOBS = 1024
-BEAM_SECONDS = paper.TRACE_SECONDS["opt-13b"]
 FIGURES = ("table1", "2", "12", "13", "14", "15", "16", "17", "18b", "19b")
 
 
@@ -38,8 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--jobs", type=positive, default=jobs, metavar="N", help=text)
     text = "seeds 0 to N - 1: rows are about their mean (default 1, seed 0)"
     add("--seeds", type=positive, default=1, metavar="N", help=text)
-    text = f"length of the traces of Fig. 14's beam search (default {BEAM_SECONDS}, the paper's)"
-    add("--beam-seconds", type=positive, default=BEAM_SECONDS, metavar="N", help=text)
     text = "a full length file (repeatable); default LENGTHS_DIR, then tables"
     add("--lengths", type=file_name, action="append", default=[], metavar="FILE", help=text)
     add_output_options(parser, "all rows", "the figures")
@@ -55,7 +51,6 @@ def check(args: argparse.Namespace) -> None:
     for option, most in (
         ("seeds", MAX_SEEDS),
         ("jobs", MAX_JOBS),  # all are started at once
-        ("beam_seconds", BEAM_SECONDS),
     ):
         if (value := getattr(args, option)) > most:
             raise UsageError(f"--{option.replace('_', '-')} {value}: at most {most}")

@@ -113,7 +113,7 @@ def document(
 ) -> documents.Json:
     """What --json writes: all rows in one table, and a check a figure."""
     title = "The paper's number beside ours"
-    setting = {name: getattr(args, name) for name in ("seeds", "quick", "beam_seconds")}
+    setting = {name: getattr(args, name) for name in ("seeds", "quick")}
     rows = [row.to_json() for row in all_rows(found)]
     return documents.document(
         "reproduce.py",

@@ -25,7 +25,7 @@ from vllm_sim.evaluation.expected_misses import expected, mark
 from vllm_sim.evaluation.experiments import Done, Outcome, Run, execute
 from vllm_sim.evaluation.figures_blocks import Fig18b, Fig19b
 from vllm_sim.evaluation.figures_memory import Fig2, Fig13, Fig15, Table1
-from vllm_sim.evaluation.figures_rates import HOUR, Fig12, Fig14, Fig16, Fig17
+from vllm_sim.evaluation.figures_rates import Fig12, Fig14, Fig16, Fig17
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.workload.data_sets import Lengths
 
@@ -44,14 +44,14 @@ class Found:
     done: Done
 
 
-def choose(names: Iterable[str], quick: bool, beam_seconds: float = HOUR) -> list[Figure]:
-    """The figures of these names, Fig. 14's beam search that long; with `quick` what is cheap."""
+def choose(names: Iterable[str], quick: bool) -> list[Figure]:
+    """The figures of these names; with `quick` what is cheap."""
     everything: dict[str, Figure] = {
         "table1": Table1(),
         "2": Fig2(),
         "12": Fig12(("ShareGPT",)) if quick else Fig12(),
         "13": Fig13(),
-        "14": Fig14(beam_seconds),
+        "14": Fig14(),
         "15": Fig15(beams=not quick),
         "16": Fig16(),
         "17": Fig17(),
@@ -87,7 +87,7 @@ def reproduce(
     with closing(work) as outcomes:
         for run, outcome in outcomes:
             by_seed[run.seed][replace(run, seed=0)] = outcome
-    misses, found = expected(figures, lengths, num_seeds), []
+    misses, found = expected(lengths, num_seeds), []
     for figure in figures:
         same = zip(*(figure.rows(done) for done in by_seed), strict=True)
         rows = mark([over_seeds(list(one)) for one in same], misses)
