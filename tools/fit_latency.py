@@ -152,8 +152,7 @@ def fit(
     best = np.array([getattr(start, name) for name in names])
     found = errors(best)
     for _ in range(MOST_ROUNDS):
-        slopes = [(errors(best + row) - found) / step for row, step in zip(np.diag(steps), steps)]
-        slopes = np.stack(slopes, axis=1)
+        slopes = np.stack([errors(best + row) - found for row in np.diag(steps)], axis=1) / steps
         move = np.linalg.lstsq(slopes, -found, rcond=None)[0]
         slopes[:, (best == 0.0) & (move < 0.0)] = 0.0  # these stay at 0
         move = np.linalg.lstsq(slopes, -found, rcond=None)[0]
@@ -162,20 +161,14 @@ def fit(
         if rms(after.tolist()) >= 0.9999 * rms(found.tolist()):
             break
         best, found = tried, after
-    return on_grid(start, dict(zip(names, best.tolist())))
-
-
-def on_grid(start: Software, values: dict[str, float]) -> Software:
-    """`start` with these values to the grid, in digits as latency.py writes them."""
-    rounded = {name: round(round(at / GRID[name]) * GRID[name], 9) for name, at in values.items()}
-    return replace(start, **rounded)
+    rounded = [round(round(at / GRID[name]) * GRID[name], 9) for name, at in zip(names, best)]
+    return replace(start, **dict(zip(names, rounded)))
 
 
 def fit_static(model: str, lengths: Lengths) -> float:
     """The static_step_s nearest to FasterTransformer's leftmost point on ShareGPT."""
     ((rate, at),) = fitted_points("ShareGPT", model, paper.FASTER_TRANSFORMER)
     run = Run(paper.FASTER_TRANSFORMER, model, "ShareGPT", rate, 3600.0)  # the artifact's hour
-
     return fit([Point(run, at)], lengths, START, ("static_step_s",)).static_step_s
 
 
@@ -206,8 +199,8 @@ def row(name: str, software: Software, points: Sequence[Point], lengths: Lengths
     """A row of the table: the constants of a model, and how far they are from its points."""
     ratios = log_ratios(points, lengths, software)
     worst, at = max(zip(ratios, points), key=lambda pair: abs(pair[0]))
-    in_ms = [1e3 * seconds for seconds in astuple(software)]
-    in_ms[-1] *= 1e3
+    *in_s, call_s = astuple(software)
+    in_ms = [1e3 * seconds for seconds in (*in_s, 1e3 * call_s)]
     return (name, *in_ms, len(points), 100.0 * rms(ratios), f"{at}: {math.expm1(worst):+.1%}")
 
 

@@ -23,12 +23,14 @@ from vllm_sim.evaluation.experiments import Run, execute, latency_of
 from vllm_sim.evaluation.figures_blocks import Fig18b
 from vllm_sim.evaluation.figures_rates import Fig17
 from vllm_sim.evaluation.runner import reproduce
+from vllm_sim.reporting.command_line import UsageError, exit_code
 from vllm_sim.reporting.tables import Table, render
 from vllm_sim.workload.data_sets import Lengths, find_lengths
+from vllm_sim.workload.text_files import WorkloadError
 
 FULL, SMALL = 1024, 16
-SHARES = (0.0, 0.7, 0.8, 0.9, 1.0)  # 0: as the data are
-SHORTER = 0.6
+# Fig. 17's share of full prompts (0: as the data are), and outputs times this.
+CHATS = ((0.0, 1.0), (0.7, 1.0), (0.8, 1.0), (0.9, 1.0), (1.0, 1.0), (0.0, 0.6), (1.0, 0.6))
 
 
 def chat(lengths: Lengths, share: float, scale: float = 1.0) -> Lengths:
@@ -49,14 +51,19 @@ def crossing(f: Callable[[float], float], wanted: float, low: float, high: float
     return (low * high) ** 0.5
 
 
-def main() -> None:
-    lengths = find_lengths([], os.environ["LENGTHS_DIR"])
+def main() -> int:
+    try:
+        lengths = find_lengths([], os.environ.get("LENGTHS_DIR"))
+    except WorkloadError as error:
+        raise UsageError(str(error)) from None
+    if not {"chat", "ShareGPT", "Alpaca"} <= set(lengths.files):
+        raise UsageError("LENGTHS_DIR must name a folder of the full length files")
     rows = []
-    for share, scale in (*((share, 1.0) for share in SHARES), (0.0, SHORTER), (1.0, SHORTER)):
+    for share, scale in CHATS:
         found = reproduce([Fig17()], chat(lengths, share, scale), 1, os.cpu_count() or 1)[0].rows
         rows.append((share or "data", scale, *(row.ours for row in found[:-1])))
     headers = "full prompts", "outputs", *paper.FIG17_RATES, *(f"/ {s}" for s in paper.ORCAS)
-    show("Fig. 17: requests/s at 0.5 s/token", headers, rows)
+    chats = Table("Fig. 17: requests/s at 0.5 s/token", headers, rows, decimals=3)
     rows = []
     for (dataset, block), run in Fig18b().runs().items():
 
@@ -71,12 +78,10 @@ def main() -> None:
         elif block < SMALL:
             times = crossing(partial(seconds, run.rate), drawn, 0.5, 16.0)
         rows.append((dataset, block, drawn, seconds(run.rate), times, rate))
-    show("Fig. 18b", ("data", "block", "paper s/token", "ours", "K/V x", "requests/s"), rows)
-
-
-def show(title: str, headers: tuple[str, ...], rows: list[tuple]) -> None:
-    print(render(Table(title, headers, rows, decimals=3), "plain"))
+    headers = "data", "block", "paper s/token", "ours", "K/V x", "requests/s"
+    print(render(chats, "plain"), render(Table("Fig. 18b", headers, rows, decimals=3), "plain"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code("what_if.py", main))

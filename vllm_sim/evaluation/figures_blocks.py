@@ -25,11 +25,6 @@ def _run(figure: str, dataset: str, block: int, preemption: str = "auto") -> Run
     return Run(VLLM, "opt-13b", dataset, setting["rate"], seconds, **options)
 
 
-def _row(figure: str, setting: str, block: int, metric: str, printed: float, ours: float) -> Row:
-    """A row about one block size."""
-    return factor(figure, f"{setting}, blocks of {block}", metric, printed, ours, MOST)
-
-
 @dataclass(frozen=True)
 class Fig18b(Figure):
     """Normalized latency by block size, ShareGPT and Alpaca, one rate each."""
@@ -55,8 +50,8 @@ class Fig18b(Figure):
         ours = {key: done[run].normalized_latency for key, run in self.runs().items()}
         rows = []
         for (dataset, block), latency in ours.items():
-            printed, setting = FIG18B[dataset][block], f"13B {dataset}"
-            rows.append(_row(self.name, setting, block, "s/token", printed, latency))
+            where = self.name, f"13B {dataset}, blocks of {block}", "s/token"
+            rows.append(factor(*where, FIG18B[dataset][block], latency, MOST))
         for dataset in dict.fromkeys(dataset for dataset, _ in ours):
             text = TEXT[f"good_blocks_{dataset.lower()}"]
             low, high = text.value
@@ -89,12 +84,13 @@ class Fig19b(Figure):
         rows, setting, ratio = [], "13B ShareGPT", "recompute over swap"
         ours = {key: done[run].normalized_latency for key, run in self.runs().items()}
         for (mode, block), latency in ours.items():
-            printed, where = FIG19B[mode][block], f"{setting}, {mode}"
-            rows.append(_row(self.name, where, block, "s/token", printed, latency))
+            where = self.name, f"{setting}, {mode}, blocks of {block}", "s/token"
+            rows.append(factor(*where, FIG19B[mode][block], latency, MOST))
         ratios = {b: ours["recompute", b] / ours["swap", b] for b in FIG19B["swap"]}
         for block, found in ratios.items():
             printed = FIG19B["recompute"][block] / FIG19B["swap"][block]
-            rows.append(_row(self.name, setting, block, ratio, printed, found))
+            where = self.name, f"{setting}, blocks of {block}", ratio
+            rows.append(factor(*where, printed, found, MOST))
         text = TEXT["comparable_blocks"]
         low, high = text.value
         middle = [found for block, found in ratios.items() if low <= block <= high]

@@ -141,14 +141,13 @@ class Fig12(CurveFigure):
             if latency < below and rate in seen:
                 continue  # one curve has two points at one rate: the first counts
             seen.add(rate)
-            row = partial(relative, self.name, setting)
             if latency < below:
-                metric = f"s/token at {rate:g} requests/s"
-                drawn = row(metric, latency, ours[float(rate)], 20.0)
-                rows.append(replace(drawn, fitted=(rate, latency) in fitted))
+                where = self.name, setting, f"s/token at {rate:g} requests/s"
+                row = relative(*where, latency, ours[float(rate)], 20.0)
             else:
-                metric = f"requests/s at {latency:g} s/token"
-                rows.append(row(metric, float(rate), curve.rate_at(done, latency), 25.0))
+                where = self.name, setting, f"requests/s at {latency:g} s/token"
+                row = relative(*where, float(rate), curve.rate_at(done, latency), 25.0)
+            rows.append(replace(row, fitted=latency < below and (rate, latency) in fitted))
         return rows
 
     def _text(self, rows: list[Row]) -> list[Row]:
@@ -196,8 +195,7 @@ class Fig14(CurveFigure):
         for (decoding, width), points in paper.FIG14_CURVES.items():
             options = {"decoding": decoding, "width": width, "theta": THETA["Alpaca"]}
             run = Run(VLLM, "opt-13b", "Alpaca", 1.0, HOUR, **options)
-            next_rates = paper.FIG14_NEXT_RATES[decoding, width]
-            panels[decoding, width] = panel_of(run, points, next_rates)
+            panels[decoding, width] = panel_of(run, points, paper.FIG14_NEXT_RATES[decoding, width])
         return panels
 
     def rows(self, done: Done) -> list[Row]:
@@ -216,9 +214,8 @@ class Fig14(CurveFigure):
                 most = ratio_most[decoding][system]
                 rows.append(over(self.name, panel, system, printed, rates, most))
         text, rates = TEXT["over_oracle_beam6"], rates_of(self.curves["beam", 6], done)
-        panel = "13B Alpaca, beam 6"
-        rows.append(over(text.figure, panel, ORCA_ORACLE, text.value, rates, 15.0))
-        return rows
+        where = text.figure, "13B Alpaca, beam 6", ORCA_ORACLE
+        return [*rows, over(*where, text.value, rates, 15.0)]
 
 
 class Fig16(CurveFigure):
