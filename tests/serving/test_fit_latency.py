@@ -7,6 +7,7 @@ The fits of the models to the whole of Fig. 12 take minutes: the tool's --check 
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import fit_latency
 import pytest
@@ -15,10 +16,10 @@ from fit_latency import Point
 from vllm_sim import models, paper
 from vllm_sim.evaluation.curves import fitted_points, left_end
 from vllm_sim.evaluation.experiments import Outcome, Run, execute
-from vllm_sim.evaluation.figures_rates import SHORT, Fig12
+from vllm_sim.evaluation.figures_rates import SHORT, Fig12, Fig14
 from vllm_sim.paper import FASTER_TRANSFORMER, ORCA_ORACLE, ORCA_POW2, VLLM
 from vllm_sim.serving import latency
-from vllm_sim.serving.latency import FITTED, Software
+from vllm_sim.serving.latency import FITTED, LatencyModel, Software
 from vllm_sim.workload.data_sets import Lengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,6 +156,30 @@ def test_what_beams_cost_is_found_and_the_rest_kept():
     assert replace(found, beam_s=0.0, copy_call_s=0.0) == fit_latency.START
     assert found.beam_s == pytest.approx(0.1e-3, abs=0.03e-3)
     assert found.copy_call_s == pytest.approx(2e-6, rel=0.2)
+
+
+def off(points, software):
+    """Errors of these constants, as shares, in order."""
+    return sorted(map(math.expm1, fit_latency.log_ratios(points, TABLES, software)))
+
+
+@pytest.mark.slow
+def test_what_docs_say_of_points_that_other_constants_miss(monkeypatch):
+    """docs/differences.md, 'What was fitted': LLaMA-13B's code is another, and in Fig. 14 (a-c),
+    to which nothing is fitted, it is a request that costs and not each prompt of it."""
+    llama = fit_latency.points_of("llama-13b")[:-1]
+    own, other = (off(llama, FITTED[name]) for name in ("llama-13b", "opt-13b"))
+    assert own[0] > -0.03 and own[-1] < 0.03 and other[0] > 0.08 and other[-1] < 0.22
+    points = fit_latency.left_ends(Fig14(), "parallel", 600.0)
+    orcas = [at for at in points if at.source.system in (ORCA_POW2, ORCA_ORACLE)]
+    assert median(off(orcas, FITTED["opt-13b"])) < 0.13
+
+    def each_prompt(self, it, iteration=LatencyModel.iteration):
+        more = sum(len(group.seqs) - 1 for group in it.prefills) if it.num_decodes else 0
+        return iteration(self, it) + self.request_s * more
+
+    monkeypatch.setattr(LatencyModel, "iteration", each_prompt)
+    assert median(off(orcas, FITTED["opt-13b"])) > 0.25
 
 
 def test_static_step_is_found_again(monkeypatch):

@@ -6,9 +6,9 @@ ours has not reached 0.5 s/token at the last of them, further rates follow, 10 %
 crosses it between two rates far apart, between which the paper's does not, the gap is halved until
 it is narrow.
 
-The left end of a curve of Fig. 12, where nothing waits for memory, is what the constants of
-vllm_sim/serving/latency.py are fitted to: tools/fit_latency.py takes the points that
-`fitted_points` names, and reproduce.py marks the rows on them, which hold nearly by construction.
+The left ends of curves, where nothing waits for memory, are among what the constants of
+vllm_sim/serving/latency.py are fitted to (tools/fit_latency.py). reproduce.py marks the rows on
+those of Fig. 12, which `fitted_points` names: that one is held shows little.
 
     Curve(run, ((1, 0.05), (2, 0.07), (2.2, 1.1))).needed({})       # the next runs
     fitted_points("ShareGPT", "opt-13b", VLLM)     # ((1, 0.0371), (1.25, 0.0401), (1.5, 0.0424))

@@ -70,6 +70,7 @@ def reproduce(
     progress: Progress = SILENT,
 ) -> list[Found]:
     """Simulate all that the figures need, and compare. Raises what a run raises."""
+    misses = expected(lengths, num_seeds)  # which reads the files: a bad one ends nothing later
     by_seed: list[dict[Run, Outcome]] = [{} for _ in range(num_seeds)]  # runs as figures name them
 
     def needed() -> set[Run]:
@@ -87,7 +88,7 @@ def reproduce(
     with closing(work) as outcomes:
         for run, outcome in outcomes:
             by_seed[run.seed][replace(run, seed=0)] = outcome
-    misses, found = expected(lengths, num_seeds), []
+    found = []
     for figure in figures:
         same = zip(*(figure.rows(done) for done in by_seed), strict=True)
         rows = mark([over_seeds(list(one)) for one in same], misses)

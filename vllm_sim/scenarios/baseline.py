@@ -202,9 +202,9 @@ def tables(found: Found) -> Iterator[Table]:
         system, mean = s.series.name, s.mean
         shares = map(mean.percent, PARTS)
         steady.append((system, "ours", mean.batch, *shares, mean.external_and_others, s.refused))
-        bar, batch = paper.FIG2[system], paper.FIG13["ShareGPT"][system]
-        theirs = (*(bar[part] for part in FIG3_PARTS), None, None, bar["external"])
-        steady.append((system, "paper", batch, *theirs, None))
+        if bar := paper.FIG2.get(system):  # not of a policy that is not the paper's
+            theirs = (*(bar[part] for part in FIG3_PARTS), None, None, bar["external"], None)
+            steady.append((system, "paper", paper.FIG13["ShareGPT"][system], *theirs))
     title, head = "Fig. 3: two requests, slot by slot", ("request", "maximum", "", *FIG3_PARTS)
     look = {"name": "fig3", "keys": ("request", "maximum", "who", *FIG3_PARTS), "index": 3}
     yield Table(title, head, fig3, **look)

@@ -15,10 +15,10 @@ can. An iteration takes, on each GPU,
     model.iteration(iteration)                    # one iteration
     model.decode_steps(100, num_seqs=32, context_tokens=16_000)     # a hundred, in closed form
 
-0.8 of the bandwidth and 0.6 of the FLOPS are customary round numbers. `FITTED` is what
-`tools/fit_latency.py` finds where nothing waits for memory: in the left ends of Figs. 12, 14 (beam
-search) and 16, in Fig. 1 (right) and in Fig. 19a. It prints them, and `--check` fails if they are
-not these. Nothing else here comes from the paper's results.
+0.8 of the bandwidth is a customary round number; 0.6 of the FLOPS was chosen, as the form was, with
+Figs. 16 and 19a in view. `FITTED` is what `tools/fit_latency.py` finds where nothing waits for
+memory: in the left ends of Figs. 12, 14 (beam search) and 16, in Fig. 1 (right) and in Fig. 19a. It
+prints them, and `--check` fails if they are not these. Nothing else is from the paper's results.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _summary(asked: TraceCase, free: Served, needs: list[Need]) -> str:
             share += f" ({_searched()})" * (len(trace) > LONGEST)
             told.append(f"{share} held up by memory, paging takes {_needed(asked, need)}")
     others = ", ".join(
-        f"{NAMES[need.policy]} {_needed(asked, need)}"
+        f"{NAMES.get(need.policy, need.policy)} {_needed(asked, need)}"
         for need in reversed(needs)
         if need.policy != "paged" and need.rate == 0.0
     )
@@ -314,7 +314,7 @@ def gpus(asked: TraceCase, needs: list[Need], line: str) -> Section:
     many = {need: need.servers and need.servers * plan.num_gpus for need in needs}
     plain = {need.policy: many[need] for need in needs if need.rate == 0.0}
     none = [policy for policy, number in plain.items() if number is None]
-    told = [f"{NAMES[policy]} {plain[policy]:,}" for policy in reversed(plain) if plain[policy]]
+    told = [f"{NAMES.get(name, name)} {plain[name]:,}" for name in reversed(plain) if plain[name]]
     answer = f"GPUs for none held up: {', '.join(told)}" if told else "no number of GPUs will do"
     if none:
         answer += (

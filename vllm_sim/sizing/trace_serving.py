@@ -65,12 +65,10 @@ class Server:
 
     def chunks(self, policy: str, prompts: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         """Blocks of the chunk that each request reserves; under paged, what it ends with."""
-        if policy == "max":
-            slots = np.full_like(prompts, self.max_len)
-        elif policy == "pow2":
-            slots = np.minimum(prompts + _power_of_two(outputs), self.max_len)
-        else:
-            slots = prompts + outputs
+        slots = prompts + outputs
+        if policy != "paged":
+            ask = new_manager(policy, 1, self.block_size, max_len=self.max_len).slots_to_ask
+            slots = np.array([*map(ask, prompts.tolist(), slots.tolist())])
         blocks = -(-slots // self.block_size)
         return blocks if policy == "paged" else _power_of_two(blocks)
 
