@@ -23,6 +23,7 @@ from vllm_sim.evaluation.experiments import Run, execute, latency_of
 from vllm_sim.evaluation.figures_blocks import Fig18b
 from vllm_sim.evaluation.figures_rates import Fig17
 from vllm_sim.evaluation.runner import reproduce
+from vllm_sim.reporting.arguments import OneLineParser
 from vllm_sim.reporting.command_line import UsageError, exit_code
 from vllm_sim.reporting.tables import Table, render
 from vllm_sim.workload.data_sets import Lengths, find_lengths
@@ -52,6 +53,7 @@ def crossing(f: Callable[[float], float], wanted: float, low: float, high: float
 
 
 def main() -> int:
+    OneLineParser(description="what would have to be otherwise for rows to be held").parse_args()
     try:
         lengths = find_lengths([], os.environ.get("LENGTHS_DIR"))
     except WorkloadError as error:
