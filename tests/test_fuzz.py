@@ -226,7 +226,7 @@ def test_no_two_outputs_are_one_file_that_is_not_there_yet(written, tmp_path, re
 
 
 def test_no_script_is_left_out():
-    """Every script that takes arguments is fuzzed, but for those that serve the repository alone."""
+    """Every script that takes arguments is fuzzed, but what serves the repository alone."""
     folders = (ROOT, ROOT / "tools", ROOT / "benchmarks")
     there = [path for folder in folders for path in folder.glob("*.py")]
     scripts = {path for path in there if "__main__" in path.read_text(encoding="ascii")}
