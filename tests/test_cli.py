@@ -125,12 +125,14 @@ def test_each_scenario_ends_with_its_answer(whole):
         assert f" Answer: {scenario['answer']} " in " ".join(printed.split())
 
 
-def test_same_seed_same_bytes(run, whole, tmp_path):
-    path = tmp_path / "out.json"
-    done = run(*SMALL, "--seed", "0", "--json", path)
-    for ours, theirs in ((done.stdout, whole[0].stdout), (path.read_text(), whole[1])):
+def test_same_seed_same_bytes_also_with_a_timeline(run, whole, tmp_path):
+    path, page = tmp_path / "out.json", tmp_path / "run.html"
+    done = run(*SMALL, "--seed", "0", "--json", path, "--timeline", page)
+    found = path.read_text().replace(json.dumps(str(page)), "null")
+    for ours, theirs in ((done.stdout, whole[0].stdout), (found, whole[1])):
         ours, count = ELAPSED.subn("", ours)
         assert count == 1 and ours == ELAPSED.sub("", theirs)
+    assert page.read_text().count('"name":"Scenario 4: paged,') == 2
 
 
 @pytest.mark.parametrize(

@@ -317,17 +317,6 @@ def test_a_failed_write_leaves_the_old_page(monkeypatch, tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["run.html"]
 
 
-def test_what_is_printed_is_the_same_with_a_timeline(run_script, tmp_path):
-    command = ["--scenario", 4, "--model", "opt-125m", "--device", "cpu", "--num-blocks", 140]
-    path = tmp_path / "run.html"
-    outputs = []
-    for more in ([], ["--timeline", path]):
-        done = run_script("main.py", *command, *more, check=True, env={"OMP_NUM_THREADS": 1})
-        outputs.append(re.sub(r", \d+\.\d s\n\Z", "", done.stdout))
-    assert outputs[0] == outputs[1] != ""
-    assert path.read_text().count('"name":"Scenario 4: paged,') == 2
-
-
 # ---- in a browser -----------------------------------------------------------------------------
 
 CELLS = """Object.fromEntries([...document.querySelectorAll('#POOL .cell')]

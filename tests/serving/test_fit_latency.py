@@ -143,6 +143,7 @@ def test_the_constants_that_made_the_points_are_found(known):
         assert abs(getattr(found, name) - at) <= 2.01 * fit_latency.GRID[name], name
 
 
+@pytest.mark.slow
 def test_what_beams_cost_is_found_and_the_rest_kept():
     runs = [
         Run(system, "opt-13b", "Alpaca", 4.0, 60.0, decoding="beam", width=width)
