@@ -237,6 +237,33 @@ class PagedKVCacheManager:
             self._leave(seq_id, table)
         return self._gpu.drop(table.blocks)
 
+    def truncate(self, seq_id: int, num_tokens: int) -> list[int]:
+        """Forget a running sequence's tokens but the first `num_tokens`, at least one.
+
+        Its blocks behind them are given back, those that others hold are kept for them. Returns
+        the GPU blocks that became free. ValueError if it has fewer tokens.
+        """
+        table = self._running(seq_id)
+        num_tokens = check_count("number of tokens", num_tokens)
+        removed = table.num_tokens - num_tokens
+        if removed < 0:
+            raise ValueError(f"sequence {seq_id} has {table.num_tokens} tokens, not {num_tokens}")
+        size, due = self.block_size, self._due
+        keep = -(-num_tokens // size)
+        self._logical_blocks -= len(table.blocks) - keep
+        freed = self._gpu.drop(table.blocks[keep:])
+        del table.blocks[keep:]
+        # A block that it shares with a prefix only in part is not of its prefix any more.
+        table.num_prefix_blocks = min(table.num_prefix_blocks, num_tokens // size)
+        blocks = due[-table.offset % size].pop(seq_id)
+        table.offset -= removed
+        due[-table.offset % size][seq_id] = blocks
+        self._offsets -= removed
+        self._tails.pop(seq_id, None)
+        if table.unfilled and table.blocks[-1] in self._gpu.extra_refs:
+            self._tails[seq_id] = table
+        return freed
+
     # -- growth and copy-on-write (section 4.3, 4.4) ----------------------------------------
 
     def append(self, seq_id: int, num_tokens: int = 1) -> BlockPairs:
@@ -306,7 +333,7 @@ class PagedKVCacheManager:
         else:
             need = num_tokens // size * len(self._tables)
             need += sum([len(due[step % size]) for step in range(now, now + num_tokens % size)])
-        return need + self._copies_for(self._tails.values()) if self._tails else need
+        return need + _copies_for(self._tails.values(), self._gpu) if self._tails else need
 
     def steps_without_copies(self, at_most: int, reserve: int) -> int:
         """The most steps, `at_most` or fewer, that copy nothing and leave `reserve` blocks free.
@@ -334,7 +361,7 @@ class PagedKVCacheManager:
         tables = [self._running(seq_id) for seq_id in seq_ids]
         size, now = self.block_size, self._clock.now
         due = sum([(table.offset + now) % size == 0 for table in tables])
-        return due + self._copies_for(tables)
+        return due + _copies_for(tables, self._gpu) if self._tails else due
 
     # -- admission (the authors' rules, section 4.5) ----------------------------------------
 
@@ -483,12 +510,11 @@ class PagedKVCacheManager:
         `alone` nothing must be left but the blocks that their next tokens take.
         """
         tables = [self._swapped_out(seq_id) for seq_id in seq_ids]
-        need = len(_movable(tables)) + len(seq_ids)
+        need = len(_movable(tables))
         if alone:
-            # The last to write into a part-filled block, shared or not, does so in place.
-            need -= len({table.blocks[-1] for table in tables if table.unfilled})
+            need += sum([not table.unfilled for table in tables]) + _copies_for(tables, self._cpu)
             return need <= self.num_free_blocks
-        return self.num_free_blocks - need >= self.watermark_blocks
+        return self.num_free_blocks - need - len(seq_ids) >= self.watermark_blocks
 
     def swap_in(self, seq_ids: list[int]) -> BlockPairs:
         """Bring back a group that was swapped out; returns (CPU block, GPU block) pairs."""
@@ -559,13 +585,6 @@ class PagedKVCacheManager:
             if part_filled:
                 self._tails[child_id] = child
 
-    def _copies_for(self, writers: Iterable[BlockTable]) -> int:
-        """Copies when these tables are written: the last of a block's holders makes none."""
-        if not self._tails:
-            return 0
-        tails = Counter([table.blocks[-1] for table in writers if table.unfilled])
-        return sum(min(count, self._gpu.ref_count(tail) - 1) for tail, count in tails.items())
-
     def _copy_last_block(self, table: BlockTable) -> tuple[int, int]:
         """Copy-on-write: a block of its own in place of the shared last one (section 4.4)."""
         source = table.blocks[-1]
@@ -579,11 +598,14 @@ class PagedKVCacheManager:
         logical_tokens = self._offsets + len(self._tables) * self._clock.now
         padding = self._logical_blocks * size - logical_tokens  # once for each running table
         if self._tails or self._prefixes:  # of a shared block, once for all its holders
-            tails = {table.blocks[-1]: table.unfilled for table in self._prefixes.values()}
-            for table in self._tails.values():
-                tails[table.blocks[-1]] = unfilled = table.unfilled
-                padding -= unfilled
-            padding += sum(tails.values())
+            padding -= sum([table.unfilled for table in self._tails.values()])
+            tails: dict[int, list[int]] = {}
+            for table in (*self._prefixes.values(), *self._tails.values()):
+                tails.setdefault(table.blocks[-1], []).append(table.unfilled)
+            # Who was truncated may fill less of a block than others, who need not stand here.
+            for block, unfilled in tails.items():
+                if len(unfilled) == self.ref_count(block):
+                    padding += min(unfilled)
         return MemoryUsage(
             capacity=self.num_blocks * size,
             tokens=used * size - padding,
@@ -600,9 +622,10 @@ class PagedKVCacheManager:
         tables = running | swapped | self._prefixes
         places = len(running) + len(swapped) + len(self._prefixes)
         assert len(tables) == places, "a sequence is in two places"
-        # (pool, block): how many hold it; its place in all their tables, slots filled, block before
+        # (pool, block): how many hold it; its place in all their tables, block before; slots filled
         held: Counter[tuple[str, int]] = Counter()
-        known: dict[tuple[str, int], tuple[int, int, int | None]] = {}
+        known: dict[tuple[str, int], tuple[int, int | None]] = {}
+        fills: dict[tuple[str, int], int] = {}
         for seq_id, table in tables.items():
             clock, keep = self._clock if seq_id in running else None, table.num_prefix_blocks
             assert table.clock is clock, "a table grows that does not run, or the other way round"
@@ -617,8 +640,9 @@ class PagedKVCacheManager:
                 where = "CPU" if seq_id in swapped and index >= keep else "GPU", block
                 held[where] += 1
                 # Who shares a block shares all before it: reorder() compares from the ends.
-                same = known.setdefault(where, (index, filled, before)) == (index, filled, before)
+                same = known.setdefault(where, (index, before)) == (index, before)
                 assert same, f"holders of block {block} disagree about it"
+                fills[where] = max(filled, fills.get(where, 0))
                 before = block
         for pool, name in ((self._gpu, "GPU"), (self._cpu, "CPU")):
             refs = {block: count for (where, block), count in held.items() if where == name}
@@ -637,15 +661,15 @@ class PagedKVCacheManager:
         shared = {i for i, t in part_filled.items() if self.ref_count(t.blocks[-1]) > 1}
         assert shared <= self._tails.keys(), "a shared block could be written without a copy"
 
-        fills = [filled for (pool, _), (_, filled, _) in known.items() if pool == "GPU"]
+        on_gpu = [filled for (pool, _), filled in fills.items() if pool == "GPU"]
         usage = MemoryUsage(
             capacity=self.num_blocks * size,
-            tokens=sum(fills),
-            padding=len(fills) * size - sum(fills),
-            free=(self.num_blocks - len(fills)) * size,
+            tokens=sum(on_gpu),
+            padding=len(on_gpu) * size - sum(on_gpu),
+            free=(self.num_blocks - len(on_gpu)) * size,
             logical_tokens=sum(t.num_tokens for t in running.values()),
             logical_blocks=sum(len(t.blocks) for t in running.values()),
-            physical_blocks=len(fills),
+            physical_blocks=len(on_gpu),
         )
         assert self.usage() == usage, "the usage differs from the tables"
 
@@ -661,6 +685,12 @@ def _find(tables: Mapping[int, BlockTable], seq_id: int, what: str) -> BlockTabl
 def _movable(tables: Iterable[BlockTable]) -> Counter[int]:
     """The blocks that swapping these tables moves, in table order, and how many hold each."""
     return Counter(b for t in tables for b in t.blocks[t.num_prefix_blocks :])
+
+
+def _copies_for(writers: Iterable[BlockTable], pool: BlockAllocator) -> int:
+    """Copies when these tables are written: the last of a block's holders makes none."""
+    tails = Counter([table.blocks[-1] for table in writers if table.unfilled])
+    return sum(min(count, pool.ref_count(tail) - 1) for tail, count in tails.items())
 
 
 def _swappable(tables: Mapping[int, BlockTable], pool: BlockAllocator) -> Counter[int]:
@@ -856,6 +886,19 @@ class BaselineCacheManager:
         self._full_at = None
         self._tokens += num_tokens
         return NO_COPIES
+
+    def truncate(self, seq_id: int, num_tokens: int) -> list[int]:
+        """Forget a sequence's tokens but the first `num_tokens`, at least one; its slots stay
+        reserved. Returns no block; ValueError if it has fewer tokens."""
+        held = self.reservation(seq_id)
+        num_tokens = check_count("number of tokens", num_tokens)
+        removed = held.start_len + self._now - num_tokens
+        if removed < 0:
+            raise ValueError(f"sequence {seq_id} has fewer than {num_tokens} tokens")
+        held.start_len -= removed
+        self._full_at = None
+        self._tokens -= removed
+        return []
 
     def append_all(self, num_tokens: int = 1) -> BlockPairs:
         """Use `num_tokens` more slots of every sequence, or of none (ReservationError)."""

@@ -476,3 +476,99 @@ def test_a_step_without_sequences_takes_nothing():
     assert manager.blocks_for_step() == 1
     manager.append_all()
     assert manager.block_table(0).entries() == [(0, 4), (1, 1)]
+
+
+# ---- truncation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", range(1, 12))
+def test_truncation_gives_back_the_blocks_behind_and_grows_again_as_before(length):
+    manager = PagedKVCacheManager(8, 4)
+    manager.allocate(0, 11)
+    keep = -(-length // 4)
+    assert manager.truncate(0, length) == [0, 1, 2][keep:]
+    manager.check_invariants()
+    assert (manager.num_tokens(0), manager.num_free_blocks) == (length, 8 - keep)
+    assert manager.append(0, 12 - length) == ()
+    manager.check_invariants()
+    assert manager.block_table(0).entries() == [(0, 4), (1, 4), (2, 4)]
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+@pytest.mark.parametrize("grow", [lambda m: m.append(1), lambda m: m.append_all()])
+def test_a_truncated_fork_keeps_what_its_parent_holds_and_copies_it_before_it_writes(length, grow):
+    manager = PagedKVCacheManager(8, 4)
+    manager.allocate(0, 8)
+    manager.fork(0, 1)
+    assert manager.truncate(1, length) == []
+    manager.check_invariants()
+    kept, inside = -(-length // 4), length % 4 > 0
+    usage = manager.usage()
+    assert (usage.tokens, usage.padding, usage.logical_tokens) == (8, 0, 8 + length)
+    assert manager.blocks_for_append([1]) == 1
+    shared = manager.block_table(1).blocks[-1]
+    copies = grow(manager)
+    manager.check_invariants()
+    mine = manager.block_table(1).blocks
+    assert copies == (((shared, mine[-1]),) if inside else ())
+    assert len(mine) == (kept if inside else kept + 1)
+    assert manager.block_table(0).blocks[:2] == [0, 1]
+    assert mine[-1] not in manager.block_table(0).blocks
+
+
+def test_who_is_left_alone_with_a_block_that_it_fills_in_part_writes_in_place():
+    manager = PagedKVCacheManager(4, 4)
+    manager.allocate(0, 4)
+    manager.fork(0, 1)
+    manager.fork(0, 2)
+    manager.truncate(1, 3)
+    manager.truncate(2, 2)
+    assert manager.usage().padding == 0
+    assert manager.free(0) == []
+    manager.check_invariants()
+    assert (manager.usage().tokens, manager.usage().padding) == (3, 1)
+    assert manager.free(1) == []
+    assert (manager.usage().tokens, manager.usage().padding) == (2, 2)
+    assert manager.append(2) == ()
+    manager.check_invariants()
+
+
+def test_beams_of_different_lengths_in_one_block_are_reordered_and_swapped():
+    manager = PagedKVCacheManager(8, 4, num_cpu_blocks=4, watermark=0.0)
+    manager.allocate(0, 4)
+    manager.fork(0, 1)
+    manager.truncate(1, 3)
+    assert len(manager.swap_out([0, 1])) == 1
+    manager.allocate(9, 24)
+    assert manager.num_free_blocks == 2
+    assert not manager.can_swap_in([0, 1], alone=True), "both write: one copies, one goes on"
+    manager.truncate(9, 20)
+    assert manager.can_swap_in([0, 1], alone=True)
+    manager.swap_in([0, 1])
+    manager.check_invariants()
+    assert manager.blocks_for_append([0, 1]) == 2
+    assert manager.reorder({0: 1}) == []
+    manager.check_invariants()
+    assert (manager.num_tokens(0), manager.blocks_for_append([0, 1])) == (3, 1)
+
+
+def test_a_sequence_truncated_into_its_prefix_leaves_the_prefix_whole():
+    manager = PagedKVCacheManager(8, 4, num_cpu_blocks=4)
+    manager.allocate_prefix(100, 8)
+    manager.allocate(0, 3, prefix_id=100)
+    assert len(manager.truncate(0, 6)) == 1
+    manager.check_invariants()
+    assert manager.block_table(0).num_prefix_blocks == 1
+    assert (manager.usage().tokens, manager.usage().padding) == (8, 0)
+    ((source, copy),) = manager.append(0)
+    manager.check_invariants()
+    assert source == manager.block_table(100).blocks[1] != copy
+
+
+@pytest.mark.parametrize("length", [0, -1, 8, True, 1.0, None])
+def test_a_truncation_that_makes_no_sense_changes_nothing(length):
+    manager = PagedKVCacheManager(8, 4, num_cpu_blocks=4)
+    manager.allocate(0, 7)
+    refused(manager, ValueError, lambda: manager.truncate(0, length))
+    manager.swap_out([0])
+    refused(manager, UnknownSequenceError, lambda: manager.truncate(0, 1))

@@ -334,6 +334,39 @@ class PagedMachine(Machine):
         return True
 
     @precondition(lambda self: self.running)
+    @rule(pick=PICK, length=st.integers(0, 12))
+    def truncate(self, pick, length):
+        """Down to a block's end, or inside a block of its own, whose tokens are then new ones:
+        contents tell blocks apart. A block that others fill further: test_paged_manager.py."""
+        seq_id = self.some(self.running, pick)
+        stamps = self.running[seq_id]
+        prompt_len, _, prefix_len = self.origin[self.family[seq_id]]
+        length += prompt_len + prefix_len - 1  # a group that is recomputed has its prompt
+        if length < 1 or length > len(stamps):
+            refused(self.m, ValueError, lambda: self.m.truncate(seq_id, length))
+            return
+        start = length - length % self.size
+        others = {**self.running, **self.prefixes, **self.swapped}
+        del others[seq_id]
+        if tuple(stamps[start : start + self.size]) in self.all_pieces(others):
+            length = start
+            if length < max(1, prompt_len + prefix_len):
+                return
+        before = self.used_blocks()
+        freed = self.m.truncate(seq_id, length)
+        assert sorted(freed) == sorted(before - self.used_blocks())
+        self.poison(freed)
+        self.running[seq_id] = stamps[:start] + self.fresh(length - start)
+        self.write(seq_id, self.running[seq_id], start)
+        self.kept[seq_id] = min(self.kept[seq_id], start)
+        self.events["truncate"] += length < len(stamps)
+        self.events["truncate to a block's end"] += length == start < len(stamps)
+
+    def all_pieces(self, held):
+        """The block contents of these sequences, wherever they are."""
+        return set().union(*map(self.pieces, held.values()))
+
+    @precondition(lambda self: self.running)
     @rule(pick=PICK, count=st.sampled_from([1, 1, 1, 2, 3, 5, 9]))
     def append(self, pick, count):
         seq_id = self.some(self.running, pick)
@@ -529,6 +562,7 @@ class PagedMachine(Machine):
             calls = [
                 lambda i=other: m.append(i),
                 lambda i=other: m.append(i, 3),
+                lambda i=other: m.truncate(i, 1),
                 lambda i=other: m.fork(i, UNUSED + 1),
                 lambda i=other: m.reorder({i: i}),
                 lambda i=other: m.swap_out([i]),
@@ -583,6 +617,7 @@ class PagedMachine(Machine):
         if self.running:
             seq_id = self.some(self.running, pick)
             refused(m, ValueError, lambda: m.append(seq_id, count))
+            refused(m, ValueError, lambda: m.truncate(seq_id, count))
 
 
 class BaselineMachine(Machine):
@@ -721,6 +756,17 @@ class BaselineMachine(Machine):
         self.contents[seq_id] += self.fresh(count)
         self.write(seq_id, length)
 
+    @precondition(lambda self: self.contents)
+    @rule(pick=PICK, length=st.integers(0, 9))
+    def truncate(self, pick, length):
+        seq_id = self.some(pick)
+        if not 1 <= length <= len(self.contents[seq_id]):
+            refused(self.m, ValueError, lambda: self.m.truncate(seq_id, length))
+            return
+        assert self.m.truncate(seq_id, length) == []
+        self.events["truncate"] += length < len(self.contents[seq_id])
+        del self.contents[seq_id][length:]
+
     @rule(count=st.sampled_from([1, 1, 1, 2]))
     def append_all(self, count):
         left = [self.final[i] - len(stamps) for i, stamps in self.contents.items()]
@@ -772,6 +818,7 @@ class BaselineMachine(Machine):
         if self.contents:
             seq_id = self.some(pick)
             refused(m, ValueError, lambda: m.append(seq_id, count))
+            refused(m, ValueError, lambda: m.truncate(seq_id, count))
             refused(m, DuplicateSequenceError, lambda: m.allocate(seq_id, 1, 2))
 
 
@@ -798,8 +845,17 @@ PAGED_EVENTS = {
     "admit": 30,
     "admit of several behind a prefix": 5,
     "recompute with tokens": 15,
+    "truncate": 30,
+    "truncate to a block's end": 10,
 }
-BASELINE_EVENTS = {"out of blocks": 50, "final length": 50, "step": 50, "admit": 30, "reorder": 10}
+BASELINE_EVENTS = {
+    "out of blocks": 50,
+    "final length": 50,
+    "step": 50,
+    "admit": 30,
+    "reorder": 10,
+    "truncate": 30,
+}
 
 
 def assert_exercised(machine, least):
