@@ -440,3 +440,13 @@ def test_the_invariants_hold_of_long_reservations_and_of_many():
     for seq_id in range(300):
         manager.allocate(seq_id, 1, 1)
     manager.check_invariants()
+
+
+def test_a_truncated_sequence_has_its_slots_to_fill_once_more():
+    manager = BaselineCacheManager(8, 4, policy="oracle")
+    manager.allocate(0, 3, 5)
+    manager.append_all(2)
+    assert manager.truncate(0, 2) == []
+    manager.check_invariants()
+    assert manager.append_all(3) == ()
+    assert manager.num_tokens(0) == 5

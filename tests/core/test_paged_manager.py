@@ -572,3 +572,13 @@ def test_a_truncation_that_makes_no_sense_changes_nothing(length):
     refused(manager, ValueError, lambda: manager.truncate(0, length))
     manager.swap_out([0])
     refused(manager, UnknownSequenceError, lambda: manager.truncate(0, 1))
+
+
+def test_a_fork_truncated_to_a_blocks_end_has_nothing_left_to_copy():
+    manager = PagedKVCacheManager(8, 4)
+    manager.allocate(0, 6)
+    manager.fork(0, 1)
+    assert manager.truncate(1, 4) == []
+    manager.check_invariants()
+    assert manager.append_all() == ()
+    assert blocks_of(manager, 0, 1) == [[0, 1], [0, 2]]
