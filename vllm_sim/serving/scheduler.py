@@ -184,6 +184,18 @@ class Scheduler:
             self._take_events(done)
         return done
 
+    def end(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
+        """These, which run, end with this iteration's token: it says so, whatever their length.
+
+        For a model that generates what ends a sequence; of a beam search all must end together.
+        Between `schedule()` and `complete()`.
+        """
+        for seq in seqs:
+            seq.output_len = seq.num_generated + 1
+        if seqs and group.event_step != self._clock.now + 1:
+            self._events[group.event_step].remove(group)
+            self._await_event(group, seqs)
+
     # -- many iterations at once --------------------------------------------------------------
 
     @property
