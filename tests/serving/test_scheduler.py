@@ -1,6 +1,7 @@
 """Regime items 7 and 9: the artifact's rules in worked examples; what can never run is refused."""
 
 import random
+from collections import Counter
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -9,6 +10,7 @@ from scheduler_tools import (
     MODES,
     SIZE,
     WIDE,
+    check_state,
     finish,
     fresh,
     group,
@@ -20,7 +22,7 @@ from scheduler_tools import (
 )
 
 from kv_cache_manager import BaselineCacheManager, PagedKVCacheManager, RequestTooLargeError
-from sequence import SequenceStatus
+from sequence import BeamHistory, SequenceStatus
 from vllm_sim.serving.scheduler import Completion, Iteration, Limits, Scheduler, StalledError
 
 # --- limits and iterations -----------------------------------------------------------------------
@@ -560,3 +562,62 @@ def test_stalled_is_raised_rather_than_turning_for_ever():
     scheduler.manager.allocate_prefix(9, 5 * SIZE)
     with pytest.raises(StalledError, match="nothing can be admitted"):
         scheduler.schedule()
+
+
+# --- sequences that end before their length ------------------------------------------------------
+
+
+class Growing(BeamHistory):
+    """The parents of a search that goes on: a move may come with any step."""
+
+    def next_move(self, step):
+        return step
+
+
+def told(one, seen):
+    """What an iteration of a scheduler did, and what was completed with it."""
+    iteration, completion = one
+    names = "swapped_out", "freed", "swapped_in", "copies", "num_swaps", "num_recomputations"
+    seen.update({name: len(getattr(iteration, name)) for name in names[:4]})
+    groups = numbers(iteration.prefills), numbers(iteration.decodes), numbers(completion.finished)
+    moves = completion.reorders, completion.moves, completion.freed
+    return [getattr(iteration, name) for name in names], groups, moves
+
+
+def test_who_is_told_of_an_end_decides_as_one_who_knew_it_all_along():
+    """End-of-sequence tokens, and beams whose parents are known step by step (a real model)."""
+    seen = Counter()
+    for seed in range(150):
+        rng = random.Random(seed)
+        knowing, hearing, ends = [], [], {}
+        for number in range(8):
+            kind, prompt_len = rng.choice(("single", "samples", "beams")), rng.randint(1, 9)
+            outputs = [rng.randint(1, 12) for _ in range(1 if kind == "single" else 3)]
+            parents = None
+            if kind == "beams":
+                outputs = outputs[:1] * 3
+                parents = [[rng.randrange(3) for _ in range(3)] for _ in range(outputs[0])]
+            knowing.append(group(number, prompt_len, outputs, parents=parents))
+            longer = [max(outputs) + rng.randint(0, 3)] * len(outputs)
+            live = Growing() if kind == "beams" else None
+            hearing.append(group(number, prompt_len, longer, parents=live))
+            ends[number] = outputs
+        mode = rng.choice(MODES)
+        options = {"mode": mode, "cpu": rng.choice((0, 12, 40)), "num_blocks": 30}
+        one, other = scheduler_of(knowing, **options), scheduler_of(hearing, **options)
+        while not one.idle:
+            expected = told(step(one), seen)
+            iteration = other.schedule()
+            for running in (*iteration.prefills, *iteration.decodes):
+                seqs, outputs = running.unfinished(), ends[running.group_id]
+                if running.beam_parents is not None:
+                    known = knowing[running.group_id].beam_parents[seqs[0].num_generated]
+                    running.beam_parents.append(known)
+                by_id = dict(zip((seq.seq_id for seq in running.seqs), outputs))
+                done = [seq for seq in seqs if seq.num_generated + 1 == by_id[seq.seq_id]]
+                other.end(running, done)
+                seen["ended"] += len([seq for seq in done if seq.num_generated > 0])
+            check_state(other)
+            assert told((iteration, other.complete()), seen) == expected, f"seed {seed}"
+        assert other.idle
+    assert min(seen[name] for name in ("swapped_out", "freed", "copies", "ended")) > 100
