@@ -16,6 +16,7 @@ For inference only: nothing here records gradients. The whole (B, H, T_q, T_k) s
 held, so a long prefill needs 4 * H * T_q * T_k bytes beside its K and V.
 """
 
+import math
 from numbers import Integral
 
 import torch
@@ -52,12 +53,13 @@ def check_lengths(seq_lens):
 
 
 @torch.no_grad()
-def attention(q, k, v, mask=None, scale=None):
+def attention(q, k, v, mask=None, scale=None, *, soft_cap=None):
     """Softmax attention, accumulated in float32 (float64 for float64 inputs).
 
     q: (B, T_q, H, D); k, v: (B, T_k, H_kv, D), H a multiple of H_kv; all of one floating dtype
     on one device. mask: bool, broadcastable to (B, T_q, T_k), True where a query may attend;
-    None: everywhere. scale: multiplies the scores, 1 / sqrt(D) if None.
+    None: everywhere. scale: multiplies the scores, 1 / sqrt(D) if None. soft_cap: keeps the
+    scaled scores between -soft_cap and soft_cap, by soft_cap * tanh(score / soft_cap) (Gemma 2).
 
     Returns out: (B, T_q, H, D) in q's dtype, and lse: (B, T_q, H), the natural logarithm of
     the sum of the exponentials of a query's scaled scores, in the dtype of the accumulation.
@@ -69,6 +71,9 @@ def attention(q, k, v, mask=None, scale=None):
     Raises ShapeError.
     """
     mask = _check_inputs(q, k, v, mask)
+    check_shape(
+        soft_cap is None or 0 < soft_cap < math.inf, f"a cap of scores is above 0, not {soft_cap}"
+    )
     batch, num_queries, num_heads, head_size = q.shape
     num_slots, num_kv_heads = k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -84,6 +89,8 @@ def attention(q, k, v, mask=None, scale=None):
     # rows: (B, H_kv, G * T_q, D)
 
     scores = _scores(rows, k).unflatten(2, (group, num_queries))  # (B, H_kv, G, T_q, T_k)
+    if soft_cap is not None:
+        scores.div_(soft_cap).tanh_().mul_(soft_cap)
     if mask is not None:
         # Replaced, not added to: NaN + -inf would stay NaN.
         scores.masked_fill_(~mask[:, None, None], -torch.inf)
@@ -131,24 +138,27 @@ def merge_attention(outs, lses):
     return out.to(outs.dtype), total.log() + top
 
 
-def length_mask(seq_lens, num_slots):
+def length_mask(seq_lens, num_slots, window=None):
     """The mask of decode: slot j of sequence b is live if j < seq_lens[b].
 
-    seq_lens: (B,) integers, in tokens. Returns (B, 1, num_slots) bool on seq_lens' device.
+    seq_lens: (B,) integers, in tokens. window: only the newest so many of them are (Mistral); None:
+    all. Returns (B, 1, num_slots) bool on seq_lens' device. Raises ShapeError.
     """
     check_lengths(seq_lens)
-    return torch.arange(num_slots, device=seq_lens.device) < seq_lens[:, None, None]
+    ends = seq_lens[:, None, None]
+    return _in_window(torch.arange(num_slots, device=seq_lens.device), ends, window)
 
 
-def causal_mask(num_queries, seq_lens, num_slots=None, device=None):
+def causal_mask(num_queries, seq_lens, num_slots=None, device=None, window=None):
     """The mask of prefill: the queries are the last num_queries tokens of their context.
 
     seq_lens: the length of the context in tokens, this prefill's tokens included: one int for
     all sequences, or a (B,) tensor, with num_slots key slots (default: seq_lens, if an int).
     Query i of sequence b stands at position seq_lens[b] - num_queries + i and attends to that
     position and all before it. A shorter context than num_queries leaves its first queries
-    with nothing to attend to.
+    with nothing to attend to. window: it attends to the newest so many of these; None: to all.
     Returns (B or 1, num_queries, num_slots) bool on seq_lens' device, or `device` for an int.
+    Raises ShapeError.
     """
     if isinstance(seq_lens, Integral):
         num_slots = seq_lens if num_slots is None else num_slots
@@ -156,8 +166,18 @@ def causal_mask(num_queries, seq_lens, num_slots=None, device=None):
     check_lengths(seq_lens)
     check_shape(num_slots is not None, "seq_lens as a tensor needs num_slots as well")
     steps = torch.arange(1 - num_queries, 1, device=seq_lens.device)  # 0 for the newest token
-    last = seq_lens[:, None].long() - 1 + steps  # (B, T_q): the last position that each may see
-    return torch.arange(num_slots, device=last.device) <= last[:, :, None]
+    ends = seq_lens[:, None].long() + steps  # (B, T_q): behind the last position that each may see
+    return _in_window(torch.arange(num_slots, device=ends.device), ends[:, :, None], window)
+
+
+def _in_window(positions, ends, window):
+    """Which positions (n,) are before `ends` (..., 1), and among the last `window` that are."""
+    check_shape(
+        window is None or (isinstance(window, Integral) and window > 0),
+        f"a window is a number of tokens, at least 1, not {window}",
+    )
+    before = positions < ends
+    return before if window is None else before & (positions >= ends - window)
 
 
 def _stacked(name, parts):

@@ -191,6 +191,20 @@ class PagedKVCache:
         pairs = _checked_pairs(pairs, self.num_cpu_blocks, self.num_blocks)
         self._host.swap([(block, host) for host, block in pairs], out=False)
 
+    def move(self, swapped_out=(), freed=(), swapped_in=(), copies=()):
+        """All that an iteration moves before it writes, in the one order that is right.
+
+        (device, host) pairs out, freed device blocks, (host, device) pairs in, (source,
+        destination) copies. What is swapped out is read before its blocks have new owners, poison
+        is spread before anything is written, and a copy may start from a block just swapped in.
+        Raises BlockMapError.
+        """
+        self.swap_out(swapped_out)
+        self.poison_blocks(sorted({*freed, *(block for block, _ in swapped_out)}))
+        self.swap_in(swapped_in)
+        self.poison_blocks([host for host, _ in swapped_in], on_cpu=True)
+        self.copy_blocks(copies)
+
     def poison_blocks(self, blocks, *, on_cpu=False):
         """Fill freed blocks with NaN, if poison is on: whoever still reads them will show it.
 
@@ -429,11 +443,14 @@ def gather_bytes(pool, block_tables):
     return 2 * block_tables.numel() * pool[0].numel() * pool.dtype.itemsize
 
 
-def paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens, scale=None):
+def paged_attention_kernel(
+    q, k_pool, v_pool, block_tables, seq_lens, scale=None, *, window=None, soft_cap=None
+):
     """Decode attention over scattered blocks (paper, Eq. 4): gather them, then `attention`.
 
     q: (B, H, D), the newest token's queries; k_pool, v_pool: (N, S, H_kv, D); block_tables:
     (B, max_blocks) int32; seq_lens: (B,) integers, tokens in the cache, the newest included.
+    window: attend to the newest so many of them; soft_cap: see `attention`.
     Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
     0 and -inf. Raises ShapeError and, on a CPU, BlockMapError.
     """
@@ -452,24 +469,36 @@ def paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens, scale=None
     )
     k, v = gather_blocks(k_pool, block_tables), gather_blocks(v_pool, block_tables)
     _check_numbers(seq_lens, k.shape[1] + 1, "sequence length")
-    out, lse = attention(q[:, None], k, v, length_mask(seq_lens, k.shape[1]), scale)
+    mask = length_mask(seq_lens, k.shape[1], window)
+    out, lse = attention(q[:, None], k, v, mask, scale, soft_cap=soft_cap)
     return out[:, 0], lse[:, 0]
 
 
 def choose_kernel(
-    asked: str, device: torch.device, num_heads: int, num_kv_heads: int, head_size: int
+    asked: str,
+    device: torch.device,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[str, str]:
     """GATHER or TRITON, and why not the latter ("" if nobody would expect it).
 
-    `auto`: Triton on a CUDA device if it runs there, gathering elsewhere. Raises KernelError if
-    TRITON was asked for and cannot be had.
+    A model with a window or a cap of its scores needs GATHER: TRITON has neither. `auto`: Triton
+    on a CUDA device if it runs there, gathering elsewhere. Raises KernelError if TRITON was asked
+    for and cannot be had.
     """
     assert asked in CHOICES
     if asked == GATHER:
         return GATHER, ""
     if asked == "auto" and device.type != "cuda":
         return GATHER, "triton needs a GPU"
-    problem = _problem(device, num_heads // num_kv_heads, head_size)
+    if window is not None or soft_cap is not None:
+        problem = "triton's kernel has no " + ("window" if window is not None else "soft cap")
+    else:
+        problem = _problem(device, num_heads // num_kv_heads, head_size)
     if problem is None:
         return TRITON, ""
     if asked == TRITON:

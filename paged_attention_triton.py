@@ -147,6 +147,8 @@ def paged_attention_kernel(
     seq_lens: torch.Tensor,
     scale: float | None = None,
     *,
+    window: int | None = None,
+    soft_cap: float | None = None,
     workspace: Workspace | None = None,
     tuning: Tuning | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,8 +161,10 @@ def paged_attention_kernel(
     Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
     0 and -inf. Slots at or beyond a sequence's length are never read, nor what its table does
     not hold; the work is cut by the table's width, so trim it to the longest sequence.
-    Raises ShapeError. Block numbers are not checked: see paged_attention.py.
+    Raises ShapeError, also for a window or a cap of the scores, which this kernel does not have.
+    Block numbers are not checked: see paged_attention.py.
     """
+    check_shape(window is None and soft_cap is None, "this kernel has no window and no soft cap")
     _check_inputs(q, k_pool, v_pool, block_tables, seq_lens)
     batch, num_heads, head_size = q.shape
     num_kv_heads, block_size = k_pool.shape[2], k_pool.shape[1]

@@ -55,3 +55,9 @@ def prompts(lengths, pad_to=None, seed=1):
         ids[row, width - length :] = torch.randint(3, VOCAB, (length,), generator=generator)
         mask[row, width - length :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def on_its_own(model):
+    """The model with the attention that transformers itself gives it."""
+    model.set_attn_implementation("eager" if model.config.model_type == "gemma2" else "sdpa")
+    return model

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from small_models import FAMILIES, VOCAB, prompts, small
+from small_models import FAMILIES, VOCAB, on_its_own, prompts, small
 
 from vllm_sim.engine.decoding import Decoding
 from vllm_sim.engine.engine import Engine
@@ -53,7 +53,7 @@ def test_alone_it_gives_the_text_of_generate(family):
     model = small(family)
     tokens = prompts([9])["input_ids"]
     for width in (1, 4):
-        model.set_attn_implementation("sdpa")
+        on_its_own(model)
         more = {"num_beams": width, "num_return_sequences": width, "pad_token_id": 0}
         expected = model.generate(
             tokens,

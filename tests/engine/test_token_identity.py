@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from small_models import FAMILIES, prompts, small
+from small_models import FAMILIES, on_its_own, prompts, small
 
 from vllm_sim.engine.block_cache import CACHE
 from vllm_sim.engine.paged_cache import PagedCache
@@ -35,7 +35,7 @@ def width(options):
 def generate(model, inputs, options, cache=None, **more):
     """The tokens; with a cache on blocks, without one on the library's own."""
     if cache is None:
-        model.set_attn_implementation("sdpa")
+        on_its_own(model)
     else:
         more[CACHE] = cache
     torch.manual_seed(1)

@@ -82,7 +82,7 @@ class BlockCache(Cache):
         check_model(model)
         super().__init__(layers=[])
         window, soft_cap = needs(model.config)
-        wanted = _given(window=window, soft_cap=soft_cap)
+        wanted = {"window": window, "soft_cap": soft_cap}
         self.kernel, self.why_not_triton = choose_kernel(
             kernel, model.device, *heads(model.config), **wanted
         )
@@ -181,8 +181,8 @@ class BlockCache(Cache):
             pool.write(layer, step.slots, k[step.written], v[step.written])
         keys, values = pool.k_pool(layer), pool.v_pool(layer)
         count = step.num_decodes
-        options = _given(window=window, soft_cap=soft_cap)
         out = torch.zeros_like(q) if count < len(q) else q
+        options = {"window": window, "soft_cap": soft_cap}
         if count:
             tables, lens = step.tables, step.lens
             decoded, _ = self._decode(q[:count], keys, values, tables, lens, scale, **options)
@@ -200,20 +200,11 @@ class BlockCache(Cache):
             for start in range(part.start, part.end, QUERIES_AT_ONCE):
                 queries = q[None, start : min(start + QUERIES_AT_ONCE, part.end)]
                 seen = first + start - part.start + queries.shape[1]
-                seen_by = causal_mask(
-                    queries.shape[1], seen, device=q.device, **_given(window=window)
-                )
+                seen_by = causal_mask(queries.shape[1], seen, device=q.device, window=window)
                 context = key[:, :seen], value[:, :seen]
-                attended, _ = attention(
-                    queries, *context, seen_by, scale, **_given(soft_cap=soft_cap)
-                )
+                attended, _ = attention(queries, *context, seen_by, scale, soft_cap=soft_cap)
                 out[start : start + queries.shape[1]] = attended[0]
         return out.unflatten(0, (rows, -1))
-
-
-def _given(**options):
-    """Those that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def decode_part(tables: list[list[int]], lens: list[int], device) -> tuple:

@@ -105,12 +105,8 @@ class StampedCache(Observer):
 
     def on_iteration(self, iteration: Iteration) -> None:
         cache = self.cache
-        cache.swap_out(iteration.swapped_out)
-        # Poisoned before anything is written: a block freed now may have a new owner already.
-        cache.poison_blocks(sorted({*iteration.freed, *(b for b, _ in iteration.swapped_out)}))
-        cache.swap_in(iteration.swapped_in)
-        cache.poison_blocks([block for block, _ in iteration.swapped_in], on_cpu=True)
-        cache.copy_blocks(iteration.copies)
+        moves = iteration.swapped_out, iteration.freed, iteration.swapped_in, iteration.copies
+        cache.move(*moves)
         self.bytes_moved += len(iteration.copies) * cache.bytes_per_block
         for group in iteration.prefills:
             for seq_id, start, tokens in self._prefill(group):
