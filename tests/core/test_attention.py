@@ -27,7 +27,7 @@ def random_qkv(shape_q, shape_k, dtype, device, seed):
     return [torch.randn(shape, generator=rng).to(device, dtype) for shape in shapes]
 
 
-def oracle(q, k, v, mask):
+def oracle(q, k, v, mask, soft_cap=None):
     """Dense attention in float64, one query head at a time, over its live slots only.
 
     Shapes as for `attention`, mask (B, T_q, T_k) or None; returns CPU tensors out and lse.
@@ -45,6 +45,8 @@ def oracle(q, k, v, mask):
             keys, values = k[b, slots], v[b, slots]
             for h in range(q.shape[2]):
                 scores = (keys[:, h // group] * q[b, i, h]).sum(dim=-1) / math.sqrt(q.shape[3])
+                if soft_cap is not None:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
                 lse[b, i, h] = scores.logsumexp(dim=0)
                 weights = (scores - lse[b, i, h]).exp()
                 out[b, i, h] = (weights[:, None] * values[:, h // group]).sum(dim=0)
@@ -65,10 +67,10 @@ def budget(q, k, v, mask, want):
     return 4 * error + info.eps * want.abs() + info.smallest_normal * info.eps
 
 
-def assert_close(result, q, k, v, mask):
+def assert_close(result, q, k, v, mask, soft_cap=None):
     """result = (out, lse) is within the budget of the oracle; k and v without NaN."""
     out, lse = (x.cpu() for x in result)
-    want, want_lse = oracle(q, k, v, mask)
+    want, want_lse = oracle(q, k, v, mask, soft_cap)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     assert out.shape == q.shape and lse.shape == q.shape[:3]
     assert ((out.double() - want).abs() <= budget(q, k, v, mask, want)).all()
@@ -194,6 +196,36 @@ def test_scale_replaces_the_default_and_no_gradient_is_recorded():
     assert not attention(q.requires_grad_(), k, v)[0].requires_grad, "inference only"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.usefixtures("path")
+def test_a_cap_of_the_scores_matches_the_oracle(device, dtype, heads):
+    q, k, v = random_qkv((3, 4, heads[0], 16), (3, 9, heads[1], 16), dtype, device, seed=4)
+    mask = causal_mask(4, 9, device=device).expand(3, -1, -1)
+    result = attention(q, k, v, mask, soft_cap=0.7)  # most scores are above it
+    assert_close(result, q, k, v, mask, soft_cap=0.7)
+    assert not torch.equal(result[0], attention(q, k, v, mask)[0])
+    nothing = torch.zeros_like(mask)
+    assert (attention(q, k, v, nothing, soft_cap=0.7)[1] == -INF).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [1, 5, 16, 200])
+@pytest.mark.usefixtures("path")
+def test_outside_of_a_window_nothing_is_read(device, window):
+    lens = [1, 15, 16, 97]
+    q, k, v = random_qkv((4, 1, 4, 64), (4, 112, 2, 64), torch.float32, device, seed=6)
+    mask = length_mask(torch.tensor(lens, device=device), 112, window)
+    want = [[max(0, n - window) <= j < n for j in range(112)] for n in lens]
+    assert mask[:, 0].tolist() == want
+    result = attention(q, k, v, mask)
+    assert_close(result, q, k, v, mask)
+    for bad in (math.nan, INF, -INF):
+        dead = attention(q, poisoned(k, mask[:, 0], bad), poisoned(v, mask[:, 0], bad), mask)
+        assert all(map(torch.equal, dead, result))
+
+
 def test_float64_is_computed_in_float64():
     q, k, v = random_qkv((2, 3, 4, 16), (2, 7, 2, 16), torch.float64, "cpu", seed=8)
     result = attention(q, k, v)
@@ -252,7 +284,14 @@ def test_masks_by_hand():
     assert causal_mask(2, 3, 4).int().tolist() == [[[1, 1, 0, 0], [1, 1, 1, 0]]]
     ragged = causal_mask(2, torch.tensor([1, 3]), 3).int().tolist()
     assert ragged == [[[0, 0, 0], [1, 0, 0]], [[1, 1, 0], [1, 1, 1]]]
+    assert causal_mask(3, 4, window=2).int().tolist() == [
+        [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    ]
+    ragged = causal_mask(2, torch.tensor([1, 3]), 3, window=1).int().tolist()
+    assert ragged == [[[0, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 0, 1]]]
     lens = torch.tensor([1])
+    refuses(ShapeError, length_mask, [(lens, 2, window) for window in (0, -1, 1.5)])
+    refuses(ShapeError, causal_mask, [(1, 2, 2, None, 0)])
     bad = [lens[None], lens.float(), lens > 0, [1]]
     refuses(ShapeError, length_mask, [(one, 2) for one in bad])
     refuses(ShapeError, causal_mask, [(2, one, 2) for one in bad] + [(2, lens)])
@@ -284,6 +323,9 @@ def test_inputs_that_do_not_fit_are_refused():
         *([x.to(torch.float8_e5m2) for x in (q, k, k)],),
     ]
     refuses(ShapeError, attention, refused)
+    for cap in (0.0, -1.0, INF, math.nan):
+        with pytest.raises(ShapeError, match="a cap of scores is above 0"):
+            attention(q, k, k, soft_cap=cap)
     shapes = [((2, 3, 4), (2, 4)), ((2, 3, 4), (3, 3)), ((0, 3, 4), (0, 3)), ((4,), ())]
     refuses(ShapeError, merge_attention, [map(torch.zeros, pair) for pair in shapes])
     out, lse = torch.zeros(3, 4), torch.zeros(3)

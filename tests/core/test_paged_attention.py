@@ -61,7 +61,7 @@ def fill(cache, tables, k, v, lens, layer=0):
         cache.write(layer, slots, k[b, :length], v[b, :length])
 
 
-def paged(tables, q, k, v, lens, block_size, num_blocks=97):
+def paged(tables, q, k, v, lens, block_size, num_blocks=97, **options):
     """Decode over k and v written to a poisoned pool: (out, lse)."""
     cache = PagedKVCache(
         num_blocks, block_size, *k.shape[2:], dtype=k.dtype, device=k.device, poison=True
@@ -69,7 +69,8 @@ def paged(tables, q, k, v, lens, block_size, num_blocks=97):
     fill(cache, tables, k, v, lens)
     lengths = torch.tensor(lens, dtype=torch.int32, device=k.device)
     tables = pad_block_tables(tables, device=k.device)
-    return paged_attention_kernel(q, cache.k_pool(0), cache.v_pool(0), tables, lengths)
+    pools = cache.k_pool(0), cache.v_pool(0)
+    return paged_attention_kernel(q, *pools, tables, lengths, **options)
 
 
 def bits(x):
@@ -150,6 +151,16 @@ def test_kernel_passes_the_scale_on():
     )
     torch.testing.assert_close(result, (want[0][:, 0], want[1][:, 0]))
     assert not torch.allclose(result[1], paged_attention_kernel(q, *pools, *arguments)[1])
+
+
+def test_kernel_passes_a_window_and_a_cap_on():
+    lens = [5, 30, 17]
+    q, k, v = random_qkv((3, 1, 4, 16), (3, 30, 2, 16), torch.float32, "cpu", seed=8)
+    tables = scattered(lens, 4, 97, seed=1)
+    for window, cap in ((7, None), (None, 0.5), (3, 0.5)):
+        result = paged(tables, q[:, 0], k, v, lens, 4, window=window, soft_cap=cap)
+        mask = length_mask(torch.tensor(lens), 30, window)
+        assert_close([x[:, None] for x in result], q, k, v, mask, cap)
 
 
 def test_a_block_shared_by_two_sequences_is_read_by_both():
@@ -519,6 +530,19 @@ def test_poison(device):
 # --- tables ---------------------------------------------------------------------------------
 
 
+def test_the_moves_of_an_iteration_do_not_disturb_one_another():
+    """Block 1 is swapped out and takes what comes in; block 2 is freed and taken by a copy of it;
+    block 3 is freed and nobody's."""
+    cache = PagedKVCache(6, 2, 1, 2, num_cpu_blocks=3, dtype=torch.float32, poison=True)
+    for block in range(6):
+        cache.pool[:, :, block] = block
+    cache.cpu_pool[0] = 10.0
+    cache.move([(1, 1), (5, 2)], [2, 3], [(0, 1)], [(1, 2), (4, 5)])
+    device, host = (x[:, 0, 0, 0, 0, 0] for x in (cache.pool.movedim(2, 0), cache.cpu_pool))
+    assert device.nan_to_num(-1.0).tolist() == [0.0, 10.0, 10.0, -1.0, 4.0, 4.0]
+    assert host.nan_to_num(-1.0).tolist() == [-1.0, 1.0, 5.0]
+
+
 def test_tables_are_padded_with_a_real_block():
     padded = pad_block_tables([[3], [], (5, 2, 4)])
     assert padded.dtype == torch.int32 and padded.tolist() == [[3, 0, 0], [0, 0, 0], [5, 2, 4]]
@@ -553,6 +577,15 @@ def test_auto_takes_triton_on_a_gpu_where_it_runs(problem):
     assert choose_kernel("auto", CPU, 8, 2, 64) == (GATHER, "triton needs a GPU")
     problem["text"] = "no compiler"
     assert choose_kernel("auto", CUDA, 8, 2, 64) == (GATHER, "no compiler")
+
+
+def test_a_window_or_a_cap_needs_the_gather_kernel(problem):
+    for option, what in (({"window": 4}, "window"), ({"soft_cap": 30.0}, "soft cap")):
+        assert choose_kernel(GATHER, CUDA, 8, 2, 64, **option) == (GATHER, "")
+        reason = f"triton's kernel has no {what}"
+        assert choose_kernel("auto", CUDA, 8, 2, 64, **option) == (GATHER, reason)
+        with pytest.raises(KernelError, match=f"{reason}; use --kernel gather"):
+            choose_kernel(TRITON, CUDA, 8, 2, 64, **option)
 
 
 def test_a_kernel_by_name_is_taken_or_refused(problem):

@@ -292,6 +292,8 @@ def refused():
         given |= {"seq_lens": zeros(2, dtype=torch.int32)}
         return given | ({} if pool is None else {"k_pool": pool, "v_pool": pool}) | changes
 
+    yield case(window=4), "no window"
+    yield case(soft_cap=30.0), "no soft cap"
     yield case(q=zeros(2, 4, 1, 64)), "q must be"
     yield case(k_pool=zeros(3, 16, 3, 64)), "need pools"
     yield case(zeros(3, 16, 3, 64)), "multiple"
