@@ -387,7 +387,7 @@ def test_no_reader_is_left_out():
         "tools/update_readme.py",
         "tools/record.py",
         "vllm_sim/workload/length_tables.py",  # our own files
-        "vllm_sim/scenarios/timeline.py",
+        "vllm_sim/playback/timeline.py",
         "vllm_sim/reporting/command_line.py",
         "paged_attention.py",
         "benchmarks/bench_beam_step.py",  # no input

@@ -27,8 +27,9 @@ BELOW = {
     "workload": {"paper", "reporting"},
     "models": {"paper", "reporting"},
     "serving": CORE | GROUND,
-    "scenarios": CORE | TENSORS | GROUND | {"serving"},
-    "engine": CORE | TENSORS | GROUND | {"serving"},
+    "playback": CORE | GROUND | {"serving"},
+    "scenarios": CORE | TENSORS | GROUND | {"serving", "playback"},
+    "engine": CORE | TENSORS | GROUND | {"serving", "playback"},
     "evaluation": CORE | GROUND | {"serving"},
     "sizing": CORE | GROUND | {"serving"},
 }

@@ -17,10 +17,11 @@ import main
 from kv_cache_manager import PagedKVCacheManager
 from sequence import SequenceStatus
 from vllm_sim import models
+from vllm_sim.playback import timeline
+from vllm_sim.playback.recorder import Recorder
 from vllm_sim.reporting.files import OutputError
-from vllm_sim.scenarios import mixed, sampling, timeline
+from vllm_sim.scenarios import mixed, sampling
 from vllm_sim.scenarios import run as scenario_run
-from vllm_sim.scenarios.recorder import Recorder
 from vllm_sim.scenarios.setting import Setting
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import Observer, make_groups, simulate
@@ -229,8 +230,8 @@ def test_scenario_3_is_recorded_step_by_step(monkeypatch):
     seen = {}
     step = Recorder.step
 
-    def watched(self, *args):
-        step(self, *args)
+    def watched(self, *args, **options):
+        step(self, *args, **options)
         seen.setdefault(self.name, []).append(tables_of(self.manager))
 
     monkeypatch.setattr(Recorder, "step", watched)

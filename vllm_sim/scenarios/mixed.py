@@ -25,10 +25,10 @@ from kv_cache_manager import MemoryUsage
 from paged_attention import PagedKVCache
 from sequence import SequenceGroup
 from vllm_sim import paper
+from vllm_sim.playback.recorder import Recorder, Recording
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import Table, counted
-from vllm_sim.scenarios.recorder import Recorder, Recording
 from vllm_sim.scenarios.report import Check, ScenarioReport, Series
 from vllm_sim.scenarios.setting import CPU_SHARE, Setting
 from vllm_sim.scenarios.stamped_cache import StampedCache

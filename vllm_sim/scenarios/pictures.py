@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_sim import paper
+from vllm_sim.playback.recorder import Moment, Recording
 from vllm_sim.reporting import drawing
-from vllm_sim.scenarios.recorder import Moment, Recording
 from vllm_sim.scenarios.report import Saving, ScenarioReport
 
 if TYPE_CHECKING:

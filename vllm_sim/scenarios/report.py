@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kv_cache_manager import MemoryUsage
+from vllm_sim.playback.recorder import Moment, Recording
 from vllm_sim.reporting.tables import Cell, Table, render, wrapped
-from vllm_sim.scenarios.recorder import Moment, Recording
 
 Spans = list[tuple[int, str]]  # runs of slots from slot 0 on: how many, and a part of MemoryUsage
 

@@ -18,17 +18,19 @@ import torch
 
 from paged_attention import DeviceMemoryError, choose_kernel
 from vllm_sim import models
+from vllm_sim.playback import timeline
 from vllm_sim.reporting.command_line import UsageError, raise_on_interrupt
 from vllm_sim.reporting.documents import document
 from vllm_sim.reporting.files import check_writable, write_json
 from vllm_sim.reporting.progress import Progress
 from vllm_sim.reporting.tables import render, wrapped
-from vllm_sim.scenarios import baseline, mixed, paged, pictures, sampling, timeline
+from vllm_sim.scenarios import baseline, mixed, paged, pictures, sampling
 from vllm_sim.scenarios.report import Check, ScenarioReport, checks_table, render_scenario
 from vllm_sim.scenarios.setting import Setting, check_setting
 from vllm_sim.workload.traces import read_trace
 
 SCENARIOS = {1: baseline, 2: paged, 3: sampling, 4: mixed}
+RECORDED = (3, 4)  # for --timeline
 MAX_TRACE_ROWS = 20_000  # of --trace: far more than any pool of scenario 4 is given
 MEMORY_FLAGS = "--layers, --num-blocks or --block-size"
 
@@ -113,7 +115,9 @@ def check_outputs(args: argparse.Namespace, setting: Setting, chosen: list[int])
     if args.figures is not None:
         pictures.check(args.figures, chosen)
     if args.timeline is not None:
-        timeline.check(args.timeline, chosen, setting.num_blocks)
+        if not {*chosen} & {*RECORDED}:
+            raise UsageError("--timeline shows scenarios 3 and 4, and neither was asked for")
+        timeline.check(args.timeline, setting.num_blocks if 4 in chosen else 1)  # 3 has its own
 
 
 def tune_cpu() -> None:

@@ -18,9 +18,9 @@ from kv_cache_manager import MemoryUsage, PagedKVCacheManager
 from paged_attention import slot_mapping
 from sequence import SequenceGroup
 from vllm_sim import paper
+from vllm_sim.playback.recorder import Recorder, Recording
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import Table, counted
-from vllm_sim.scenarios.recorder import Recorder, Recording
 from vllm_sim.scenarios.report import Check, Saving, ScenarioReport
 from vllm_sim.scenarios.setting import Setting, num_queued, sample_requests
 from vllm_sim.scenarios.stamped_cache import Stamps
@@ -101,7 +101,7 @@ class SharedPrompt:
         """One more sample of the same prompt."""
         self.manager.fork(0, sample)
         self.tokens[sample] = self.tokens[0].copy()
-        self.recorder.step(f"sample {sample + 1} shares the prompt", (), (0, sample))
+        self.recorder.step(f"sample {sample + 1} shares the prompt", forked=[(0, sample)])
 
     def generate(self, sample: int) -> int:
         """A token of its own for one sample; returns the number of blocks copied for it."""

@@ -1,9 +1,10 @@
 """One page that plays recorded runs back, block by block, in any browser and without a network.
 
 Reproduces nothing by itself: it shows sections 4.3 to 4.5 happen (blocks on demand, copy-on-write,
-preemption) in the runs of scenarios 3 and 4, as recorder.py saw them.
+beams that move, preemption) in recorded runs, as recorder.py saw them.
 
     python main.py --scenario 4 --timeline run.html
+    python generate.py --beams 4 --timeline run.html
 
 The page is the files of timeline_page/ in one, with the recordings as JSON in it: their frames are
 recorder.Frame. It asks for nothing from outside, and says so to the browser (its content security
@@ -16,21 +17,18 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from vllm_sim.playback.recorder import Recording
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.files import check_writable, write_whole
-from vllm_sim.scenarios.recorder import Recording
 
 FORMAT = 2  # of the data in the page
-SCENARIOS = (3, 4)  # that are recorded
 MAX_BLOCKS = 4096  # of a pool: a page of more is slow to watch, and its data grows with the pool
 PARTS = Path(__file__).resolve().parent / "timeline_page"
 
 
-def check(path: Path, scenarios: Iterable[int], num_blocks: int) -> None:
-    """UsageError unless these scenarios have a timeline that can be written there."""
-    if not {*scenarios} & {*SCENARIOS}:
-        raise UsageError("--timeline shows scenarios 3 and 4, and neither was asked for")
-    if 4 in scenarios and num_blocks > MAX_BLOCKS:
+def check(path: Path, num_blocks: int) -> None:
+    """UsageError unless a timeline of a pool of so many blocks can be written there."""
+    if num_blocks > MAX_BLOCKS:
         raise UsageError(
             f"--timeline: {num_blocks:,} blocks are too many to watch, at most {MAX_BLOCKS:,}; "
             "lower --num-blocks"

@@ -1,10 +1,10 @@
 """What happened to every block in a run of the paged manager, step by step, to be played back.
 
-Reproduces nothing by itself: a Recorder watches the run of a scenario (sections 4.3 to 4.5: blocks
-on demand, copy-on-write, beam search, preemption by swapping and by recomputation) and keeps what
-changed in the block tables. It decides nothing and repeats no rule: GPU tables are read from the
-manager after each step, CPU blocks from the map that swapping returned, queues from the
-sequences' own status. timeline.py makes a page of it, pictures.py the block map.
+Reproduces nothing by itself: a Recorder watches a run (sections 4.3 to 4.5: blocks on demand,
+copy-on-write, beam search, preemption by swapping and by recomputation) and keeps what changed in
+the block tables. It decides nothing and repeats no rule: GPU tables are read from the manager after
+each step, CPU blocks from the map that swapping returned, queues from the sequences' own status.
+timeline.py makes a page of it, pictures.py of the scenarios the block map.
 
     recorder = Recorder("paged, swap", "64 requests", manager, groups, prefix_ids=(0,))
     simulate(groups, manager, limits, observers=[recorder])
@@ -14,7 +14,7 @@ sequences' own status. timeline.py makes a page of it, pictures.py the block map
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, is_dataclass
 
@@ -165,10 +165,13 @@ class Recorder(Observer):
         manager: PagedKVCacheManager,
         groups: Iterable[SequenceGroup] = (),
         prefix_ids: Seq[int] = (),
+        kind: str = "parallel",
     ) -> None:
+        """`kind`, of a run without groups: single, parallel or beam."""
         self.name, self.about, self.manager = name, about, manager
         self.groups = sorted(groups, key=lambda group: group.order)
         self.prefix_ids = tuple(prefix_ids)
+        self.kind = kind
         self.frames: list[Frame] = []
         self.last: Moment | None = None
         self.fullest: Moment | None = None
@@ -180,7 +183,7 @@ class Recorder(Observer):
     def recording(self) -> Recording:
         """All that was seen so far."""
         m = self.manager
-        groups = [] if self.groups else [Group(0, "A", "parallel", self._samples)]
+        groups = [] if self.groups else [Group(0, "A", self.kind, self._samples)]
         for g in self.groups:
             seqs, lengths = [s.seq_id for s in g.seqs], (g.seqs[0].prompt_len, g.seqs[0].output_len)
             groups.append(Group(g.group_id, str(g.group_id), _kind(g), seqs, *lengths))
@@ -217,11 +220,20 @@ class Recorder(Observer):
             self._keep(f"after iteration {index}", index, after, statuses, events, completed=True)
 
     def step(
-        self, text: str, copies: BlockPairs = (), forked: tuple[int, int] | None = None
+        self,
+        text: str,
+        copies: BlockPairs = (),
+        forked: Iterable[tuple[int, int]] = (),
+        moved: Mapping[int, int] | None = None,
     ) -> None:
-        """A step of a run without scheduler: samples of one prompt."""
+        """A step of a run without scheduler: samples or beams of one prompt.
+
+        `forked` are (parent, child) pairs; `moved` says which beam, child: parent, goes on from
+        which other.
+        """
         after = self._tables()
-        events = [Event("fork", parent=forked[0], sequence=forked[1])] if forked else []
+        events = [Event("fork", parent=parent, sequence=child) for parent, child in forked]
+        events += [Event("move", sequence=c, parent=p) for c, p in (moved or {}).items()]
         self._samples += [seq_id for seq_id in after if seq_id not in self._samples]
         self._keep(text, None, after, {}, events, copies)
 
