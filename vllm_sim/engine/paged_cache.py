@@ -53,14 +53,15 @@ class PagedCache(BlockCache):
         """`width` consecutive rows have one prompt: num_beams or num_return_sequences.
 
         `poison` fills unused slots with NaN; `on_step` is called in each forward, once its blocks
-        are there. Raises UnsupportedModelError, KernelError, ValueError. A forward raises
-        OutOfBlocksError, before anything changes, if there are too few blocks for it.
+        are there, and after beams have moved: `copies`, `forked` and `moved` say what happened, and
+        `usage()` where the memory is. Raises UnsupportedModelError, KernelError, ValueError. A
+        forward raises OutOfBlocksError, before anything changes, if it has too few blocks.
         """
         self.manager = PagedKVCacheManager(num_blocks, block_size, watermark=0.0)
         self.width = check_count("width", width)
         super().__init__(model, kernel)
         self.num_copies = 0
-        self.copies: BlockPairs = NO_COPIES  # of the last forward
+        self._begin()
         self._poison, self._on_step = poison, on_step
         self.reset()
 
@@ -97,7 +98,11 @@ class PagedCache(BlockCache):
             return
         ids = self.seq_ids
         moved = {ids[row]: ids[p] for row, p in enumerate(parents) if row != p}
-        self._forget(self.manager.reorder(moved))
+        if moved:
+            self._begin()
+            self.moved = moved
+            self._forget(self.manager.reorder(moved))
+            self._tell()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every row; a negative number, or 0. ValueError otherwise."""
@@ -150,6 +155,7 @@ class PagedCache(BlockCache):
             self._next_id = batch
         if batch != len(self.seq_ids):
             raise ValueError(f"{batch} rows, and {len(self.seq_ids)} are in the cache")
+        self._begin()
         running = {*self.manager.running_ids}
         leads = self.seq_ids[:: 1 if self._forked else self.width]
         if num_tokens == 1 and running.issuperset(leads):
@@ -157,9 +163,18 @@ class PagedCache(BlockCache):
         else:
             step = self._prompt_step(key, mask)
         self._seen += num_tokens
+        self._tell()
+        return step
+
+    def _begin(self) -> None:
+        """Nothing has happened yet."""
+        self.copies: BlockPairs = NO_COPIES
+        self.forked: list[tuple[int, int]] = []  # (parent, child)
+        self.moved: dict[int, int] = {}  # the beam that goes on from another: child -> parent
+
+    def _tell(self) -> None:
         if self._on_step is not None:
             self._on_step(self)
-        return step
 
     def _decode_step(self, key: torch.Tensor) -> Step:
         """One token for each row."""
@@ -236,6 +251,7 @@ class PagedCache(BlockCache):
             lead = self.seq_ids[row // self.width * self.width]
             if row % self.width and lead in running:
                 self.manager.fork(lead, seq_id)
+                self.forked.append((lead, seq_id))
 
     def _child(self, seq_id: int) -> int:
         """A new row that has what this one has."""

