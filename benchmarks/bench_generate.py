@@ -122,7 +122,7 @@ def measure_bytes(models: Models, new: int) -> list[Row]:
 def forced(models: Models, cache: Cache | None, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (rows, new, V) of given tokens (rows, PROMPT + new), one by one behind the prompt."""
     models.model.set_attn_implementation(NAME if isinstance(cache, PagedCache) else models.own)
-    with torch.no_grad():
+    with torch.no_grad():  # the whole of each text at once, without a cache
         if cache is None:
             return models.model(tokens[:, :-1]).logits[:, PROMPT - 1 :].float()
         found, at = [], 0
@@ -140,8 +140,9 @@ def measure_exactness(models: Models, new: int) -> tuple[list[Row], list[Row]]:
     texts = {n: models.generate(makers[n], rows, new)[0] for n in ("paged", "dynamic")}
     tokens = torch.cat([models.prompts(rows), texts["dynamic"]], dim=1)
     logits = {name: forced(models, makers[name](), tokens) for name in texts}
-    half, models.model = models.model, copy.deepcopy(models.model).float()
-    models.model.set_attn_implementation(models.own)
+    half = models.model
+    if half.dtype != torch.float32:
+        models.model = copy.deepcopy(half).float()
     exact = forced(models, None, tokens)
     reference = models.generate(makers["dynamic"], rows, new)[0]
     models.model = half

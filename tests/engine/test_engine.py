@@ -1,5 +1,7 @@
 """Continuous batching of a real model: every request's text is that of the request alone."""
 
+import copy
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from vllm_sim.engine.engine import Engine
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import Observer
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NEEDS_CUDA])]
 SAMPLES = Decoding(num_samples=3, temperature=1.0, seed=7)
 BEAMS = Decoding(beam_width=4)
 
@@ -90,18 +94,20 @@ PREFIX = list(range(5, 16))  # 11 tokens: its third block of 4 slots is part-fil
 PRESSED = {"num_blocks": 48, "limits": Limits(512, 64)}
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """100 requests, and what each gives when nothing else runs."""
+@pytest.fixture(scope="module", params=DEVICES)
+def alone(request):
+    """A model, 100 requests, and what each gives when nothing else runs; in float32."""
     model, requests = small("llama"), mixed(100)
-    return requests, [serve(model, [request], prefix=PREFIX)[0][0] for request in requests]
+    if request.param == "cuda":
+        model = copy.deepcopy(model).to("cuda")
+    return model, requests, [serve(model, [one], prefix=PREFIX)[0][0] for one in requests]
 
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute", "auto"])
 def test_under_pressure_100_mixed_requests_give_what_each_gives_alone(alone, preemption):
-    requests, expected = alone
+    model, requests, expected = alone
     options = {**PRESSED, "preemption": preemption, "num_cpu_blocks": 40}
-    found, seen = serve(small("llama"), requests, prefix=PREFIX, **options)
+    found, seen = serve(model, requests, prefix=PREFIX, **options)
     assert found == expected
     assert seen.copies > 50
     assert (seen.swaps > 5) == (preemption != "recompute")
