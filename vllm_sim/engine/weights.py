@@ -54,9 +54,11 @@ SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """Text to tokens and back; `encode` puts a prompt as the model wants to be asked."""
+    """Text to tokens and back; `encode` puts a prompt as the model wants to be asked, `plain` has
+    its text alone."""
 
     encode: Callable[[str], list[int]]
+    plain: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
 
 
@@ -76,19 +78,26 @@ class Source:
         """Raises UsageError for a folder without one."""
         if self.folder is None:
             return Tokenizer(
-                lambda text: list(text.encode()),
+                _to_bytes,
+                _to_bytes,
                 lambda tokens: bytes(token % BYTES for token in tokens).decode(errors="replace"),
             )
         found = _loaded("tokenizer", self.folder, AutoTokenizer.from_pretrained, self._file())
+
+        def plain(text: str) -> list[int]:
+            return found.encode(text, add_special_tokens=False)
 
         def encode(text: str) -> list[int]:
             if found.chat_template is None:
                 return found.encode(text)
             asked = [{"role": "user", "content": text}]
-            text = found.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-            return found.encode(text, add_special_tokens=False)
+            return plain(
+                found.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+            )
 
-        return Tokenizer(encode, lambda tokens: found.decode(tokens, skip_special_tokens=True))
+        return Tokenizer(
+            encode, plain, lambda tokens: found.decode(tokens, skip_special_tokens=True)
+        )
 
     def model(self, device: torch.device, seed: int = 0) -> PreTrainedModel:
         """In eval mode on the device. Raises UsageError for weights that cannot be read."""
@@ -167,6 +176,10 @@ def _loaded(what: str, folder: Path, load: Callable, options: dict):
     except Exception as error:  # of each format's reader
         told = _first_line(error)
         raise UsageError(f"{folder}: its {what} cannot be read: {told}") from None
+
+
+def _to_bytes(text: str) -> list[int]:
+    return list(text.encode())
 
 
 def _first_line(error: Exception) -> str:

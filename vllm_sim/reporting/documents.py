@@ -18,7 +18,7 @@ from vllm_sim.reporting.tables import Cell, counted
 
 Json = dict[str, object]
 SCHEMA = "pagedattention-sim/2"  # the number goes up when a key goes or changes its meaning
-PACKAGES = ("torch", "numpy", "triton", "flashinfer-python", "nvidia-cudnn-cu13")
+PACKAGES = ("torch", "numpy", "triton", "transformers", "flashinfer-python", "nvidia-cudnn-cu13")
 # Options that say where output goes and how it looks, not what is found.
 PRESENTATION = {"json", "figures", "timeline", "format", "quiet", "jobs"}
 
