@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CORE = {"sequence", "allocators", "kv_cache_manager"}
 TENSORS = {"attention", "paged_attention", "paged_attention_triton"}
-COMMANDS = {"main", "reproduce", "capacity", "sweep"}
+COMMANDS = {"main", "reproduce", "capacity", "sweep", "generate"}
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "vllm_sim").rglob("*.py")])
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -86,11 +86,11 @@ def lines_of(paths):
 # ---- layers ------------------------------------------------------------------------------------
 
 
-def test_the_root_has_at_most_25_entries():
+def test_the_root_has_at_most_27_entries():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("no git here")
-    assert len({line.split("/")[0] for line in listed.stdout.splitlines()}) <= 25
+    assert len({line.split("/")[0] for line in listed.stdout.splitlines()}) <= 27
 
 
 @pytest.mark.parametrize("name", sorted(CORE | TENSORS))

@@ -106,6 +106,7 @@ class PagedCache(BlockCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every row; a negative number, or 0. ValueError otherwise."""
+        tokens_to_remove = int(tokens_to_remove)  # some versions give a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop by a negative number of tokens, not {tokens_to_remove}")
         keep = {i: self.manager.num_tokens(i) + tokens_to_remove for i in self.manager.running_ids}

@@ -89,14 +89,14 @@ def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
     num_seqs = args.samples or args.beams or 1
     blocks = -(-(len(prompt) + args.max_new_tokens - 1) // args.block_size)
     num_blocks = args.num_blocks or num_seqs * blocks
-    check_sizes(args, source, len(prompt), num_blocks, blocks)
+    check_sizes(args, source, prompt, num_blocks, blocks)
     if args.timeline is not None:
         timeline.check(args.timeline, num_blocks)
     raise_on_interrupt()
     start = time.perf_counter()
     progress.at(0, 1, "weights")
     model = source.model(device, args.seed)
-    check_length(model.config, len(prompt), args.max_new_tokens)
+    check_prompt(model.config, prompt, args.max_new_tokens)
     own_attention = model.config._attn_implementation
 
     about = f"{len(prompt)} tokens of prompt, at most {args.max_new_tokens} new ones"
@@ -158,26 +158,29 @@ def choose_device(asked: str) -> torch.device:
 
 
 def check_sizes(
-    args: argparse.Namespace, source: Source, prompt_len: int, num_blocks: int, blocks: int
+    args: argparse.Namespace, source: Source, prompt: list[int], num_blocks: int, blocks: int
 ) -> None:
     """UsageError for a prompt or a pool that cannot do, as far as is known before the weights."""
     if blocks > num_blocks:
         raise UsageError(
-            f"the pool is too small: one sequence of {prompt_len} + {args.max_new_tokens} tokens "
+            f"the pool is too small: one sequence of {len(prompt)} + {args.max_new_tokens} tokens "
             f"takes {blocks} blocks; raise --num-blocks"
         )
     if source.config is not None:
-        check_length(source.config, prompt_len, args.max_new_tokens)
+        check_prompt(source.config, prompt, args.max_new_tokens)
 
 
-def check_length(config: PretrainedConfig, prompt_len: int, max_new_tokens: int) -> None:
-    """UsageError for more tokens than the model has positions."""
+def check_prompt(config: PretrainedConfig, prompt: list[int], max_new_tokens: int) -> None:
+    """UsageError for more tokens than the model has positions, or for none that it knows."""
     most = max_length(config)
-    if most is not None and prompt_len + max_new_tokens > most:
+    if most is not None and len(prompt) + max_new_tokens > most:
         raise UsageError(
-            f"{prompt_len} tokens of prompt and {max_new_tokens} new ones: "
+            f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones: "
             f"the model has {most} positions"
         )
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    if not prompt or max(prompt) >= vocabulary:
+        raise UsageError(f"the tokenizer is not the model's: it has tokens 0 to {vocabulary - 1}")
 
 
 def max_length(config: PretrainedConfig) -> int | None:
