@@ -8,9 +8,11 @@ instructions of instructions.txt, in batches, on the blocks of PagedCache, by be
 drawn from Alpaca's. Each search is then replayed alone, token by token, over the manager: the
 share saved is 1 - physical / logical blocks, summed over all steps of all requests.
 
-    measured   the searches of the model; the blocks of a replay are those of PagedCache, or it ends
-    drawn      searches of the same lengths drawn from the model behind reproduce.py, of one
-               parameter, theta = 0.25; and the theta that would give what was measured
+    as run     the searches of the model; the blocks of a replay are those of PagedCache, or it ends
+    measured   the same searches behind prompts of Alpaca's lengths: those asked are longer, with
+               the marks of a chat, so that more of them fill a block
+    drawn      searches of these lengths drawn from the model behind reproduce.py, of one
+               parameter, theta = 0.25; and the theta that comes nearest to what was measured
     moved      % of the steps in which a beam goes on from another; `alive`: % of the beams that
                have a child in a step
 
@@ -44,17 +46,18 @@ from vllm_sim.workload.length_tables import ALPACA
 ASKED = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # no word of a system prompt
 BATCH, LONGEST = 8, 256  # prompts at a time; tokens of an output
 THETA = 0.25
-THETAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
-SEEDS = range(5)  # of the drawn searches
+THETAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5)
+SEEDS = range(3)  # of the drawn searches
 History = list[list[int]]  # [step][beam] -> parent
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt's tokens, and how many are generated."""
+    """A prompt's tokens, how many are generated, and how long a prompt of Alpaca's is instead."""
 
     prompt: list[int]
     output_len: int
+    alpaca_len: int
 
 
 class Recorded:
@@ -131,10 +134,13 @@ def searches(
     return [found[index] for index in range(len(requests))]
 
 
-def beam_rows(model, requests: Sequence[Request], script: Script) -> list[Row]:
-    """Each width: measured, drawn, and the theta that fits."""
-    rows, widths = [], FIG15["beam"]
-    lengths = [len(request.prompt) for request in requests]
+def beam_rows(
+    model, requests: Sequence[Request], script: Script
+) -> tuple[list[Row], dict[str, list[str]]]:
+    """Each width: measured, drawn, and the theta that fits; and every search, as a text of the
+    parents of each step, a digit a beam."""
+    rows, kept, widths = [], {}, FIG15["beam"]
+    asked, lengths = zip(*((len(request.prompt), request.alpaca_len) for request in requests))
     steps = [request.output_len for request in requests]
     for number, (width, printed) in enumerate(widths.items()):
         histories = searches(model, requests, width, script, (number, len(widths)))
@@ -151,12 +157,16 @@ def beam_rows(model, requests: Sequence[Request], script: Script) -> list[Row]:
             for theta in THETAS
         }
         best = min(drawn, key=lambda theta: abs(drawn[theta] - measured))
+        kept[f"beam {width}"] = [
+            " ".join("".join(map(str, step)) for step in history) for history in histories
+        ]
         parents = [step for history in histories for step in history[1:]]
         itself = list(range(width))
         rows.append(
             {
                 "decoding": f"beam {width}",
                 "paper": printed,
+                "as_run": saved(zip(asked, histories), width),
                 "measured": measured,
                 "drawn": drawn[THETA],
                 "best_theta": best,
@@ -165,17 +175,18 @@ def beam_rows(model, requests: Sequence[Request], script: Script) -> list[Row]:
                 "percent_of_beams_alive": 100 * np.mean([len({*s}) / width for s in parents]),
             }
         )
-    return rows
+    return rows, kept
 
 
 def sample_rows(requests: Sequence[Request]) -> list[Row]:
     """Parallel sampling of the same requests: every sample goes on from itself."""
     rows = []
     for width, printed in FIG15["parallel"].items():
-        pairs = [(len(r.prompt), [list(range(width))] * r.output_len) for r in requests]
-        rows.append(
-            {"decoding": f"parallel {width}", "paper": printed, "measured": saved(pairs, width)}
-        )
+        histories = [[list(range(width))] * request.output_len for request in requests]
+        row = {"decoding": f"parallel {width}", "paper": printed}
+        row["as_run"] = saved(zip([len(r.prompt) for r in requests], histories), width)
+        row["measured"] = saved(zip([r.alpaca_len for r in requests], histories), width)
+        rows.append(row)
     return rows
 
 
@@ -206,8 +217,10 @@ def run(argv: list[str] | None) -> int:
     columns += [("drawn with it", "drawn_at_best"), ("% of steps moved", "percent_of_steps_moved")]
     columns += [("% of beams alive", "percent_of_beams_alive")]
     show(table("% of blocks saved, beam search", columns, beams, where, 1))
-    found = {"model": source.about, "mean_prompt": mean[0], "mean_output": mean[1]}
-    found |= {"prompts": len(texts), "theta": THETA, "beams": beams, "samples": samples}
+    found = {"model": source.about, "mean_prompt": mean[0], "mean_output": mean[2]}
+    found |= {"alpaca_mean_prompt": mean[1], "prompts": len(texts), "theta": THETA}
+    found |= {"beams": beams, "samples": samples, "output_lens": outputs.tolist()}
+    found |= {"alpaca_lens": inputs.tolist(), "histories": histories}
     return script.write(found, {"beams": 1, "samples": 1})
 
 

@@ -1,7 +1,7 @@
 """The rules of the house: who may import whom, how large a thing may be, and what documents say."""
 
 import ast
-import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -237,6 +237,8 @@ def test_the_readmes_map_names_functions_that_exist():
     names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", section.split("\n## ")[0])
     names = [name for name in names if not name.endswith(".py")]
     assert len(names) > 12
+    if not importlib.util.find_spec("transformers"):
+        names = [name for name in names if not name.startswith("vllm_sim.engine")]
     for dotted in names:
         name = max((name for name in MODULES if f"{dotted}.".startswith(f"{name}.")), key=len)
         found = importlib.import_module(name)
