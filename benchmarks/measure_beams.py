@@ -202,16 +202,15 @@ def run(argv: list[str] | None) -> int:
     tokenizer, model = source.tokenizer(), source.model(torch.device("cpu"))
     texts = Path(__file__).with_name("instructions.txt").read_text(encoding="ascii").splitlines()
     texts = texts[: script.args.prompts]
-    _, outputs = ALPACA.sample(len(texts), np.random.default_rng(0))
-    outputs = np.minimum(outputs, 6 if script.args.small else LONGEST).tolist()
-    asked = [ASKED.format(text) for text in texts]
-    requests = [Request(tokenizer.plain(a), length) for a, length in zip(asked, outputs)]
-    beams, samples = beam_rows(model, requests, script), sample_rows(requests)
-    mean = [np.mean([len(r.prompt) for r in requests]), np.mean(outputs)]
-    where = (
-        f"{source.about}; {len(texts)} prompts of {mean[0]:.1f} tokens, outputs of {mean[1]:.1f}"
-    )
-    columns = [("", "decoding"), ("paper", "paper"), ("measured", "measured")]
+    inputs, outputs = ALPACA.sample(len(texts), np.random.default_rng(0))
+    outputs = np.minimum(outputs, 6 if script.args.small else LONGEST)
+    asked = [tokenizer.plain(ASKED.format(text)) for text in texts]
+    requests = list(map(Request, asked, outputs.tolist(), inputs.tolist()))
+    (beams, histories), samples = beam_rows(model, requests, script), sample_rows(requests)
+    mean = [float(np.mean(part)) for part in (list(map(len, asked)), inputs, outputs)]
+    where = f"{source.about}; {len(texts)} prompts of {mean[0]:.1f} tokens (Alpaca's: "
+    where += f"{mean[1]:.1f}), outputs of {mean[2]:.1f}"
+    columns = [("", "decoding"), ("paper", "paper"), ("as run", "as_run"), ("measured", "measured")]
     show(table("% of blocks saved, parallel sampling", columns, samples, where, 1))
     columns += [("drawn", "drawn"), ("best theta", lambda row: f"{row['best_theta']:g}")]
     columns += [("drawn with it", "drawn_at_best"), ("% of steps moved", "percent_of_steps_moved")]
