@@ -3,8 +3,9 @@
     python benchmarks/bench_generate.py [--repeats 5] [--small] [--json FILE]
 
 Serves section 4.4 and vllm_sim/engine/: transformers' generate() with PagedCache, DynamicCache and
-StaticCache (not compiled). SmolLM2-135M-Instruct where its package is installed, else random
-weights of its shape; float32 on a CPU, float16 with Triton's kernels on a GPU.
+StaticCache (which transformers compiles on a GPU). SmolLM2-135M-Instruct where its package is
+installed, else random weights of its shape; float32 on a CPU, float16 with Triton's kernels on a
+GPU.
 
     time     ms a token of a greedy batch of 8, runs in turn, the medians; `x dynamic` is the ratio
     bytes    of K and V, each cache at its largest, for that batch and for a beam search of width 4

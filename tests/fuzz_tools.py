@@ -8,6 +8,7 @@ of them. OPTIONS has every option of every script, as its own parser has it.
 import contextlib
 import copy
 import gzip
+import importlib.util
 import io
 import json
 import math
@@ -30,6 +31,7 @@ import pytest
 from published_models import PUBLISHED
 
 import capacity
+import generate
 import main
 import reproduce
 import sweep
@@ -275,6 +277,8 @@ BAD_FOLDERS += ("x" * 300,)
 SCRIPTS = (main, capacity, reproduce, sweep, fit_latency, make_length_tables, bench_serving)
 SCRIPTS += (lengths_from_pickle, bench_manager, bench_beam_step, bench_attention)
 SCRIPTS += (bench_paging_cost, profile_attention)
+if importlib.util.find_spec("transformers"):
+    SCRIPTS += (generate,)
 
 
 class Parsed(BaseException):

@@ -14,6 +14,7 @@ faults, to show that the checks see them.
 import ast
 import contextlib
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -68,6 +69,7 @@ import capacity
 import main
 import reproduce
 import sweep
+from kv_cache_manager import MemoryUsage
 from vllm_sim.evaluation import pictures, runner
 from vllm_sim.models.config_file import ConfigError
 from vllm_sim.reporting import command_line, sweep_cells
@@ -105,6 +107,23 @@ def room():
         yield inputs, outputs
 
 
+def no_model(monkeypatch):
+    """generate.py without a model."""
+    from vllm_sim.engine import report, run, weights
+
+    usage = MemoryUsage(1, 0, 1)
+    moments = {"fullest": usage, "last": usage, "num_copies": 0, "num_forwards": 1}
+    texts = {"texts": ["b"], "num_prompt_tokens": 1, "num_new_tokens": [1], "same_texts": 1}
+    sizes = {"bytes_held": {"paged, blocks in use": 1}, "exact": True}
+    told = report.Generated("a", **moments, **texts, **sizes)
+    find = importlib.util.find_spec
+    there = lambda name: None if name == weights.PACKAGE else find(name)  # noqa: E731
+    monkeypatch.setattr(weights.importlib.util, "find_spec", there)
+    monkeypatch.setattr(weights.Source, "model", lambda *_: None)
+    monkeypatch.setattr(run, "measure", lambda *_: (told, None))
+    monkeypatch.setattr(run, "write_outputs", lambda *_: None)
+
+
 @pytest.fixture
 def no_work(monkeypatch, room):
     """The scripts without what they are for; what they read, check and write is all there."""
@@ -124,6 +143,8 @@ def no_work(monkeypatch, room):
     monkeypatch.setattr(bench_manager, "measure", lambda *_: row)
     monkeypatch.setattr(bench_beam_step.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(make_length_tables, "table_lines", lambda *_: [])
+    if importlib.util.find_spec("transformers"):
+        no_model(monkeypatch)
     for name in ("LENGTHS_DIR", sweep.TASK):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(room[1])
@@ -231,6 +252,9 @@ def test_no_script_is_left_out():
     there = [path for folder in folders for path in folder.glob("*.py")]
     scripts = {path for path in there if "__main__" in path.read_text(encoding="ascii")}
     ours = {ROOT / "tools" / name for name in ("record.py", "update_readme.py", "what_if.py")}
+    ours |= {ROOT / "benchmarks" / name for name in ("bench_generate.py", "measure_beams.py")}
+    if not importlib.util.find_spec("transformers"):
+        ours.add(ROOT / "generate.py")
     assert scripts - ours == {Path(script.__file__) for script in OPTIONS}
     assert {str(path.relative_to(ROOT)) for path in scripts - ours} == {*SCRIPTS, *WITH_TORCH}
 
@@ -391,6 +415,8 @@ def test_no_reader_is_left_out():
         "vllm_sim/reporting/command_line.py",
         "paged_attention.py",
         "benchmarks/bench_beam_step.py",  # no input
+        "benchmarks/measure_beams.py",  # our own file
+        "vllm_sim/engine/weights.py",  # what names a model that transformers has refused
     }
     # LENGTHS_DIR and the task are in fuzz_variables; any text will do for a commit.
     assert variables == {"LENGTHS_DIR", "TASK", "COMMIT"}
@@ -462,6 +488,7 @@ WITH_TORCH = (
     "benchmarks/bench_beam_step.py",
     "benchmarks/bench_paging_cost.py",
     "benchmarks/profile_attention.py",
+    *(["generate.py"] if importlib.util.find_spec("transformers") else []),
 )
 ALL_SCRIPTS = [*SCRIPTS, *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_TORCH)]
 

@@ -132,11 +132,13 @@ def test_what_cannot_be_done_is_refused_before_the_weights(refused, monkeypatch,
     reasons = {
         "--device cuda": "torch finds no CUDA device",
         "--kernel triton": "triton",
+        "--block-size 1000000000": "GiB needed",
+        "--beams 1025": "at most 1,024 sequences",
         "--num-blocks 3": "the pool is too small: one sequence of 48 + 6 tokens takes 4 blocks",
         "--max-new-tokens 9000": "48 tokens of prompt and 9000 new ones: the model has 8192",
         f"--json {tmp_path}": "directory",
         f"--timeline {tmp_path / 'none' / 'x.html'}": "",
-        "--beams 3000 --timeline x.html": "blocks are too many to watch",
+        "--max-new-tokens 60 --beams 1000 --timeline x.html": "blocks are too many to watch",
     }
     monkeypatch.setattr("paged_attention._problem", lambda *_: "triton has no GPU")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -168,7 +170,7 @@ def test_folders_that_hold_no_model_are_refused_before_the_weights(refused, fold
 
 
 def test_weights_that_cannot_be_read_are_refused(refused, folder, monkeypatch):
-    plain = weights.Source("").tokenizer()
+    plain = weights.Source("", None).tokenizer()
     monkeypatch.setattr(weights.Source, "tokenizer", lambda source: plain)
     asked = "--model", folder, "--prompt"
     assert "the tokenizer is not the model's: it has tokens 0 to 96" in refused(

@@ -16,6 +16,7 @@ EXAMPLE = """\
 example:
   python generate.py --prompt "Name three fruits." --beams 4 --timeline beams.html
   asks SmolLM2 (requirements-models.txt) and plays back how its four beams share blocks"""
+MAX_SEQS = 1024  # of one prompt
 PROMPT = "Name three fruits and say what each tastes like."
 
 
@@ -55,5 +56,11 @@ def check_options(args: argparse.Namespace) -> None:
     """UsageError for options that contradict each other, before a model is looked for."""
     if args.samples is not None and args.beams is not None:
         raise UsageError("--samples and --beams: choose one of the two")
+    if max(args.samples or 1, args.beams or 1) > MAX_SEQS:
+        raise UsageError(f"--samples and --beams: at most {MAX_SEQS:,} sequences")
     if not args.prompt.strip():
         raise UsageError("--prompt is empty")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("--prompt is no text") from None

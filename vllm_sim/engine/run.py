@@ -11,18 +11,23 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, StaticCache
 
 from kv_cache_manager import POLICIES, BaselineCacheManager, MemoryUsage, OutOfBlocksError
-from paged_attention import DeviceMemoryError, KernelError, choose_kernel
+from paged_attention import (
+    DeviceMemoryError,
+    KernelError,
+    check_device_memory,
+    choose_kernel,
+)
 from vllm_sim.engine.block_cache import CACHE
 from vllm_sim.engine.paged_cache import PagedCache
 from vllm_sim.engine.report import Generated, lines, tables
 from vllm_sim.engine.support import UnsupportedModelError, heads, needs
-from vllm_sim.engine.weights import Source, find_source
+from vllm_sim.engine.weights import Tokenizer, dtype_on, find_source
 from vllm_sim.playback import timeline
 from vllm_sim.playback.recorder import Recorder
 from vllm_sim.reporting.command_line import UsageError, raise_on_interrupt
@@ -69,52 +74,73 @@ def run(args: argparse.Namespace) -> int:
     except OutOfBlocksError as error:
         raise UsageError(f"the pool is too small: {error}; raise --num-blocks") from None
     except DeviceMemoryError as error:
-        raise UsageError(f"{error}; lower --num-blocks") from None
+        raise UsageError(f"{error}; lower --num-blocks or --block-size") from None
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UsageError(f"out of memory: {str(error).splitlines()[0]}") from None
 
 
 def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
-    """All of it, in order."""
+    """What can be refused, then the work, then what was found."""
     if args.json is not None:
         check_writable(args.json)
     device = choose_device(args.device)
     source = find_source(args.model)
-    if source.config is not None:  # before the weights, where it can be known
-        options = dict(zip(("window", "soft_cap"), needs(source.config)))
-        choose_kernel(args.kernel, device, *heads(source.config), **options)
+    options = dict(zip(("window", "soft_cap"), needs(source.config)))
+    choose_kernel(args.kernel, device, *heads(source.config), **options)
     progress.at(0, 1, "tokenizer")
     tokenizer = source.tokenizer()
     prompt = tokenizer.encode(args.prompt)
+    check_prompt(source.config, prompt, args.max_new_tokens)
     num_seqs = args.samples or args.beams or 1
     blocks = -(-(len(prompt) + args.max_new_tokens - 1) // args.block_size)
     num_blocks = args.num_blocks or num_seqs * blocks
-    check_sizes(args, source, prompt, num_blocks, blocks)
+    if blocks > num_blocks:
+        raise UsageError(
+            f"the pool is too small: one sequence of {len(prompt)} + {args.max_new_tokens} tokens "
+            f"takes {blocks} blocks; raise --num-blocks"
+        )
+    check_device_memory(pool_bytes(source.config, num_blocks * args.block_size, device), device)
     if args.timeline is not None:
         timeline.check(args.timeline, num_blocks)
     raise_on_interrupt()
     start = time.perf_counter()
     progress.at(0, 1, "weights")
     model = source.model(device, args.seed)
-    check_prompt(model.config, prompt, args.max_new_tokens)
-    own_attention = model.config._attn_implementation
-
     about = f"{len(prompt)} tokens of prompt, at most {args.max_new_tokens} new ones"
-    kind = "parallel" if args.samples else "beam" if args.beams else "single"
+    generated, recorder = measure(args, model, prompt, tokenizer, num_blocks, about, progress)
+    progress.clear()
+    told = replace(generated, setting=f"{source.about}; {generated.setting}; {about}")
+    for line in lines(told, args.format):
+        print(line)
+    write_outputs(args, told, recorder, time.perf_counter() - start)
+    return 0 if told.ok else 1
+
+
+def measure(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    prompt: list[int],
+    tokenizer: Tokenizer,
+    num_blocks: int,
+    about: str,
+    progress: Progress,
+) -> tuple[Generated, Recorder | None]:
+    """The text on blocks, the same on the library's caches, and what each of them takes."""
+    own_attention = model.config._attn_implementation
+    num_seqs = args.samples or args.beams or 1
     watch = Watch(None, progress, args.max_new_tokens)
-    sizes = num_blocks, args.block_size
-    poisoned = {"kernel": args.kernel, "poison": True, "on_step": watch}
-    cache = PagedCache(model, *sizes, width=num_seqs, **poisoned)
+    options = {"width": num_seqs, "kernel": args.kernel, "poison": True, "on_step": watch}
+    cache = PagedCache(model, num_blocks, args.block_size, **options)
     if args.timeline is not None:
+        kind = "parallel" if args.samples else "beam" if args.beams else "single"
         watch.recorder = Recorder("generate.py", about, cache.manager, kind=kind)
     found = generate(model, prompt, args, cache)
     model.set_attn_implementation(own_attention)
-    dynamic = DynamicCache()
+    dynamic = DynamicCache(config=model.config.get_text_config(decoder=True))
     progress.at(0, 1, "the library's own cache")
     same = generate(model, prompt, args, dynamic)
     static = StaticCache(model.config, max_cache_len=len(prompt) + args.max_new_tokens)
     generate(model, prompt, args, static, max_new_tokens=1)  # it takes all of its memory at once
-    progress.clear()
 
     new_tokens = [len(tokens) for tokens in found]
     longest = max_length(model.config) or len(prompt) + args.max_new_tokens
@@ -123,8 +149,8 @@ def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
     kernel = f"{cache.kernel} kernel" + f" ({cache.why_not_triton})" * bool(cache.why_not_triton)
     dtype = str(cache.pool.dtype).removeprefix("torch.")
     generated = Generated(
-        setting=f"{source.about}; {cache.num_layers} layers, {dtype} on {device.type}, {kernel}; "
-        f"{num_blocks} blocks of {args.block_size} slots{pool}; {about}",
+        setting=f"{cache.num_layers} layers, {dtype} on {model.device.type}, {kernel}; "
+        f"{num_blocks} blocks of {args.block_size} slots{pool}",
         texts=[tokenizer.decode(tokens) for tokens in found],
         num_prompt_tokens=len(prompt),
         num_new_tokens=new_tokens,
@@ -144,9 +170,14 @@ def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
         same_texts=sum(map(list.__eq__, found, same)),
         exact=cache.pool.dtype == torch.float32,
     )
-    show(args, generated)
-    write_outputs(args, generated, watch.recorder, time.perf_counter() - start)
-    return 0 if generated.ok else 1
+    return generated, watch.recorder
+
+
+def pool_bytes(config: PretrainedConfig, num_slots: int, device: torch.device) -> int:
+    """Bytes of K and V of so many slots in all layers, in the dtype that weights get there."""
+    _, num_kv_heads, head_size = heads(config)
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    return num_slots * layers * 2 * num_kv_heads * head_size * dtype_on(device).itemsize
 
 
 def choose_device(asked: str) -> torch.device:
@@ -155,19 +186,6 @@ def choose_device(asked: str) -> torch.device:
     if asked == "cuda" and not cuda:
         raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return torch.device("cuda" if cuda and asked != "cpu" else "cpu")
-
-
-def check_sizes(
-    args: argparse.Namespace, source: Source, prompt: list[int], num_blocks: int, blocks: int
-) -> None:
-    """UsageError for a prompt or a pool that cannot do, as far as is known before the weights."""
-    if blocks > num_blocks:
-        raise UsageError(
-            f"the pool is too small: one sequence of {len(prompt)} + {args.max_new_tokens} tokens "
-            f"takes {blocks} blocks; raise --num-blocks"
-        )
-    if source.config is not None:
-        check_prompt(source.config, prompt, args.max_new_tokens)
 
 
 def check_prompt(config: PretrainedConfig, prompt: list[int], max_new_tokens: int) -> None:
@@ -230,11 +248,6 @@ def contiguous_bytes(
 def held_bytes(cache: DynamicCache | StaticCache) -> int:
     """Bytes of all tensors of K and V that a cache of the library holds."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-def show(args: argparse.Namespace, generated: Generated) -> None:
-    for line in lines(generated, args.format):
-        print(line)
 
 
 def write_outputs(

