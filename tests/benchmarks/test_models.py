@@ -1,0 +1,56 @@
+"""The benchmarks of real models: what they count is right, and they run, on a small model."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import measure_beams
+from measure_beams import replay, saved
+
+
+def test_a_replay_counts_blocks_as_by_hand():
+    # 15 tokens, three beams: one block; the 16th fills it in place of two copies; then beam 2
+    # goes on from beam 0, whose two blocks it shares, and copies the second when it writes.
+    rows, end = replay(15, [[0, 1, 2], [0, 1, 2], [0, 1, 0], [0, 1, 2]], width=3)
+    assert rows.tolist() == [[3, 1], [3, 3], [6, 6], [6, 5]]
+    assert end == (6, 5)
+    assert saved([(15, [[0, 1, 2], [0, 1, 2], [0, 1, 0], [0, 1, 2]])], 3) == pytest.approx(100 / 6)
+
+
+def test_samples_share_the_full_blocks_of_their_prompt():
+    history = [[0, 1, 2, 3]] * 8
+    rows, _ = replay(40, history, width=4)
+    assert rows[0].tolist() == [12, 3]
+    assert (rows[1:] == [12, 6]).all()  # of three blocks two are shared; the third is each one's
+
+
+def test_what_is_recorded_is_replayed(run_script, tmp_path):
+    out = tmp_path / "out.json"
+    options = "--small", "--prompts", 2, "--quiet", "--json", out
+    done = run_script("benchmarks/measure_beams.py", *options)
+    assert done.returncode == 0, done.stderr  # it compares PagedCache's blocks with the replay's
+    found = json.loads(out.read_text())
+    rows = {row["decoding"]: row for row in found["tables"][0]["rows"]}
+    assert [*rows] == ["beam 2", "beam 4", "beam 6"]
+    setting = found["setting"]
+    for name, texts in setting["histories"].items():
+        width = int(name.split()[1])
+        histories = [[[int(c) for c in step] for step in text.split()] for text in texts]
+        assert [len(history) for history in histories] == setting["output_lens"]
+        again = measure_beams.saved(zip(setting["alpaca_lens"], histories), width)
+        assert rows[name]["measured"] == pytest.approx(again)
+
+
+def test_a_small_model_is_measured_beside_the_librarys_caches(run_script, tmp_path):
+    out = tmp_path / "out.json"
+    options = "--small", "--repeats", 1, "--quiet", "--json", out
+    done = run_script("benchmarks/bench_generate.py", *options)
+    assert done.returncode == 0, done.stderr
+    tables = {table["id"]: table["rows"] for table in json.loads(out.read_text())["tables"]}
+    assert [row["cache"] for row in tables["times"]] == ["paged", "dynamic", "static"]
+    beams = tables["bytes"][1]
+    assert 0 < beams["paged"] < beams["dynamic"] < beams["static"]
+    assert all(row["largest"] < 1e-3 for row in tables["logits"])
+    assert {row["percent_equal"] for row in tables["tokens"]} == {100.0}
