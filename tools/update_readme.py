@@ -43,6 +43,11 @@ PAGES = {  # page: its title, one sentence, the results
         "Python on one core; what is timed: [Speed](../speed.md).",
         ("bench_manager", "bench_serving"),
     ),
+    "models": (
+        "A real model on the blocks",
+        "What each number means: [a real model](../models.md).",
+        ("fig15_measured", "bench_generate_cpu", "bench_generate_h200"),
+    ),
     "sweep": (
         "A sweep: three block sizes, three seeds",
         "How to run one: [Sweeps](../sweeps.md).",

@@ -97,10 +97,10 @@ class View:
         return [sorted(group) for group, _ in groups]
 
     def alone(self, ids):
-        """One of each kind: sequences of the same table can stand in for each other."""
+        """By kind: sequences of the same blocks and length can stand in for each other."""
         kinds = {}
         for i in ids:
-            kinds.setdefault(tuple(self.blocks[i]), []).append(i)
+            kinds.setdefault((*self.blocks[i], self.length[i]), []).append(i)
         return list(kinds.values())
 
 
@@ -125,6 +125,7 @@ class Moves:
         unused = [i for i in range(self.world.num_seqs) if i not in view.length]
         yield from self.admission(m, view, unused, seen)
         yield from self.growth(m, view, running, seen)
+        yield from self.truncation(view, running, seen)
         yield from self.beams(view, running, unused, seen)
         yield from self.swapping(m, view, running, swapped, seen)
         for kind in view.alone(ids):
@@ -183,6 +184,18 @@ class Moves:
             call = lambda t, n=count: t.append_all(n)  # noqa: E731
             yield f"append_all {count}", error, call, after(view, need, grown, seen=seen)
 
+    def truncation(self, view, running, seen):
+        for kind in view.alone(running):
+            i = kind[0]
+            length, end = view.length[i], (view.length[i] - 1) // SIZE * SIZE
+            for keep in sorted({1, length - 1, end, length} - {0}):
+                into = view.blocks[i][blocks_of(keep) - 1]
+                seen["truncate inside a shared block"] += keep % SIZE and view.holders[into] > 1
+                call = lambda t, i=i, n=keep: t.truncate(i, n)  # noqa: E731
+                yield "truncate", None, call, after(view, shorter={i: keep})
+            call = lambda t, i=i, n=length + 1: t.truncate(i, n)  # noqa: E731
+            yield "truncate", ValueError, call, None
+
     def beams(self, view, running, unused, seen):
         kinds = view.alone(running)
         for kind in kinds:
@@ -214,8 +227,10 @@ class Moves:
             for group in groups + whole + parts:
                 moving = view.movable(group)
                 error = full if len(moving) > room else None
-                if group in parts:
+                # Also of a sequence that was truncated into a block of a prefix.
+                if any(view.holders[block] != count for block, count in moving.items()):
                     error = SharedBlockError
+                assert error is SharedBlockError or group not in parts
                 if out:
                     assert m.can_swap_out(group) == (len(moving) <= room)
                     call = lambda t, g=group: t.swap_out(g)  # noqa: E731
@@ -224,7 +239,9 @@ class Moves:
                     assert m.can_swap_in(group) == fits
                     call = lambda t, g=group: t.swap_in(g)  # noqa: E731
                 name = "swap_out" if out else "swap_in"
-                seen[f"{name} of shared blocks"] += max(moving.values()) > 1 and error is None
+                seen[f"{name} of shared blocks"] += (
+                    max(moving.values(), default=0) > 1 and error is None
+                )
                 yield name, error, call, swapped_all(view, len(moving), out)
             if out:
                 for group in groups:
@@ -259,8 +276,9 @@ def labels_after(view, trial, pairs):
     return into
 
 
-def same_contents(view, trial, parents, into):
-    """Every sequence finds, block by block, what the one that it continues held before."""
+def same_contents(view, trial, parents, into, shorter=None):
+    """Every sequence finds, block by block, what the one that it continues held before: all of it
+    but of those in `shorter`, which have so many tokens left."""
     num_blocks = trial.num_blocks
     for i, parent in parents.items():
         table = trial._tables.get(i) or trial._prefixes.get(i)
@@ -270,12 +288,16 @@ def same_contents(view, trial, parents, into):
             keep = table.num_prefix_blocks
             blocks = table.blocks[:keep] + [num_blocks + b for b in table.blocks[keep:]]
         held = view.blocks[parent]
+        if shorter and i in shorter:
+            held = held[: blocks_of(shorter[i])]
+            assert len(blocks) == len(held) and table.num_tokens == shorter[i]
         found = [into.get(block, block) for block in blocks[: len(held)]]
         assert found == held, f"{i} finds {found}, where {parent} held {held}"
-        assert table.num_tokens >= view.length[parent], f"{i} is shorter than before"
+        least = (shorter or {}).get(i, view.length[parent])
+        assert table.num_tokens >= least, f"{i} is shorter than before"
 
 
-def after(view, need=None, grown=None, parents=None, new=None, lost=(), seen=None):
+def after(view, need=None, grown=None, parents=None, new=None, lost=(), seen=None, shorter=None):
     """The check of a call that takes `need` blocks (None: gives some back, and returns them)."""
     grown, new = grown or {}, new or {}
     continues = {i: i for i in view.blocks if i not in lost}
@@ -287,7 +309,7 @@ def after(view, need=None, grown=None, parents=None, new=None, lost=(), seen=Non
         for i, prefix_id in new.items():
             if prefix_id is not None:
                 continues[i] = prefix_id
-        same_contents(view, trial, continues, into)
+        same_contents(view, trial, continues, into, shorter)
         if need is not None:
             assert trial.num_free_blocks == view.free - need, "not what it needs"
         elif result is not None:
@@ -334,6 +356,7 @@ def illegal(m, view, running, swapped):
     """Calls that no state allows, and those that this one does not: in the names' least cases."""
     for i in [STRANGER, *swapped[:1], *list(m._prefixes)]:
         yield "append", UnknownSequenceError, lambda t, i=i: t.append(i), None
+        yield "truncate", UnknownSequenceError, lambda t, i=i: t.truncate(i, 1), None
         yield "fork", UnknownSequenceError, lambda t, i=i: t.fork(i, STRANGER + 1), None
         yield "swap_out", UnknownSequenceError, lambda t, i=i: t.swap_out([*running, i]), None
         if running:

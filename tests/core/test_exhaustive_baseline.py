@@ -226,6 +226,11 @@ class Moves:
                 after = lengths | {i: (length + count, final)}
                 call = lambda t, i=i, n=count: t.append(i, n)  # noqa: E731
                 yield f"append {count}", error, call, self.same_places(m, after)
+            for keep in range(1, length + 2):
+                error = ValueError if keep > length else None
+                after = lengths | {i: (keep, final)}
+                call = lambda t, i=i, n=keep: t.truncate(i, n)  # noqa: E731
+                yield "truncate", error, call, self.same_places(m, after)
             rest = {j: of for j, of in lengths.items() if j != i}
             yield "free", None, lambda t, i=i: t.free(i), self.given_back(m, i, rest)
         for count in (1, 2):
@@ -325,6 +330,7 @@ class Moves:
         for name in ("append", "free", "num_tokens"):
             call = lambda t, name=name: getattr(t, name)(STRANGER)  # noqa: E731
             yield name, UnknownSequenceError, call, None
+        yield "truncate", UnknownSequenceError, lambda t: t.truncate(STRANGER, 1), None
         yield "append_all", ValueError, lambda t: t.append_all(0), None
         for i in list(lengths)[:1]:
             yield "allocate", DuplicateSequenceError, lambda t, i=i: t.allocate(i, 1, 1), None
@@ -336,13 +342,15 @@ class Moves:
                 yield "admit", DuplicateSequenceError, lambda t, g=group: t.admit(g), None
 
 
-DONE = "allocate, try_admit, append 1, append 2, append_all 1, append_all 2, reorder, free"
+DONE = (
+    "allocate, try_admit, append 1, append 2, append_all 1, append_all 2, truncate, reorder, free"
+)
 REFUSED = {
     "OutOfBlocksError": "allocate, admit",
     "ReservationError": "allocate, append 1, append 2, append_all 1, append_all 2, reorder",
     "DuplicateSequenceError": "allocate, admit",
-    "UnknownSequenceError": "append, free, num_tokens, reorder",
-    "ValueError": "append, append_all",
+    "UnknownSequenceError": "append, free, num_tokens, reorder, truncate",
+    "ValueError": "append, append_all, truncate",
 }
 
 
@@ -353,9 +361,9 @@ def search_world(world, canonical=canonical_baseline):
 @pytest.mark.parametrize(
     ("world", "states", "transitions"),
     [
-        (World("max", 13, 1, 4, 4), 2_238, 83_784),
-        (World("pow2", 6, 2, 6, 3), 4_093, 126_700),
-        (World("oracle", 13, 1, 4, 4), 27_230, 1_030_948),
+        (World("max", 13, 1, 4, 4), 2_238, 103_872),
+        (World("pow2", 6, 2, 6, 3), 7_833, 306_265),
+        (World("oracle", 13, 1, 4, 4), 27_230, 1_310_324),
         pytest.param(World("max", 17, 1, 4, 4), 29_688, 1_104_096, marks=SLOW),
         pytest.param(World("pow2", 17, 1, 4, 4), 103_929, 3_947_349, marks=SLOW),
         pytest.param(World("oracle", 15, 1, 4, 4), 51_737, 1_966_666, marks=SLOW),
