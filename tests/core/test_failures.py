@@ -51,6 +51,13 @@ def two_alone_and_two_shared():
     return manager
 
 
+def truncated_sample(length, keep):
+    """Two samples of which the first was truncated: it fills less of a block than the other."""
+    manager = two_of(length)
+    manager.truncate(0, keep)
+    return manager
+
+
 def swapped_out():
     manager = two_of(7)
     manager.append_all()
@@ -77,6 +84,15 @@ OPERATIONS = {
     "append a copy and two blocks": (lambda: two_of(7), lambda m: m.append(0, 6), 3),
     "append of one that is due": (two_alone_and_two_shared, lambda m: m.append(1), 1),
     "append 7 of one with room": (two_alone_and_two_shared, lambda m: m.append(0, 7), 2),
+    "truncate a sample": (lambda: two_of(8), lambda m: m.truncate(0, 5), 0),
+    "append of a truncated one": (lambda: truncated_sample(8, 7), lambda m: m.append(0), 1),
+    "append of the one that was not": (lambda: truncated_sample(8, 7), lambda m: m.append(1), 1),
+    "step of both": (lambda: truncated_sample(8, 7), lambda m: m.append_all(), 2),
+    "append to a truncated one, a copy and two": (
+        lambda: truncated_sample(8, 6),
+        lambda m: m.append(0, 9),
+        3,
+    ),
     "step: a block and a copy": (two_alone_and_two_shared, lambda m: m.append_all(), 2),
     "step of 2": (two_alone_and_two_shared, lambda m: m.append_all(2), 4),
     "step of 3": (two_alone_and_two_shared, lambda m: m.append_all(3), 5),
@@ -157,7 +173,9 @@ def with_free(manager, free):
 @pytest.mark.parametrize("seed", range(50))
 def test_random_states_with_every_number_of_free_blocks(seed):
     """There is one threshold: refused below it, and from it on the same number is taken."""
-    manager = random_manager(seed, num_blocks=40)
+    manager, rng = random_manager(seed, num_blocks=40), random.Random(seed)
+    for seq_id in rng.sample(manager.running_ids, len(manager.running_ids) // 2):
+        manager.truncate(seq_id, rng.randint(1, manager.num_tokens(seq_id)))
     for operation in some_operations(manager, random.Random(seed)):
         need = None
         for free in range(manager.num_free_blocks + 1):

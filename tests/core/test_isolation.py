@@ -77,7 +77,8 @@ class Attending(StampedCache):
         self.stamps = bank
         self.kernel, self.exact = attention_kernel(kernel), kernel == GATHER
         self.num_layers = num_layers  # that are attended to
-        self.outputs, self.foreign = 0, []
+        self.outputs, self.foreign, self.taken_back = 0, [], 0
+        self.drawn = random.Random(setting.seed)
         self.queries = torch.Generator().manual_seed(setting.seed)
 
     def on_iteration(self, iteration):
@@ -87,6 +88,22 @@ class Attending(StampedCache):
         if ids and iteration.index % self.every == 0 and not self.foreign:
             for layer in range(self.num_layers):
                 self.attend(ids, layer)
+        for seq in [seq for group in groups for seq in group.unfinished()]:
+            if seq.num_generated > 1 and self.drawn.random() < 0.1:
+                self.take_back(seq.seq_id, seq.context_len)
+
+    def take_back(self, seq_id, context_len):
+        """Some of the tokens that it generated are forgotten and written again, as by assisted
+        decoding: into blocks of its own, whoever shared the old ones."""
+        length = self.manager.num_tokens(seq_id)
+        keep = self.drawn.randrange(context_len, length)
+        if self.manager.num_free_blocks < 3 or length - keep > 2 * self.manager.block_size:
+            return
+        self.cache.poison_blocks(self.manager.truncate(seq_id, keep))
+        self.cache.copy_blocks(self.manager.append(seq_id, length - keep))
+        slots = self.slots(seq_id, keep, length - keep)
+        self.stamps.write(self.cache, slots, self.tokens[seq_id][keep:])
+        self.taken_back += 1
 
     def attend(self, ids, layer):
         tables = pad_block_tables([self.manager.block_table(i).blocks for i in ids], DEVICE)
@@ -159,7 +176,8 @@ def live(seed, kernel, count=24, mode=None, num_layers=2, broken=None, every=1):
 def live_on(lifetimes, kernel, figure, **options):
     """Pool after pool, until so many sequences have lived."""
     begin = time.process_time()
-    found = dict.fromkeys(("sequences", "pools", "outputs", "swaps", "recomputations", "copies"), 0)
+    names = "sequences", "pools", "outputs", "swaps", "recomputations", "copies", "taken_back"
+    found = dict.fromkeys(names, 0)
     while found["sequences"] < lifetimes:
         seed = found["pools"]
         attending, result = live(seed, kernel, **options)
@@ -167,6 +185,7 @@ def live_on(lifetimes, kernel, figure, **options):
         found["pools"] += 1
         found["sequences"] += attending.verified
         found["outputs"] += attending.outputs
+        found["taken_back"] += attending.taken_back
         found["swaps"] += result.num_swaps
         found["recomputations"] += result.num_recomputations
         found["copies"] += result.num_copies
