@@ -34,6 +34,16 @@ FAMILIES = {
         "attn_logit_softcapping": 3.0,  # low enough to matter
         "sliding_window": 7,  # shorter than the prompts
     },
+    "qwen2_moe": {  # its windows are in its masks alone
+        **GROUPED,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 40,
+    },
     "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 

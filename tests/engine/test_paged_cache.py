@@ -267,6 +267,7 @@ UNSUPPORTED = {
     "deepseek_v3": "latent vectors",
     "mamba": "",
     "bloom": "no other attention",
+    "gemma4_text": "not one number of heads",
 }
 
 
@@ -279,6 +280,14 @@ def test_what_blocks_cannot_hold_is_refused_by_name(family):
         for name, value in {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 9}.items():
             setattr(text, name, value)
         check_model(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_whose_layers_run_twice_is_refused_before_a_token():
+    model, ids = copy.deepcopy(small("llama")), prompts([5])["input_ids"]
+    for layer in (3, 1):  # more than there are; one of them twice
+        model.model.layers[2].self_attn.layer_idx = layer
+        with pytest.raises(UnsupportedModelError, match=f"its layer {layer} follows layer 1"):
+            forward(model, paged(model), ids)
 
 
 def test_attention_sinks_are_refused_by_name():

@@ -91,6 +91,7 @@ class BlockCache(Cache):
         self.num_layers = self._config.num_hidden_layers
         self.pool: PagedKVCache | None = None  # made by the first forward: its K has all sizes
         self._step: Step | None = None
+        self._layer = 0  # the last one that attended
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, padding_mask)
         model.set_attn_implementation(NAME)
@@ -170,6 +171,9 @@ class BlockCache(Cache):
             if self.pool is None:
                 self.pool = self.make_pool(k)
             self._step = self.make_step(k, mask)
+        elif layer != self._layer + 1 or layer >= self.num_layers:
+            raise UnsupportedModelError(f"its layer {layer} follows layer {self._layer}")
+        self._layer = layer
         step, pool = self._step, self.pool
         if (k.shape[1], k.shape[3]) != (pool.num_kv_heads, pool.head_size) or v.shape != k.shape:
             raise UnsupportedModelError(f"its layer {layer} has other K/V heads than layer 0")
@@ -222,14 +226,23 @@ def attend(module: nn.Module, query, key, value, attention_mask, scaling=None, *
             "model.set_attn_implementation('sdpa')"
         )
     window, soft_cap = options.pop("sliding_window", None), options.pop("softcap", None)
+    window = getattr(attention_mask, "window", window)
     check_call(module, options)
     cache, layer = mark
     names = {"scale": scaling, "window": window, "soft_cap": soft_cap}
     return cache.attend(layer, query, key, value, attention_mask, **names), None
 
 
-def padding_mask(*, mask_function, attention_mask=None, use_vmap=False, **sizes):
-    """The mask function: all a cache needs is which tokens are padding. Causality it knows."""
+def padding_mask(
+    *, batch_size, kv_length, mask_function, device, attention_mask=None, use_vmap=False, **sizes
+):
+    """The mask function: which tokens are no padding (B, tokens), with the layer's window as its
+    `window`. Causality is known; the window that some models hand to attention is not always
+    that of their masks, and these are what transformers' own attention goes by."""
     if use_vmap or mask_function.__name__ not in ("causal_mask_function", "and_mask"):
         raise UnsupportedModelError("its mask is not a causal one, with or without a window")
-    return attention_mask
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    mask = attention_mask.view_as(attention_mask)  # the same may serve layers of another window
+    mask.window = sizes.get("local_size")
+    return mask

@@ -38,6 +38,12 @@ def check_config(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(f"{name} has layers that share their K and V")
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(f"{name} stores latent vectors (MLA) in place of K and V")
+    try:
+        sizes = heads(config)
+    except Exception:  # versions raise their own where each layer has another
+        sizes = (None,)
+    if not all(isinstance(size, int) for size in sizes):
+        raise UnsupportedModelError(f"{name} has not one number of heads and one head size")
 
 
 def check_model(model: PreTrainedModel) -> None:
