@@ -364,9 +364,9 @@ def search_world(world, canonical=canonical_baseline):
         (World("max", 13, 1, 4, 4), 2_238, 103_872),
         (World("pow2", 6, 2, 6, 3), 7_833, 306_265),
         (World("oracle", 13, 1, 4, 4), 27_230, 1_310_324),
-        pytest.param(World("max", 17, 1, 4, 4), 29_688, 1_104_096, marks=SLOW),
-        pytest.param(World("pow2", 17, 1, 4, 4), 103_929, 3_947_349, marks=SLOW),
-        pytest.param(World("oracle", 15, 1, 4, 4), 51_737, 1_966_666, marks=SLOW),
+        pytest.param(World("max", 17, 1, 4, 4), 29_688, 1_447_104, marks=SLOW),
+        pytest.param(World("pow2", 17, 1, 4, 4), 193_020, 9_538_020, marks=SLOW),
+        pytest.param(World("oracle", 15, 1, 4, 4), 51_737, 2_513_892, marks=SLOW),
     ],
     ids=str,
 )

@@ -268,12 +268,16 @@ UNSUPPORTED = {
     "mamba": "",
     "bloom": "no other attention",
     "gemma4_text": "not one number of heads",
+    "hrm_text": "several times a token",
 }
 
 
 @pytest.mark.parametrize("family", UNSUPPORTED)
 def test_what_blocks_cannot_hold_is_refused_by_name(family):
-    config = AutoConfig.for_model(family)
+    try:
+        config = AutoConfig.for_model(family)
+    except ValueError:
+        pytest.skip(f"this version of transformers has no {family}")
     with pytest.raises(UnsupportedModelError, match=f"^{family}.*{UNSUPPORTED[family]}"):
         check_config(config)
         text = config.get_text_config(decoder=True)

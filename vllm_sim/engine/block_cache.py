@@ -89,6 +89,8 @@ class BlockCache(Cache):
         self._decode = attention_kernel(self.kernel)
         self._config = model.config.get_text_config(decoder=True)
         self.num_layers = self._config.num_hidden_layers
+        # Of every layer, where they are not told apart.
+        self._window = None if getattr(self._config, "layer_types", None) else window
         self.pool: PagedKVCache | None = None  # made by the first forward: its K has all sizes
         self._step: Step | None = None
         self._layer = 0  # the last one that attended
@@ -165,6 +167,8 @@ class BlockCache(Cache):
         Returns (B, T, H, D). Raises UnsupportedModelError for K and V that the pool cannot hold,
         and what `make_step` raises.
         """
+        if self._window is not None and window is None:
+            raise UnsupportedModelError("it has a window, and its mask has none")
         if layer == 0:
             if v.shape != k.shape:
                 raise UnsupportedModelError("its K and V have different head sizes")

@@ -38,6 +38,8 @@ def check_config(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(f"{name} has layers that share their K and V")
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(f"{name} stores latent vectors (MLA) in place of K and V")
+    if getattr(text, "num_layers_per_stack", None):
+        raise UnsupportedModelError(f"{name} runs its layers several times a token")
     try:
         sizes = heads(config)
     except Exception:  # versions raise their own where each layer has another
