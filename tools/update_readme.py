@@ -46,7 +46,7 @@ PAGES = {  # page: its title, one sentence, the results
     "models": (
         "A real model on the blocks",
         "What each number means: [a real model](../models.md).",
-        ("fig15_measured", "bench_generate_cpu", "bench_generate_h200"),
+        ("bench_generate_cpu", "bench_generate_h200"),
     ),
     "sweep": (
         "A sweep: three block sizes, three seeds",
