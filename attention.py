@@ -72,7 +72,8 @@ def attention(q, k, v, mask=None, scale=None, *, soft_cap=None):
     """
     mask = _check_inputs(q, k, v, mask)
     check_shape(
-        soft_cap is None or 0 < soft_cap < math.inf, f"a cap of scores is above 0, not {soft_cap}"
+        soft_cap is None or (isinstance(soft_cap, int | float) and 0 < soft_cap < math.inf),
+        f"a cap of scores is a number above 0, not {soft_cap}",
     )
     batch, num_queries, num_heads, head_size = q.shape
     num_slots, num_kv_heads = k.shape[1:3]
@@ -173,7 +174,8 @@ def causal_mask(num_queries, seq_lens, num_slots=None, device=None, window=None)
 def _in_window(positions, ends, window):
     """Which positions (n,) are before `ends` (..., 1), and among the last `window` that are."""
     check_shape(
-        window is None or (isinstance(window, Integral) and window > 0),
+        window is None
+        or (isinstance(window, Integral) and not isinstance(window, bool) and window > 0),
         f"a window is a number of tokens, at least 1, not {window}",
     )
     before = positions < ends

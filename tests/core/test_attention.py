@@ -290,7 +290,7 @@ def test_masks_by_hand():
     ragged = causal_mask(2, torch.tensor([1, 3]), 3, window=1).int().tolist()
     assert ragged == [[[0, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 0, 1]]]
     lens = torch.tensor([1])
-    refuses(ShapeError, length_mask, [(lens, 2, window) for window in (0, -1, 1.5)])
+    refuses(ShapeError, length_mask, [(lens, 2, window) for window in (0, -1, 1.5, True)])
     refuses(ShapeError, causal_mask, [(1, 2, 2, None, 0)])
     bad = [lens[None], lens.float(), lens > 0, [1]]
     refuses(ShapeError, length_mask, [(one, 2) for one in bad])
@@ -323,8 +323,8 @@ def test_inputs_that_do_not_fit_are_refused():
         *([x.to(torch.float8_e5m2) for x in (q, k, k)],),
     ]
     refuses(ShapeError, attention, refused)
-    for cap in (0.0, -1.0, INF, math.nan):
-        with pytest.raises(ShapeError, match="a cap of scores is above 0"):
+    for cap in (0.0, -1.0, INF, math.nan, "3"):
+        with pytest.raises(ShapeError, match="a cap of scores is a number above 0"):
             attention(q, k, k, soft_cap=cap)
     shapes = [((2, 3, 4), (2, 4)), ((2, 3, 4), (3, 3)), ((0, 3, 4), (0, 3)), ((4,), ())]
     refuses(ShapeError, merge_attention, [map(torch.zeros, pair) for pair in shapes])

@@ -532,15 +532,15 @@ def test_poison(device):
 
 def test_the_moves_of_an_iteration_do_not_disturb_one_another():
     """Block 1 is swapped out and takes what comes in; block 2 is freed and taken by a copy of it;
-    block 3 is freed and nobody's."""
-    cache = PagedKVCache(6, 2, 1, 2, num_cpu_blocks=3, dtype=torch.float32, poison=True)
+    block 3 is freed, block 0 swapped out, and both are nobody's."""
+    cache = PagedKVCache(6, 2, 1, 2, num_cpu_blocks=4, dtype=torch.float32, poison=True)
     for block in range(6):
         cache.pool[:, :, block] = block
     cache.cpu_pool[0] = 10.0
-    cache.move([(1, 1), (5, 2)], [2, 3], [(0, 1)], [(1, 2), (4, 5)])
+    cache.move([(1, 1), (5, 2), (0, 3)], [2, 3], [(0, 1)], [(1, 2), (4, 5)])
     device, host = (x[:, 0, 0, 0, 0, 0] for x in (cache.pool.movedim(2, 0), cache.cpu_pool))
-    assert device.nan_to_num(-1.0).tolist() == [0.0, 10.0, 10.0, -1.0, 4.0, 4.0]
-    assert host.nan_to_num(-1.0).tolist() == [-1.0, 1.0, 5.0]
+    assert device.nan_to_num(-1.0).tolist() == [-1.0, 10.0, 10.0, -1.0, 4.0, 4.0]
+    assert host.nan_to_num(-1.0).tolist() == [-1.0, 1.0, 5.0, 0.0]
 
 
 def test_tables_are_padded_with_a_real_block():
