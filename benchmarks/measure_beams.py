@@ -223,11 +223,16 @@ def read_searches(path: Path) -> tuple[Row, dict[int, list[History]]]:
             int(name.split()[1]): [*map(from_text, texts)]
             for name, texts in setting["histories"].items()
         }
+        rows = [row for one in found.get("output", found)["tables"] for row in one["rows"]]
+        as_run = {row["decoding"]: float(row["as_run"]) for row in rows}
+        told = {key: setting[key] for key in ("model", "mean_prompt", "prompts", "output_lens")}
+        for width in FIG15["beam"]:
+            whole = [len(history) for history in kept[width]] == told["output_lens"]
+            steps = [step for history in kept[width] for step in history]
+            if not whole or not all(len(s) == width and max(s) < width for s in steps):
+                raise ValueError(f"a search of width {width} is not whole")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} holds no searches of this script: {error}") from None
-    rows = found.get("output", found)["tables"]
-    as_run = {row["decoding"]: row["as_run"] for one in rows for row in one["rows"]}
-    told = {key: setting[key] for key in ("model", "mean_prompt", "prompts", "output_lens")}
     return {**told, "as_run": as_run}, kept
 
 

@@ -68,6 +68,8 @@ def test_each_sample_draws_for_itself_whoever_else_is_left():
         {"num_samples": 0},
         {"seed": -1},
         {"top_k": 0.5},
+        {"temperature": 1e-9},
+        {"beam_width": 2, "temperature": 1.0},
     ],
 )
 def test_what_makes_no_sense_is_refused(wrong):
@@ -90,5 +92,22 @@ def test_requests_that_can_never_run_are_refused_and_nothing_has_changed():
             engine.submit(*arguments)
     with pytest.raises(KeyError):
         engine.submit([5], 5, prefix_id=3)
+    with pytest.raises(RequestTooLargeError, match="129 tokens"):
+        engine.add_prefix([5] * 129)
     assert engine.scheduler.idle and engine.manager.num_free_blocks == 16
     assert engine.submit([5] * 9, 3) == 0 and len(list(engine.run())) == 1
+
+
+def test_a_prefix_that_would_starve_an_accepted_request_is_refused():
+    engine = Engine(small("llama"), 10, 4)
+    engine.submit([5] * 12, 24)
+    with pytest.raises(RequestTooLargeError, match="request 0 may need 9 blocks; the pool has 7"):
+        engine.add_prefix([6] * 12)
+    assert engine.manager.num_free_blocks == 10
+    prefix = engine.add_prefix([6] * 4)
+    engine.submit([5], 3, prefix_id=prefix)
+    with pytest.raises(ValueError, match="not done"):
+        engine.drop_prefix(prefix)
+    assert len(list(engine.run())) == 2
+    engine.drop_prefix(prefix)
+    assert engine.manager.num_free_blocks == 10

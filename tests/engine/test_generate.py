@@ -159,6 +159,9 @@ def test_folders_that_hold_no_model_are_refused_before_the_weights(refused, fold
     sound = config.read_text()
     config.write_text(sound.replace('"llama"', '"no_such_model"'))
     assert "'no_such_model': transformers does not know it" in told(folder)
+    for name, value in (("num_attention_heads", 0), ("num_hidden_layers", 0), ("vocab_size", -5)):
+        config.write_text(json.dumps({**json.loads(sound), name: value}))
+        told(folder)
     for broken in ("", "[]", "{}", '{"model_type": 3}', sound[:40], '"llama"', "[" * 10**5):
         config.write_text(broken)
         told(folder)
@@ -167,6 +170,24 @@ def test_folders_that_hold_no_model_are_refused_before_the_weights(refused, fold
     config.write_text(sound)
     (folder / "model.safetensors").unlink()
     assert "has a config.json and no weights" in told(folder)
+
+
+def test_weights_that_are_not_all_there_are_refused(refused, folder, monkeypatch):
+    monkeypatch.setattr(weights.Source, "tokenizer", lambda source: FEW)
+    config = folder / "config.json"
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
+    )
+    asked = "--model", folder, "--prompt", "a"
+    assert "its weights lack model.layers.3." in refused(generate, *SHORT, *asked)
+
+
+def test_how_a_folder_would_generate_is_not_how_it_is_asked(capsys, folder, monkeypatch):
+    monkeypatch.setattr(weights.Source, "tokenizer", lambda source: FEW)
+    wishes = {"num_beams": 4, "cache_implementation": "static", "use_cache": False}
+    (folder / "generation_config.json").write_text(json.dumps(wishes))
+    text = printed(capsys, "--model", str(folder), "--prompt", "as it is")
+    assert "1 of 1 text as with the library's own cache." in text
 
 
 def test_weights_that_cannot_be_read_are_refused(refused, folder, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from small_models import VOCAB, on_its_own, prompts, small
+from small_models import GROUPED, VOCAB, on_its_own, prompts, small
 from test_token_identity import NEW_TOKENS, NUM_BLOCKS, generate, paged
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -241,6 +241,45 @@ def test_rows_that_do_not_fit_the_cache_are_refused():
         forward(model, paged(model), ids, torch.ones(2, 1, 5, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="width"):
         paged(model, width=0)
+
+
+def test_a_mask_that_hides_more_than_padding_is_refused_in_a_decode_step_too():
+    model, ids = small("llama"), prompts([5])["input_ids"]
+    cache = paged(model)
+    forward(model, cache, ids)
+    before = cache.usage()
+    for hidden in ([0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1]):
+        with pytest.raises(ValueError, match="row 0 has 5 tokens, its mask shows 4"):
+            forward(model, cache, ids[:, :1], torch.tensor([hidden]))
+    with pytest.raises(ValueError, match="only padding can be masked"):
+        forward(model, cache, ids[:, :1], torch.ones(1, 1, 1, 6, dtype=torch.bool))
+    assert cache.usage() == before
+
+
+def test_prompts_that_differ_are_found_under_a_large_bias():
+    model = copy.deepcopy(small("qwen2"))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.bias[3] = 4000.0
+    for ids, refused in ((prompts([5, 5])["input_ids"], True), (prompts([5])["input_ids"], False)):
+        rows = ids if refused else ids.repeat(2, 1)
+        if refused:
+            with pytest.raises(ValueError, match="do not have one prompt"):
+                forward(model, paged(model, width=2), rows)
+        else:
+            forward(model, paged(model, width=2), rows)
+
+
+def test_gradients_are_refused():
+    model, ids = copy.deepcopy(small("llama")), prompts([5])["input_ids"]
+    with pytest.raises(UnsupportedModelError, match="keeps no gradients"):
+        model(ids, use_cache=True, **{CACHE: paged(model)})
+
+
+def test_positions_that_depend_on_the_longest_are_refused():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = AutoConfig.for_model("llama", **{**GROUPED, "rope_parameters": rope})
+    with pytest.raises(UnsupportedModelError, match="llama has dynamic positions"):
+        check_config(config)
 
 
 def test_another_attention_is_not_taken_for_ours():

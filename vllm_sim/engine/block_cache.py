@@ -160,13 +160,14 @@ class BlockCache(Cache):
 
     # -- one layer --------------------------------------------------------------------------
 
-    @torch.no_grad()
     def attend(self, layer, q, k, v, mask, *, scale=None, window=None, soft_cap=None):
         """Store a layer's new K and V, and attend. q (B, H, T, D), k and v (B, H_kv, T, D).
 
         Returns (B, T, H, D). Raises UnsupportedModelError for K and V that the pool cannot hold,
         and what `make_step` raises.
         """
+        if q.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedModelError("a paged cache keeps no gradients: use torch.no_grad()")
         if self._window is not None and window is None:
             raise UnsupportedModelError("it has a window, and its mask has none")
         if layer == 0:

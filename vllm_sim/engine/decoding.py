@@ -24,6 +24,8 @@ from transformers import (
 
 from vllm_sim.workload.requests import check_integer, check_number
 
+LEAST_TEMPERATURE = 1e-3  # below it the logits that it divides overflow
+
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
@@ -44,6 +46,8 @@ class Decoding:
         check_integer("num_samples", self.num_samples, 1)
         check_integer("beam_width", self.beam_width, 1)
         check_number("temperature", self.temperature, 0.0)
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"a temperature above 0 is at least {LEAST_TEMPERATURE}")
         check_integer("top_k", self.top_k, 0)
         check_number("top_p", self.top_p, 0.0, 1.0)
         check_integer("seed", self.seed, 0)
@@ -52,6 +56,8 @@ class Decoding:
             raise ValueError("at most one of num_samples and beam_width may be above 1")
         if self.num_samples > 1 and not self.temperature:
             raise ValueError("several samples need a temperature: at 0 all are the same")
+        if self.beam_width > 1 and (self.temperature or self.top_k or self.top_p < 1.0):
+            raise ValueError("a beam search draws nothing: no temperature, top_k or top_p")
 
     @property
     def num_seqs(self) -> int:
@@ -76,11 +82,11 @@ class Samples:
         self._warp = LogitsProcessorList()
         self._generators: list[torch.Generator] = []
         if decoding.temperature:
-            self._warp.append(TemperatureLogitsWarper(decoding.temperature))
+            self._warp.append(TemperatureLogitsWarper(float(decoding.temperature)))
             if decoding.top_k:
                 self._warp.append(TopKLogitsWarper(decoding.top_k))
             if decoding.top_p < 1.0:
-                self._warp.append(TopPLogitsWarper(decoding.top_p))
+                self._warp.append(TopPLogitsWarper(float(decoding.top_p)))
             for place in range(decoding.num_samples):
                 (seed,) = np.random.SeedSequence([decoding.seed, place]).generate_state(1)
                 self._generators.append(torch.Generator(device).manual_seed(int(seed)))

@@ -224,16 +224,33 @@ class Engine:
     def add_prefix(self, tokens: Seq[int]) -> int:
         """Compute and keep the K and V of a prefix that requests share (section 4.4); its id.
 
-        Raises OutOfBlocksError, and ValueError for tokens that the model does not have.
+        Raises OutOfBlocksError, RequestTooLargeError where it is too long or a request that was
+        accepted would not fit any more, and ValueError for tokens that the model does not have.
         """
         tokens = self._checked(tokens)
+        self._check_length(len(tokens))
         prefix_id = self._new_ids(1)[0]
         self.manager.allocate_prefix(prefix_id, len(tokens))
-        forward = Forward(self.manager, self._device)
-        forward.add_prompt(prefix_id, 0, tokens)
-        self._run(forward)
+        scheduler = self.scheduler
+        try:  # the pool has less room for those that were accepted before
+            for group in (*scheduler.waiting, *scheduler.running, *scheduler.swapped):
+                self.manager.require_fits(group)
+            forward = Forward(self.manager, self._device)
+            forward.add_prompt(prefix_id, 0, tokens)
+            self._run(forward)
+        except BaseException:
+            self.manager.free(prefix_id)
+            raise
         self._prefix_lens[prefix_id] = len(tokens)
         return prefix_id
+
+    def drop_prefix(self, prefix_id: int) -> None:
+        """Give up a prefix; KeyError for an unknown one, ValueError while a request needs it."""
+        queues = self.scheduler.waiting, self.scheduler.running, self.scheduler.swapped
+        if any(group.prefix_id == prefix_id for queue in queues for group in queue):
+            raise ValueError(f"requests behind prefix {prefix_id} are not done")
+        del self._prefix_lens[prefix_id]
+        self.cache.pool.poison_blocks(self.manager.free(prefix_id))
 
     def submit(
         self,
@@ -252,9 +269,7 @@ class Engine:
         prompt = self._checked(prompt)
         max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         prefix_len = 0 if prefix_id is None else self._prefix_lens[prefix_id]
-        length = prefix_len + len(prompt) + max_new_tokens
-        if self._max_len is not None and length > self._max_len:
-            raise RequestTooLargeError(f"{length} tokens; the model has {self._max_len} positions")
+        self._check_length(prefix_len + len(prompt) + max_new_tokens)
         ids = self._new_ids(decoding.num_seqs)
         seqs = [Sequence(one, len(prompt), max_new_tokens, prefix_len) for one in ids]
         request_id, beams = self._next_request, None
@@ -326,6 +341,10 @@ class Engine:
     def _run(self, forward: Forward) -> torch.Tensor:
         with torch.no_grad():
             return forward.run(self._model, self.cache)
+
+    def _check_length(self, length: int) -> None:
+        if self._max_len is not None and length > self._max_len:
+            raise RequestTooLargeError(f"{length} tokens; the model has {self._max_len} positions")
 
     def _checked(self, tokens: Seq[int]) -> list[int]:
         tokens = [check_count("a token", token, least=0) for token in tokens]

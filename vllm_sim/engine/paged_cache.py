@@ -1,7 +1,7 @@
 """A cache of blocks for transformers' `generate()`: the paper's section 4.4 on a real model.
 
     cache = PagedCache(model, num_blocks=256, width=4)
-    model.generate(**inputs, num_beams=4, max_new_tokens=64, past_key_values=cache)
+    model.generate(**inputs, num_beams=4, max_new_tokens=64, cache=cache)
     cache.usage().saved                 # the share of blocks that the beams do not take
 
 Reproduces: section 4.3 (a block when it is needed), 4.4 (samples and beams fork from one prompt;
@@ -126,12 +126,15 @@ class PagedCache(BlockCache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order; one that is named twice is forked."""
         self._fork_rows()
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
         chosen, before = [self.seq_ids[row] for row in indices.tolist()], self.seq_ids
         self.seq_ids = [
             self._child(seq_id) if seq_id in chosen[:row] else seq_id
             for row, seq_id in enumerate(chosen)
         ]
-        self._release([seq_id for seq_id in before if seq_id not in chosen])
+        running = {*self.manager.running_ids}.difference(chosen)
+        self._release([seq_id for seq_id in before if seq_id in running])
 
     # -- where the memory is ----------------------------------------------------------------
 
@@ -157,6 +160,7 @@ class PagedCache(BlockCache):
         if batch != len(self.seq_ids):
             raise ValueError(f"{batch} rows, and {len(self.seq_ids)} are in the cache")
         self._begin()
+        self._check_mask(key, mask)
         running = {*self.manager.running_ids}
         leads = self.seq_ids[:: 1 if self._forked else self.width]
         if num_tokens == 1 and running.issuperset(leads):
@@ -166,6 +170,27 @@ class PagedCache(BlockCache):
         self._seen += num_tokens
         self._tell()
         return step
+
+    def _check_mask(self, key: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """ValueError for a mask that hides more than padding. In a step of one token of each row
+        only on a CPU: a GPU would be waited for."""
+        if mask is None:
+            return
+        batch, new = key.shape[0], key.shape[2]
+        if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < new:
+            told = tuple(mask.shape)
+            raise ValueError(f"a mask of {told}: only padding can be masked (B, tokens)")
+        if new == 1 and key.device.type != "cpu":
+            return
+        running = {*self.manager.running_ids}
+        group = 1 if self._forked else self.width
+        for row, count in enumerate(mask[:, :-new].sum(dim=1).tolist()):
+            seq_id = self.seq_ids[row // group * group]
+            held = self.manager.num_tokens(seq_id) if seq_id in running else 0
+            if count != held:
+                raise ValueError(
+                    f"row {row} has {held} tokens, its mask shows {count}: only padding is masked"
+                )
 
     def _begin(self) -> None:
         """Nothing has happened yet."""
@@ -222,10 +247,13 @@ class PagedCache(BlockCache):
         """ValueError unless each `group` rows have one prompt, as far as their K tell."""
         if group == 1:
             return
-        rows = key.unflatten(0, (-1, group))
-        apart = (rows - rows[:, :1]).abs().max()
+        rows = key.unflatten(0, (-1, group))  # (prompts, group, H_kv, T, D)
+        apart = (rows - rows[:, :1]).abs()
+        # By what tokens make of an element: a bias may be larger than all of that.
+        spread = rows.amax((0, 1, 3), keepdim=True) - rows.amin((0, 1, 3), keepdim=True)
+        least = rows.abs().max() * torch.finfo(rows.dtype).eps * 8
         same = all(counts[row] == counts[row // group * group] for row in range(len(counts)))
-        if not same or bool(apart > SAME * rows.abs().max()):
+        if not same or not bool((apart <= SAME * spread + least).all()):
             raise ValueError(f"width={group}: some {group} rows in turn do not have one prompt")
 
     def _grow(self, num_tokens: int, starting: dict[int, int] | None = None) -> None:
@@ -274,8 +302,6 @@ def _real_tokens(mask: torch.Tensor | None, batch: int, num_tokens: int) -> list
     """How many of each row's new tokens are no padding. ValueError if that is not on the left."""
     if mask is None:
         return [num_tokens] * batch
-    if mask.ndim != 2 or len(mask) != batch:
-        raise ValueError(f"a mask of {tuple(mask.shape)}: only padding can be masked (B, tokens)")
     new = mask[:, -num_tokens:].bool()
     if bool((new[:, 1:] < new[:, :-1]).any()):
         raise ValueError("padding must be on the left")

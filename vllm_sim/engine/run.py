@@ -27,7 +27,7 @@ from vllm_sim.engine.block_cache import CACHE
 from vllm_sim.engine.paged_cache import PagedCache
 from vllm_sim.engine.report import Generated, lines, tables
 from vllm_sim.engine.support import UnsupportedModelError, heads, needs
-from vllm_sim.engine.weights import Tokenizer, dtype_on, find_source
+from vllm_sim.engine.weights import Tokenizer, dtype_on, find_source, first_line
 from vllm_sim.playback import timeline
 from vllm_sim.playback.recorder import Recorder
 from vllm_sim.reporting.command_line import UsageError, raise_on_interrupt
@@ -49,7 +49,7 @@ class Watch:
     def __call__(self, cache: PagedCache) -> None:
         cache.manager.check_invariants()
         usage = cache.usage()
-        if self.fullest is None or usage.physical_blocks > self.fullest.physical_blocks:
+        if self.fullest is None or usage.physical_blocks >= self.fullest.physical_blocks:
             self.fullest = usage
         if cache.moved:
             title = f"beams move after token {self.num_forwards}"
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     except DeviceMemoryError as error:
         raise UsageError(f"{error}; lower --num-blocks or --block-size") from None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UsageError(f"out of memory: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"out of memory: {first_line(error)}") from None
 
 
 def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
@@ -106,7 +106,8 @@ def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
     start = time.perf_counter()
     progress.at(0, 1, "weights")
     model = source.model(device, args.seed)
-    about = f"{len(prompt)} tokens of prompt, at most {args.max_new_tokens} new ones"
+    about = f"{len(prompt)} tokens of prompt, its chat template included, "
+    about += f"at most {args.max_new_tokens} new ones"
     generated, recorder = measure(args, model, prompt, tokenizer, num_blocks, about, progress)
     progress.clear()
     told = replace(generated, setting=f"{source.about}; {generated.setting}; {about}")

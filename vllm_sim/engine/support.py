@@ -38,14 +38,21 @@ def check_config(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(f"{name} has layers that share their K and V")
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(f"{name} stores latent vectors (MLA) in place of K and V")
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):
+        if isinstance(rope, Mapping) and rope.get("rope_type") in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f"{name} has {rope['rope_type']} positions: they depend on the longest of a batch"
+            )
     if getattr(text, "num_layers_per_stack", None):
         raise UnsupportedModelError(f"{name} runs its layers several times a token")
     try:
         sizes = heads(config)
     except Exception:  # versions raise their own where each layer has another
         sizes = (None,)
-    if not all(isinstance(size, int) for size in sizes):
-        raise UnsupportedModelError(f"{name} has not one number of heads and one head size")
+    sizes += getattr(text, "num_hidden_layers", None), getattr(text, "vocab_size", None)
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise UnsupportedModelError(f"{name} has not one number of heads, one head size")
 
 
 def check_model(model: PreTrainedModel) -> None:

