@@ -46,7 +46,7 @@ PAGES = {  # page: its title, one sentence, the results
     "models": (
         "A real model on the blocks",
         "What each number means: [a real model](../models.md).",
-        ("bench_generate_cpu", "bench_generate_h200"),
+        ("fig15_measured", "fig15_searches", "bench_generate_cpu", "bench_generate_h200"),
     ),
     "sweep": (
         "A sweep: three block sizes, three seeds",

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from manager_tools import random_manager
 from test_isolation import DEVICE, TINY, Attending, Bank, poisoned_pool
 from test_stamped_cache import LIMITS, PREFIX_ID, PREFIX_LEN, requests_of
 
@@ -199,3 +200,27 @@ def test_what_differs_is_seen():
     # Another seed is another run.
     with pytest.raises(AssertionError):
         assert_same(serve(1, 30, 4, "swap", 30)[0], large(0))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_appended_and_taken_back_leaves_the_same_future(seed):
+    """Where nothing was copied; a copy leaves a block of its own, and that alone."""
+    manager, rng = random_manager(seed, num_blocks=40), random.Random(seed)
+    for seq_id in manager.running_ids:
+        before, length = manager.usage(), manager.num_tokens(seq_id)
+        count = rng.randint(1, 9)
+        if manager.blocks_for_append([seq_id]) + count > manager.num_free_blocks:
+            continue
+        futures = [manager.blocks_for_step(n) for n in (1, 2, 7)]
+        copies = manager.append(seq_id, count)
+        assert manager.truncate(seq_id, length) is not None
+        manager.check_invariants()
+        after = manager.usage()
+        assert after.physical_blocks == before.physical_blocks + len(copies)
+        assert (after.logical_tokens, after.logical_blocks) == (
+            before.logical_tokens,
+            before.logical_blocks,
+        )
+        if not copies:
+            assert after == before
+            assert [manager.blocks_for_step(n) for n in (1, 2, 7)] == futures
