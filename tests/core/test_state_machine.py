@@ -336,19 +336,21 @@ class PagedMachine(Machine):
     @precondition(lambda self: self.running)
     @rule(pick=PICK, length=st.integers(0, 12))
     def truncate(self, pick, length):
-        """Down to a block's end, or inside a block of its own, whose tokens are then new ones:
-        contents tell blocks apart. A block that others fill further: test_paged_manager.py."""
+        """Down to any length. Contents tell blocks apart, so inside a block its tokens are then
+        new ones if it is its own, and if others have it too a new one is written at once: a copy.
+        """
         seq_id = self.some(self.running, pick)
         stamps = self.running[seq_id]
         prompt_len, _, prefix_len = self.origin[self.family[seq_id]]
-        length += prompt_len + prefix_len - 1  # a group that is recomputed has its prompt
-        if length < 1 or length > len(stamps):
+        length += prompt_len + prefix_len  # a group that is recomputed has its prompt
+        if length > len(stamps):
             refused(self.m, ValueError, lambda: self.m.truncate(seq_id, length))
             return
         start = length - length % self.size
         others = {**self.running, **self.prefixes, **self.swapped}
         del others[seq_id]
-        if tuple(stamps[start : start + self.size]) in self.all_pieces(others):
+        shared = tuple(stamps[start : start + self.size]) in self.all_pieces(others)
+        if shared and length > start and not self.m.num_free_blocks:
             length = start
             if length < max(1, prompt_len + prefix_len):
                 return
@@ -356,8 +358,16 @@ class PagedMachine(Machine):
         freed = self.m.truncate(seq_id, length)
         assert sorted(freed) == sorted(before - self.used_blocks())
         self.poison(freed)
-        self.running[seq_id] = stamps[:start] + self.fresh(length - start)
-        self.write(seq_id, self.running[seq_id], start)
+        if shared and length > start:
+            self.m.check_invariants()
+            copies = self.m.append(seq_id)
+            self.copy_blocks(copies)
+            self.running[seq_id] = stamps[:length] + self.fresh(1)
+            self.write(seq_id, self.running[seq_id], length)
+            self.events["truncate inside a shared block"] += len(copies)
+        else:
+            self.running[seq_id] = stamps[:start] + self.fresh(length - start)
+            self.write(seq_id, self.running[seq_id], start)
         self.kept[seq_id] = min(self.kept[seq_id], start)
         self.events["truncate"] += length < len(stamps)
         self.events["truncate to a block's end"] += length == start < len(stamps)
@@ -847,6 +857,7 @@ PAGED_EVENTS = {
     "recompute with tokens": 15,
     "truncate": 30,
     "truncate to a block's end": 10,
+    "truncate inside a shared block": 5,
 }
 BASELINE_EVENTS = {
     "out of blocks": 50,
