@@ -51,7 +51,7 @@ class DeviceMemoryError(RuntimeError):
 
 
 class KernelError(ValueError):
-    """A kernel that was asked for by name and does not run on this device or model."""
+    """A device or kernel that was asked for by name and is not there, or does not run here."""
 
 
 class PagedKVCache:
@@ -472,6 +472,14 @@ def paged_attention_kernel(
     mask = length_mask(seq_lens, k.shape[1], window)
     out, lse = attention(q[:, None], k, v, mask, scale, soft_cap=soft_cap)
     return out[:, 0], lse[:, 0]
+
+
+def choose_device(asked: str) -> torch.device:
+    """`auto`: a CUDA device if there is one. Raises KernelError if `cuda` is asked for in vain."""
+    cuda = torch.cuda.is_available()
+    if asked == "cuda" and not cuda:
+        raise KernelError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if cuda and asked != "cpu" else "cpu")
 
 
 def choose_kernel(

@@ -95,6 +95,11 @@ class BlockTable:
         """Slots of the last block that hold no token yet (0 to S - 1)."""
         return len(self.blocks) * self.block_size - self.num_tokens
 
+    @property
+    def last_slot(self) -> int:
+        """The slot number of its newest token."""
+        return (self.blocks[-1] + 1) * self.block_size - self.unfilled - 1
+
     def entries(self) -> list[tuple[int, int]]:
         """(physical block, filled slots) of each logical block: the rows of Fig. 6."""
         filled = [self.block_size] * len(self.blocks)

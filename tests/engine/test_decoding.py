@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 
 from small_models import small
 
-from kv_cache_manager import RequestTooLargeError
+from kv_cache_manager import RequestTooLargeError, UnknownSequenceError
 from vllm_sim.engine.decoding import BeamSearch, Decoding, Samples
 from vllm_sim.engine.engine import Engine
 
@@ -90,7 +90,7 @@ def test_requests_that_can_never_run_are_refused_and_nothing_has_changed():
     for arguments, error, reason in refused:
         with pytest.raises(error, match=reason):
             engine.submit(*arguments)
-    with pytest.raises(KeyError):
+    with pytest.raises(UnknownSequenceError, match="3 is not the id of a shared prefix"):
         engine.submit([5], 5, prefix_id=3)
     with pytest.raises(RequestTooLargeError, match="129 tokens"):
         engine.add_prefix([5] * 129)

@@ -25,7 +25,7 @@ class Checked(Observer):
 
     def __init__(self, engine):
         self.engine = engine
-        self.swaps = self.recomputations = self.copies = self.kinds = 0
+        self.swaps = self.recomputations = self.copies = 0
         engine.observers.append(self)
 
     def on_iteration(self, iteration):
@@ -47,7 +47,7 @@ def serve(model, requests, num_blocks=400, prefix=None, **options):
         engine.submit(prompt, length, decoding, prefix_id=prefix_id if behind else None)
     outputs = sorted(engine.run(), key=lambda output: output.request_id)
     if prefix_id is not None:
-        engine.manager.free(prefix_id)
+        engine.drop_prefix(prefix_id)
     assert engine.manager.num_free_blocks == num_blocks
     return [output.sequences for output in outputs], checked
 

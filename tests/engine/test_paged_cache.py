@@ -282,6 +282,12 @@ def test_positions_that_depend_on_the_longest_are_refused():
         check_config(config)
 
 
+def test_a_width_that_is_not_that_of_the_beams_is_refused():
+    model = small("llama")
+    with pytest.raises(ValueError, match="width=2 is not the number of beams"):
+        generate(model, prompts([9]), BEAMS, paged(model, width=2))
+
+
 def test_another_attention_is_not_taken_for_ours():
     model, ids = small("llama"), prompts([5])["input_ids"]
     cache = paged(model)

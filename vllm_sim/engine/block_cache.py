@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.masking_utils import create_causal_mask
 
 from attention import attention, causal_mask
+from kv_cache_manager import PagedKVCacheManager
 from paged_attention import (
     PagedKVCache,
     attention_kernel,
@@ -74,8 +75,15 @@ class Step:
 class BlockCache(Cache):
     """A transformers cache whose K and V lie in a PagedKVCache, and not in `layers`."""
 
-    def __init__(self, model: PreTrainedModel, kernel: str = "auto") -> None:
-        """Set the model's attention to this one. `kernel`: auto, gather or triton.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        manager: PagedKVCacheManager,
+        kernel: str = "auto",
+        poison: bool = False,
+    ) -> None:
+        """Set the model's attention to this one. `kernel`: auto, gather or triton; `poison`: fill
+        unused slots with NaN.
 
         Raises UnsupportedModelError, and KernelError for a kernel that cannot be had.
         """
@@ -86,6 +94,7 @@ class BlockCache(Cache):
         self.kernel, self.why_not_triton = choose_kernel(
             kernel, model.device, *heads(model.config), **wanted
         )
+        self.manager, self._poison = manager, poison
         self._decode = attention_kernel(self.kernel)
         self._config = model.config.get_text_config(decoder=True)
         self.num_layers = self._config.num_hidden_layers
@@ -110,10 +119,6 @@ class BlockCache(Cache):
             )
 
     # -- what a subclass gives --------------------------------------------------------------
-
-    def make_pool(self, key: torch.Tensor) -> PagedKVCache:
-        """The pool for K like this (B, H_kv, T, D)."""
-        raise NotImplementedError
 
     def make_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> Step:
         """Allocate for a forward: the first layer's K (B, H_kv, T, D), and which of all tokens
@@ -160,6 +165,18 @@ class BlockCache(Cache):
 
     # -- one layer --------------------------------------------------------------------------
 
+    def _make_pool(self, key: torch.Tensor) -> PagedKVCache:
+        """The manager's blocks for K like this (B, H_kv, T, D)."""
+        manager = self.manager
+        return PagedKVCache(
+            *(manager.num_blocks, manager.block_size, key.shape[1], key.shape[3]),
+            num_layers=self.num_layers,
+            num_cpu_blocks=manager.num_cpu_blocks,
+            dtype=key.dtype,
+            device=key.device,
+            poison=self._poison,
+        )
+
     def attend(self, layer, q, k, v, mask, *, scale=None, window=None, soft_cap=None):
         """Store a layer's new K and V, and attend. q (B, H, T, D), k and v (B, H_kv, T, D).
 
@@ -174,7 +191,7 @@ class BlockCache(Cache):
             if v.shape != k.shape:
                 raise UnsupportedModelError("its K and V have different head sizes")
             if self.pool is None:
-                self.pool = self.make_pool(k)
+                self.pool = self._make_pool(k)
             self._step = self.make_step(k, mask)
         elif layer != self._layer + 1 or layer >= self.num_layers:
             raise UnsupportedModelError(f"its layer {layer} follows layer {self._layer}")

@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kv_cache_manager import PagedKVCacheManager, RequestTooLargeError
-from paged_attention import PagedKVCache, pad_block_tables, slot_mapping, upload
+from paged_attention import pad_block_tables, slot_mapping, upload
 from sequence import BeamHistory, Sequence, SequenceGroup, check_count
 from vllm_sim.engine.block_cache import CACHE, BlockCache, Segment, Step, decode_part
 from vllm_sim.engine.decoding import BeamSearch, Choice, Decoding, Samples
@@ -57,30 +57,13 @@ class LiveBeams(BeamHistory):
 class EngineCache(BlockCache):
     """The blocks of all requests. The engine says where a forward's tokens go."""
 
-    def __init__(self, model: PreTrainedModel, manager: PagedKVCacheManager, **options) -> None:
-        self._poison = options.pop("poison")
-        self._manager = manager
-        super().__init__(model, **options)
-        self.next_step: Step | None = None
+    next_step: Step | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # of the one row that all tokens are in; their positions are given
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
-
-    def make_pool(self, key: torch.Tensor) -> PagedKVCache:
-        manager = self._manager
-        return PagedKVCache(
-            manager.num_blocks,
-            manager.block_size,
-            *(key.shape[1], key.shape[3]),
-            num_layers=self.num_layers,
-            num_cpu_blocks=manager.num_cpu_blocks,
-            dtype=key.dtype,
-            device=key.device,
-            poison=self._poison,
-        )
 
     def make_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> Step:
         step, self.next_step = self.next_step, None
@@ -104,11 +87,11 @@ class Forward:
     def add_decode(self, seq_id: int, token: int) -> None:
         """The newest token of a sequence."""
         table = self._manager.block_table(seq_id)
-        size, length = table.block_size, table.num_tokens
+        length = table.num_tokens
         self._last.append(len(self._ids))
         self._ids.append(token)
         self._positions.append(length - 1)
-        self._decode_slots.append((table.blocks[-1] + 1) * size - table.unfilled - 1)
+        self._decode_slots.append(table.last_slot)
         self._tables.append(table.blocks)
         self._lens.append(length)
 
@@ -149,7 +132,6 @@ class Forward:
 class Live:
     """A request on its way."""
 
-    request_id: int
     prompt: list[int]
     tokens: dict[int, list[int]]  # sequence -> its own tokens: those of the prompt and generated
     decoder: Samples | BeamSearch
@@ -177,7 +159,7 @@ class Live:
         else:
             start = len(self.prompt)
             sequences = [self.tokens[seq.seq_id][start:] for seq in group.seqs]
-        return Output(self.request_id, sequences, group.num_preemptions)
+        return Output(group.group_id, sequences, group.num_preemptions)
 
 
 class Engine:
@@ -207,7 +189,7 @@ class Engine:
             num_blocks, block_size, num_cpu_blocks=num_cpu_blocks, watermark=watermark
         )
         self.scheduler = Scheduler(self.manager, limits, preemption)
-        self.cache = EngineCache(model, self.manager, kernel=kernel, poison=poison)
+        self.cache = EngineCache(model, self.manager, kernel, poison)
         self.observers = list(observers)
         self._model, self._device = model, model.device
         eos = model.generation_config.eos_token_id if eos is None else eos
@@ -216,7 +198,6 @@ class Engine:
         self._vocabulary = text.vocab_size
         self._max_len = getattr(text, "max_position_embeddings", None)
         self._live: dict[int, Live] = {}  # by group
-        self._prefix_lens: dict[int, int] = {}
         self._next_id = self._next_request = 0
 
     # -- requests ---------------------------------------------------------------------------
@@ -241,15 +222,15 @@ class Engine:
         except BaseException:
             self.manager.free(prefix_id)
             raise
-        self._prefix_lens[prefix_id] = len(tokens)
         return prefix_id
 
     def drop_prefix(self, prefix_id: int) -> None:
-        """Give up a prefix; KeyError for an unknown one, ValueError while a request needs it."""
+        """Give up a prefix. UnknownSequenceError for what is none, ValueError while a request
+        needs it."""
+        self._prefix_len(prefix_id)
         queues = self.scheduler.waiting, self.scheduler.running, self.scheduler.swapped
         if any(group.prefix_id == prefix_id for queue in queues for group in queue):
             raise ValueError(f"requests behind prefix {prefix_id} are not done")
-        del self._prefix_lens[prefix_id]
         self.cache.pool.poison_blocks(self.manager.free(prefix_id))
 
     def submit(
@@ -264,11 +245,11 @@ class Engine:
         """Queue a request; its id. `prompt` are its own tokens, at least one, behind the prefix.
 
         Raises RequestTooLargeError for more than the model, the pool or the limits can ever hold,
-        ValueError for tokens that the model does not have, KeyError for an unknown prefix.
+        ValueError for tokens that the model does not have, UnknownSequenceError for a prefix.
         """
         prompt = self._checked(prompt)
         max_new_tokens = check_count("max_new_tokens", max_new_tokens)
-        prefix_len = 0 if prefix_id is None else self._prefix_lens[prefix_id]
+        prefix_len = 0 if prefix_id is None else self._prefix_len(prefix_id)
         self._check_length(prefix_len + len(prompt) + max_new_tokens)
         ids = self._new_ids(decoding.num_seqs)
         seqs = [Sequence(one, len(prompt), max_new_tokens, prefix_len) for one in ids]
@@ -281,7 +262,7 @@ class Engine:
         group = SequenceGroup(request_id, seqs, arrival_s, prefix_id, beams)
         self.scheduler.add(group)
         self._next_request += 1
-        self._live[request_id] = Live(request_id, prompt, dict.fromkeys(ids, prompt), decoder)
+        self._live[request_id] = Live(prompt, dict.fromkeys(ids, prompt), decoder)
         return request_id
 
     # -- iterations -------------------------------------------------------------------------
@@ -291,7 +272,6 @@ class Engine:
         while not self.scheduler.idle:
             yield from self.step()
 
-    @torch.no_grad()
     def step(self, now_s: float = 0.0) -> list[Output]:
         """One iteration: decide, move blocks, run the model once, extend every sequence."""
         iteration = self.scheduler.schedule(now_s)
@@ -341,6 +321,10 @@ class Engine:
     def _run(self, forward: Forward) -> torch.Tensor:
         with torch.no_grad():
             return forward.run(self._model, self.cache)
+
+    def _prefix_len(self, prefix_id: int) -> int:
+        self.manager.blocks_for(0, prefix_id)  # UnknownSequenceError for a sequence of a request
+        return self.manager.num_tokens(prefix_id)
 
     def _check_length(self, length: int) -> None:
         if self._max_len is not None and length > self._max_len:

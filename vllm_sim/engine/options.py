@@ -10,7 +10,7 @@ import argparse
 from vllm_sim import paper
 from vllm_sim.reporting.arguments import OneLineParser, folder, positive, seed
 from vllm_sim.reporting.command_line import UsageError
-from vllm_sim.reporting.files import DASH, out_file
+from vllm_sim.reporting.files import add_output_options, out_file
 
 EXAMPLE = """\
 example:
@@ -46,9 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0, metavar="N", help="of samples and random weights")
     help = "write a page here that plays the blocks back, token by token"
     add("--timeline", type=out_file, metavar="FILE", help=help)
-    add("--json", type=out_file, metavar="FILE", help=f"write all that was found here ({DASH})")
-    add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
-    add("--quiet", action="store_true", help="no progress on stderr")
+    add_output_options(parser, "all that was found")
     return parser
 
 

@@ -29,7 +29,7 @@ from kv_cache_manager import (
     OutOfBlocksError,
     PagedKVCacheManager,
 )
-from paged_attention import PagedKVCache, pad_block_tables, slot_mapping, upload
+from paged_attention import pad_block_tables, slot_mapping, upload
 from sequence import check_count
 from vllm_sim.engine.block_cache import BlockCache, Segment, Step, decode_part
 
@@ -55,14 +55,14 @@ class PagedCache(BlockCache):
         `poison` fills unused slots with NaN; `on_step` is called in each forward, once its blocks
         are there, and after beams have moved: `copies`, `forked` and `moved` say what happened, and
         `usage()` where the memory is. Raises UnsupportedModelError, KernelError, ValueError. A
-        forward raises OutOfBlocksError, before anything changes, if it has too few blocks.
+        forward raises OutOfBlocksError, before a token is stored, if it has too few blocks.
         """
-        self.manager = PagedKVCacheManager(num_blocks, block_size, watermark=0.0)
         self.width = check_count("width", width)
-        super().__init__(model, kernel)
+        manager = PagedKVCacheManager(num_blocks, block_size, watermark=0.0)
+        super().__init__(model, manager, kernel, poison)
         self.num_copies = 0
         self._begin()
-        self._poison, self._on_step = poison, on_step
+        self._on_step = on_step
         self.reset()
 
     # -- what transformers asks -------------------------------------------------------------
@@ -94,7 +94,8 @@ class PagedCache(BlockCache):
         """Row r goes on from row beam_idx[r]: blocks change holders, nothing is copied."""
         parents = beam_idx.tolist()
         if not self._forked:  # those of one prompt are still one
-            assert all(row // self.width == p // self.width for row, p in enumerate(parents))
+            if any(row // self.width != p // self.width for row, p in enumerate(parents)):
+                raise ValueError(f"width={self.width} is not the number of beams")
             return
         ids = self.seq_ids
         moved = {ids[row]: ids[p] for row, p in enumerate(parents) if row != p}
@@ -143,11 +144,6 @@ class PagedCache(BlockCache):
         return self.manager.usage()
 
     # -- one forward ------------------------------------------------------------------------
-
-    def make_pool(self, key: torch.Tensor) -> PagedKVCache:
-        sizes = self.manager.num_blocks, self.manager.block_size, key.shape[1], key.shape[3]
-        kind = {"dtype": key.dtype, "device": key.device, "poison": self._poison}
-        return PagedKVCache(*sizes, num_layers=self.num_layers, **kind)
 
     def make_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> Step:
         """Room for a forward's tokens. ValueError for rows that are not those of before."""
@@ -207,8 +203,7 @@ class PagedCache(BlockCache):
         self._fork_rows()
         self._grow(1)
         tables = [self.manager.block_table(seq_id) for seq_id in self.seq_ids]
-        size = self.manager.block_size
-        ends = [(table.blocks[-1] + 1) * size - table.unfilled - 1 for table in tables]
+        ends = [table.last_slot for table in tables]
         lens = [table.num_tokens for table in tables]
         part = decode_part([table.blocks for table in tables], lens, key.device)
         return Step(upload(ends, key.device), None, *part)

@@ -21,6 +21,7 @@ from paged_attention import (
     DeviceMemoryError,
     KernelError,
     check_device_memory,
+    choose_device,
     choose_kernel,
 )
 from vllm_sim.engine.block_cache import CACHE
@@ -179,14 +180,6 @@ def pool_bytes(config: PretrainedConfig, num_slots: int, device: torch.device) -
     _, num_kv_heads, head_size = heads(config)
     layers = config.get_text_config(decoder=True).num_hidden_layers
     return num_slots * layers * 2 * num_kv_heads * head_size * dtype_on(device).itemsize
-
-
-def choose_device(asked: str) -> torch.device:
-    """UsageError for a device that is not there."""
-    cuda = torch.cuda.is_available()
-    if asked == "cuda" and not cuda:
-        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if cuda and asked != "cpu" else "cpu")
 
 
 def check_prompt(config: PretrainedConfig, prompt: list[int], max_new_tokens: int) -> None:

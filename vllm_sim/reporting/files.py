@@ -35,11 +35,12 @@ class OutputError(UsageError):
     """A file cannot be written; one line says which and why."""
 
 
-def add_output_options(parser: argparse.ArgumentParser, written: str, drawn: str) -> None:
-    """--json, --figures, --format and --quiet; their help says what is written and drawn."""
+def add_output_options(parser: argparse.ArgumentParser, written: str, drawn: str = "") -> None:
+    """--json, --figures (if `drawn` says what), --format and --quiet."""
     add, needed = parser.add_argument, "(needs matplotlib: requirements-dev.txt)"
     add("--json", type=out_file, metavar="FILE", help=f"write {written} here ({DASH})")
-    add("--figures", type=pictures, metavar="DIR", help=f"draw {drawn} there {needed}")
+    if drawn:
+        add("--figures", type=pictures, metavar="DIR", help=f"draw {drawn} there {needed}")
     add("--format", choices=("plain", "github", "latex"), default="plain", help="of the tables")
     add("--quiet", action="store_true", help="no progress on stderr")
 

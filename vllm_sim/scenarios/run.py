@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from paged_attention import DeviceMemoryError, choose_kernel
+from paged_attention import DeviceMemoryError, KernelError, choose_device, choose_kernel
 from vllm_sim import models
 from vllm_sim.playback import timeline
 from vllm_sim.reporting.command_line import UsageError, raise_on_interrupt
@@ -79,10 +79,10 @@ def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
 
 def make_setting(args: argparse.Namespace) -> Setting:
     """The setting the arguments ask for. Raises UsageError if it cannot be had."""
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    try:
+        device = choose_device(args.device)
+    except KernelError as error:
+        raise UsageError(str(error)) from None
     model = replace(models.MODELS[args.model], name=args.model)  # as the user wrote it
     num_layers = model.num_layers if args.layers is None else args.layers
     if num_layers > model.num_layers:

@@ -174,8 +174,7 @@ class StampedCache(Observer):
         """The slot of a sequence's newest token."""
         if isinstance(self.manager, BaselineCacheManager):
             return self.manager.start_slot(seq_id) + self.manager.num_tokens(seq_id) - 1
-        table = self.manager.block_table(seq_id)
-        return (table.blocks[-1] + 1) * table.block_size - table.unfilled - 1
+        return self.manager.block_table(seq_id).last_slot
 
     def _verify(self, seq: Sequence) -> None:
         """Read a sequence that is about to finish through its table, every layer."""
