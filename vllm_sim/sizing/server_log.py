@@ -113,7 +113,7 @@ peak_with_weights_gib: peak_torch_memory=<gib>   0.6.4
 peak_with_graphs_gib: (weights + non-torch), <gib> for peak activation   0.28 on
 non_torch_gib: non-torch forward increase memory: <gib>   0.9 to 0.25, debug
 non_torch_gib: non_torch_memory takes <gib>   0.7 to 0.10
-non_torch_gib: GiB non_torch_memory=<gib> kv_cache_size   0.6.4
+non_torch_gib: non_torch_memory=<gib> kv_cache_size   0.6.4
 non_torch_gib: for peak activation, <gib> for non-torch memory   0.10 to 0.25
 consumed_gib: total consumed (from mem_get_info): <gib> | Actual usage is <gib> for consumed memory
 cuda_graphs_gib: Graph capturing finished in <any> secs, took <gib>   0.6.4 on
@@ -136,6 +136,7 @@ SMALLEST = {"kv_cache_gib", "num_gpu_blocks", "num_cpu_blocks", "kv_tokens", "ma
 ENGINE = r"Initializing an? (?:V[01] )?LLM engine[^\n]{0,80}? with config: ", 1
 ARGS = r"\bargs: (?:Namespace\(|\{)", 4  # 'non-default args: {' from 0.9 on
 RENAMED = {"max_seq_len": "max_model_len", "model_tag": "model"}  # `model` may be a default then
+ASKED = {"data_parallel"}  # each engine of a dense model says 1 of itself (core.py in 0.19)
 CHANGED = {"max_num_batched_tokens", "block_size"}  # a message tells what became of the setting
 KINDS = {str | None: "word", int | None: "count", float | None: "number", bool | None: "flag"}
 # What a version tells only as a sum: the whole, the part to take off, if it may be unsaid.
@@ -164,7 +165,8 @@ def read_log(path: str | os.PathLike[str]) -> ServerLog:
         fact, _, said = line.partition("   ")[0].partition(": ")
         wordings.setdefault(fact, []).extend(said.split(" | "))
     found = {fact: _said(fact, said, text) for fact, said in wordings.items()}
-    settings = _settings(ARGS, text) | _settings(ENGINE, text)
+    asked = _settings(ARGS, text)
+    settings = asked | _settings(ENGINE, text) | {key: asked[key] for key in ASKED & asked.keys()}
     for field in fields(ServerLog):
         value = _value(field.name, KINDS[field.type], settings.get(field.name, ""))
         if value is not None and not (field.name in CHANGED and found[field.name]):
@@ -189,14 +191,16 @@ def read_log(path: str | os.PathLike[str]) -> ServerLog:
 def _plain(data: bytes) -> str:
     """The text of a log: JSON lines opened, colours gone, a line a message."""
     wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes it
-    text = data.decode("utf-16" if wide else "utf-8", "replace").replace("\r", "\n")
-    if re.search(r"^\{", text, re.MULTILINE):
-        text = "\n".join(_opened(line) if line[:1] == "{" else line for line in text.split("\n"))
+    text = data.decode("utf-16" if wide else "utf-8-sig", "replace").replace("\r", "\n")
+    if re.search(r"^\{.*\}$", text, re.MULTILINE):
+        text = "\n".join(map(_opened, text.split("\n")))
     return re.sub(r"\x1b\[[0-9;]{0,20}m", "", text)
 
 
 def _opened(line: str) -> str:
     """What a JSON line of Docker, journald or a cloud says; any other line as it is."""
+    if line[:1] + line[-1:] != "{}":
+        return line
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
