@@ -179,6 +179,19 @@ SAID = {
 LINES = {
     "vLLM server version 0.25.1, serving model org/m": "version=0.25.1, model=org/m",
     LOGO: "version=0.19.0, model=org/m",
+    "vLLM API server version 0.8.5": "version=0.8.5",
+    "Desired GPU memory utilization is (0.95, 75.23 GiB).": "gpu_memory_utilization=0.95",
+    "increase --gpu-memory-utilization from 0.9250 to 0.9356": "gpu_memory_utilization=0.925",
+    "Estimated CUDA graph memory: 0.75 GiB total\nCUDA graph memory profiling is enabled. "
+    "The current --gpu-memory-utilization=0.9000 is equivalent to": (
+        "gpu_memory_utilization=0.9, cuda_graphs_reserved_gib=0.75"
+    ),
+    "CUDA graph memory profiling is enabled (default since v0.21.0).\n"
+    "CUDA graph pool memory: 0.5 GiB (actual), 0.75 GiB (estimated)": (
+        "cuda_graphs_gib=0.5, cuda_graphs_reserved_gib=0.75"
+    ),
+    "CUDA graph pool memory: 0.5 GiB (actual), 0.75 GiB (estimated)": "cuda_graphs_gib=0.5",
+    "memory, and 0.25 GiB for CUDAGraph memory. Replace": "cuda_graphs_gib=0.25",
     "Using max model len 8192": "max_model_len=8192",
     "Defaulting max_num_seqs to 1024 for OPENAI_API_SERVER usage context.": "max_num_seqs=1024",
     "Defaulting max_num_batched_tokens to 8192 for": "max_num_batched_tokens=8192",
