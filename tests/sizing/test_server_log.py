@@ -17,12 +17,12 @@ from vllm_sim.sizing import server_log
 from vllm_sim.sizing.server_log import LogError, ServerLog, read_log
 
 V02 = """
-INFO 12-04 10:05:22 api_server.py:704] args: Namespace(host=None, model='/models/a b',\
+INFO 12-04 10:05:22 api_server.py:704] args: Namespace(host=None, model='/models/a (b)',\
  dtype='auto', max_model_len=None, block_size=32, swap_space=4,\
  gpu_memory_utilization=0.85, max_num_seqs=128,\
  max_num_batched_tokens=None, quantization=None, tensor_parallel_size=2)
-INFO 12-04 10:05:22 llm_engine.py:72] Initializing an LLM engine with config: model='/models/a b',\
- tokenizer='/models/a b', dtype=torch.float16, max_seq_len=4096, tensor_parallel_size=2,\
+INFO 12-04 10:05:22 llm_engine.py:7] Initializing an LLM engine with config: model='/models/a (b)',\
+ tokenizer='/models/a (b)', dtype=torch.float16, max_seq_len=4096, tensor_parallel_size=2,\
  quantization=awq, enforce_eager=False, seed=0)
 INFO 12-04 10:05:30 llm_engine.py:207] # GPU blocks: 3071, # CPU blocks: 2048
 """
@@ -124,7 +124,7 @@ V33 += " request: 12.56x\n"
 SAID = {
     "0.2": (
         V02,
-        "model=/models/a b, dtype=float16, quantization=awq, tensor_parallel=2, "
+        "model=/models/a (b), dtype=float16, quantization=awq, tensor_parallel=2, "
         "gpu_memory_utilization=0.85, max_model_len=4096, max_num_seqs=128, block_size=32, "
         "enforce_eager=False, num_gpu_blocks=3071, num_cpu_blocks=2048",
     ),
@@ -349,7 +349,8 @@ PIECES = sorted({word for text in TEXTS for word in text.split(" ")} | set("([{'
 
 
 @given(st.binary() | st.lists(st.sampled_from(PIECES)).map(" ".join).map(str.encode))
-@example(b'{"a":' * 100_000)
+@example(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)
+@example(b"{x}\nUsing max model len 8")
 @example(b"\xff\xfe{\0" + b"\0\xd8" * 9)
 @example(b'{"log": "Model loading took 1 GiB, serving model \\ud800"}')
 def test_no_bytes_raise_anything_else(tmp_path_factory, content):

@@ -1,15 +1,16 @@
 """What a vLLM server said of itself when it started: a startup log, read with care.
 
-Reproduces nothing of the paper. The wordings are those of vLLM 0.2 to 0.33, held against its source
-in 0.2.7, 0.4.2, 0.5.4, 0.6.3, 0.7.3, 0.8.5, 0.11, 0.19, 0.22 and 0.33. A message is found wherever
-in a line it stands: what is before it (time, process, colours) does not matter.
+Reproduces nothing of the paper. The wordings are those of vLLM 0.2 to 0.33, held against the source
+of 19 versions. A message is found wherever in a line it stands: what is before it (time, process,
+colours) does not matter.
 
     log = read_log("server.log")        # LogError, one line, if it is no such log
     log.kv_cache_gib, log.kv_tokens     # None where the log does not say it
 
 Ranks differ: of blocks, tokens, K/V memory and concurrency the smallest is kept, since it decides,
-of all else the first. Of several starts in a file the last is read that got as far as its cache.
-What the engine says goes before what it was asked for, an exact number before a rounded one.
+with the parts of the rank that has least left; of all else the first. Of several starts in a file
+the last is read that got as far as its cache. What the engine says goes before what it was asked
+for, an exact number before a rounded one.
 """
 
 import json
@@ -139,7 +140,8 @@ RENAMED = {"max_seq_len": "max_model_len", "model_tag": "model"}  # `model` may 
 ASKED = {"data_parallel"}  # each engine of a dense model says 1 of itself (core.py in 0.19)
 CHANGED = {"max_num_batched_tokens", "block_size"}  # a message tells what became of the setting
 KINDS = {str | None: "word", int | None: "count", float | None: "number", bool | None: "flag"}
-# What a version tells only as a sum: the whole, the part to take off, if it may be unsaid.
+# What a version tells only as a sum: the whole, the part that is no part of it, and whether that
+# part is nothing where it is not told.
 WORKED_OUT = (
     ("activations_gib", "peak_with_weights_gib", "weights_gib", False),
     ("activations_gib", "peak_with_graphs_gib", "cuda_graphs_reserved_gib", True),
@@ -173,8 +175,8 @@ def read_log(path: str | os.PathLike[str]) -> ServerLog:
             found[field.name] = value
     if "CUDA graph memory profiling is enabled" not in text:  # 0.18 to 0.20 only estimate
         found["cuda_graphs_reserved_gib"] = None
-    for fact, whole, part, others in WORKED_OUT:
-        if found[fact] is None and found[whole] is not None and (found[part] is not None or others):
+    for fact, whole, part, none in WORKED_OUT:
+        if found[fact] is None and found[whole] is not None and (none or found[part] is not None):
             found[fact] = round(found[whole] - (found[part] or 0.0), 4)
     if found["num_gpu_blocks"] is None and found.get("data_parallel") in (None, 1):
         found["num_gpu_blocks"] = found["blocks_of_all"]
@@ -257,7 +259,7 @@ def _settings(lines: tuple[str, int], text: str) -> dict[str, str]:
     for match in islice(re.finditer(lines[0], text), lines[1]):
         line = text[match.end() : match.end() + 2**16].partition("\n")[0]
         for _ in range(9):  # the innermost first: a draft model, say, has settings of its own
-            line = re.sub(r"[(\[{][^()\[\]{}]*[)\]}]", "", line)
+            line = re.sub(r"('[^']*')|[(\[{][^()\[\]{}]*[)\]}]", r"\1", line)
         pairs = re.findall(r"(?<!\w)(\w{1,60})'?(?:=|: )('[^']*'|\"[^\"]*\"|[^\s,)}]+)", line)
         for key, value in (pair for pair in pairs if pair[1] != "None"):
             key = RENAMED.get(key, key.replace("parallel_size", "parallel"))
