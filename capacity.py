@@ -7,6 +7,7 @@ models (by their Hugging Face config.json), GPUs and workloads. No GPU is needed
     python capacity.py --model opt-66b --gpus 4
     python capacity.py --model Llama-3-8B/config.json --gpu h100 --workload 2000,300
     python capacity.py --model config.json --gpu-memory 44.5 --dtype fp8 --max-model-len 8192
+    python capacity.py --log vllm-startup.log       # does it match? ours beside what a server logged
     python capacity.py --trace AzureLLMInferenceTrace_conv.csv.gz       # what a real trace needs
 
 Exit code 0, or 2 for input that cannot be used and for a model that does not fit.
@@ -33,19 +34,23 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     from vllm_sim.reporting.documents import document
     from vllm_sim.reporting.files import check_writable, print_then, write_json
     from vllm_sim.reporting.tables import render, wrapped
-    from vllm_sim.sizing import answers, pictures, trace_answers
+    from vllm_sim.sizing import answers, log_answers, pictures, trace_answers
     from vllm_sim.sizing.case import make_case, make_trace_case
+    from vllm_sim.sizing.server_log import read_log
 
     raise_on_interrupt()
     if args.json is not None:
         check_writable(args.json)
     start = time.perf_counter()
-    case = make_case(args)
+    log = None if args.log is None else read_log(args.log)
+    case = make_case(args, log)
     asked = None if args.trace is None else make_trace_case(args, case)
     if args.figures is not None:
         pictures.check(args.figures, asked is not None)
     comment = "% " if args.format == "latex" else ""
-    if asked is None:
+    if log is not None:
+        found = log_answers.answer_log(case, log)
+    elif asked is None:
         found = answers.survey(case, progress)
     else:
         found = trace_answers.answer_trace(asked, progress)

@@ -8,13 +8,14 @@ kv_blocks(DEPLOYMENTS["opt-13b"])       # 983
 from vllm_sim.models.gpus import GPU, GPUS
 from vllm_sim.models.memory_plan import Deployment, PlanError, kv_blocks, paper_plan
 from vllm_sim.models.model import Model
-from vllm_sim.models.presets import DEPLOYMENTS, MODELS, load_model, opt
+from vllm_sim.models.presets import DEPLOYMENTS, MODELS, PRESETS, load_model, opt
 
 __all__ = [
     "DEPLOYMENTS",
     "GPU",
     "GPUS",
     "MODELS",
+    "PRESETS",
     "Deployment",
     "Model",
     "PlanError",

@@ -1,8 +1,8 @@
-"""A Hugging Face `config.json`, read with care: what it must say, and how it is quantised.
+"""A Hugging Face `config.json`, read with care.
 
-Reproduces nothing. families.py asks a `Config` for what a family needs; what is missing or no
-number is refused by name, in one line. The file is text that anybody may have written: its size
-is bounded, and so is each number in it.
+Reproduces nothing. library.py and quantisation.py ask a `Config` for what they need; what is
+missing or no number is refused by name, in one line. The file is text that anybody may have
+written: its size is bounded, and so is each number in it.
 
     config = read_config("Llama-3-8B/config.json")
     config.count("num_hidden_layers", "n_layer")
@@ -15,7 +15,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_sim.models.model import Quantisation
 from vllm_sim.reporting.files import read_bounded
 
 MAX_BYTES = 4 * 2**20
@@ -123,59 +122,3 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: holds no JSON object, so no config.json")
     return Config(where, values)
-
-
-def quantisation(config: Config) -> Quantisation | None:
-    """What `quantization_config` says. ConfigError if it does not say how many bits."""
-    section = config.section("quantization_config")
-    if section is None:
-        return None
-    method = section.text("quant_method")
-    if method == "fp8":
-        block = section.list("weight_block_size")
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in block):
-            raise section.fail("weight_block_size must be whole numbers from 1")
-        scale = 4 / (block[0] * block[1]) if len(block) == 2 else 0.0
-        return Quantisation("fp8", 1.0 + scale)
-    if method in ("gptq", "awq"):
-        bits = section.count("bits", "w_bit")
-        group = section.optional("group_size", "q_group_size", least=-1)
-        return Quantisation(f"{method}, {bits} bits", _grouped(section, bits, group, zeros=True))
-    if method == "mxfp4":
-        return Quantisation("mxfp4 experts", 0.5 + 1 / 32, experts_only=True)
-    if method == "bitsandbytes":
-        if section.flag("load_in_8bit", False):
-            return Quantisation("bitsandbytes, 8 bits", 1.0)
-        if section.flag("load_in_4bit", False):
-            double = section.flag("bnb_4bit_use_double_quant", False)
-            scale = 1 / 64 + 4 / (64 * 256) if double else 4 / 64
-            return Quantisation("bitsandbytes, 4 bits", 0.5 + scale)
-    if method == "compressed-tensors":
-        return _compressed(section)
-    raise section.fail(f"quant_method {_shown(method)} does not say how many bits a weight takes")
-
-
-def _grouped(section: Config, bits: int, group: int | None, zeros: bool) -> float:
-    """Bytes of one weight with its share of a 16-bit scale and, if any, a zero point."""
-    if not 1 <= bits <= 16:
-        raise section.fail(f"{bits} bits a weight are not 1 to 16")
-    if group is None or group < 1:  # one scale for a whole column
-        return bits / 8
-    return bits / 8 + (2 + zeros * bits / 8) / group
-
-
-def _compressed(section: Config) -> Quantisation:
-    groups = section.section("config_groups")
-    found = set()
-    for name in groups.values if groups else ():
-        weights = groups.section(name)
-        weights = weights and weights.section("weights")
-        if weights is None:
-            raise section.fail(f"config_groups {name}: does not say how its weights are stored")
-        group = weights.optional("group_size", least=-1)
-        found.add((weights.count("num_bits"), group))
-    if len(found) != 1:
-        raise section.fail("config_groups do not agree on how many bits a weight takes")
-    ((bits, group),) = found
-    size = _grouped(section, bits, group, zeros=False)
-    return Quantisation(f"compressed-tensors, {bits} bits", size)

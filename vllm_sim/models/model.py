@@ -1,165 +1,148 @@
-"""What a model is: its dimensions, how its checkpoint is stored, and the sizes that follow.
+"""What a model is to the memory of a server: what it keeps of a sequence, and its weights.
 
 Reproduces: section 3's arithmetic (2 x layers x K/V heads x head size x bytes, 800 KB a token for
-OPT-13B), also for the decoders that followed the paper's: grouped and multi-query heads, mixtures
-of experts, latent caches (MLA) and sliding windows. presets.py has the paper's models and makes
-one of a config.json.
+OPT-13B), layer by layer, as the decoders that followed the paper's need it: grouped and
+multi-query heads, windows, latent caches (MLA), states of linear layers, mixtures of experts.
+presets.py has models by name; library.py reads any other.
 
     model = load_model("opt-13b")
     model.kv_bytes_per_token            # one slot in 16 bits: 819,200
-    model.num_params, model.weight_bytes(16)
+    model.num_params, model.weight_bytes()
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-COUNTS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size")
-COUNTS += ("vocab_size",)
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The feed-forward part of the layers that have routed experts. Sizes in elements."""
-
-    num_layers: int
-    num_experts: int
-    num_active: int  # a token
-    ffn_size: int  # of one expert
-    shared_ffn_size: int = 0  # of the expert that every token passes, all of them together
-    shared_gate: bool = False  # one more row of the router, for the shared expert
-    router_bias: bool = False  # one number an expert
-    biases: bool = False  # of each expert
+FULL, WINDOW, LATENT, STATE, NONE = "full", "window", "latent", "state", "none"
+KINDS = (FULL, WINDOW, LATENT, STATE, NONE)
+# Weights by what tensor parallelism and quantisation do to them.
+MATRIX = "matrices"  # of attention and feed-forward layers: split
+KV = "K/V projections"  # split by K/V heads, and copied where these do not suffice
+EXPERTS = "experts"  # routed: split; memory holds all of them, whichever a token passes
+WHOLE = "latent projections"  # MLA's projections down, indexers: whole on every GPU
+EMBEDDING = "embeddings"  # of tokens: split, 16 bits; on the first stage of a pipeline
+HEAD = "output head"  # split, 16 bits; on the last stage. Tied ones have no parameters here
+ENCODER = "encoders"  # of images and audio: split, 16 bits; on the first stage
+OTHER = "norms, biases, routers"  # whole on every GPU, 16 bits
+ROLES = (MATRIX, KV, EXPERTS, WHOLE, EMBEDDING, HEAD, ENCODER, OTHER)
+IN_LAYERS = (MATRIX, KV, EXPERTS, WHOLE)  # what --dtype fp8 and quantisation are about
 
 
 @dataclass(frozen=True)
-class Latent:
-    """Multi-head latent attention: one latent vector a token and layer is kept, not K and V."""
+class Layers:
+    """Layers that keep alike of a sequence.
 
-    kv_rank: int  # kv_lora_rank
-    rope_size: int  # qk_rope_head_dim, the part of the key that has its own position
-    nope_size: int  # qk_nope_head_dim
-    value_size: int  # v_head_dim
-    query_rank: int | None  # q_lora_rank; None: queries are projected directly
-
-
-@dataclass(frozen=True)
-class CacheLayers:
-    """Layers whose cache is alike: elements a token and layer, and how many tokens they keep."""
+    `elements` of K and V, or of a latent vector, a token and layer; `extra` beside them (keys of
+    an indexer, compressed entries), a token and layer; `state_bytes` a sequence and layer, whatever
+    its length. A window of W tokens keeps the last W of them.
+    """
 
     count: int
-    elements: int
-    window: int | None = None  # None: all
+    kind: str = FULL
+    elements: int = 0
+    kv_heads: int = 1  # over which tensor parallelism can split: 1 of a latent vector
+    heads: int = 0  # query heads
+    head_sizes: int = 0  # of a key and a value together, for attention's own FLOPs
+    window: int | None = None
+    extra: float = 0.0
+    state_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"a layer is one of {', '.join(KINDS)}, not {self.kind!r}")
+        if min(self.count, self.kv_heads) < 1 or min(self.elements, self.state_bytes) < 0:
+            raise ValueError(f"layers with impossible sizes: {self}")
+        if (self.kind == WINDOW) != (self.window is not None) or (self.window or 1) < 1:
+            raise ValueError(f"a window is a number of tokens of windowed layers: {self}")
+
+    def parts(self, num_gpus: int) -> int:
+        """Over how many of so many GPUs K and V are split; on the others they are copies."""
+        return 1 if self.kind == LATENT else min(num_gpus, self.kv_heads)
+
+    def slot_bytes(self, kv_bytes: int, num_gpus: int = 1) -> float:
+        """Of one token on one GPU, in all of these layers; what is `extra` is whole on each."""
+        shared = self.elements / self.parts(num_gpus)
+        return self.count * (shared + self.extra) * kv_bytes
+
+    def kept(self, num_tokens: int) -> int:
+        """How many of a sequence's tokens are kept."""
+        return min(num_tokens, self.window or num_tokens)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters, by what quantisation and tensor parallelism do to them."""
+    """Parameters of one role, stored alike: so many bits each, scales included."""
 
-    attention: int  # matrices of queries and output: split by heads
-    kv_projection: int  # of K and V: split by K/V heads, and copied where these do not suffice
-    feed_forward: int  # dense and shared
-    experts: int  # routed, all of them: memory holds each, whichever a token passes
-    latent: int  # MLA's projections down: whole on every GPU
-    embeddings: int  # input and output
-    other: int  # norms, biases, positions, routers: whole on every GPU
-    active: int  # of the total, those that one token passes
+    role: str
+    params: int
+    bits: float = 16.0
 
-    @property
-    def split(self) -> int:
-        """What tensor parallelism splits over the GPUs."""
-        matrices = self.attention + self.kv_projection + self.feed_forward
-        return matrices + self.experts + self.embeddings
-
-    @property
-    def whole(self) -> int:
-        """What every GPU holds."""
-        return self.latent + self.other
-
-    @property
-    def total(self) -> int:
-        return self.split + self.whole
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How a checkpoint's matrices are stored: bytes a parameter, scales included."""
-
-    method: str
-    bytes_per_param: float
-    experts_only: bool = False
+    def __post_init__(self) -> None:
+        if self.role not in ROLES or self.params < 0 or not 0.0 < self.bits <= 32.0:
+            raise ValueError(f"weights that cannot be: {self}")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder-only transformer. Sizes in elements, windows and positions in tokens.
+    """A decoder. Sizes in elements, windows and positions in tokens.
 
-    `norm_vectors` is 1 for RMS norms (a weight) and 2 for layer norms (a weight and a bias).
-    ValueError for dimensions that fit no such model.
+    Without `layers` all of `num_layers` keep K and V of `num_kv_heads` heads. ValueError for
+    dimensions that fit no such model.
     """
 
     name: str
-    family: str
+    family: str  # the model_type of its configuration
     num_layers: int  # L
     hidden_size: int
-    num_heads: int  # H
+    num_heads: int  # H; 0: no attention
     num_kv_heads: int  # H_kv
     head_size: int  # D
-    ffn_size: int  # of dense layers
     vocab_size: int
-    max_len: int | None  # None: nothing bounds it (ALiBi)
+    max_len: int | None  # None: nothing bounds it
+    widest: int = 1  # intermediate result of a layer that tensor parallelism splits, a token
+    layers: tuple[Layers, ...] = ()
+    weights: tuple[Weights, ...] = ()
+    num_experts: int = 0  # of one layer
+    active_experts: int = 0  # a token
+    rotary_bytes: int = 0  # tables of rotary positions, whole on every GPU
     tied: bool = True  # the output head is the input embedding
-    gated: bool = True  # three feed-forward matrices, not two
-    norm_vectors: int = 1
-    norms_per_layer: int = 2
-    final_norm: bool = True
-    embedding_norm: bool = False
-    head_norms: bool = False  # of queries and keys, one vector of D each
-    qkv_bias: bool = False
-    output_bias: bool = False
-    ffn_bias: bool = False
-    sinks: bool = False  # one number a head
-    position_rows: int = 0  # of a learned table
-    embedding_size: int | None = None  # None: the hidden size; else two projections
-    experts: Experts | None = None
-    latent: Latent | None = None
-    windows: tuple[int | None, ...] = ()  # of each layer; (): no layer has one
     notes: tuple[str, ...] = ()  # what a reader of the sizes must know
     dtype: str = ""  # of the checkpoint, fp16 or bf16; "": not said
-    quantisation: Quantisation | None = None  # of the checkpoint
-    vision_params: int = 0  # of an image encoder, about: its matrices alone, 16 bits each
+    quantisation: str = ""  # how the checkpoint is stored; "": in 16 bits
+    kv_dtype: str = ""  # of K and V, where the checkpoint states it: fp8
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
+        if type(self.rotary_bytes) is not int or self.rotary_bytes < 0:
+            raise ValueError(f"rotary_bytes must be a whole number, not {self.rotary_bytes!r}")
+        for name in ("num_layers", "hidden_size", "vocab_size", "widest"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{self.num_heads} query heads cannot share {self.num_kv_heads} K/V heads evenly"
-            )
-        if self.windows and len(self.windows) != self.num_layers:
-            raise ValueError(f"{len(self.windows)} layer types for {self.num_layers} layers")
-        if self.experts and not 0 <= self.experts.num_layers <= self.num_layers:
-            raise ValueError(f"experts in {self.experts.num_layers} of {self.num_layers} layers")
-        if self.experts and self.experts.num_active > self.experts.num_experts:
-            raise ValueError(
-                f"{self.experts.num_active} of {self.experts.num_experts} experts a token"
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads and (kv_heads < 1 or heads % kv_heads):
+            raise ValueError(f"{heads} query heads cannot share {kv_heads} K/V heads evenly")
+        if not 0 <= self.active_experts <= self.num_experts:
+            raise ValueError(f"{self.active_experts} of {self.num_experts} experts a token")
+        if not self.layers:
+            size = 2 * self.head_size
+            own = Layers(self.num_layers, FULL, size * kv_heads, kv_heads, heads, size)
+            object.__setattr__(self, "layers", (own,))
+        if sum(layers.count for layers in self.layers) != self.num_layers:
+            raise ValueError(f"{self.layers} are not {self.num_layers} layers")
 
     # -- the cache ------------------------------------------------------------------------------
 
     @property
-    def layer_elements(self) -> int:
-        """What one layer keeps of one token: K and V of its heads, or the latent vector."""
-        if self.latent:
-            return self.latent.kv_rank + self.latent.rope_size
-        return 2 * self.num_kv_heads * self.head_size
+    def slot_elements(self) -> int:
+        """K and V, or latent vectors, of one token in all layers: one slot."""
+        return sum(layers.count * layers.elements for layers in self.layers)
 
     @property
-    def slot_elements(self) -> int:
-        """Of one token in all layers: one slot."""
-        return self.num_layers * self.layer_elements
+    def extra_elements(self) -> float:
+        """What layers keep of a token beside K and V: keys of indexers, compressed entries."""
+        return sum(layers.count * layers.extra for layers in self.layers)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -167,101 +150,72 @@ class Model:
         return 2 * self.slot_elements
 
     @property
-    def cache_layers(self) -> tuple[CacheLayers, ...]:
-        """The layers by window, those without one first."""
-        windows = self.windows or (None,) * self.num_layers
-        kinds = sorted(set(windows), key=lambda window: (window is not None, window or 0))
-        return tuple(CacheLayers(windows.count(w), self.layer_elements, w) for w in kinds)
+    def state_bytes(self) -> int:
+        """Of one sequence, whatever its length: states of linear layers."""
+        return sum(layers.count * layers.state_bytes for layers in self.layers)
 
-    def cached_elements(self, num_tokens: int) -> int:
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Those that layers have, shortest first."""
+        return tuple(sorted({layers.window for layers in self.layers if layers.window}))
+
+    @property
+    def latent(self) -> bool:
+        """Whether a latent vector is kept instead of K and V."""
+        return any(layers.kind == LATENT for layers in self.layers)
+
+    def slot_bytes(self, kv_bytes: int = 2, num_gpus: int = 1) -> int:
+        """Bytes of one token in all layers on one of so many GPUs (tensor parallelism)."""
+        return round(sum(layers.slot_bytes(kv_bytes, num_gpus) for layers in self.layers))
+
+    def cached_bytes(self, num_tokens: int, kv_bytes: int = 2) -> float:
         """What a sequence of that length keeps, where each window drops what is behind it."""
-        return sum(
-            layers.count * layers.elements * min(num_tokens, layers.window or num_tokens)
-            for layers in self.cache_layers
+        return self.state_bytes + sum(
+            layers.count * kv_bytes * (layers.elements * layers.kept(num_tokens))
+            + layers.count * kv_bytes * layers.extra * num_tokens
+            for layers in self.layers
         )
 
     # -- the parameters -------------------------------------------------------------------------
 
+    def params(self, *roles: str) -> int:
+        """Parameters of these roles, of all without any."""
+        return sum(w.params for w in self.weights if not roles or w.role in roles)
+
     @property
     def num_params(self) -> int:
-        return self.weights().total
-
-    def weight_bytes(self, matrix_bits: int = 16, num_gpus: int = 1) -> int:
-        """Bytes of the weights on one of `num_gpus` GPUs (tensor parallelism), rounded up.
-
-        `matrix_bits` is 16, or 8 for matrices in fp8 (`--dtype`); embeddings, norms, biases and
-        routers stay in 16 bits, as serving systems keep them. A quantised checkpoint has what its
-        configuration says. Matrices are split; what is small is on every GPU; K/V projections are
-        split as far as there are heads.
-        """
-        w = self.weights()
-        dense_bytes = routed_bytes = matrix_bits / 8
-        if self.quantisation:
-            routed_bytes = self.quantisation.bytes_per_param
-            dense_bytes = 2.0 if self.quantisation.experts_only else routed_bytes
-        kv_parts = min(num_gpus, self.num_kv_heads)
-        split = (w.attention + w.feed_forward) / num_gpus + w.kv_projection / kv_parts
-        total = (split + w.latent) * dense_bytes + w.experts / num_gpus * routed_bytes
-        total += 2 * (w.embeddings / num_gpus + w.other + self.vision_params)
-        return int(-(-total // 1))
-
-    def weights(self) -> Weights:
-        """All parameters, counted from the dimensions."""
-        h, width = self.hidden_size, self.num_heads * self.head_size
-        kv_width = self.num_kv_heads * self.head_size
-        layers, moe = self.num_layers, self.experts
-        norm = self.norm_vectors * h
-        small = self.norms_per_layer * norm
-        small += 2 * self.head_size * self.head_norms + self.num_heads * self.sinks
-        small += (width + 2 * kv_width) * self.qkv_bias + h * self.output_bias
-        attention, kv, down, latent_norms = 2 * h * width, 2 * h * kv_width, 0, 0
-        if self.latent:
-            attention, down, latent_norms = self._latent_weights(self.latent)
-            kv = 0
-        matrices = 3 if self.gated else 2
-        sparse = moe.num_layers if moe else 0
-        dense = layers - sparse
-        feed_forward = dense * matrices * h * self.ffn_size
-        ffn_bias = ((matrices - 1) * self.ffn_size + h) * self.ffn_bias
-        other = layers * (small + latent_norms) + dense * ffn_bias
-        routed = 0
-        if moe:
-            feed_forward += sparse * matrices * h * moe.shared_ffn_size
-            routed = sparse * moe.num_experts * matrices * h * moe.ffn_size
-            router = moe.num_experts * (h + moe.router_bias) + h * moe.shared_gate
-            expert_bias = ((matrices - 1) * moe.ffn_size + h) * moe.biases
-            other += sparse * router
-            routed += sparse * moe.num_experts * expert_bias
-        other += norm * self.final_norm + norm * self.embedding_norm
-        other += self.position_rows * h
-        embedding_size = self.embedding_size or h
-        embeddings = (1 if self.tied else 2) * self.vocab_size * embedding_size
-        if embedding_size != h:
-            other += 2 * embedding_size * h
-        idle = routed - routed * moe.num_active // moe.num_experts if moe else 0
-        total = layers * (attention + kv + down) + feed_forward + routed + embeddings + other
-        parts = layers * attention, layers * kv, feed_forward, routed, layers * down
-        return Weights(*parts, embeddings, other, total - idle)
-
-    def _latent_weights(self, latent: Latent) -> tuple[int, int, int]:
-        """(matrices split by heads, matrices that are whole everywhere, norms) of one layer."""
-        h, heads = self.hidden_size, self.num_heads
-        key_size = latent.nope_size + latent.rope_size
-        split = heads * (
-            latent.kv_rank * (latent.nope_size + latent.value_size) + latent.value_size * h
-        )
-        down, norms = h * (latent.kv_rank + latent.rope_size), latent.kv_rank
-        if latent.query_rank is None:
-            return split + heads * key_size * h, down, norms
-        split += heads * key_size * latent.query_rank
-        return split, down + h * latent.query_rank, norms + latent.query_rank
+        return self.params()
 
     @property
-    def widest(self) -> int:
-        """The widest intermediate result of a layer that tensor parallelism splits, a token."""
-        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
-        ffn = self.ffn_size
-        if self.experts:
-            moe = self.experts
-            ffn = max(ffn, moe.num_active * moe.ffn_size + moe.shared_ffn_size)
-        return max(qkv, (1 + self.gated) * ffn)
+    def active_params(self) -> int:
+        """Those that one token passes: of the experts its share."""
+        experts = self.params(EXPERTS)
+        idle = experts - experts * self.active_experts // max(1, self.num_experts)
+        return self.num_params - idle
+
+    @property
+    def split_params(self) -> int:
+        """What tensor parallelism splits over the GPUs."""
+        return self.params(MATRIX, KV, EXPERTS, EMBEDDING, HEAD, ENCODER)
+
+    @property
+    def whole_params(self) -> int:
+        """What every GPU holds."""
+        return self.params(WHOLE, OTHER)
+
+    def weight_bytes(self, num_gpus: int = 1, roles: Iterable[str] = ROLES) -> int:
+        """Bytes of the weights of these roles on one of `num_gpus` GPUs, rounded up.
+
+        Tensor parallelism splits what is large; what is small is on every GPU; K/V projections are
+        split as far as there are heads.
+        """
+        parts = dict.fromkeys(ROLES, num_gpus) | {WHOLE: 1, OTHER: 1}
+        parts[KV] = min(num_gpus, max(1, self.num_kv_heads))
+        chosen = set(roles)
+        bits = sum(w.params * w.bits / parts[w.role] for w in self.weights if w.role in chosen)
+        return int(-(-bits // 8))
+
+    def with_matrix_bits(self, bits: float) -> Model:
+        """The same model with so many bits for each weight of its layers' matrices."""
+        stored = tuple(replace(w, bits=bits) if w.role in IN_LAYERS else w for w in self.weights)
+        return replace(self, weights=stored)

@@ -1,7 +1,8 @@
-"""Models by name: the paper's as presets, others by their config.json.
+"""Models by name: the paper's and ten of today as presets, any other by its config.json.
 
-Reproduces: section 6.1's models and the GPUs that they run on. What cannot be sized is refused by
-name.
+Reproduces: section 6.1's models and the GPUs that they run on. Presets need no library; what
+presets.json holds of today's is what library.py reads from their configurations, which a test
+checks (`tests/models/test_presets.py`), and `tools/make_presets.py` writes.
 
     model = load_model("opt-13b")
     model = load_model("Mixtral-8x7B/config.json")
@@ -10,26 +11,60 @@ name.
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from vllm_sim import paper
-from vllm_sim.models.config_file import Config, ConfigError, quantisation, read_config
-from vllm_sim.models.families import FAMILIES
+from vllm_sim.models.config_file import ConfigError, read_config
 from vllm_sim.models.gpus import GPUS
+from vllm_sim.models.library import HATCH, read_model
 from vllm_sim.models.memory_plan import Deployment
-from vllm_sim.models.model import Model
+from vllm_sim.models.model import (
+    EMBEDDING,
+    FULL,
+    HEAD,
+    KV,
+    MATRIX,
+    OTHER,
+    Layers,
+    Model,
+    Weights,
+)
+from vllm_sim.models.quantisation import read_quantisation
 from vllm_sim.reporting.files import short_name
 
 
-def opt(name: str, num_layers: int, hidden_size: int, num_heads: int, **sizes: int) -> Model:
-    """A model of the OPT family. `sizes` (ffn_size, vocab_size, max_len) replace the family's."""
-    values = {"model_type": "opt", "num_hidden_layers": num_layers, "hidden_size": hidden_size}
-    values |= {"num_attention_heads": num_heads, "ffn_dim": sizes.get("ffn_size", 4 * hidden_size)}
-    values |= {"vocab_size": sizes.get("vocab_size", 50_272)}
-    values |= {"max_position_embeddings": sizes.get("max_len", 2048)}
-    return FAMILIES["opt"](Config(name, values), name)
+def opt(
+    name: str,
+    num_layers: int,
+    hidden_size: int,
+    num_heads: int,
+    *,
+    ffn_size: int | None = None,
+    vocab_size: int = 50_272,
+    max_len: int = 2048,
+) -> Model:
+    """A model of the OPT family: biases, layer norms, learned positions, a tied head."""
+    h, ffn = hidden_size, ffn_size or 4 * hidden_size
+    small = num_layers * (2 * 2 * h + 3 * h + h + ffn + h) + (max_len + 2) * h + 2 * h
+    weights = {MATRIX: num_layers * (2 * h * h + 2 * h * ffn), KV: num_layers * 2 * h * h}
+    weights |= {EMBEDDING: vocab_size * h, OTHER: small}
+    found = tuple(Weights(role, count) for role, count in weights.items())
+    sizes = num_layers, h, num_heads, num_heads, h // num_heads, vocab_size, max_len
+    return Model(name, "opt", *sizes, widest=max(3 * h, ffn), weights=found)
+
+
+def _llama_13b() -> Model:
+    """LLaMA-13B: gated feed-forward layers, RMS norms, rotary positions, a head of its own."""
+    layers, h, ffn, vocab = 40, 5120, 13_824, 32_000
+    weights = {MATRIX: layers * (2 * h * h + 3 * h * ffn), KV: layers * 2 * h * h}
+    weights |= {EMBEDDING: vocab * h, HEAD: vocab * h, OTHER: (2 * layers + 1) * h}
+    found = tuple(Weights(role, count) for role, count in weights.items())
+    sizes = layers, h, 40, 40, 128, vocab, 2048
+    return Model("llama-13b", "llama", *sizes, widest=2 * ffn, weights=found, tied=False)
 
 
 MODELS = {
@@ -43,43 +78,80 @@ MODELS = {
         opt("opt-13b", 40, 5120, 40),
         opt("opt-66b", 64, 9216, 72),
         opt("opt-175b", 96, 12288, 96),
-        Model("llama-13b", "llama", 40, 5120, 40, 40, 128, 13_824, 32_000, 2048, tied=False),
+        _llama_13b(),
     )
 }
+
+
+def from_json(values: Mapping) -> Model:
+    """A model as `dataclasses.asdict` writes it."""
+    lists = {"layers": Layers, "weights": Weights}
+    parts = {key: tuple(kind(**one) for one in values[key]) for key, kind in lists.items()}
+    return Model(**{**values, **parts, "notes": tuple(values["notes"])})
+
+
+TODAYS = {
+    model.name: model
+    for model in map(
+        from_json,
+        json.loads(Path(__file__).with_name("presets.json").read_text(encoding="ascii")),
+    )
+}
+PRESETS = MODELS | TODAYS
 DEPLOYMENTS = {
     name: Deployment(MODELS[name], GPUS[gpu], num_gpus)
     for name, (gpu, num_gpus) in paper.RUNS_ON.items()
 }
-DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp16"}  # as servers load them
-# Why the best known of the others are not sized; anything else is refused as unknown.
-NO_PLAIN_CACHE = {
-    "mamba": "a state-space model has no K/V cache",
-    "mamba2": "a state-space model has no K/V cache",
-    "falcon_mamba": "a state-space model has no K/V cache",
-    "rwkv": "a recurrent model has no K/V cache",
-    "jamba": "state-space layers among its attention layers",
-    "bamba": "state-space layers among its attention layers",
-    "recurrent_gemma": "recurrent layers among its attention layers",
-    "qwen3_next": "linear-attention layers among its attention layers",
-    "t5": "an encoder-decoder, not a decoder",
-    "bert": "an encoder, which has no K/V cache",
-}
 
 
-def load_model(name: str) -> Model:
-    """A preset, or the model of a config.json (or of the folder that holds one).
+def load_model(name: str, weight_bits: float | None = None) -> Model:
+    """A preset, or the model of a config.json (or of the folder that holds one), whose matrices
+    have `weight_bits` bits a weight, if given, whatever the configuration says.
 
     Raises ConfigError: no such preset or file, a file that is no configuration, an architecture
-    that cannot be sized, a key that is missing or no number.
+    that cannot be sized, a quantisation that does not say how many bits.
     """
-    if name in MODELS:
-        return MODELS[name]
+    if name in PRESETS:
+        model = PRESETS[name]
+        return model if weight_bits is None else with_bits(model, weight_bits)
     path = os.path.join(name, "config.json") if os.path.isdir(name) else name
     if not os.path.exists(path):
         if path != name:
             raise ConfigError(f"{name}: a folder without a config.json")
-        raise ConfigError(f"no model {name!a}: neither a file nor one of {', '.join(MODELS)}")
-    return model_of(read_config(path), _name_of(path))
+        raise ConfigError(
+            f"no model {name!a}: neither a file nor one of {', '.join(PRESETS)}; {HATCH}"
+        )
+    config = read_config(path)
+    beside = os.path.join(os.path.dirname(path), "hf_quant_config.json")
+    stored = None
+    if weight_bits is None:
+        folder = PurePath(path).name == "config.json" and os.path.exists(beside)
+        stored = read_quantisation(config, read_config(beside) if folder else None)
+        text = next((k for k in ("text_config", "language_config") if config.has(k)), None)
+        if stored is None and text:
+            stored = read_quantisation(config.section(text))
+    model = read_model(config, _name_of(path), stored)
+    return model if weight_bits is None else with_bits(model, weight_bits)
+
+
+def with_bits(model: Model, bits: float) -> Model:
+    """The model with so many bits for each weight of its matrices, as it was asked for."""
+    return replace(model.with_matrix_bits(bits), quantisation=f"{bits:g}-bit", kv_dtype="")
+
+
+GIVEN = "given"  # the family of a model of which only the sizes are known
+
+
+def given_model(name: str, kv_bytes_per_token: int, weights_gib: float, num_layers: int) -> Model:
+    """A model of which only its sizes are known: bytes that it keeps of a token, in elements of one
+    byte, and GiB of its weights, on all GPUs together. ValueError if layers cannot share them."""
+    if kv_bytes_per_token % num_layers:
+        raise ValueError(f"{kv_bytes_per_token} bytes a token are not those of {num_layers} layers")
+    elements = kv_bytes_per_token // num_layers
+    layers = Layers(num_layers, FULL, elements, kv_heads=elements)
+    sizes = num_layers, 1, 0, 1, 1, 1, None
+    weights = (Weights(MATRIX, int(weights_gib * paper.GIB / 2)),)
+    return Model(name, GIVEN, *sizes, layers=(layers,), weights=weights)
 
 
 def is_preset(model: Model) -> bool:
@@ -94,55 +166,3 @@ def _name_of(path: str) -> str:
         pure = PurePath(os.path.realpath(path)).parent
         return ascii(pure.name)[1:-1] or "config.json"
     return short_name(path.removesuffix(pure.suffix))
-
-
-def model_of(config: Config, name: str) -> Model:
-    """The model that a configuration describes. Raises ConfigError."""
-    text, vision = config, 0
-    notes: tuple[str, ...] = ()
-    for key in ("text_config", "language_config", "llm_config"):
-        if config.has(key):
-            text = config.section(key)
-            vision, notes = _vision(config)
-            break
-    if not text.text("model_type") and text is not config:
-        raise text.fail("has no model_type, so its architecture is not known")
-    family = text.text("model_type")
-    if family not in FAMILIES:
-        raise text.fail(_why_not(text, family))
-    model = FAMILIES[family](text, name)
-    stored = quantisation(config) or (quantisation(text) if text is not config else None)
-    # The wrapper's own flag decides whether the output head is the input embedding.
-    if text is not config and config.has("tie_word_embeddings"):
-        model = replace(model, tied=config.flag("tie_word_embeddings", True))
-    dtypes = [one.values.get(key) for one in (text, config) for key in ("dtype", "torch_dtype")]
-    dtype = next((name for name in dtypes if isinstance(name, str)), "")
-    if dtype == "float32":
-        notes += ("its weights are stored in 32 bits and counted in 16, as servers load them",)
-    told = {"notes": model.notes + notes, "dtype": DTYPES.get(dtype, "")}
-    return replace(model, **told, quantisation=stored, vision_params=vision)
-
-
-def _why_not(config: Config, family: str) -> str:
-    known = ", ".join(FAMILIES)
-    if not family:
-        classes = config.list("architectures")
-        named = f" (architectures {', '.join(map(str, classes))[:60]!a})" if classes else ""
-        return f"has no model_type{named}; known are {known}"
-    if family in NO_PLAIN_CACHE:
-        return f"model_type {family} cannot be sized: {NO_PLAIN_CACHE[family]}"
-    return f"model_type {family[:40]!a} is not one that can be sized; known are {known}"
-
-
-def _vision(config: Config) -> tuple[int, tuple[str, ...]]:
-    """Parameters of an image encoder, about, from its matrices; 0 where it does not say."""
-    vision = config.section("vision_config")
-    if vision is None:
-        return 0, ("only the text model is counted",)
-    hidden = vision.optional("hidden_size", "embed_dim")
-    layers = vision.optional("num_hidden_layers", "depth")
-    ffn = vision.optional("intermediate_size")
-    if not (hidden and layers and ffn):
-        return 0, ("the image encoder is not counted: its configuration does not size it",)
-    count = layers * (4 * hidden * hidden + 2 * hidden * ffn)
-    return count, (f"the image encoder's {count / 1e6:,.0f} M parameters are about (2 %)",)

@@ -160,8 +160,7 @@ def latency_model(
     software = software or FITTED[model.name]
     if static:
         software = Software(software.static_step_s, 0.0, 0.0)
-    weights = model.weights()
-    params = weights.split // gpus + weights.whole
+    params = model.split_params // gpus + model.whole_params
     bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
     slot_bytes = model.kv_bytes_per_token / gpus
     return LatencyModel(

@@ -13,43 +13,80 @@ from collections.abc import Iterator
 
 from kv_cache_manager import MemoryUsage
 from vllm_sim import paper
-from vllm_sim.models.memory_plan import requests_of_length
+from vllm_sim.models.memory_plan import Plan, logged_concurrency, requests_of_length
+from vllm_sim.models.model import ENCODER, FULL, LATENT, NONE, STATE, WINDOW
+from vllm_sim.models.presets import GIVEN
 from vllm_sim.paper import BLOCK_SIZES, GIB
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import counted
 from vllm_sim.serving.systems import PAGED, POLICIES, new_manager
 from vllm_sim.sizing.case import Case, Section, Survey, is_papers
-from vllm_sim.sizing.concurrency import Holding, Means, hold, means, reserved
+from vllm_sim.sizing.concurrency import Holding, Means, hold, kept_less, means, reserved
+from vllm_sim.sizing.measured import errors_of
 
 TABLE_ENTRY_BYTES = 4  # int32
 FORKS = 200  # prompts that are forked to count copies
 SIMULATED = "simulated: "  # before the policy
 GB, MIB = 10**9, 1 << 20
+LOGGED = "what vLLM logs as maximum concurrency"
+KEPT = {  # by a layer's kind
+    FULL: "K and V of all tokens",
+    WINDOW: "K and V of the last {window:,} tokens",
+    LATENT: "a latent vector for each token",
+    STATE: "a state, whatever the length",
+    NONE: "nothing of its own",
+}
 WHAT = ("what", "number")  # keys of tables whose first column has no header
 
 
 def survey(case: Case, progress: Progress = SILENT) -> Survey:
     """How many requests run at a time, and all sections in order."""
     plan, held = case.plan, []
+    found = means(case.workload, case.max_len, case.seed)
+    if not plan.slot_bytes:  # nothing grows with the length: no blocks to simulate
+        return Survey(headline(case, found, held), [*memory_sections(case), states(case)])
     for number, policy in enumerate(POLICIES):
         part = progress.part(number, len(POLICIES), f"steady state, {policy}")
         pool = plan.num_blocks, plan.block_size
         held.append(hold(case.workload, policy, *pool, case.max_len, case.seed, part))
-    found = means(case.workload, case.max_len, case.seed)
     simulated = [concurrency(case, found, held), slot_table(case, held), block_sizes(case, found)]
     return Survey(headline(case, found, held), [*memory_sections(case), *simulated])
 
 
 def headline(case: Case, found: Means, held: list[Holding]) -> str:
-    """The answer in one line: requests at a time under paging."""
-    (requests,) = (h.requests for h in held if h.policy == PAGED)
-    where = f"{case.told} on {case.plan.num_gpus} x {case.gpu.name}, {case.kv_type} K/V"
-    told = (
-        f"{where}: {requests:,.{int(requests < 100)}f} requests of {case.workload.told} at a time"
-    )
+    """The answer in one line: requests at a time under paging, and how good such answers were."""
+    requests = float(case.plan.num_blocks)
+    for holding in held:
+        if holding.policy == PAGED:
+            requests = holding.requests * kept_factor(case)
+    told = f"{case.told} on {case.gpus}, {case.kv_type} K/V: "
+    told += f"{requests:,.{int(requests < 100)}f} requests of {case.workload.told} at a time"
     if found.share_cut:
         told += f", {100 * found.share_cut:.0f} % of them cut to {case.max_len:,} tokens"
-    return told
+    batch = case.plan.batch
+    if batch is not None and requests > batch.seqs:
+        told += f", of which max_num_seqs lets {batch.seqs:,} run"
+    return told + how_good(case.plan)
+
+
+def how_good(plan: Plan) -> str:
+    """The error that was measured of this kind of plan; nothing of the paper's."""
+    if plan.engine is None:
+        return ""
+    error = errors_of(plan.engine, plan.num_gpus > 1)
+    if error is None:
+        return "; no log of this kind was at hand to hold its memory against"
+    return (
+        f"; K/V memory was off by {error.median:.1f} % in the median and {error.most:.1f} % at most "
+        f"on {counted(error.logs, 'log')} of {plan.engine.told} on {error.kind}"
+    )
+
+
+def kept_factor(case: Case) -> float:
+    """Requests with windows and states, over as many as whole layers would let run."""
+    if not case.windowed and not case.plan.state_bytes:
+        return 1.0
+    return kept_less(case.plan, case.workload, case.max_len, case.seed)
 
 
 def memory_sections(case: Case) -> Iterator[Section]:
@@ -58,31 +95,31 @@ def memory_sections(case: Case) -> Iterator[Section]:
     if case.windowed:
         yield bytes_by_length(case)
     yield memory(case)
-    yield blocks_and_slots(case)
+    if case.plan.slot_bytes:
+        yield blocks_and_slots(case)
 
 
 def bytes_per_token(case: Case) -> Section:
-    """The formula with its inputs, all GPUs together and on each."""
+    """The formula with its inputs where all layers are alike, else a row for each kind."""
     m, plan, size = case.model, case.plan, case.plan.sizes.kv_bytes
-    if m.latent:
-        rows = [
-            ("latent vector (kv_lora_rank)", m.latent.kv_rank, "for all heads, K and V in one"),
-            ("+ key's rotary part", m.latent.rope_size, "qk_rope_head_dim, one for all heads"),
-            ("x layers", m.num_layers, ""),
-        ]
-        formula = f"({m.latent.kv_rank} + {m.latent.rope_size}) x {m.num_layers}"
+    (first, *others) = m.layers
+    total = round((m.slot_elements + m.extra_elements) * size)
+    if others or first.kind == STATE or first.extra or m.family == GIVEN:
+        return _by_kind(case, total)
+    if first.kind == LATENT:
+        rows = [("latent vector, with its rotary part", first.elements, "K and V of all heads")]
+        formula = f"{first.elements} x {m.num_layers}"
     else:
         shared = f"not the {m.num_heads} query heads that share them"
         product = f"x K/V heads: {m.num_kv_heads * m.head_size:,}"
         rows = [
             ("K and V", 2, ""),
-            ("x layers", m.num_layers, ""),
             ("x K/V heads", m.num_kv_heads, shared if m.num_heads > m.num_kv_heads else ""),
             ("x head size", m.head_size, f"{product}; the hidden size is {m.hidden_size:,}"),
         ]
         formula = f"2 x {m.num_layers} x {m.num_kv_heads} x {m.head_size}"
-    total = m.slot_elements * size
     rows += [
+        ("x layers", m.num_layers, ""),
         ("x bytes an element", size, f"{case.kv_type}: {8 * size} bits"),
         ("= bytes a token", total, "all layers: one slot"),
         ("bytes a token on each GPU", plan.slot_bytes, _split(case)),
@@ -92,9 +129,8 @@ def bytes_per_token(case: Case) -> Section:
         f"{formula} x {size} = {total:,} bytes a token, so 1 GiB of {gpus} "
         f"holds {GIB // plan.slot_bytes:,} tokens"
     )
-    if m.latent or m.num_kv_heads < m.num_heads:
-        value_size = m.latent.value_size if m.latent else m.head_size
-        wrong = m.num_layers * m.num_heads * (m.head_size + value_size) * size
+    wrong = m.num_layers * m.num_heads * first.head_sizes * size
+    if wrong > total:
         answer += f"; with K and V for every query head it would be {wrong / total:.1f} times that"
     return Section(
         "How many bytes are the K and V of one token?",
@@ -107,31 +143,61 @@ def bytes_per_token(case: Case) -> Section:
     )
 
 
+def _by_kind(case: Case, total: int) -> Section:
+    """What each kind of layer keeps, in all layers of that kind."""
+    m, size, gpus = case.model, case.plan.sizes.kv_bytes, case.plan.deployment.num_gpus
+    rows = []
+    for layers in m.layers:
+        slot = layers.count * (layers.elements + layers.extra) * size
+        kept = KEPT[layers.kind].format(window=layers.window)
+        told = layers.count, kept, layers.elements, layers.extra or None, slot
+        rows.append((*told, layers.count * layers.state_bytes, layers.slot_bytes(size, gpus)))
+    headers = ("layers", "keep", "K and V, elements", "beside them", "bytes a token")
+    answer = f"{total:,} bytes a token in all layers"
+    if m.state_bytes:
+        answer += f", and {m.state_bytes:,} bytes a sequence, whatever its length"
+    if case.plan.slot_bytes:
+        answer += f"; {case.plan.slot_bytes:,} bytes a token on each GPU"
+    return Section(
+        "What does each layer keep of a token, and of a sequence?",
+        (*headers, "bytes a sequence", "bytes a token on each GPU"),
+        rows,
+        case.line,
+        name="bytes_per_token",
+        answer=answer + ".",
+    )
+
+
 def _split(case: Case) -> str:
-    m, gpus, heads = case.model, case.plan.num_gpus, case.plan.deployment.kv_heads
-    if gpus == 1:
-        return ""
-    if m.latent:
-        return "the latent vector is whole on every GPU: more GPUs do not make it smaller"
-    if gpus > m.num_kv_heads:
-        return f"fewer K/V heads than GPUs: each is copied to {gpus // m.num_kv_heads} of them"
-    return f"{heads} of {m.num_kv_heads} K/V heads"
+    m, deployment = case.model, case.plan.deployment
+    gpus, stages, told = deployment.num_gpus, deployment.pipeline, []
+    if stages > 1:
+        told.append(f"{deployment.stages[case.plan.stage]} of {m.num_layers} layers")
+    if gpus > 1 and m.latent:
+        told.append("the latent vector is whole on every GPU: more GPUs do not make it smaller")
+    elif gpus > m.num_kv_heads:
+        copies = gpus // m.num_kv_heads
+        told.append(f"fewer K/V heads than GPUs: each is copied to {copies} of them")
+    elif gpus > 1:
+        told.append(f"{deployment.kv_heads} of {m.num_kv_heads} K/V heads")
+    return ", ".join(told)
 
 
 def bytes_by_length(case: Case) -> Section:
     """What windows save, by length."""
     m, size, most = case.model, case.plan.sizes.kv_bytes, case.max_len
-    windows = sorted({layers.window for layers in m.cache_layers if layers.window})
+    windows = m.windows
     lengths = {*windows, *(1 << n for n in range(7, most.bit_length())), most}
-    whole = m.slot_elements * size
+    whole = (m.slot_elements + m.extra_elements) * size
     rows = []
     for length in sorted(n for n in lengths if n <= most):
-        kept, percent = m.cached_elements(length) * size, 100 * m.cached_elements(length)
-        percent /= m.slot_elements * length
-        rows.append((length, length * whole / MIB, kept / MIB, kept / length, percent))
+        kept = m.cached_bytes(length, size)
+        rows.append((length, length * whole / MIB, kept / MIB, kept / length))
+        rows[-1] = (*rows[-1], 100 * kept / (whole * length))
     kinds = ", ".join(
         f"{layers.count} layers keep " + (f"{layers.window:,} tokens" if layers.window else "all")
-        for layers in m.cache_layers
+        for layers in m.layers
+        if layers.elements
     )
     return Section(
         "How do the bytes a token change with the length, as windows drop what is behind?",
@@ -139,26 +205,31 @@ def bytes_by_length(case: Case) -> Section:
         rows,
         f"{case.line}; all GPUs together",
         name="bytes_by_length",
-        answer=f"{kinds}: a token is {whole:,} bytes up to {windows[0]:,} tokens and "
+        answer=f"{kinds}: a token is {whole:,.0f} bytes up to {windows[0]:,} tokens and "
         f"{rows[-1][3]:,.0f} on average at {most:,}.",
     )
 
 
 def memory(case: Case) -> Section:
     """The parts of each GPU's memory, in GiB and in GB."""
-    p, w = case.plan, case.model.weights()
+    p, m = case.plan, case.model
     parts = (
         ("held back", p.held_back),
         ("weights", p.weights),
-        ("activations (estimate)" if p.workspace else "allowance as given", p.activations),
-        ("workspace (assumed)", p.workspace),
+        ("activations" if p.outside else "allowance as given", p.activations),
+        ("outside torch" if p.engine else "workspace (assumed)", p.outside),
+        ("CUDA graphs", p.graphs),
         ("K and V", p.kv_cache),
         ("all, as CUDA reports it", p.memory),
     )
-    params = f"{w.total / 1e9:.2f} B parameters"
-    if case.model.experts:
-        params += f" (a token passes {w.active / 1e9:.2f} B of them, memory holds all)"
+    params = f"{m.num_params / 1e9:.2f} B parameters"
+    if m.num_experts:
+        params += f" (a token passes {m.active_params / 1e9:.2f} B of them, memory holds all)"
+    if encoders := m.params(ENCODER):
+        params += f", {encoders / 1e9:.2f} B of them of encoders"
     sold = f"; sold as {case.gpu.sold_gb} GB" if case.gpu.sold_gb else ""
+    stages = p.deployment.pipeline
+    where = f", stage {p.stage + 1} of {stages}, which has the least room" if stages > 1 else ""
     return Section(
         "Where does the memory of each GPU go?",
         ("part", "bytes", "GiB", "GB", "%"),
@@ -168,7 +239,7 @@ def memory(case: Case) -> Section:
         name="memory",
         answer=f"{p.kv_cache / GIB:.2f} GiB ({p.kv_cache / GB:.2f} GB) of each GPU's "
         f"{p.memory / GIB:.2f} GiB ({p.memory / GB:.2f} GB{sold}) are left for K and V beside "
-        f"{params}.",
+        f"{params}{where}.",
     )
 
 
@@ -177,7 +248,7 @@ def blocks_and_slots(case: Case) -> Section:
     p = case.plan
     rows = [
         ("K/V memory of each GPU, bytes", p.kv_cache),
-        ("/ bytes of a block there", p.slot_bytes * p.block_size),
+        ("/ bytes of a block there", p.block_bytes),
         ("= blocks", p.num_blocks),
         ("x slots a block", p.block_size),
         ("= slots, one token each", p.num_slots),
@@ -186,6 +257,8 @@ def blocks_and_slots(case: Case) -> Section:
         f"{counted(p.num_blocks, 'block')} of {counted(p.block_size, 'slot')}: room for "
         f"{counted(p.num_slots, 'token')}"
     )
+    if case.windowed:
+        answer += ", every layer whole"
     published = paper.TABLE1.get(case.model.name)
     if published and is_papers(p.deployment) and p.name == "paper":
         rows.append(("thousands of slots in the paper's Table 1", published["kilo_slots"]))
@@ -193,6 +266,23 @@ def blocks_and_slots(case: Case) -> Section:
     question, answer = "How many blocks and slots is that?", answer + "."
     form = {"name": "blocks_and_slots", "keys": WHAT, "answer": answer}
     return Section(question, ("", "number"), rows, case.line, **form)
+
+
+def states(case: Case) -> Section:
+    """Sequences of a model that keeps nothing but states."""
+    count, batch = case.plan.num_blocks, case.plan.batch
+    rows = [("states that fit", count)]
+    if batch is not None:
+        rows.append(("max_num_seqs", batch.seqs))
+    return Section(
+        "How many requests run at once?",
+        ("", "number"),
+        rows,
+        case.line,
+        name="concurrency",
+        keys=WHAT,
+        answer=f"{count:,} states of {case.plan.state_bytes:,} bytes, however long the requests.",
+    )
 
 
 def concurrency(case: Case, found: Means, held: list[Holding]) -> Section:
@@ -204,8 +294,14 @@ def concurrency(case: Case, found: Means, held: list[Holding]) -> Section:
     }
     rows = [(what, n, requests_of_length(case.plan, n)) for what, n in lengths.items()]
     full, slots = int(rows[0][2]), reserved(case.max_len, case.plan.block_size)
-    rows += [(SIMULATED + h.policy, None, h.requests) for h in held]
-    by_policy = {h.policy: h.requests for h in held}
+    factor, batch = kept_factor(case), case.plan.batch
+    by_policy = {h.policy: h.requests * (factor if h.policy == PAGED else 1.0) for h in held}
+    rows += [(SIMULATED + policy, None, requests) for policy, requests in by_policy.items()]
+    logged = logged_concurrency(case.plan, case.max_len) if case.plan.engine else None
+    if logged is not None:
+        rows.append((LOGGED, case.max_len, logged))
+    if batch is not None:
+        rows.append(("max_num_seqs: as many run at the most", None, batch.seqs))
     answer = (
         f"paging would hold {full:,} requests if all had {case.max_len:,} tokens; of this workload "
         f"it holds {by_policy['paged']:,.1f} at a time, exact reservations "
@@ -218,9 +314,14 @@ def concurrency(case: Case, found: Means, held: list[Holding]) -> Section:
     if found.share_cut:
         answer += f"; {100 * found.share_cut:.0f} % of it was longer than the maximum and cut to it"
         setting += f"; {100 * found.share_cut:.1f} % of the requests cut to the maximum"
-    if case.windowed:
-        answer += "; the simulation holds every layer whole, so windows let more run than it says"
-        setting += "; simulated without windows, every layer whole"
+    if factor != 1.0:
+        answer += "; windows and states count under paging, reservations hold every layer whole"
+        setting += "; paging with windows and states, reservations with every layer whole"
+    if logged is not None and case.windowed:
+        answer += (
+            f"; what vLLM logs as its maximum concurrency, {logged:,.1f}, pads kinds of layers to "
+            "equal groups and gives each window room for an iteration's tokens"
+        )
     question, headers = (
         "How many requests run at once?",
         ("counted", "tokens a request", "requests"),

@@ -11,32 +11,36 @@ after the other; each answer is a `Section`.
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from vllm_sim import paper
 from vllm_sim.models import DEPLOYMENTS, GPU, GPUS, Deployment, Model, PlanError, load_model
 from vllm_sim.models.memory_plan import (
-    BATCHED_TOKENS,
+    ENGINE,
+    ENGINES,
     UTILIZATION,
+    Batch,
     DoesNotFitError,
     Plan,
     Sizes,
+    engine_of,
     paper_plan,
     serving_plan,
 )
-from vllm_sim.models.presets import MODELS, is_preset
+from vllm_sim.models.model import ENCODER, EXPERTS
+from vllm_sim.models.presets import GIVEN, MODELS, PRESETS, given_model, is_preset
 from vllm_sim.paper import GIB
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.tables import Table
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.sizing.concurrency import NO_LIMIT, Workload, parse_workload
-from vllm_sim.sizing.options import KV_BYTES, MATRIX_BITS, MAX_GPUS, MAX_LEN, PREEMPTION_RATE
+from vllm_sim.sizing.options import KV_BYTES, MAX_GPUS, MAX_LEN, PREEMPTION_RATE
+from vllm_sim.sizing.server_log import ServerLog
 from vllm_sim.sizing.speed import Speed, speed_of
 from vllm_sim.sizing.trace_serving import Columns, Server
 from vllm_sim.workload.traces import Trace, read_trace
-
-PLANS = {"paper": "the paper's memory plan", "serving": "a serving system's memory plan"}
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,27 @@ class Case:
     def line(self) -> str:
         """The line above each table."""
         return (
-            f"{self.told}, {self.weight_type} weights, {self.kv_type} K/V, "
-            f"{self.plan.num_gpus} x {self.gpu.name} of {self.plan.memory / GIB:.2f} GiB, "
-            f"{PLANS[self.plan.name]}, block size {self.plan.block_size}, "
+            f"{self.told}, {self.weight_type} weights, {self.kv_type} K/V, {self.gpus} of "
+            f"{self.plan.memory / GIB:.2f} GiB, {self.planned}, block size {self.plan.block_size}, "
             f"up to {self.max_len:,} tokens"
+        )
+
+    @property
+    def gpus(self) -> str:
+        """'4 x h100', or with stages '2 x 4 x h100'."""
+        stages = self.plan.deployment.pipeline
+        split = f"{stages} stages of " * (stages > 1)
+        return f"{split}{self.plan.deployment.num_gpus} x {self.gpu.name}"
+
+    @property
+    def planned(self) -> str:
+        """Whose memory plan it is, and what an iteration may hold."""
+        engine, batch = self.plan.engine, self.plan.batch
+        if engine is None or batch is None:
+            return "the paper's memory plan"
+        return (
+            f"memory as {engine.told} plan it with max_num_seqs {batch.seqs:,} and "
+            f"max_num_batched_tokens {batch.tokens:,}"
         )
 
     @property
@@ -96,14 +117,14 @@ class Case:
     @property
     def windowed(self) -> bool:
         """Whether a window is shorter than the longest request."""
-        windows = (layers.window for layers in self.model.cache_layers)
-        return any(window and window < self.max_len for window in windows)
+        return any(window < self.max_len for window in self.model.windows)
 
     def to_json(self) -> dict[str, object]:
         """What was asked, and what it came to: the setting of --json."""
-        m, plan, weights = self.model, self.plan, self.model.weights()
+        m, plan = self.model, self.plan
         told = {"model": m.name, "family": m.family, "layers": m.num_layers}
-        told |= {"parameters": weights.total, "active_parameters": weights.active}
+        told |= {"parameters": m.num_params, "active_parameters": m.active_params}
+        told |= {"expert_parameters": m.params(EXPERTS), "encoder_parameters": m.params(ENCODER)}
         told |= {"hidden_size": m.hidden_size, "head_size": m.head_size}
         told |= {"heads": m.num_heads, "kv_heads": m.num_kv_heads, "notes": list(m.notes)}
         told |= {"gpu": self.gpu.name if self.gpu.name in GPUS else None, "gpus": plan.num_gpus}
@@ -112,58 +133,136 @@ class Case:
         told |= {"kv_cache_bytes_per_gpu": plan.kv_cache, "num_blocks": plan.num_blocks}
         told |= {"block_size": plan.block_size, "num_slots": plan.num_slots}
         told |= {"kv_bytes_per_token": m.slot_elements * plan.sizes.kv_bytes}
+        told |= {"other_bytes_per_token": m.extra_elements * plan.sizes.kv_bytes}
+        told |= {"state_bytes_per_sequence": m.state_bytes}
+        told |= {"pipeline_parallel": plan.deployment.pipeline, "layer_kinds": self._kinds()}
+        told |= {"engine": plan.engine.name if plan.engine else None}
+        told |= {"max_num_seqs": plan.batch.seqs if plan.batch else None}
+        told |= {"max_num_batched_tokens": plan.batch.tokens if plan.batch else None}
         told |= {"max_model_len": self.max_len, "prefix_len": self.prefix_len}
         return told | {"workload": self.workload.name, "seed": self.seed}
 
+    def _kinds(self) -> list[dict[str, object]]:
+        return [asdict(layers) for layers in self.model.layers]
 
-def make_case(args: argparse.Namespace) -> Case:
-    """The case that the options describe. UsageError or ValueError if it cannot be had."""
+
+def make_case(args: argparse.Namespace, log: ServerLog | None = None) -> Case:
+    """The case that the options describe, and a log where they do not.
+
+    UsageError or ValueError if it cannot be had.
+    """
     workload = parse_workload(args.workload or "sharegpt", args.lengths == "fixed")
-    model = load_model(args.model)
-    told = f"{args.model}" if is_preset(model) else model.name  # as the user wrote it
+    model = _model(args, log)
+    told = f"{args.model}" if args.model and is_preset(model) else model.name  # as it was written
     own = model.dtype or "fp16"
     weight_type = args.dtype or own
-    kv_type = args.kv_dtype or (own if weight_type == "fp8" else weight_type)
-    if model.quantisation and args.dtype == "fp8":
+    if args.dtype == "fp8":
+        if model.quantisation:
+            raise UsageError(
+                f"--dtype fp8: {model.name} is quantised already, as {model.quantisation}"
+            )
+        model = model.with_matrix_bits(8)
+    logged_kv = "fp8" if log and (log.kv_cache_dtype or "").startswith("fp8") else ""
+    kv_type = args.kv_dtype or logged_kv or model.kv_dtype
+    kv_type = kv_type or (own if weight_type == "fp8" else weight_type)
+    given = model.family == GIVEN
+    size = args.block_size or (log and log.block_size) or paper.BLOCK_SIZE
+    sizes = Sizes(1 if given else KV_BYTES[kv_type], size)
+    gpu, split = _gpu(args, log), _split(args, log)
+    try:
+        plan = _plan(args, Deployment(model, gpu, *split), sizes, log)
+    except DoesNotFitError as error:
+        named = str(error).replace(model.name, told, 1)
+        raise PlanError(f"{named}; {_would_do(args, model, gpu, sizes, log)}") from None
+    longest = _longest(args, model, log)
+    if model.quantisation:
+        weight_type = model.quantisation
+    types = ("given", "given") if given else (weight_type, kv_type)
+    return Case(told, plan, *types, longest, workload, args.prefix_len, args.seed)
+
+
+def _model(args: argparse.Namespace, log: ServerLog | None) -> Model:
+    """What --model names, or the log; or a model of which only the sizes are given."""
+    if args.kv_bytes_per_token:
+        name = args.model or (log and log.model) or "given sizes"
+        return given_model(name, args.kv_bytes_per_token, args.weights_gib, args.layers or 1)
+    if args.model or log is None or not log.model:
+        return load_model(args.model or "opt-13b", args.weight_bits)
+    base = log.model.rstrip("/").rpartition("/")[2].lower()
+    found = [name for name in PRESETS if base in (name, f"{name}-instruct", f"{name}-it")]
+    if not found and not os.path.exists(log.model):
         raise UsageError(
-            f"--dtype fp8: {model.name} is quantised already, as {model.quantisation.method}"
+            f"{args.log}: its model {log.model[:80]!a} is no preset: give --model its config.json"
         )
-    sizes = Sizes(MATRIX_BITS[weight_type], KV_BYTES[kv_type], args.block_size)
-    named = args.gpu or "a100-40gb"
+    return load_model(found[0] if found else log.model, args.weight_bits)
+
+
+def _gpu(args: argparse.Namespace, log: ServerLog | None) -> GPU:
+    """The GPU that was asked for, with the memory that the log states if there is one."""
+    named = args.gpu or (log and _named_gpu(log.gpu or "")) or "a100-40gb"
     gpu = replace(GPUS[named], name=named)
     if args.gpu_memory:
         gpu = GPU("GPU", int(args.gpu_memory * GIB))
-    try:
-        plan = _plan(args, Deployment(model, gpu, args.gpus), sizes)
-    except DoesNotFitError as error:
-        named = str(error).replace(model.name, told, 1)
-        raise PlanError(f"{named}; {_would_do(args, model, gpu, sizes)}") from None
-    longest = _longest(args, model)
-    if model.quantisation:
-        weight_type = model.quantisation.method
-    return Case(told, plan, weight_type, kv_type, longest, workload, args.prefix_len, args.seed)
+    elif log is not None and log.total_gib and not args.gpu:
+        gpu = replace(gpu, memory_bytes=int(log.total_gib * GIB))
+        if not _named_gpu(log.gpu or ""):
+            gpu = GPU("GPU", gpu.memory_bytes)
+    elif log is not None and not args.gpu and not _named_gpu(log.gpu or ""):
+        raise UsageError(f"{args.log} does not say which GPU: give --gpu or --gpu-memory")
+    return gpu
 
 
-def _plan(args: argparse.Namespace, deployment: Deployment, sizes: Sizes) -> Plan:
+def _named_gpu(text: str) -> str | None:
+    """The preset that a device's name is about: 'NVIDIA H100 80GB HBM3'."""
+    plain = text.lower().replace(" ", "").replace("-", "")
+    found = [name for name in GPUS if name.replace("-", "") in plain]
+    return max(found, key=len, default=None)
+
+
+def _split(args: argparse.Namespace, log: ServerLog | None) -> tuple[int, int]:
+    """Tensor-parallel GPUs and stages of a pipeline."""
+    tensor = args.gpus or (log and log.tensor_parallel) or 1
+    return tensor, args.pipeline_parallel or (log and log.pipeline_parallel) or 1
+
+
+def _plan(
+    args: argparse.Namespace, deployment: Deployment, sizes: Sizes, log: ServerLog | None
+) -> Plan:
     """The paper's plan for its deployments or if asked for, otherwise a serving system's."""
-    tuned = args.gpu_memory_utilization is not None or args.allowance is not None
-    plain = is_preset(deployment.model) and (sizes.matrix_bits, sizes.kv_bytes) == (16, 2)
+    tuned = (args.gpu_memory_utilization, args.allowance, args.engine, log)
+    tuned += (args.max_num_seqs, args.max_num_batched_tokens)
+    tuned = any(one is not None for one in tuned) or deployment.pipeline > 1
+    plain = deployment.model in MODELS.values() and sizes.kv_bytes == 2
     chosen = args.plan or ("paper" if plain and not tuned and is_papers(deployment) else "serving")
     if chosen == "paper":
         if tuned:
-            raise UsageError("--plan paper has its own utilization and allowance")
+            raise UsageError("--plan paper has its own utilization, allowance and limits")
         if not plain:
             raise PlanError(f"--plan paper is for {', '.join(MODELS)} in 16 bits alone")
         return paper_plan(deployment, sizes.block_size)
     allowance = None if args.allowance is None else int(args.allowance * GIB)
-    return serving_plan(deployment, sizes, args.gpu_memory_utilization or UTILIZATION, allowance)
+    utilization = args.gpu_memory_utilization or (log and log.gpu_memory_utilization)
+    default = Batch.default(deployment.gpu)
+    batch = Batch(
+        args.max_num_batched_tokens or (log and log.max_num_batched_tokens) or default.tokens,
+        args.max_num_seqs or (log and log.max_num_seqs) or default.seqs,
+    )
+    engine = ENGINES[args.engine] if args.engine else ENGINE
+    if log is not None and log.version and not args.engine:
+        engine = engine_of(log.version)
+    if log is not None and log.enforce_eager:
+        engine = replace(engine, graphs=False)
+    return serving_plan(deployment, sizes, utilization or UTILIZATION, allowance, engine, batch)
 
 
-def _would_do(args: argparse.Namespace, model: Model, gpu: GPU, sizes: Sizes) -> str:
+def _would_do(
+    args: argparse.Namespace, model: Model, gpu: GPU, sizes: Sizes, log: ServerLog | None
+) -> str:
     """How many of a GPU that does not suffice would."""
-    for gpus in range(args.gpus + 1, MAX_GPUS + 1):
+    tensor, stages = _split(args, log)
+    for gpus in range(tensor + 1, MAX_GPUS + 1):
         with suppress(PlanError):
-            _plan(args, Deployment(model, gpu, gpus), sizes)
+            _plan(args, Deployment(model, gpu, gpus, stages), sizes, log)
             return f"{gpus} such GPUs would do"
     return f"no number of such GPUs up to {MAX_GPUS:,} would do"
 
@@ -173,13 +272,14 @@ def is_papers(deployment: Deployment) -> bool:
     return is_preset(deployment.model) and deployment == DEPLOYMENTS.get(deployment.model.name)
 
 
-def _longest(args: argparse.Namespace, model: Model) -> int:
+def _longest(args: argparse.Namespace, model: Model, log: ServerLog | None) -> int:
     """The longest request: as asked for, or the model's own maximum."""
     own = model.max_len
-    if own is None and args.max_model_len is None:
+    wanted = args.max_model_len or (log and log.max_model_len)
+    if own is None and wanted is None:
         raise UsageError(f"{model.name} says no longest request: give --max-model-len")
-    asked = args.max_model_len or own
-    if own is not None and asked > own:
+    asked = wanted or own
+    if args.max_model_len and own is not None and asked > own:
         raise UsageError(f"--max-model-len {asked}: {model.name} goes up to {own:,} tokens")
     if not 2 <= asked <= MAX_LEN:
         raise UsageError(f"a longest request of {asked:,} tokens is not 2 to {MAX_LEN:,}")
@@ -200,7 +300,7 @@ class TraceCase:
     def server(self) -> Server:
         """The limit on an iteration's tokens is the one the memory plan leaves room for."""
         plan = self.case.plan
-        batched = paper.MAX_BATCHED_TOKENS if plan.name == "paper" else BATCHED_TOKENS
+        batched = plan.batch.tokens if plan.batch else paper.MAX_BATCHED_TOKENS
         limits = Limits(max(batched, self.case.max_len), NO_LIMIT)
         return Server(plan.block_size, self.case.max_len, self.speed.latency, limits)
 

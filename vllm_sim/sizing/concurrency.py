@@ -15,6 +15,7 @@ import numpy as np
 
 from kv_cache_manager import MemoryUsage
 from vllm_sim import paper
+from vllm_sim.models.memory_plan import Plan, request_bytes
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.reporting.tables import counted
 from vllm_sim.serving.scheduler import Limits
@@ -32,6 +33,7 @@ COMPLETIONS = 8000
 LOOKS = 500  # iterations at which slots are counted
 MAX_MEAN = 10**6
 MAX_LENGTH = 10**9  # cuts nothing
+LOOKS_AT_ONE = 8  # moments of a request
 SAMPLE = 20_000  # requests that a workload's means are about
 
 
@@ -111,6 +113,21 @@ def means(workload: Workload, max_len: int, seed: int) -> Means:
     held = (outputs * (prompts + (outputs - 1) / 2)).sum() / outputs.sum()
     cut = float((uncut > max_len).mean())
     return Means(float(prompts.mean()), float(outputs.mean()), float(held), cut)
+
+
+def kept_less(plan: Plan, workload: Workload, max_len: int, seed: int) -> float:
+    """Requests that run where windows drop what is behind them and sequences have states, over as
+    many as whole layers would let run: memory that running requests hold, in the mean over time.
+    """
+    prompts, outputs = workload.sample(SAMPLE // 10, max_len, seed)
+    whole = kept = 0.0
+    for share in (np.arange(LOOKS_AT_ONE) + 0.5) / LOOKS_AT_ONE:  # of its output
+        lengths = (prompts + share * outputs).astype(np.int64)
+        for length, weight in zip(lengths.tolist(), outputs.tolist()):
+            blocks = -(-length // plan.block_size)
+            whole += weight * blocks * plan.block_size * plan.slot_bytes
+            kept += weight * request_bytes(plan, length)
+    return whole / kept
 
 
 @dataclass(frozen=True)

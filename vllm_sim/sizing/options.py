@@ -15,7 +15,9 @@ from collections.abc import Callable
 from functools import partial
 
 from vllm_sim import paper
-from vllm_sim.models import GPUS, MODELS
+from vllm_sim.models import GPUS, PRESETS
+from vllm_sim.models.memory_plan import ENGINE, ENGINES
+from vllm_sim.models.library import MAX_LAYERS
 from vllm_sim.reporting.arguments import (
     TIME_UNITS,
     FileName,
@@ -27,10 +29,11 @@ from vllm_sim.reporting.arguments import (
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.files import add_output_options
 
-MATRIX_BITS = {"fp16": 16, "bf16": 16, "fp8": 8}
+WEIGHT_TYPES = ("fp16", "bf16", "fp8")
 KV_BYTES = {"fp16": 2, "bf16": 2, "fp8": 1}
 MAX_GPUS, MAX_BLOCK_SIZE, MAX_LEN = 1024, 4096, 10**7
 MAX_GIB = 10**5
+MAX_KV_BYTES = 10**8
 PREEMPTION_RATE = 0.01
 HIGHEST_RATE = 10**6
 
@@ -50,6 +53,7 @@ def _accepted(accepts: Callable[[float], bool], what: str) -> Callable[[str], fl
     return parse
 
 
+bits = _accepted(lambda n: 1.0 <= n <= 16.0, "not a number of bits from 1 to 16")
 gib = _accepted(lambda n: 0.0 < n <= MAX_GIB, f"not a number of GiB up to {MAX_GIB:,}")
 share = _accepted(lambda n: 0.0 < n <= 1.0, "not a share above 0 and up to 1")
 preemption_rate = _accepted(lambda n: 0.0 <= n < 1.0, "not a share from 0 and below 1")
@@ -70,16 +74,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     gpus, size, prefix = tuple(GPUS), paper.BLOCK_SIZE, paper.FIG16["5-shot"]["prefix"]
     add = partial(_add, parser.add_argument)
-    text = f"{', '.join(MODELS)}; or a Hugging Face config.json (default opt-13b)"
-    model = FileName("model or file", within="config.json", known=tuple(MODELS))
-    add("--model", text, model, metavar="NAME|FILE", default="opt-13b")
+    text = f"{', '.join(PRESETS)}; or a Hugging Face config.json (default opt-13b)"
+    model = FileName("model or file", within="config.json", known=tuple(PRESETS))
+    add("--model", text, model, metavar="NAME|FILE")
     text = f"one of {', '.join(GPUS)} (default a100-40gb)"
     add("--gpu", text, metavar="NAME", choices=gpus)
     text = "instead: the memory of one GPU as CUDA reports it, in GiB"
     add("--gpu-memory", text, gib, metavar="GIB")
-    add("--gpus", "tensor parallel (default 1)", positive, default=1)
-    add("--dtype", "of the weights (default: the config's, or fp16)", choices=tuple(MATRIX_BITS))
+    text = "a startup log of vLLM: what it states beside ours (--model: the config.json, if the log"
+    add("--log", f"{text} names no preset)", file_name, metavar="FILE")
+    add("--gpus", "tensor parallel (default 1)", positive)
+    add("--pipeline-parallel", "stages, of --gpus GPUs each (default 1)", positive)
+    add("--dtype", "of the weights (default: the config's, or fp16)", choices=WEIGHT_TYPES)
     add("--kv-dtype", "of K and V (default: 16 bits, as the weights)", choices=tuple(KV_BYTES))
+    text = "of each weight of the layers, scales included, whatever the configuration says"
+    add("--weight-bits", text, bits, metavar="N")
+    text = "instead of a configuration: of K and V, in all layers"
+    add("--kv-bytes-per-token", text, positive)
+    add("--weights-gib", "instead of a configuration: of all GPUs together", gib, metavar="GIB")
+    add("--layers", "instead of a configuration, for a pipeline (default 1)", positive)
+    text = "whose memory beside weights, K and V (default "
+    add("--engine", f"{text}{ENGINE.name})", choices=tuple(ENGINES))
+    add("--max-num-seqs", "sequences of an iteration (default: as vLLM's, and said)", positive)
+    add("--max-num-batched-tokens", "tokens of an iteration (default: as vLLM's)", positive)
     text = "whose memory plan (default: the paper's for its own deployments, else that of serving"
     add("--plan", f"{text} systems)", choices=("paper", "serving"))
     text = "of each GPU's memory that is used (default 0.9)"
@@ -87,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "for activations and workspace on each GPU (default: an estimate and 1 GiB)"
     add("--allowance", text, gib, metavar="GIB")
     add("--max-model-len", "longest request in tokens (default: the model's own)", positive)
-    add("--block-size", f"slots per block (default {size})", positive, default=size)
+    add("--block-size", f"slots per block (default {size})", positive)
     text = "sharegpt, alpaca, or the mean prompt and output in tokens, such as 512,256"
     add("--workload", f"{text} (default sharegpt)", metavar="NAME|P,O")
     text = "of --workload P,O: all alike, or geometric around these means (default geometric)"
@@ -122,13 +139,35 @@ def _add(add: Callable, name: str, text: str, kind: Callable = str, **more: obje
 def check_options(args: argparse.Namespace) -> None:
     """UsageError for values that are too large and for options that contradict each other."""
     for name, value, most in (
-        ("--gpus", args.gpus, MAX_GPUS),
-        ("--block-size", args.block_size, MAX_BLOCK_SIZE),
+        ("--gpus", args.gpus or 1, MAX_GPUS),
+        ("--pipeline-parallel", args.pipeline_parallel or 1, MAX_GPUS),
+        ("--layers", args.layers or 1, MAX_LAYERS),
+        ("--max-num-seqs", args.max_num_seqs or 1, MAX_LEN),
+        ("--max-num-batched-tokens", args.max_num_batched_tokens or 1, MAX_LEN),
+        ("--kv-bytes-per-token", args.kv_bytes_per_token or 1, MAX_KV_BYTES),
+        ("--block-size", args.block_size or 1, MAX_BLOCK_SIZE),
         ("--max-model-len", args.max_model_len or 1, MAX_LEN),
         ("--prefix-len", args.prefix_len, MAX_LEN),
     ):
         if value > most:
             raise UsageError(f"{name} {value}: at most {most:,}")
+    given = args.kv_bytes_per_token, args.weights_gib
+    if any(given) and not all(given):
+        raise UsageError("--kv-bytes-per-token and --weights-gib go together")
+    if args.layers is not None and not all(given):
+        raise UsageError("--layers is for --kv-bytes-per-token and --weights-gib")
+    if all(given):
+        for name in ("dtype", "kv_dtype", "weight_bits", "plan"):
+            if getattr(args, name) is not None:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is for a model whose layers are known"
+                )
+        if args.max_model_len is None:
+            raise UsageError("--kv-bytes-per-token says no longest request: give --max-model-len")
+    if args.weight_bits is not None and args.dtype is not None:
+        raise UsageError("--weight-bits and --dtype are two answers to one question: give one")
+    if args.log is not None and args.trace is not None:
+        raise UsageError("--log and --trace are two questions: ask one at a time")
     if args.gpu and args.gpu_memory:
         raise UsageError("--gpu and --gpu-memory are two answers to one question: give one of them")
     if args.lengths is not None and "," not in (args.workload or ""):

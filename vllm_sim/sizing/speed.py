@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from vllm_sim import paper
 from vllm_sim.models import GPUS, Model
 from vllm_sim.models.memory_plan import Plan
+from vllm_sim.models.model import EMBEDDING
 from vllm_sim.models.presets import is_preset
 from vllm_sim.serving.latency import (
     BANDWIDTH_USED,
@@ -50,13 +51,13 @@ def speed_of(plan: Plan, gpu_name: str) -> Speed:
     like = model.name if own else UNFITTED
     constants = "its own constants" if own else f"the constants of {like}"
     assumed = f"at the speed of {plan.num_gpus} x {gpu_name}, {constants} (latency.py)"
-    plain = (sizes.matrix_bits, sizes.kv_bytes) == (16, 2)
+    plain = sizes.kv_bytes == 2
     if is_preset(model) and plain and gpu_name in PAPERS_GPUS:
         deployment = replace(plan.deployment, gpu=gpu)
         return Speed(latency_model(deployment, plan.block_size, FITTED[like]), assumed)
-    weights, table = model.weights(), _input_table(model)
+    table = _input_table(model)
     bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
-    per_gpu = (weights.active - table) / plan.num_gpus
+    per_gpu = (model.active_params - table) / plan.num_gpus
     latency = LatencyModel(
         step_s=FITTED[like].step_s,
         token_s=2 * per_gpu / (FLOPS_USED * gpu.flops_per_s),
@@ -65,25 +66,24 @@ def speed_of(plan: Plan, gpu_name: str) -> Speed:
         request_s=FITTED[like].request_s,
         copy_s=2 * plan.slot_bytes / bandwidth,
         block_size=plan.block_size,
-        weights_s=plan.weights * (1.0 - table / weights.total) / bandwidth,
+        weights_s=plan.weights * (1.0 - table / model.num_params) / bandwidth,
     )
     return Speed(latency, assumed)
 
 
 def _input_table(model: Model) -> int:
     """Parameters of which a token reads one row: none if they are the output head as well."""
-    return 0 if model.tied else model.vocab_size * (model.embedding_size or model.hidden_size)
+    return 0 if model.tied else model.params(EMBEDDING)
 
 
 def attention_share(model: Model, prompts: Iterable[int]) -> float:
     """FLOPs of attention over these prompts, over all others of theirs: the former are left out of
     the seconds. A token attends to those before it, as far as its layer's window."""
-    kinds, pairs, tokens = model.cache_layers, 0.0, 0.0
+    pairs, tokens = 0.0, 0.0
     for prompt in prompts:
         tokens += prompt
-        for layers in kinds:
-            window = min(prompt, layers.window or prompt)
-            pairs += layers.count * (prompt * window - window * window / 2)
-    value_size = model.latent.value_size if model.latent else model.head_size
-    others = (model.weights().active - _input_table(model)) * tokens
-    return model.num_heads * (model.head_size + value_size) * pairs / others
+        for layers in model.layers:
+            window = layers.kept(prompt)
+            both = layers.count * layers.heads * layers.head_sizes
+            pairs += both * (prompt * window - window * window / 2)
+    return pairs / ((model.active_params - _input_table(model)) * tokens)
