@@ -7,7 +7,7 @@ models (by their Hugging Face config.json), GPUs and workloads. No GPU is needed
     python capacity.py --model opt-66b --gpus 4
     python capacity.py --model Llama-3-8B/config.json --gpu h100 --workload 2000,300
     python capacity.py --model config.json --gpu-memory 44.5 --dtype fp8 --max-model-len 8192
-    python capacity.py --log vllm-startup.log       # does it match? ours beside what a server logged
+    python capacity.py --log vllm-startup.log             # ours beside what a server logged
     python capacity.py --trace AzureLLMInferenceTrace_conv.csv.gz       # what a real trace needs
 
 Exit code 0, or 2 for input that cannot be used and for a model that does not fit.

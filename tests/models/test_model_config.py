@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 from published_models import PUBLISHED
+from vllm_sim.models.families import FAMILIES
 
 from vllm_sim.models import GPUS, MODELS, Deployment, Model, load_model
 from vllm_sim.models.config_file import MAX_BYTES, Config, ConfigError, quantisation, read_config
-from vllm_sim.models.families import FAMILIES
 from vllm_sim.models.memory_plan import PlanError
 from vllm_sim.models.model import Experts
 from vllm_sim.models.presets import NO_PLAIN_CACHE, model_of

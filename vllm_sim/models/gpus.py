@@ -38,8 +38,8 @@ class GPU:
 
 # Bytes: `int(... * GIB)` is the 'total capacity' that torch prints when it is out of memory, with
 # two decimals. The two A100s' are an assumption (DERIVED): paper and artifact give no byte count.
-# FLOPS: half of what a datasheet prints where it prints them with sparsity. The RTX 4090's bytes are
-# what vLLM logged, GB200's and B300's nvidia-smi's less what others lose there (about).
+# FLOPS: half of what a datasheet prints where it prints them with sparsity.
+# The RTX 4090's bytes are what vLLM logged, GB200's and B300's about nvidia-smi's.
 GPUS = {
     gpu.name: gpu
     for gpu in (

@@ -149,9 +149,10 @@ def given_model(name: str, kv_bytes_per_token: int, weights_gib: float, num_laye
         raise ValueError(f"{kv_bytes_per_token} bytes a token are not those of {num_layers} layers")
     elements = kv_bytes_per_token // num_layers
     layers = Layers(num_layers, FULL, elements, kv_heads=elements)
-    sizes = num_layers, 1, 0, 1, 1, 1, None
+    sizes = num_layers, 8192, 0, 1, 1, 150_000, None
     weights = (Weights(MATRIX, int(weights_gib * paper.GIB / 2)),)
-    return Model(name, GIVEN, *sizes, layers=(layers,), weights=weights)
+    notes = ("activations are those of a hidden size of 8,192 and a vocabulary of 150,000",)
+    return Model(name, GIVEN, *sizes, layers=(layers,), weights=weights, notes=notes)
 
 
 def is_preset(model: Model) -> bool:

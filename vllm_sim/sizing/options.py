@@ -16,8 +16,8 @@ from functools import partial
 
 from vllm_sim import paper
 from vllm_sim.models import GPUS, PRESETS
-from vllm_sim.models.memory_plan import ENGINE, ENGINES
 from vllm_sim.models.library import MAX_LAYERS
+from vllm_sim.models.memory_plan import ENGINE, ENGINES
 from vllm_sim.reporting.arguments import (
     TIME_UNITS,
     FileName,
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     gpus, size, prefix = tuple(GPUS), paper.BLOCK_SIZE, paper.FIG16["5-shot"]["prefix"]
     add = partial(_add, parser.add_argument)
     text = f"{', '.join(PRESETS)}; or a Hugging Face config.json (default opt-13b)"
-    model = FileName("model or file", within="config.json", known=tuple(PRESETS))
+    model = FileName("model or file", within="*config.json", known=tuple(PRESETS))
     add("--model", text, model, metavar="NAME|FILE")
     text = f"one of {', '.join(GPUS)} (default a100-40gb)"
     add("--gpu", text, metavar="NAME", choices=gpus)
