@@ -58,7 +58,7 @@ def headline(case: Case, found: Means, held: list[Holding]) -> str:
     requests = float(case.plan.num_blocks)
     for holding in held:
         if holding.policy == PAGED:
-            requests = holding.requests * kept_factor(case)
+            requests = with_states(case, holding, kept_factor(case))
     told = f"{case.told} on {case.gpus}, {case.kv_type} K/V: "
     told += f"{requests:,.{int(requests < 100)}f} requests of {case.workload.told} at a time"
     if found.share_cut:
@@ -77,7 +77,7 @@ def how_good(plan: Plan) -> str:
     if error is None:
         return "; no log of this kind was at hand to hold its memory against"
     return (
-        f"; K/V memory was off by {error.median:.1f} % in the median, {error.most:.1f} % at most, on "
+        f"; K/V memory was {error.median:.1f} % off in the median, {error.most:.1f} % at most, on "
         f"{counted(error.logs, 'log')} of {plan.engine.told} on {error.kind}"
     )
 
@@ -87,6 +87,13 @@ def kept_factor(case: Case) -> float:
     if not case.windowed and not case.plan.state_bytes:
         return 1.0
     return kept_less(case.plan, case.workload, case.max_len, case.seed)
+
+
+def with_states(case: Case, holding: Holding, factor: float) -> float:
+    """Requests that a policy lets run, each with its states; `factor` is paging's."""
+    if holding.policy == PAGED:
+        return holding.requests * factor
+    return holding.requests / (1.0 + holding.requests * case.plan.state_bytes / case.plan.kv_cache)
 
 
 def memory_sections(case: Case) -> Iterator[Section]:
@@ -295,7 +302,7 @@ def concurrency(case: Case, found: Means, held: list[Holding]) -> Section:
     rows = [(what, n, requests_of_length(case.plan, n)) for what, n in lengths.items()]
     full, slots = int(rows[0][2]), reserved(case.max_len, case.plan.block_size)
     factor, batch = kept_factor(case), case.plan.batch
-    by_policy = {h.policy: h.requests * (factor if h.policy == PAGED else 1.0) for h in held}
+    by_policy = {h.policy: with_states(case, h, factor) for h in held}
     rows += [(SIMULATED + policy, None, requests) for policy, requests in by_policy.items()]
     logged = logged_concurrency(case.plan, case.max_len) if case.plan.engine else None
     if logged is not None:
@@ -315,8 +322,8 @@ def concurrency(case: Case, found: Means, held: list[Holding]) -> Section:
         answer += f"; {100 * found.share_cut:.0f} % of it was longer than the maximum and cut to it"
         setting += f"; {100 * found.share_cut:.1f} % of the requests cut to the maximum"
     if factor != 1.0:
-        answer += "; windows and states count under paging, reservations hold every layer whole"
-        setting += "; paging with windows and states, reservations with every layer whole"
+        answer += "; windows count under paging, states under all"
+        setting += "; paging with windows, reservations with every layer whole, all with states"
     if logged is not None and case.windowed:
         answer += (
             f"; what vLLM logs as its maximum concurrency, {logged:,.1f}, pads kinds of layers to "
