@@ -156,7 +156,9 @@ def make_case(args: argparse.Namespace, log: ServerLog | None = None) -> Case:
     told = f"{args.model}" if args.model and is_preset(model) else model.name  # as it was written
     own = model.dtype or "fp16"
     weight_type = args.dtype or own
-    if args.dtype == "fp8":
+    online = log is not None and (log.quantization or "") == "fp8" and not model.quantisation
+    if args.dtype == "fp8" or online:
+        weight_type = "fp8"
         if model.quantisation:
             raise UsageError(
                 f"--dtype fp8: {model.name} is quantised already, as {model.quantisation}"
