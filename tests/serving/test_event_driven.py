@@ -21,6 +21,7 @@ from vllm_sim.serving.scheduler import Limits, Scheduler
 from vllm_sim.serving.simulator import Observer, ServingResult, simulate
 
 PREFIX_ID, PREFIX_LEN = 10**6, 6
+WHOLE = Limits(40, 9)  # prompts in one piece
 COUNTS = {f.name for f in fields(ServingResult)} - {"finish_s", "sum_normalized_s"}
 
 
@@ -123,8 +124,9 @@ LATENCIES = [
     mode=st.sampled_from(["auto", "swap", "recompute"]),
     latency=st.sampled_from(LATENCIES),
     gap_s=st.sampled_from([0.02, 0.2, 1.5]),
+    limits=st.sampled_from([WHOLE, Limits(9, 9, chunked=True), Limits(14, 6, chunked=True)]),
 )
-def test_paged_runs_agree(seed, num_blocks, size, cpu, watermark, mode, latency, gap_s):
+def test_paged_runs_agree(seed, num_blocks, size, cpu, watermark, mode, latency, gap_s, limits):
     kinds = ["single", "parallel", "uneven", "beam", "prefix"]
     longest = 4 if size == 1 else 12
 
@@ -132,7 +134,7 @@ def test_paged_runs_agree(seed, num_blocks, size, cpu, watermark, mode, latency,
         return workload(random.Random(seed), 14, kinds, gap_s, longest)
 
     make = paged(num_blocks, size, cpu, watermark)
-    assert_same(*both(groups, make, Limits(40, 9), latency, mode, (0.301, 2.003)))
+    assert_same(*both(groups, make, limits, latency, mode, (0.301, 2.003)))
 
 
 @settings(max_examples=80, deadline=None)
@@ -143,8 +145,9 @@ def test_paged_runs_agree(seed, num_blocks, size, cpu, watermark, mode, latency,
     policy=st.sampled_from(["max", "pow2", "oracle"]),
     latency=st.sampled_from(LATENCIES),
     gap_s=st.sampled_from([0.02, 0.2, 1.5]),
+    limits=st.sampled_from([WHOLE, Limits(9, 9, chunked=True)]),
 )
-def test_contiguous_runs_agree(seed, num_blocks, size, policy, latency, gap_s):
+def test_contiguous_runs_agree(seed, num_blocks, size, policy, latency, gap_s, limits):
     kinds = ["single", "parallel", "uneven", "beam"]
 
     def groups():
@@ -153,7 +156,7 @@ def test_contiguous_runs_agree(seed, num_blocks, size, policy, latency, gap_s):
     def make():
         return BaselineCacheManager(num_blocks * (4 // size), size, policy=policy, max_len=12)
 
-    assert_same(*both(groups, make, Limits(40, 9), latency, "auto", (0.301, 2.003)))
+    assert_same(*both(groups, make, limits, latency, "auto", (0.301, 2.003)))
 
 
 class Counted(LatencyModel):
