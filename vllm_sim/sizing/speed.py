@@ -24,6 +24,7 @@ from vllm_sim.serving.latency import (
     LatencyModel,
     latency_model,
 )
+from vllm_sim.serving.server_latency import CacheLayers, Matrices, Work
 
 UNFITTED = "opt-13b"  # whose constants other models take
 PAPERS_GPUS = {gpu for gpu, _ in paper.RUNS_ON.values()}
@@ -87,3 +88,63 @@ def attention_share(model: Model, prompts: Iterable[int]) -> float:
     value_size = model.latent.value_size if model.latent else model.head_size
     others = (model.weights().active - _input_table(model)) * tokens
     return model.num_heads * (model.head_size + value_size) * pairs / others
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a parameter in matrices and in experts, of an element of the cache, and how many
+    times faster than in 16 bits the two are multiplied. 4-bit weights compute in 16 bits."""
+
+    dense_bytes: float = 2.0
+    expert_bytes: float = 2.0
+    kv_bytes: float = 2.0
+    dense_speedup: float = 1.0
+    expert_speedup: float = 1.0
+
+
+def work_of(
+    model: Model, precision: Precision, gpus: int = 1, replicas: int = 1, block_size: int = 16
+) -> Work:
+    """What a model asks of each GPU: `gpus` of tensor parallelism, experts split over them and
+    `replicas` alike."""
+    weights, moe, latent = model.weights(), model.experts, model.latent
+    kv_parts = min(gpus, model.num_kv_heads)
+    dense = (weights.attention + weights.feed_forward) / gpus + weights.latent
+    dense += weights.kv_projection / kv_parts
+    read = dense * precision.dense_bytes + 2.0 * weights.other
+    head = model.vocab_size * (model.embedding_size or model.hidden_size) / gpus
+    experts = None
+    if moe:
+        held = weights.experts / (gpus * replicas)
+        used = 2.0 * held * moe.num_active / moe.num_experts
+        experts = Matrices(held * precision.expert_bytes, used, precision.expert_speedup)
+    heads = model.num_heads / gpus
+    kv_heads = max(1, model.num_kv_heads // gpus)
+    prompt_size = decode_size = 2 * model.head_size
+    slot = 2 * kv_heads * model.head_size
+    if latent:  # decodes multiply with the latent vector itself
+        prompt_size = latent.nope_size + latent.rope_size + latent.value_size
+        decode_size, kv_heads = 2 * latent.kv_rank + latent.rope_size, 1
+        slot = model.layer_elements
+    return Work(
+        Matrices(read, 2.0 * dense, precision.dense_speedup),
+        Matrices(2.0 * head, 2.0 * head),
+        tuple(
+            CacheLayers(
+                layers.count * slot * precision.kv_bytes,
+                2.0 * layers.count * heads * decode_size,
+                2.0 * layers.count * heads * prompt_size,
+                layers.window,
+            )
+            for layers in model.cache_layers
+        ),
+        kv_heads,
+        experts,
+        moe.num_experts if moe else 1,
+        moe.num_active if moe else 1,
+        messages=2 * model.num_layers if gpus * replicas > 1 else 0,
+        message_bytes=2.0 * model.hidden_size,
+        gpus=gpus,
+        replicas=replicas,
+        block_size=block_size,
+    )
