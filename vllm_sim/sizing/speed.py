@@ -26,6 +26,9 @@ from vllm_sim.serving.latency import (
 )
 from vllm_sim.serving.server_latency import CacheLayers, Matrices, Work
 
+# Kernels of a layer: two norms, four matrices, rotation, cache, attention, activation. Experts add
+# the router, the choice, sorting by expert (2), the sum and the scales to what a dense layer has.
+LAYER_KERNELS, EXPERT_KERNELS = 10, 6
 UNFITTED = "opt-13b"  # whose constants other models take
 PAPERS_GPUS = {gpu for gpu, _ in paper.RUNS_ON.values()}
 
@@ -139,6 +142,7 @@ def work_of(
             for layers in model.cache_layers
         ),
         kv_heads,
+        LAYER_KERNELS * model.num_layers + (EXPERT_KERNELS * moe.num_layers if moe else 0),
         experts,
         moe.num_experts if moe else 1,
         moe.num_active if moe else 1,
