@@ -134,7 +134,7 @@ class Scheduler:
         self._settled = False  # until a completion or an arrival, there is nothing to decide
         # The waiting group whose prompt is in part computed (chunked), how many of its tokens are,
         # and the blocks set aside for it. Its table comes with the last part: all tables grow.
-        self._partial: SequenceGroup | None = None
+        self.partial: SequenceGroup | None = None
         self._computed = self._held = 0
 
     @property
@@ -186,7 +186,7 @@ class Scheduler:
         if self.waiting and not self.swapped:
             all_tried = self._admit(iteration, preempted)
         iteration.num_seqs = self.num_running_seqs
-        if not (self.running or self.idle or preempted or self._partial):
+        if not (self.running or self.idle or preempted or self.partial):
             raise StalledError("nothing runs and nothing can be admitted")
         self._settled = all_tried and not preempted
         return iteration
@@ -256,7 +256,7 @@ class Scheduler:
         if isinstance(manager, PagedKVCacheManager):
             need = manager.blocks_for_step()
             spare = manager.num_free_blocks - need - self._widest
-            if self._partial and self.running and spare < self._held:
+            if self.partial and self.running and spare < self._held:
                 preempted.append(self._drop_partial(iteration))  # the last who came
             # If so many are left even after the last turn, every turn had enough.
             if manager.num_free_blocks - need < self._widest:
@@ -334,7 +334,7 @@ class Scheduler:
         batched = self.num_running_seqs
         limits, waiting, manager = self.limits, self.waiting, self.manager
         while waiting and waiting[0] not in preempted:
-            group = self._partial or waiting[0]
+            group = self.partial or waiting[0]
             seqs = group.unfinished()
             if self._places_taken() + len(seqs) > limits.max_num_seqs:
                 return True
@@ -353,7 +353,7 @@ class Scheduler:
             by_itself = group.num_preemptions and not batched
             if batched + tokens > limits.max_batched_tokens and not by_itself:
                 return False
-            copies = manager.try_admit(group, alone=not self.running or group is self._partial)
+            copies = manager.try_admit(group, alone=not self.running or group is self.partial)
             if copies is None:
                 self.short_of_blocks = True
                 return True
@@ -361,7 +361,7 @@ class Scheduler:
             iteration.copies += copies
             iteration.prefills.append(group)
             self._note_part(group, left, iteration)
-            self._partial, self._computed, self._held = None, 0, 0
+            self.partial, self._computed, self._held = None, 0, 0
             batched += tokens
             self._run(group, seqs)
         return True
@@ -371,11 +371,11 @@ class Scheduler:
 
         False, as of `_admit`, unless these are what is missing.
         """
-        if room and self._partial is None:
+        if room and self.partial is None:
             if not self.manager.can_admit(group, alone=not self.running):
                 self.short_of_blocks = True
                 return True
-            self._partial = group
+            self.partial = group
             if isinstance(self.manager, PagedKVCacheManager):  # elsewhere to grow takes none
                 self._held = self.manager.blocks_for_group(group)
         if room:
@@ -390,10 +390,10 @@ class Scheduler:
 
     def _drop_partial(self, iteration: Iteration) -> SequenceGroup:
         """What was computed of a prompt gives way, and is computed again."""
-        group = self._partial
+        group = self.partial
         group.num_preemptions += 1
         iteration.num_recomputations += 1
-        self._partial, self._computed, self._held = None, 0, 0
+        self.partial, self._computed, self._held = None, 0, 0
         return group
 
     def _places_taken(self) -> int:

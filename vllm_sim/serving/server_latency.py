@@ -12,25 +12,26 @@ of vLLM 0.19 (benchmarks/replay.py). On each GPU an iteration takes
     + attention of prompts: FLOPs of all pairs of a token and one before it / (a x peak)
     + two messages a layer between the GPUs: a latency, and bytes / the link's bandwidth
 
-    model = ServerLatency(work, card)
+    model = ServerLatency(work, CARDS["h100"])
     model.iteration(iteration)
     model.decode_steps(100, num_seqs=32, context_tokens=16_000)     # a hundred, in closed form
 
-`FITTED` is what `tools/fit_server_latency.py` finds on one run (Llama 3.1 8B on an RTX 4090); cards
-and links are datasheets' numbers, but for PCIe (see LINKS). `--check` fails if they are not these.
+`FITTED` is what `tools/fit_server_latency.py` finds on one run (Llama 3.1 8B on an RTX 4090), and
+`HOPPER` what it finds in the rows of one model on H100s; `--check` fails if they are not these. The
+rest is from datasheets or was measured by others on their own (CARDS), but for PCIe (LINKS).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vllm_sim.serving.scheduler import Completion, Iteration, Manager
 
 
 @dataclass(frozen=True)
 class Shares:
-    """The fitted constants, the same for every model and card."""
+    """The fitted constants, the same for every model."""
 
     bandwidth: float  # b, of a card's bandwidth
     flops: float  # f, of its peak, by matrices
@@ -47,6 +48,7 @@ class Shares:
 
 
 FITTED = Shares(0.92, 0.94, 0.94, 1e-6, 0.8, 0.7)
+HOPPER = Shares(0.85, 0.94, 0.94, 7e-6, 0.0, 0.0)  # FlashAttention 3 has no tail
 
 
 @dataclass(frozen=True)
@@ -60,28 +62,36 @@ class Link:
     small_bytes: int = 8 << 20  # up to here vLLM takes its own kernel, which reads its peers
 
 
-# NVLink: 450 GB/s each way on Hopper (datasheet). PCIe without NVLink: 16 GB/s (the link of
-# LLMServingSim's configuration of the same machine) and half of it for small messages; the half
-# was chosen in view of the one run with tensor parallelism over PCIe.
+# NVLink: 450 GB/s each way on Hopper (datasheet), its latency fitted with HOPPER. PCIe 5.0 without
+# NVLink: half of the datasheet's 64 GB/s each way, and the latency of LLMServingSim's configuration
+# of the same machine; what small messages get was chosen in view of the one run with tensor
+# parallelism over PCIe.
 LINKS = {
-    "nvlink": Link(450e9, 450e9, 10e-6),
+    "nvlink": Link(450e9, 450e9, 8e-6),
     "pcie": Link(32e9, 8e9, 20e-6),
 }
 
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU: its memory's bytes/s, FLOPS in 16 bits (dense), multiprocessors and link.
-
-    `fp8` is how many times faster matrices in fp8 are; `balanced` says that the attention kernel
-    splits long sequences over the multiprocessors (FlashAttention 3, on Hopper), so has no tail.
-    """
+    """One GPU: its memory's bytes/s, its FLOPS in 16 bits, multiprocessors, link and constants."""
 
     bytes_per_s: float
     flops_per_s: float
     multiprocessors: int
     link: Link
-    balanced: bool = False
+    shares: Shares = FITTED
+
+
+# FLOPS: as torch multiplies 2048 x 2048 matrices in bf16 (issues 78, 79 and 162 of
+# github.com/zzc0721/torch-performance-test-data): 164.8, 257.2 and 676.6 T. The datasheets' 165.2,
+# 503.8 and 989.5 T are no measure of what cards of several kinds reach. The H200 is an H100 there.
+CARDS = {
+    "rtx4090": Card(1008e9, 164.8e12, 128, LINKS["pcie"]),
+    "rtxpro6000": Card(1597e9, 257.2e12, 188, LINKS["pcie"]),
+    "h100": Card(3350e9, 676.6e12, 132, LINKS["nvlink"], HOPPER),
+    "h200": Card(4800e9, 676.6e12, 132, LINKS["nvlink"], HOPPER),
+}
 
 
 @dataclass(frozen=True)
@@ -140,11 +150,10 @@ class ServerLatency:
 
     work: Work
     card: Card
-    shares: Shares = field(default=FITTED)
 
     def iteration(self, it: Iteration) -> float:
         """One iteration, as scheduled. What v1 does not do, swapping, is not counted."""
-        work, card, shares = self.work, self.card, self.shares
+        work, card, shares = self.work, self.card, self.card.shares
         # The fullest replica: decodes are spread evenly, a part of a prompt is on one of them.
         longest = max([tokens for _, tokens in it.parts], default=0)
         prompts = max(longest, it.prompt_tokens / work.replicas)
@@ -187,7 +196,7 @@ class ServerLatency:
     def _matrices(self, tokens: float, everywhere: float, seqs: float) -> float:
         """Dense ones for the tokens of a replica, experts for those of all, and the messages."""
         work = self.work
-        seconds = work.kernels * self.shares.kernel_s + self._longer(work.dense, 1.0, tokens)
+        seconds = work.kernels * self.card.shares.kernel_s + self._longer(work.dense, 1.0, tokens)
         seconds += self._longer(work.head, 1.0, seqs)
         if work.experts:
             idle = (1.0 - work.active_experts / work.num_experts) ** everywhere
@@ -202,18 +211,16 @@ class ServerLatency:
         return seconds
 
     def _longer(self, matrices: Matrices, touched: float, tokens: float) -> float:
-        card, shares = self.card, self.shares
+        card, shares = self.card, self.card.shares
         read = touched * matrices.read_bytes / (shares.bandwidth * card.bytes_per_s)
         flops = shares.flops * card.flops_per_s * matrices.speedup
         return max(read, tokens * matrices.token_flops / flops)
 
     def _read(self, seqs: float, context: float, num_steps: int = 1) -> float:
         """Attention of so many decodes, that first read `context` and each step a token more."""
-        work, card, shares = self.work, self.card, self.shares
-        tail = 0.0
-        if not card.balanced:
-            waves = seqs * work.kv_heads / card.multiprocessors
-            tail = min(shares.most_tail, shares.tail / waves)
+        work, card, shares = self.work, self.card, self.card.shares
+        waves = seqs * work.kv_heads / card.multiprocessors
+        tail = min(shares.most_tail, shares.tail / waves)
         seconds = 0.0
         for layers in work.cache:
             read = layers.slot_bytes / (shares.bandwidth * card.bytes_per_s)
