@@ -35,6 +35,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     from vllm_sim.reporting.tables import render, wrapped
     from vllm_sim.sizing import answers, pictures, trace_answers
     from vllm_sim.sizing.case import make_case, make_trace_case
+    from vllm_sim.sizing.trace_needs import Targets
 
     raise_on_interrupt()
     if args.json is not None:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     if asked is None:
         found = answers.survey(case, progress)
     else:
-        found = trace_answers.answer_trace(asked, progress)
+        found = trace_answers.answer_trace(asked, progress, Targets(args.ttft, args.tpot))
     progress.clear()
 
     first, *more = found.answer.split("\n")

@@ -1,96 +1,91 @@
 """Seconds of an iteration for any model and GPU that capacity.py sizes: what --trace serves at.
 
-Reproduces: serving/latency.py's model of bytes and FLOPs (section 6's experiments) beyond the
-paper's deployments, with the same shares of bandwidth and FLOPS. What was fitted for the paper's
-models is used for them; other models run with OPT-13B's constants, and every answer says so.
+Reproduces: serving/latency.py's model (section 6's experiments) for the paper's own deployments,
+with its limits on an iteration. All others are served as today's vLLM (v1) serves: at the seconds
+of serving/server_latency.py, prompts in parts, no watermark, vLLM's default limits.
 
     speed = speed_of(plan, "h100")
     speed.latency.decode_steps(100, num_seqs=32, context_tokens=16_000), speed.assumed
+    work_of(model, Precision(), gpus=2)      # what a model asks of each of two GPUs
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from vllm_sim import paper
 from vllm_sim.models import GPUS, Model
-from vllm_sim.models.memory_plan import Plan
+from vllm_sim.models.gpus import GPU
+from vllm_sim.models.memory_plan import Plan, Sizes
 from vllm_sim.models.presets import is_preset
-from vllm_sim.serving.latency import (
-    BANDWIDTH_USED,
-    FITTED,
-    FLOPS_USED,
-    LatencyModel,
-    latency_model,
+from vllm_sim.paper import GIB
+from vllm_sim.serving.latency import FITTED, latency_model
+from vllm_sim.serving.scheduler import Limits
+from vllm_sim.serving.server_latency import (
+    CARDS,
+    LINKS,
+    CacheLayers,
+    Card,
+    Matrices,
+    ServerLatency,
+    Work,
 )
-from vllm_sim.serving.server_latency import CacheLayers, Matrices, Work
+from vllm_sim.serving.simulator import Latency
 
 # Kernels of a layer: two norms, four matrices, rotation, cache, attention, activation. Experts add
 # the router, the choice, sorting by expert (2), the sum and the scales to what a dense layer has.
 LAYER_KERNELS, EXPERT_KERNELS = 10, 6
-UNFITTED = "opt-13b"  # whose constants other models take
 PAPERS_GPUS = {gpu for gpu, _ in paper.RUNS_ON.values()}
+# Of GPUs on which nothing was measured: the share of the datasheet's FLOPS that matrices are given,
+# between the H100's 0.68 and the RTX 4090's 1.00.
+MATRIX_SHARE = 0.8
+MULTIPROCESSORS = {"t4": 40, "l4": 58, "a10g": 80, "b200": 148, "mi300x": 304}
+NVLINK = ("a100", "h100", "h200", "h20", "b200", "b300", "gb200", "mi300x")
+WITHOUT_FP8 = ("t4", "v100", "a10g", "a100", "rtx3090")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A latency model, and in one line what was assumed to get it."""
+    """A latency model, in one line what was assumed to get it, and the limits on an iteration that
+    go with it; None: the artifact's, with its watermark."""
 
-    latency: LatencyModel
+    latency: Latency
     assumed: str
+    limits: Limits | None = None
 
 
 def speed_of(plan: Plan, gpu_name: str) -> Speed:
-    """The speed of one server of `plan.num_gpus` such GPUs; KeyError for an unknown one.
-
-    For the paper's models on the paper's GPUs in 16 bits it is `latency.latency_model`. For others
-    every iteration reads all weights, experts included, but the table of input embeddings; a token
-    computes with those that are active for it, at the speed of 16 bits; nothing is counted for
-    communication beyond the constants.
-    """
+    """The speed of one server of `plan.num_gpus` such GPUs; KeyError for an unknown one."""
     gpu, model, sizes = GPUS[gpu_name], plan.deployment.model, plan.sizes
-    own = is_preset(model) and model.name in FITTED
-    like = model.name if own else UNFITTED
-    constants = "its own constants" if own else f"the constants of {like}"
-    assumed = f"at the speed of {plan.num_gpus} x {gpu_name}, {constants} (latency.py)"
     plain = (sizes.matrix_bits, sizes.kv_bytes) == (16, 2)
-    if is_preset(model) and plain and gpu_name in PAPERS_GPUS:
+    if is_preset(model) and model.name in FITTED and plain and gpu_name in PAPERS_GPUS:
+        assumed = f"at the speed of {plan.num_gpus} x {gpu_name}, its own constants (latency.py)"
         deployment = replace(plan.deployment, gpu=gpu)
-        return Speed(latency_model(deployment, plan.block_size, FITTED[like]), assumed)
-    weights, table = model.weights(), _input_table(model)
-    bandwidth = BANDWIDTH_USED * gpu.bytes_per_s
-    per_gpu = (weights.active - table) / plan.num_gpus
-    latency = LatencyModel(
-        step_s=FITTED[like].step_s,
-        token_s=2 * per_gpu / (FLOPS_USED * gpu.flops_per_s),
-        context_s=plan.slot_bytes / bandwidth,
-        seq_s=FITTED[like].seq_s,
-        request_s=FITTED[like].request_s,
-        copy_s=2 * plan.slot_bytes / bandwidth,
-        block_size=plan.block_size,
-        weights_s=plan.weights * (1.0 - table / weights.total) / bandwidth,
+        return Speed(latency_model(deployment, plan.block_size, FITTED[model.name]), assumed)
+    precision = precision_of(model, sizes, gpu_name)
+    work = work_of(model, precision, plan.num_gpus, block_size=plan.block_size)
+    limits = default_limits(gpu_name, gpu)
+    assumed = (
+        f"at the speed of {plan.num_gpus} x {gpu_name} under vLLM (server_latency.py), "
+        f"{limits.max_batched_tokens:,} tokens and {limits.max_num_seqs:,} requests an iteration"
     )
-    return Speed(latency, assumed)
+    return Speed(ServerLatency(work, card_of(gpu_name)), assumed, limits)
 
 
-def _input_table(model: Model) -> int:
-    """Parameters of which a token reads one row: none if they are the output head as well."""
-    return 0 if model.tied else model.vocab_size * (model.embedding_size or model.hidden_size)
+def card_of(gpu_name: str) -> Card:
+    """A GPU that was measured, or else one by its datasheet; KeyError for an unknown one."""
+    if gpu_name in CARDS:
+        return CARDS[gpu_name]
+    gpu = GPUS[gpu_name]
+    link = LINKS["nvlink" if gpu_name.startswith(NVLINK) else "pcie"]
+    count = MULTIPROCESSORS.get(gpu_name, 108)  # an A100's
+    return Card(gpu.bytes_per_s, MATRIX_SHARE * gpu.flops_per_s, count, link)
 
 
-def attention_share(model: Model, prompts: Iterable[int]) -> float:
-    """FLOPs of attention over these prompts, over all others of theirs: the former are left out of
-    the seconds. A token attends to those before it, as far as its layer's window."""
-    kinds, pairs, tokens = model.cache_layers, 0.0, 0.0
-    for prompt in prompts:
-        tokens += prompt
-        for layers in kinds:
-            window = min(prompt, layers.window or prompt)
-            pairs += layers.count * (prompt * window - window * window / 2)
-    value_size = model.latent.value_size if model.latent else model.head_size
-    others = (model.weights().active - _input_table(model)) * tokens
-    return model.num_heads * (model.head_size + value_size) * pairs / others
+def default_limits(gpu_name: str, gpu: GPU) -> Limits:
+    """What `vllm serve` (0.19) allows an iteration: more on GPUs from 70 GiB on, but for A100s."""
+    large = gpu.memory_bytes >= 70 * GIB and not gpu_name.startswith("a100")
+    return Limits(8192, 1024, chunked=True) if large else Limits(2048, 256, chunked=True)
 
 
 @dataclass(frozen=True)
@@ -103,6 +98,18 @@ class Precision:
     kv_bytes: float = 2.0
     dense_speedup: float = 1.0
     expert_speedup: float = 1.0
+
+
+def precision_of(model: Model, sizes: Sizes, gpu_name: str) -> Precision:
+    """As the checkpoint is stored, or as `--dtype` loads it; fp8 alone is multiplied as such."""
+    dense = routed = sizes.matrix_bits / 8
+    fp8 = sizes.matrix_bits == 8
+    if model.quantisation:
+        routed = model.quantisation.bytes_per_param
+        dense = 2.0 if model.quantisation.experts_only else routed
+        fp8 = model.quantisation.method == "fp8"
+    speedup = 2.0 if fp8 and not gpu_name.startswith(WITHOUT_FP8) else 1.0
+    return Precision(dense, routed, sizes.kv_bytes, speedup if dense < 2 else 1.0, speedup)
 
 
 def work_of(
