@@ -18,6 +18,15 @@ from sequence import BeamHistory, Sequence, SequenceGroup
 from vllm_sim.serving.beam_search import beam_histories
 from vllm_sim.serving.latency import LatencyModel
 from vllm_sim.serving.scheduler import Limits, Scheduler
+from vllm_sim.serving.server_latency import (
+    CacheLayers,
+    Card,
+    Link,
+    Matrices,
+    ServerLatency,
+    Shares,
+    Work,
+)
 from vllm_sim.serving.simulator import Observer, ServingResult, simulate
 
 PREFIX_ID, PREFIX_LEN = 10**6, 6
@@ -111,6 +120,24 @@ LATENCIES = [
         0.027071313, 1.70317e-4, 7.01171e-5, 6.03719e-3, 1.00931e-5, 2.01713e-3, 3.02391e-3, 4
     ),
     LatencyModel(0.011073171, 0.0, 0.0013031713, 0.0503911, 1.007137e-3, 0.1003171, 0.2007391, 4),
+    # Here bytes decide for few sequences and FLOPs for many, and one window ends within a run.
+    ServerLatency(
+        Work(
+            Matrices(0.02031371, 0.0040317),
+            Matrices(0.00213717, 1e-4),
+            (CacheLayers(2.0317e-4, 1e-5, 1e-5), CacheLayers(3.0171e-4, 1e-5, 2e-5, 9)),
+            kv_heads=2,
+            kernels=3,
+            experts=Matrices(0.0113717, 0.0013171),
+            num_experts=8,
+            active_experts=2,
+            messages=2,
+            message_bytes=1e-5,
+            gpus=2,
+            block_size=4,
+        ),
+        Card(1.0, 1.0, 4, Link(1.0, 0.5, 1.00317e-4), Shares(0.9, 0.8, 0.7, 1e-4, 0.5, 0.5)),
+    ),
 ]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_sim.models import DEPLOYMENTS
+from vllm_sim.models import DEPLOYMENTS, load_model
 from vllm_sim.serving.latency import latency_model
 from vllm_sim.serving.scheduler import Iteration, Limits
 from vllm_sim.serving.server_latency import CARDS, FITTED, LINKS
@@ -75,11 +75,7 @@ def test_what_is_stored_in_fewer_bits_is_read_faster_and_fp8_computes_faster(con
 
 
 def test_latent_attention_and_windows(config, case_of):
-    deep = work_of(
-        case_of("--model", config("DeepSeek-V3"), "--gpu", "h200", "--gpus", 8).model,
-        Precision(),
-        8,
-    )
+    deep = work_of(load_model(config("DeepSeek-V3")), Precision(), 8)
     (layers,) = deep.cache
     assert deep.kv_heads == 1 and layers.slot_bytes == 61 * 576 * 2  # whole on every GPU
     assert layers.decode_flops == 2 * 61 * 16 * (2 * 512 + 64)

@@ -28,6 +28,7 @@ QUESTIONS = (
     "How long are",
     "How many requests run",
     "What happens on one server",
+    "What seconds",
     "What is the smallest",
     "How many GPUs",
     "How many bytes",
@@ -69,7 +70,7 @@ def test_the_answer_first_then_a_table_and_an_answer_each(run, write):
     assert second.startswith("60 of 62 rows of my trace.csv served; at most 1 % held up")
     whole = " ".join(printed.split())
     asked = [section["title"] for section in found["tables"]]
-    assert [q.startswith(start) for q, start in zip(asked, QUESTIONS, strict=True)] == [True] * 9
+    assert [q.startswith(start) for q, start in zip(asked, QUESTIONS, strict=True)] == [True] * 10
     assert all(told in whole for told in (found["answer"], *(t["answer"] for t in found["tables"])))
     there = {row["what"]: row for row in rows_of(found, "What is in")}
     assert there["rows read"]["number"] == 62 and there["requests served"]["number"] == 60
@@ -235,7 +236,7 @@ def test_seconds_and_the_gpus_that_meet_a_target(run, write, config):
     printed, found = run(*args, "--ttft", 1.5, "--tpot", 1)
     (row,) = rows_of(found, "With how many GPUs")
     assert 1 < row["gpus"] == row["servers"] < 20
-    told = f"1.5 s to the first token and 1 s for each further one for 99 of 100 requests takes "
+    told = "1.5 s to the first token and 1 s for each further one for 99 of 100 requests takes "
     assert f"{told}{row['gpus']} GPUs." in " ".join(printed.split("What is in")[0].split())
     _, loose = run(*args, "--ttft", 2 * ttft["p99"])
     assert rows_of(loose, "With how many GPUs")[0]["gpus"] == 1
