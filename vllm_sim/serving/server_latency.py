@@ -186,10 +186,10 @@ class ServerLatency:
 
     def steps_until(self, wait_s: float, at_most: int, num_seqs: int, context_tokens: int) -> int:
         """How many such iterations start before `wait_s` seconds have passed, at most."""
-        steps = range(at_most)
-        return bisect_left(
-            steps, wait_s, key=lambda n: self.decode_steps(n, num_seqs, context_tokens)
-        )
+        own, context = num_seqs / self.work.replicas, context_tokens / self.work.replicas
+        step_s = self._matrices(own, num_seqs, own)
+        taken = lambda n: n * step_s + self._read(own, context, n)  # noqa: E731, as decode_steps
+        return bisect_left(range(at_most), wait_s, key=taken)
 
     # -- the parts ------------------------------------------------------------------------------
 
