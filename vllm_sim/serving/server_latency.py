@@ -63,9 +63,9 @@ class Link:
 
 
 # NVLink: 450 GB/s each way on Hopper (datasheet), its latency fitted with HOPPER. PCIe 5.0 without
-# NVLink: half of the datasheet's 64 GB/s each way, and the latency of LLMServingSim's configuration
-# of the same machine; what small messages get was chosen in view of the one run with tensor
-# parallelism over PCIe.
+# NVLink: half of the datasheet's 64 GB/s each way for large messages and an eighth for small ones,
+# both chosen in view of the one run with tensor parallelism over PCIe; the latency is that of
+# LLMServingSim's configuration of the same machine.
 LINKS = {
     "nvlink": Link(450e9, 450e9, 10e-6),
     "pcie": Link(32e9, 8e9, 20e-6),
