@@ -37,6 +37,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     from vllm_sim.sizing import answers, log_answers, pictures, trace_answers
     from vllm_sim.sizing.case import make_case, make_trace_case
     from vllm_sim.sizing.server_log import read_log
+    from vllm_sim.sizing.trace_needs import Targets
 
     raise_on_interrupt()
     if args.json is not None:
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     elif asked is None:
         found = answers.survey(case, progress)
     else:
-        found = trace_answers.answer_trace(asked, progress)
+        found = trace_answers.answer_trace(asked, progress, Targets(args.ttft, args.tpot))
     progress.clear()
 
     first, *more = found.answer.split("\n")

@@ -18,9 +18,19 @@ from sequence import BeamHistory, Sequence, SequenceGroup
 from vllm_sim.serving.beam_search import beam_histories
 from vllm_sim.serving.latency import LatencyModel
 from vllm_sim.serving.scheduler import Limits, Scheduler
+from vllm_sim.serving.server_latency import (
+    CacheLayers,
+    Card,
+    Link,
+    Matrices,
+    ServerLatency,
+    Shares,
+    Work,
+)
 from vllm_sim.serving.simulator import Observer, ServingResult, simulate
 
 PREFIX_ID, PREFIX_LEN = 10**6, 6
+WHOLE = Limits(40, 9)  # prompts in one piece
 COUNTS = {f.name for f in fields(ServingResult)} - {"finish_s", "sum_normalized_s"}
 
 
@@ -110,6 +120,24 @@ LATENCIES = [
         0.027071313, 1.70317e-4, 7.01171e-5, 6.03719e-3, 1.00931e-5, 2.01713e-3, 3.02391e-3, 4
     ),
     LatencyModel(0.011073171, 0.0, 0.0013031713, 0.0503911, 1.007137e-3, 0.1003171, 0.2007391, 4),
+    # Here bytes decide for few sequences and FLOPs for many, and one window ends within a run.
+    ServerLatency(
+        Work(
+            Matrices(0.02031371, 0.0040317),
+            Matrices(0.00213717, 1e-4),
+            (CacheLayers(2.0317e-4, 1e-5, 1e-5), CacheLayers(3.0171e-4, 1e-5, 2e-5, 9)),
+            kv_heads=2,
+            kernels=3,
+            experts=Matrices(0.0113717, 0.0013171),
+            num_experts=8,
+            active_experts=2,
+            messages=2,
+            message_bytes=1e-5,
+            gpus=2,
+            block_size=4,
+        ),
+        Card(1.0, 1.0, 4, Link(1.0, 0.5, 1.00317e-4), Shares(0.9, 0.8, 0.7, 1e-4, 0.5, 0.5)),
+    ),
 ]
 
 
@@ -123,8 +151,9 @@ LATENCIES = [
     mode=st.sampled_from(["auto", "swap", "recompute"]),
     latency=st.sampled_from(LATENCIES),
     gap_s=st.sampled_from([0.02, 0.2, 1.5]),
+    limits=st.sampled_from([WHOLE, Limits(9, 9, chunked=True), Limits(14, 6, chunked=True)]),
 )
-def test_paged_runs_agree(seed, num_blocks, size, cpu, watermark, mode, latency, gap_s):
+def test_paged_runs_agree(seed, num_blocks, size, cpu, watermark, mode, latency, gap_s, limits):
     kinds = ["single", "parallel", "uneven", "beam", "prefix"]
     longest = 4 if size == 1 else 12
 
@@ -132,7 +161,7 @@ def test_paged_runs_agree(seed, num_blocks, size, cpu, watermark, mode, latency,
         return workload(random.Random(seed), 14, kinds, gap_s, longest)
 
     make = paged(num_blocks, size, cpu, watermark)
-    assert_same(*both(groups, make, Limits(40, 9), latency, mode, (0.301, 2.003)))
+    assert_same(*both(groups, make, limits, latency, mode, (0.301, 2.003)))
 
 
 @settings(max_examples=80, deadline=None)
@@ -143,8 +172,9 @@ def test_paged_runs_agree(seed, num_blocks, size, cpu, watermark, mode, latency,
     policy=st.sampled_from(["max", "pow2", "oracle"]),
     latency=st.sampled_from(LATENCIES),
     gap_s=st.sampled_from([0.02, 0.2, 1.5]),
+    limits=st.sampled_from([WHOLE, Limits(9, 9, chunked=True)]),
 )
-def test_contiguous_runs_agree(seed, num_blocks, size, policy, latency, gap_s):
+def test_contiguous_runs_agree(seed, num_blocks, size, policy, latency, gap_s, limits):
     kinds = ["single", "parallel", "uneven", "beam"]
 
     def groups():
@@ -153,7 +183,7 @@ def test_contiguous_runs_agree(seed, num_blocks, size, policy, latency, gap_s):
     def make():
         return BaselineCacheManager(num_blocks * (4 // size), size, policy=policy, max_len=12)
 
-    assert_same(*both(groups, make, Limits(40, 9), latency, "auto", (0.301, 2.003)))
+    assert_same(*both(groups, make, limits, latency, "auto", (0.301, 2.003)))
 
 
 class Counted(LatencyModel):

@@ -9,8 +9,9 @@ Each is served three times. test_scheduler_reference.py runs it beside a schedul
 line with ours and compares the two in every iteration; it checks that every iteration generates a
 token, that the first to have arrived never gives way, that all is done in the time that serving one
 after another would take, and that every block is free again in the end. Then `simulate` serves it
-iteration by iteration with all invariants checked, and event by event, with the same result. The
-contiguous manager, which never preempts, has a search of its own.
+iteration by iteration with all invariants checked, and event by event, with the same result.
+Prompts in parts have a search of their own (no budget is exceeded, no token of a prompt computed
+twice unless it gave way), and so has the contiguous manager, which never preempts.
 
     python -m pytest -m slow tests/serving/test_exhaustive_serving.py     # more kinds
 """
@@ -20,7 +21,7 @@ from collections import Counter, namedtuple
 from itertools import product
 
 import pytest
-from scheduler_tools import MODES, group
+from scheduler_tools import MODES, check_state, group
 from test_event_driven import assert_same, both
 from test_scheduler_reference import run_beside_naive
 
@@ -147,6 +148,72 @@ def test_every_workload_of_a_world(kinds, figure):
     told = "workloads", "with all three requests", "iterations", "swapped", "recomputed", "copied"
     numbers = {name: seen[name] for name in (*told, "seconds")}
     figure(f"serving, {len(kinds)} kinds of requests", **numbers)
+
+
+# ---- prompts part by part -----------------------------------------------------------------------
+
+CHUNKED = Limits(3, 3, chunked=True), Limits(4, 3, chunked=True), Limits(9, 6, chunked=True)
+LONG_KINDS = Kind(5, (1, 3)), Kind(6, (3,)), Kind(1, (7,)), Kind(4, (3, 3), BEAMS)
+
+
+def in_parts(pool, limits, mode, groups, seen):
+    """Served in parts and checked in every iteration."""
+    num_blocks, cpu, watermark = pool
+    manager = PagedKVCacheManager(num_blocks, SIZE, num_cpu_blocks=cpu, watermark=watermark)
+    scheduler = Scheduler(manager, limits, mode)
+    queue = list(groups)
+    for one in queue:
+        scheduler.check(one)
+    left = {one.group_id: sum(seq.output_len for seq in one.seqs) for one in queue}
+    now = under_way = 0  # tokens computed of a prompt that is not yet whole
+    while queue or not scheduler.idle:
+        while queue and (queue[0].arrival_s <= now or scheduler.idle):
+            scheduler.enqueue(queue.pop(0))
+        preempted = {one.group_id: one.num_preemptions for one in scheduler.waiting}
+        it = scheduler.schedule(float(now))
+        check_state(scheduler)
+        assert it.num_decodes + it.prompt_tokens <= limits.max_batched_tokens
+        assert it.num_seqs <= limits.max_num_seqs
+        assert sum(tokens for _, tokens in it.parts) == it.prompt_tokens
+        dropped = any(g.num_preemptions > preempted.get(g.group_id, 99) for g in scheduler.waiting)
+        assert it.num_decodes or it.parts, "an iteration without any progress"
+        if dropped:
+            assert under_way and not it.parts
+            under_way = 0
+        if it.parts:
+            assert [before for before, _ in it.parts] == [under_way] + [0] * (len(it.parts) - 1)
+        under_way += it.prompt_tokens
+        for one in it.prefills:
+            under_way -= one.own_prompt_len + sum(seq.num_generated for seq in one.unfinished())
+        assert (under_way > 0) == (len(it.parts) > len(it.prefills) or (under_way and not it.parts))
+        assert not under_way or scheduler.quiet_steps() == 0
+        for one in scheduler.running:
+            left[one.group_id] -= len(one.unfinished())
+        scheduler.complete()
+        seen["in parts"] += len(it.parts) > len(it.prefills)
+        seen["part gave way"] += dropped
+        seen["part beside decodes"] += bool(it.parts and it.num_decodes)
+        seen["part and another prompt"] += len(it.parts) > max(1, len(it.prefills))
+        seen["swapped"] += it.num_swaps
+        now += 1
+        assert now < 200, "no end in sight"
+    assert under_way == 0 and not any(left.values()), "every token is generated once"
+    assert manager.num_free_blocks == num_blocks
+
+
+def test_every_workload_in_parts(figure):
+    seen = Counter()
+    for pool, limits, mode in product(POOLS, CHUNKED, MODES):
+        for times, chosen in product(ARRIVALS, product(LONG_KINDS, repeat=3)):
+            in_parts(pool, limits, mode, groups_of(chosen, times), seen)
+
+            def workload(_, chosen=chosen, times=times):
+                return (groups_of(chosen, times),)
+
+            simulated((pool[0], SIZE, *pool[1:], None), limits, mode, workload, 0)
+            seen["workloads"] += 1
+    assert min(seen.values()) > 50, seen
+    figure("serving, prompts in parts", **seen)
 
 
 @pytest.mark.parametrize("policy", ["max", "pow2", "oracle"])

@@ -46,7 +46,7 @@ def test_an_iteration_does_nothing_until_told():
     iteration = Iteration(7, 1.5)
     assert (iteration.index, iteration.start_s, iteration.num_groups) == (7, 1.5, 0)
     others = [getattr(iteration, field.name) for field in fields(Iteration)[2:]]
-    assert len(others) == 12 and not any(others)
+    assert len(others) == 13 and not any(others)
     completion = Completion()
     assert not any(getattr(completion, field.name) for field in fields(Completion))
     completion.freed.append(1)

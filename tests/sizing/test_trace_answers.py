@@ -28,6 +28,7 @@ QUESTIONS = (
     "How long are",
     "How many requests run",
     "What happens on one server",
+    "What seconds",
     "What is the smallest",
     "How many GPUs",
     "How many bytes",
@@ -69,7 +70,7 @@ def test_the_answer_first_then_a_table_and_an_answer_each(run, write):
     assert second.startswith("60 of 62 rows of my trace.csv served; at most 1 % held up")
     whole = " ".join(printed.split())
     asked = [section["title"] for section in found["tables"]]
-    assert [q.startswith(start) for q, start in zip(asked, QUESTIONS, strict=True)] == [True] * 9
+    assert [q.startswith(start) for q, start in zip(asked, QUESTIONS, strict=True)] == [True] * 10
     assert all(told in whole for told in (found["answer"], *(t["answer"] for t in found["tables"])))
     there = {row["what"]: row for row in rows_of(found, "What is in")}
     assert there["rows read"]["number"] == 62 and there["requests served"]["number"] == 60
@@ -219,16 +220,29 @@ def test_windows_are_told(run, write, config):
     path = config("Gemma-3-1B")
     printed, found = run("--model", path, "--gpu", "t4", "--trace", write(burst(20)))
     assert "every layer whole, without windows" in printed
-    assert len(found["tables"]) == 10
+    assert len(found["tables"]) == 11
 
 
-def test_what_the_seconds_leave_out_of_long_prompts_is_told(run, write, config):
-    model = ("--model", config("Llama-3-8B", max_position_embeddings=131_072), "--gpu", "h100")
-    for prompt, there in ((126_000, True), (2000, False)):
-        rows = f"time,input_len,output_len\n0,{prompt},1\n1000,{prompt},1\n"
-        printed = " ".join(run("--trace", write(rows), *model)[0].split())
-        told = "attention's own FLOPs, which for these prompts would be 220 % of the FLOPs"
-        assert (told in printed) == ("leave out" in printed) == there
+def test_seconds_and_the_gpus_that_meet_a_target(run, write, config):
+    """A hundred prompts at once, then one by one: the first token comes late on one server."""
+    model = ("--model", config("Llama-3-8B"), "--gpu", "h100", "--preemption-rate", 0)
+    text = "time,input_len,output_len\n" + "0,2000,40\n" * 100 + "9,2000,1\n"
+    args = ("--trace", write(text), *model)
+    printed, plain = run(*args)
+    ttft, tpot, whole = rows_of(plain, "What seconds")
+    assert 1.0 < ttft["p50"] < ttft["p99"] < 9.0 and ttft["mean"] > ttft["p50"] / 2
+    assert tpot["p50"] < 0.1 and whole["p99"] > ttft["p99"]
+    assert "What seconds do its requests take" in printed and "are the seconds met" not in printed
+    printed, found = run(*args, "--ttft", 1.5, "--tpot", 1)
+    (row,) = rows_of(found, "With how many GPUs")
+    assert 1 < row["gpus"] == row["servers"] < 20
+    told = "1.5 s to the first token and 1 s for each further one for 99 of 100 requests takes "
+    assert f"{told}{row['gpus']} GPUs." in " ".join(printed.split("What is in")[0].split())
+    _, loose = run(*args, "--ttft", 2 * ttft["p99"])
+    assert rows_of(loose, "With how many GPUs")[0]["gpus"] == 1
+    printed, never = run(*args, "--tpot", 1e-6)
+    assert rows_of(never, "With how many GPUs")[0]["gpus"] is None
+    assert "no number of servers gives" in " ".join(printed.split())
 
 
 def test_a_long_trace_is_searched_in_its_busiest_stretch_where_some_are_held_up(

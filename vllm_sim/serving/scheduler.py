@@ -3,7 +3,8 @@
 Reproduces: section 4.5 (first come first served; the latest arrived is preempted first; all
 sequences of a group together; swap or recompute; nothing new is admitted while anything is
 swapped out) with the rules of the authors' artifact where the paper is silent: the watermark, the
-limit on batched tokens, the order in which running, swapped and waiting groups are served. An
+limit on batched tokens, the order in which running, swapped and waiting groups are served. With
+`Limits(..., chunked=True)` prompts are computed part by part, as today's vLLM (v1) does. An
 `Iteration` is what the workers are sent (section 4.6): blocks to swap and to copy, prompts to
 compute, sequences to extend.
 
@@ -44,14 +45,21 @@ class Limits:
     A group that is recomputed may have outgrown `max_batched_tokens`: it gets an iteration to
     itself. As in the artifact, a group joins if its own sequences and the groups that run are
     together at most `max_num_seqs`: a group that runs counts as one, so more sequences may run.
+
+    `chunked` are vLLM v1's: decodes come first, what they leave of `max_batched_tokens` goes to
+    prompts in order, and one that is longer than that is computed part by part. Neither limit is
+    ever exceeded then, and every sequence counts, so there must be a token for each.
     """
 
     max_batched_tokens: int
     max_num_seqs: int
+    chunked: bool = False
 
     def __post_init__(self) -> None:
         if self.max_batched_tokens < 1 or self.max_num_seqs < 1:
             raise ValueError(f"limits must be positive, got {self}")
+        if self.chunked and self.max_batched_tokens < self.max_num_seqs:
+            raise ValueError(f"chunked needs a token for each sequence, got {self}")
 
 
 @dataclass(slots=True)
@@ -73,6 +81,9 @@ class Iteration:
     context_tokens: int = 0  # K/V that they read, each for itself, also where it is shared
     num_seqs: int = 0  # that generate a token: those of `decodes` and of `prefills`
     prompt_tokens: int = 0  # that `prefills` compute; without sharing, of every sequence
+    # The same, prompt by prompt: tokens before the part that is computed, and of the part. The
+    # last may be of a prompt whose group is not yet among `prefills`.
+    parts: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_groups(self) -> int:
@@ -121,6 +132,10 @@ class Scheduler:
         self._next_events: list[int] = []  # the keys of _events, a heap
         self._widest = 1  # sequences of the largest group so far
         self._settled = False  # until a completion or an arrival, there is nothing to decide
+        # The waiting group whose prompt is in part computed (chunked), how many of its tokens are,
+        # and the blocks set aside for it. Its table comes with the last part: all tables grow.
+        self.partial: SequenceGroup | None = None
+        self._computed = self._held = 0
 
     @property
     def num_iterations(self) -> int:
@@ -144,7 +159,8 @@ class Scheduler:
         """RequestTooLargeError if a group could not run even alone; any other comes to its end."""
         width, limits = len(group.seqs), self.limits
         self.manager.require_fits(group)
-        if group.own_prompt_len > limits.max_batched_tokens or width > limits.max_num_seqs:
+        too_long = not limits.chunked and group.own_prompt_len > limits.max_batched_tokens
+        if too_long or width > limits.max_num_seqs:
             raise RequestTooLargeError(
                 f"request {group.group_id}: {group.own_prompt_len} tokens in {width} sequences "
                 f"exceed {limits.max_batched_tokens} tokens or {limits.max_num_seqs} sequences"
@@ -170,7 +186,7 @@ class Scheduler:
         if self.waiting and not self.swapped:
             all_tried = self._admit(iteration, preempted)
         iteration.num_seqs = self.num_running_seqs
-        if not self.running and not self.idle and not preempted:
+        if not (self.running or self.idle or preempted or self.partial):
             raise StalledError("nothing runs and nothing can be admitted")
         self._settled = all_tried and not preempted
         return iteration
@@ -239,9 +255,12 @@ class Scheduler:
         preempted: list[SequenceGroup] = []
         if isinstance(manager, PagedKVCacheManager):
             need = manager.blocks_for_step()
+            spare = manager.num_free_blocks - need - self._widest
+            if self.partial and self.running and spare < self._held:
+                preempted.append(self._drop_partial(iteration))  # the last who came
             # If so many are left even after the last turn, every turn had enough.
             if manager.num_free_blocks - need < self._widest:
-                preempted = self._make_room(need, iteration)
+                preempted += self._make_room(need, iteration)
         iteration.copies += manager.append_all()
         return preempted
 
@@ -297,7 +316,7 @@ class Scheduler:
             seqs = group.unfinished()
             ids = [seq.seq_id for seq in seqs]
             # As the artifact counts: running groups, and the sequences that would join them.
-            if len(self.running) + len(ids) > self.limits.max_num_seqs:
+            if self._places_taken() + len(ids) > self.limits.max_num_seqs:
                 break
             if not self.manager.can_swap_in(ids, alone=not self.running):
                 break
@@ -315,31 +334,71 @@ class Scheduler:
         batched = self.num_running_seqs
         limits, waiting, manager = self.limits, self.waiting, self.manager
         while waiting and waiting[0] not in preempted:
-            group = waiting[0]
+            group = self.partial or waiting[0]
             seqs = group.unfinished()
-            if len(self.running) + len(seqs) > limits.max_num_seqs:
+            if self._places_taken() + len(seqs) > limits.max_num_seqs:
                 return True
             # The prompt is computed once; after a recomputation the longest sequence counts.
             prompt_len = group.own_prompt_len
             generated = [seq.num_generated for seq in seqs]
             tokens = prompt_len + max(generated)
+            # Without sharing every sequence computes the prompt for itself, as in the artifact.
+            prompts = 1 if isinstance(manager, PagedKVCacheManager) else len(seqs)
+            left = prompts * prompt_len + sum(generated) - self._computed
+            if limits.chunked:
+                tokens, room = left, limits.max_batched_tokens - batched
+                if tokens > room:
+                    return self._compute_part(group, room, iteration)
             # What was preempted comes back whatever it has grown to, if need be by itself.
             by_itself = group.num_preemptions and not batched
             if batched + tokens > limits.max_batched_tokens and not by_itself:
                 return False
-            copies = manager.try_admit(group, alone=not self.running)
+            copies = manager.try_admit(group, alone=not self.running or group is self.partial)
             if copies is None:
                 self.short_of_blocks = True
                 return True
-            waiting.popleft()
+            waiting.remove(group)  # the first, unless one that had arrived before it came later
             iteration.copies += copies
             iteration.prefills.append(group)
-            # Without sharing every sequence computes the prompt for itself, as in the artifact.
-            prompts = 1 if isinstance(manager, PagedKVCacheManager) else len(seqs)
-            iteration.prompt_tokens += prompts * prompt_len + sum(generated)
+            self._note_part(group, left, iteration)
+            self.partial, self._computed, self._held = None, 0, 0
             batched += tokens
             self._run(group, seqs)
         return True
+
+    def _compute_part(self, group: SequenceGroup, room: int, iteration: Iteration) -> bool:
+        """Compute as much of a prompt as there is room for; its blocks are there from the start.
+
+        False, as of `_admit`, unless these are what is missing.
+        """
+        if room and self.partial is None:
+            if not self.manager.can_admit(group, alone=not self.running):
+                self.short_of_blocks = True
+                return True
+            self.partial = group
+            if isinstance(self.manager, PagedKVCacheManager):  # elsewhere to grow takes none
+                self._held = self.manager.blocks_for_group(group)
+        if room:
+            self._note_part(group, room, iteration)
+            self._computed += room
+        return False
+
+    def _note_part(self, group: SequenceGroup, tokens: int, iteration: Iteration) -> None:
+        before = group.seqs[0].context_len - group.own_prompt_len + self._computed
+        iteration.parts.append((before, tokens))
+        iteration.prompt_tokens += tokens
+
+    def _drop_partial(self, iteration: Iteration) -> SequenceGroup:
+        """What was computed of a prompt gives way, and is computed again."""
+        group = self.partial
+        group.num_preemptions += 1
+        iteration.num_recomputations += 1
+        self.partial, self._computed, self._held = None, 0, 0
+        return group
+
+    def _places_taken(self) -> int:
+        """Of `max_num_seqs`: by groups that run, as in the artifact, or by sequences (chunked)."""
+        return self.num_running_seqs if self.limits.chunked else len(self.running)
 
     def _run(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
         clock = self._clock

@@ -25,11 +25,13 @@ from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.serving.beam_search import beam_parents
 from vllm_sim.serving.latency import UNIT, LatencyModel
 from vllm_sim.serving.scheduler import ORDER, Completion, Iteration, Limits, Manager, Scheduler
+from vllm_sim.serving.server_latency import ServerLatency
 from vllm_sim.serving.systems import limits_of
 from vllm_sim.workload.requests import Request, check_distinct
 
 # The artifact's limits on an iteration for vLLM (section 6.1).
 ARTIFACT_LIMITS = limits_of(VLLM)
+Latency = LatencyModel | ServerLatency
 EVENTS = 64  # between two looks at the clock for the progress: a power of two
 
 
@@ -139,7 +141,7 @@ def simulate(
     requests: Iterable[Request | SequenceGroup],
     manager: Manager,
     limits: Limits = ARTIFACT_LIMITS,
-    latency: LatencyModel = UNIT,
+    latency: Latency = UNIT,
     *,
     preemption: str = "auto",
     observers: Seq[Observer] = (),

@@ -56,6 +56,7 @@ def _accepted(accepts: Callable[[float], bool], what: str) -> Callable[[str], fl
 bits = _accepted(lambda n: 1.0 <= n <= 16.0, "not a number of bits from 1 to 16")
 gib = _accepted(lambda n: 0.0 < n <= MAX_GIB, f"not a number of GiB up to {MAX_GIB:,}")
 share = _accepted(lambda n: 0.0 < n <= 1.0, "not a share above 0 and up to 1")
+target = _accepted(lambda n: 0.0 < n <= 10**6, "not a number of seconds above 0 and up to 1e6")
 preemption_rate = _accepted(lambda n: 0.0 <= n < 1.0, "not a share from 0 and below 1")
 arrival_rate = _accepted(
     lambda n: 1.0 / HIGHEST_RATE <= n <= HIGHEST_RATE or n == math.inf,
@@ -121,6 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preemption-rate", text, preemption_rate, metavar="SHARE")
     text = "requests a second, Poisson, instead of the file's times; inf: all at once"
     add("--rate", text, arrival_rate, metavar="N|inf")
+    told = "that 99 of 100 requests may take: how many GPUs do it is answered as well"
+    add("--ttft", f"seconds to the first token {told}", target, metavar="S")
+    add("--tpot", f"seconds for each further token {told}", target, metavar="S")
     add("--trace-rows", "only the first rows of the file", positive)
     text = "of the file's times where they are numbers (default: found; what it is, is printed)"
     add("--time-unit", text, choices=TIME_UNITS)
@@ -173,7 +177,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.lengths is not None and "," not in (args.workload or ""):
         raise UsageError(f"--lengths {args.lengths} is for --workload P,O, two numbers of tokens")
     if args.trace is None:
-        for name in ("preemption_rate", "rate", "trace_rows", "time_unit", "speed_of"):
+        names = ("preemption_rate", "rate", "ttft", "tpot", "trace_rows", "time_unit", "speed_of")
+        for name in names:
             if getattr(args, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} is about a trace: give --trace")
         return

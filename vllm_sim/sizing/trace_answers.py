@@ -4,7 +4,7 @@ Reproduces: section 6.1's serving of a trace and the question behind Fig. 12, tu
 many requests a second a memory sustains, but how much memory these requests take, under the
 paper's policies. trace_needs.py searches and defines what serving a trace means.
 
-    found = survey(trace_case, progress)
+    found = survey(trace_case, progress, Targets(ttft_s=1.0))
     found.answer, found.sections
 """
 
@@ -22,9 +22,8 @@ from vllm_sim.serving.scheduler import Iteration
 from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import WHAT, memory_sections
 from vllm_sim.sizing.case import Section, Survey, TraceCase
-from vllm_sim.sizing.speed import attention_share
-from vllm_sim.sizing.trace_needs import Need, servers_needed, smallest_pool
-from vllm_sim.sizing.trace_serving import Served, serve, unbounded
+from vllm_sim.sizing.trace_needs import Need, Targets, servers_for, servers_needed, smallest_pool
+from vllm_sim.sizing.trace_serving import Served, Server, serve, times_of, unbounded
 
 # A longer trace is searched, where some may be held up, in its busiest so many requests in a row.
 LONGEST, STRETCH = 50_000, 10_000
@@ -38,11 +37,19 @@ NAMES = {
 }
 
 
-def survey(asked: TraceCase, progress: Progress = SILENT) -> Survey:
+def server_of(asked: TraceCase) -> Server:
+    """What serves: with the limits that its speed was measured with, and then no watermark."""
+    limits = asked.speed.limits
+    return asked.server if limits is None else replace(asked.server, limits=limits, watermark=0.0)
+
+
+def survey(asked: TraceCase, progress: Progress = SILENT, targets: Targets | None = None) -> Survey:
     """Everything about one trace."""
-    server, num_blocks = asked.server, asked.case.plan.num_blocks
+    server, num_blocks = server_of(asked), asked.case.plan.num_blocks
+    targets = targets or Targets()
     rates = dict.fromkeys((0.0, asked.rate))
-    number, count = itertools.count(), 2 + 2 * len(POLICIES) * len(rates)
+    count = 2 + 2 * len(POLICIES) * len(rates) + targets.given
+    number = itertools.count()
 
     def step(text: str) -> Progress:
         part = progress.part(next(number), count, text)
@@ -77,15 +84,22 @@ def survey(asked: TraceCase, progress: Progress = SILENT) -> Survey:
     sections = [contents(asked), lengths(asked)]
     sections += [prefixes(asked)] if asked.trace.hash_blocks else []
     sections += [concurrency(asked, whole), as_it_is(part, own)]
+    sections.append(seconds(part, own["paged"]))
     line = asked.line if part is asked else f"{asked.line}; where some are held up: {_searched()}"
     sections += [pools(asked, [*needs.values()], line), gpus(asked, [*needs.values()], line)]
-    return Survey(_summary(asked, whole, [*needs.values()]), sections)
+    answer = _summary(asked, whole, [*needs.values()])
+    if targets.given:
+        told = step("searching the number of servers for the seconds asked for")
+        enough = servers_for(part.columns, server, num_blocks, targets, told)
+        sections.append(targeted(part, targets, enough))
+        answer = answer.removesuffix(".") + f"; {sections[-1].answer}"
+    return Survey(answer, sections)
 
 
 def busiest(asked: TraceCase, free: Served) -> TraceCase:
     """The requests in a row at whose starts the running ones take the most blocks in the mean."""
     trace = asked.trace
-    taken = free.together(asked.server.chunks("paged", trace.prompts, trace.outputs))
+    taken = free.together(server_of(asked).chunks("paged", trace.prompts, trace.outputs))
     sums = np.cumsum(np.concatenate([[0], taken]))
     first = int(np.argmax(sums[STRETCH:] - sums[:-STRETCH]))
     name = f"{trace.name}, {_searched()}"
@@ -96,9 +110,11 @@ def _searched() -> str:
     return f"its busiest {STRETCH:,} requests in a row"
 
 
-def answer_trace(asked: TraceCase, progress: Progress = SILENT) -> Survey:
+def answer_trace(
+    asked: TraceCase, progress: Progress = SILENT, targets: Targets | None = None
+) -> Survey:
     """The survey, and where the memory goes."""
-    found = survey(asked, progress)
+    found = survey(asked, progress, targets)
     return Survey(found.answer, [*found.sections, *memory_sections(asked.case)])
 
 
@@ -144,7 +160,8 @@ def falls_behind(asked: TraceCase, free: Served) -> list[str]:
     trace, latency = asked.trace, asked.speed.latency
     after = float(free.finishes.max()) - trace.span_s
     prompt, output = int(trace.prompts.max()), int(trace.outputs.max())
-    alone = latency.iteration(Iteration(0, 0.0, num_seqs=1, prompt_tokens=prompt))
+    lone = Iteration(0, 0.0, num_seqs=1, prompt_tokens=prompt, parts=[(0, prompt)])
+    alone = latency.iteration(lone)
     alone += latency.decode_steps(output - 1, 1, prompt + 1)
     if trace.span_s == 0.0 or after <= max(trace.span_s / 10, 3 * alone):
         return []
@@ -233,19 +250,8 @@ def concurrency(asked: TraceCase, free: Served) -> Section:
         asked.line,
         name="trace_concurrency",
         keys=WHAT,
-        answer="; ".join([answer, *attention_left_out(asked), *falls_behind(asked, free)]) + ".",
+        answer="; ".join([answer, *falls_behind(asked, free)]) + ".",
     )
-
-
-def attention_left_out(asked: TraceCase) -> list[str]:
-    """What to say where prompts are so long that what the seconds leave out matters."""
-    share = attention_share(asked.case.model, asked.trace.prompts.tolist())
-    if share <= 0.1:
-        return []
-    return [
-        "the seconds leave out attention's own FLOPs, which for these prompts would be "
-        f"{100 * share:.0f} % of the FLOPs that are counted"
-    ]
 
 
 def _seconds(asked: TraceCase, served: Served) -> float:
@@ -326,6 +332,53 @@ def gpus(asked: TraceCase, needs: list[Need], line: str) -> Section:
         [(need.policy, 100 * need.rate, need.servers, many[need]) for need in needs],
         f"{line}; {pool} a server",
         name="trace_gpus",
+        index=2,
+        answer=answer + ".",
+    )
+
+
+def seconds(asked: TraceCase, served: Served | None) -> Section:
+    """What one server as it is makes of the trace, in seconds."""
+    rows = []
+    if served is not None:
+        arrivals, outputs = asked.trace.arrivals, asked.trace.outputs
+        ttft, tpot = times_of(served, arrivals, outputs)
+        of_each = {"to the first token": ttft, "for each further token": tpot}
+        of_each["in all"] = served.finishes - arrivals
+        for name, taken in of_each.items():
+            middle = np.percentile(taken, (50, 99)).tolist() if len(taken) else [None] * 2
+            rows.append((name, float(taken.mean()) if len(taken) else None, *middle))
+    answer = "a request of this trace does not fit alone"
+    if rows:
+        answer = (
+            f"99 of 100 requests have their first token after {rows[0][3]:,.2f} s or sooner, and "
+            f"{rows[0][2]:,.2f} s is the middle"
+        )
+    return Section(
+        "What seconds do its requests take on one server as it is, with paging?",
+        ("seconds", "mean", "p50", "p99"),
+        rows,
+        f"{asked.line}; {counted(asked.case.plan.num_blocks, 'block')}",
+        decimals=4,
+        name="trace_seconds",
+        answer=answer + ".",
+    )
+
+
+def targeted(asked: TraceCase, targets: Targets, servers: int | None) -> Section:
+    """Servers with which the times asked for are met."""
+    plan = asked.case.plan
+    many = servers and servers * plan.num_gpus
+    answer = f"no number of servers gives 99 of 100 requests {targets}"
+    if many:
+        answer = f"{targets} for 99 of 100 requests takes {counted(many, 'GPU')}"
+    return Section(
+        "With how many GPUs are the seconds met?",
+        ("s to the first token", "s for each further one", "servers", "GPUs"),
+        [(targets.ttft_s, targets.tpot_s, servers, many)],
+        f"{asked.line}; {counted(plan.num_blocks, 'block')} a server; requests dealt in turn",
+        decimals=3,
+        name="trace_targets",
         index=2,
         answer=answer + ".",
     )

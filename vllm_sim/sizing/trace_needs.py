@@ -22,7 +22,6 @@ import numpy as np
 
 from kv_cache_manager import RequestTooLargeError
 from sequence import Sequence, SequenceGroup
-from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.sizing.trace_serving import (
     Columns,
@@ -31,6 +30,7 @@ from vllm_sim.sizing.trace_serving import (
     allowed,
     holds_up_none,
     serve,
+    times_of,
 )
 
 MOST_SERVERS = 4096
@@ -128,8 +128,8 @@ def smallest_pool(
     if few == 0:  # then all that run together with unbounded memory do, and must find room
         guess = least = int(demand.max())
         if policy == "paged":
-            guess = int(least * (1.0 + paper.WATERMARK))
-            serves(next(n for n in count_from(least) if n - int(paper.WATERMARK * n) >= least))
+            guess = int(least * (1.0 + server.watermark))
+            serves(next(n for n in count_from(least) if n - int(server.watermark * n) >= least))
     else:
         least = int(chunks.max())
         guess = int(np.quantile(demand, 1.0 - few / len(columns[0])))
@@ -186,3 +186,54 @@ def servers_needed(
     except RequestTooLargeError:
         return None
     return smallest(serves, known or guess, known or min(count, MOST_SERVERS), creep=True)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Seconds that 99 of 100 requests may take to their first token, and for each further one."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    @property
+    def given(self) -> bool:
+        return self.ttft_s is not None or self.tpot_s is not None
+
+    def met(self, ttft_s: np.ndarray, tpot_s: np.ndarray) -> bool:
+        """By the 99th percentiles; requests of one token have no time per token."""
+        ok = self.ttft_s is None or float(np.percentile(ttft_s, 99)) <= self.ttft_s
+        if ok and self.tpot_s is not None and len(tpot_s):
+            ok = float(np.percentile(tpot_s, 99)) <= self.tpot_s
+        return ok
+
+    def __str__(self) -> str:
+        told = [(self.ttft_s, "to the first token"), (self.tpot_s, "for each further one")]
+        return " and ".join(f"{one:g} s {what}" for one, what in told if one is not None)
+
+
+def servers_for(
+    columns: Columns,
+    server: Server,
+    num_blocks: int,
+    targets: Targets,
+    progress: Progress = SILENT,
+) -> int | None:
+    """How many servers of `num_blocks` blocks under paging meet the targets, dealt to in turn.
+
+    By the requests of all of them together. None if MOST_SERVERS do not, or one for each request.
+    """
+
+    def meets(servers: int) -> bool:
+        ttft, tpot = [], []
+        for first in range(servers):
+            part = tuple(column[first::servers] for column in columns)
+            found = serve(part, server, "paged", num_blocks, progress=progress)
+            if found is None:
+                return False
+            times = times_of(found, np.array(part[0]), np.array(part[2]))
+            ttft.append(times[0])
+            tpot.append(times[1])
+        return targets.met(np.concatenate(ttft), np.concatenate(tpot))
+
+    most = min(len(columns[0]), MOST_SERVERS)
+    return smallest(meets, 1, most)

@@ -29,9 +29,9 @@ from kv_cache_manager import OutOfBlocksError, RequestTooLargeError
 from sequence import Sequence, SequenceGroup
 from vllm_sim import paper
 from vllm_sim.reporting.progress import SILENT, Progress
-from vllm_sim.serving.latency import LatencyModel
+from vllm_sim.serving.latency import UNIT
 from vllm_sim.serving.scheduler import Iteration, Limits, Manager, Scheduler
-from vllm_sim.serving.simulator import simulate
+from vllm_sim.serving.simulator import Latency, simulate
 from vllm_sim.serving.systems import new_manager
 
 Columns = tuple[list[float], list[int], list[int]]  # arrivals in order (s), prompts, outputs
@@ -49,19 +49,23 @@ class HeldUpError(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """What serves, memory aside: lengths in tokens, the model's maximum is what `max` reserves."""
+    """What serves, memory aside: lengths in tokens, the model's maximum is what `max` reserves.
+
+    The `watermark` is the artifact's; today's servers have none.
+    """
 
     block_size: int
     max_len: int
-    latency: LatencyModel
+    latency: Latency
     limits: Limits
+    watermark: float = paper.WATERMARK
 
     def manager(self, policy: str, num_blocks: int) -> Manager:
         """An empty pool under a policy; where all chunks are alike, one of such blocks."""
         count, size = num_blocks, self.block_size
         if policy == "max" and count >= (chunk := int(_power_of_two(-(-self.max_len // size)))):
             count, size = count // chunk, size * chunk  # to list a chunk's blocks takes long
-        return new_manager(policy, count, size, max_len=self.max_len)
+        return new_manager(policy, count, size, max_len=self.max_len, watermark=self.watermark)
 
     def chunks(self, policy: str, prompts: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         """Blocks of the chunk that each request reserves; under paged, what it ends with."""
@@ -84,13 +88,17 @@ class Watch:
     Raises HeldUpError as soon as more than `allowed` were held up.
     """
 
-    def __init__(self, arrivals: list[float], allowed: float = math.inf) -> None:
+    def __init__(
+        self, arrivals: list[float], allowed: float = math.inf, latency: Latency = UNIT
+    ) -> None:
         self._arrivals = [*arrivals, math.inf]
+        self._latency = latency
         self._allowed = allowed
         self._arrived = 0
         self._counted = 0  # of the requests in order of arrival, so many are kept_waiting or not
         self._short = False
         self.starts: dict[int, float] = {}  # request -> the first iteration it was in
+        self.firsts: dict[int, float] = {}  # request -> its first token
         self.demand: list[int] = []  # blocks taken after each iteration that admitted somebody
         self.preemptions = 0
         self.kept_waiting = 0
@@ -101,9 +109,13 @@ class Watch:
             self._arrived += 1
         if self._short:  # they came while another waited for blocks
             self._count(self._counted)
-        for group in iteration.prefills:
-            self.starts.setdefault(group.group_id, now)
+        if scheduler.partial is not None:
+            self.starts.setdefault(scheduler.partial.group_id, now)
         if iteration.prefills:
+            end = now + self._latency.iteration(iteration)
+            for group in iteration.prefills:
+                self.starts.setdefault(group.group_id, now)
+                self.firsts.setdefault(group.group_id, end)
             self.demand.append(scheduler.manager.num_blocks - scheduler.manager.num_free_blocks)
         self.preemptions += iteration.num_swaps + iteration.num_recomputations
         self._short = scheduler.short_of_blocks
@@ -125,6 +137,7 @@ class Served:
     preemptions: int
     kept_waiting: int
     starts: np.ndarray
+    firsts: np.ndarray  # of the first token
     finishes: np.ndarray
     demand: np.ndarray  # blocks taken after each iteration that admitted somebody
 
@@ -155,6 +168,15 @@ class Served:
         return total / float(self.finishes.max() - self.starts.min())
 
 
+def times_of(
+    served: Served, arrivals: np.ndarray, outputs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of each request to its first token, and, of those that have more, for each other."""
+    many = outputs > 1
+    later = (served.finishes - served.firsts)[many] / (outputs[many] - 1)
+    return served.firsts - arrivals, later
+
+
 def holds_up_none(
     free: Served, columns: Columns, server: Server, policy: str, num_blocks: int
 ) -> bool | None:
@@ -164,7 +186,7 @@ def holds_up_none(
     chunk for each at its start, and paging does not if its watermark is in the way of a start.
     """
     if policy == "paged":
-        watermark = int(paper.WATERMARK * num_blocks)
+        watermark = int(server.watermark * num_blocks)
         return False if num_blocks - watermark < free.demand.max() else None
     _, prompts, outputs = columns
     manager, count = server.manager(policy, num_blocks), len(prompts)
@@ -196,7 +218,7 @@ def serve(
         SequenceGroup(i, [Sequence(i, prompt, output)], arrival)
         for i, (arrival, prompt, output) in enumerate(zip(*columns))
     ]
-    watch = Watch(columns[0], allowed)
+    watch = Watch(columns[0], allowed, server.latency)
     collecting = gc.isenabled()
     gc.disable()  # many small objects and no cycles
     try:
@@ -210,7 +232,7 @@ def serve(
             gc.enable()
     times = (
         np.array([found[i] for i in range(len(groups))])
-        for found in (watch.starts, result.finish_s)
+        for found in (watch.starts, watch.firsts, result.finish_s)
     )
     return Served(watch.preemptions, watch.kept_waiting, *times, np.array(watch.demand))
 
