@@ -27,6 +27,8 @@ from vllm_sim.sizing.trace_serving import (
 SIZE, MAX_LEN = 4, 40
 LATENCY = LatencyModel(step_s=1.0, token_s=0.013, context_s=0.0007, request_s=0.11)
 SERVER = Server(SIZE, MAX_LEN, LATENCY, Limits(60, 10**9))
+TODAY = Server(SIZE, MAX_LEN, LATENCY, Limits(12, 12, chunked=True), watermark=0.0)
+SERVERS = pytest.mark.parametrize("server", [SERVER, TODAY], ids=["whole", "in parts"])
 
 
 def tiny(seed, count=16, gap=2.5):
@@ -180,19 +182,20 @@ def test_event_by_event_counts_what_iteration_by_iteration_counts(policy, seed):
     assert len(counts) > 4 and min(counts) == 0
 
 
+@SERVERS
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("seed", range(6))
-def test_the_smallest_memory_is_what_trying_all_finds(policy, seed):
+def test_the_smallest_memory_is_what_trying_all_finds(policy, seed, server):
     columns = tiny(seed)
-    free = unbounded(columns, SERVER)
+    free = unbounded(columns, server)
     held_up = {}
     for num_blocks in range(2, 250):
-        found = serve(columns, SERVER, policy, num_blocks)
+        found = serve(columns, server, policy, num_blocks)
         held_up[num_blocks] = math.inf if found is None else found.held_up
     pools = {}
     for rate in (0.0, 0.1, 0.3):
         few = allowed(rate, 16)
-        pool = smallest_pool(columns, SERVER, policy, rate, free, pools.get(0.0))
+        pool = smallest_pool(columns, server, policy, rate, free, pools.get(0.0))
         pools[rate] = pool
         assert held_up[pool.num_blocks] <= few < held_up[pool.num_blocks - 1]
         assert pool.served.held_up == held_up[pool.num_blocks]
@@ -203,24 +206,27 @@ def test_the_smallest_memory_is_what_trying_all_finds(policy, seed):
     assert pools[0.3].num_blocks <= pools[0.1].num_blocks <= pools[0.0].num_blocks
 
 
+@SERVERS
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("seed", range(6))
-def test_the_run_with_unbounded_memory_tells_which_memories_serve(policy, seed, monkeypatch):
+def test_the_run_with_unbounded_memory_tells_which_memories_serve(
+    policy, seed, server, monkeypatch
+):
     """Contiguous ones all, of paging those that a start finds too small; so little is served."""
     columns = tiny(seed)
-    free, told = unbounded(columns, SERVER), 0
+    free, told = unbounded(columns, server), 0
     for num_blocks in range(2, 250):
-        sure = holds_up_none(free, columns, SERVER, policy, num_blocks)
-        served = serve(columns, SERVER, policy, num_blocks, 0) is not None
+        sure = holds_up_none(free, columns, server, policy, num_blocks)
+        served = serve(columns, server, policy, num_blocks, 0) is not None
         assert sure == served or (policy == "paged" and sure is None)
         told += sure is not None
     assert told == 248 if policy != "paged" else told > 20
     calls = []
     monkeypatch.setattr(trace_needs, "serve", lambda *args: calls.append(args) or serve(*args))
-    smallest_pool(columns, SERVER, policy, 0.0, free)
+    smallest_pool(columns, server, policy, 0.0, free)
     assert not calls if policy != "paged" else 1 <= len(calls) <= 9
     calls.clear()
-    smallest_pool(columns, SERVER, policy, 0.3, free)
+    smallest_pool(columns, server, policy, 0.3, free)
     chunks = [num_blocks // (16 if policy == "max" else 1) for *_, num_blocks, _, _ in calls]
     assert calls and len(set(chunks)) == len(chunks), "one more block that serves nobody"
 

@@ -98,6 +98,7 @@ class Watch:
         self._counted = 0  # of the requests in order of arrival, so many are kept_waiting or not
         self._short = False
         self.starts: dict[int, float] = {}  # request -> the first iteration it was in
+        self.admits: dict[int, float] = {}  # request -> the one that ended its prompt
         self.firsts: dict[int, float] = {}  # request -> its first token
         self.demand: list[int] = []  # blocks taken after each iteration that admitted somebody
         self.preemptions = 0
@@ -115,6 +116,7 @@ class Watch:
             end = now + self._latency.iteration(iteration)
             for group in iteration.prefills:
                 self.starts.setdefault(group.group_id, now)
+                self.admits.setdefault(group.group_id, now)
                 self.firsts.setdefault(group.group_id, end)
             self.demand.append(scheduler.manager.num_blocks - scheduler.manager.num_free_blocks)
         self.preemptions += iteration.num_swaps + iteration.num_recomputations
@@ -137,6 +139,7 @@ class Served:
     preemptions: int
     kept_waiting: int
     starts: np.ndarray
+    admits: np.ndarray  # when it got its blocks: later, where its prompt came in parts
     firsts: np.ndarray  # of the first token
     finishes: np.ndarray
     demand: np.ndarray  # blocks taken after each iteration that admitted somebody
@@ -150,6 +153,17 @@ class Served:
         """Ends (below the number of requests) and starts (from it on) in order of time."""
         times = np.concatenate([self.finishes, self.starts])  # who ends makes room for who starts
         return np.argsort(times, kind="stable")
+
+    @cached_property
+    def turns(self) -> list[tuple[str, int]]:
+        """What happens to which request in order of time. Who ends makes room for who is admitted;
+        who only starts, as the first part of its prompt does, comes last."""
+        parted = np.flatnonzero(self.starts < self.admits)
+        times = np.concatenate([self.finishes, self.admits, self.starts[parted]])
+        count = range(len(self.starts))
+        told = [("end", i) for i in count] + [("admit", i) for i in count]
+        told += [("start", i) for i in parted.tolist()]
+        return [told[place] for place in np.argsort(times, kind="stable").tolist()]
 
     def together(self, weights: np.ndarray) -> np.ndarray:
         """At each start, the sum of the weights of all that run then."""
@@ -189,14 +203,15 @@ def holds_up_none(
         watermark = int(server.watermark * num_blocks)
         return False if num_blocks - watermark < free.demand.max() else None
     _, prompts, outputs = columns
-    manager, count = server.manager(policy, num_blocks), len(prompts)
+    manager = server.manager(policy, num_blocks)
     try:
-        for event in free.order.tolist():
-            i = event - count
-            if i < 0:
-                manager.free(event)
-            else:
+        for what, i in free.turns:
+            if what == "end":
+                manager.free(i)
+            elif what == "admit":
                 manager.allocate(i, prompts[i], prompts[i] + outputs[i])
+            elif not manager.can_allocate(prompts[i], prompts[i] + outputs[i]):
+                return False
     except OutOfBlocksError:
         return False
     return True
@@ -232,7 +247,7 @@ def serve(
             gc.enable()
     times = (
         np.array([found[i] for i in range(len(groups))])
-        for found in (watch.starts, watch.firsts, result.finish_s)
+        for found in (watch.starts, watch.admits, watch.firsts, result.finish_s)
     )
     return Served(watch.preemptions, watch.kept_waiting, *times, np.array(watch.demand))
 
