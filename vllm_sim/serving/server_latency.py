@@ -23,7 +23,6 @@ rest is from datasheets or was measured by others on their own (CARDS), but for 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 
 from vllm_sim.serving.scheduler import Completion, Iteration, Manager
@@ -187,10 +186,25 @@ class ServerLatency:
 
     def steps_until(self, wait_s: float, at_most: int, num_seqs: int, context_tokens: int) -> int:
         """How many such iterations start before `wait_s` seconds have passed, at most."""
-        own, context = num_seqs / self.work.replicas, context_tokens / self.work.replicas
-        step_s = self._matrices(own, num_seqs, own)
-        taken = lambda n: n * step_s + self._read(own, context, n)  # noqa: E731, as decode_steps
-        return bisect_left(range(at_most), wait_s, key=taken)
+        if wait_s <= 0.0:
+            return 0
+        # Step n starts after n x first + half n**2, while no window bounds what is read.
+        one, two = (self.decode_steps(n, num_seqs, context_tokens) for n in (1, 2))
+        half = max(0.0, two - 2.0 * one) / 2.0
+        linear = one - half
+        guess = 2.0 * wait_s / (linear + (linear * linear + 4.0 * half * wait_s) ** 0.5)
+        low, high, wide = 0, at_most, 1  # fewer than `high` are enough, `low` are not
+        steps = min(at_most - 1, int(guess) + 1)
+        # Rounding may be off by one, and a window by more: the test is that of the plain loop.
+        while low < high:
+            if self.decode_steps(steps, num_seqs, context_tokens) < wait_s:
+                low = steps + 1
+                steps = min(high - 1, steps + wide)
+            else:
+                high = steps
+                steps = max(low, steps - wide)
+            wide *= 2
+        return low
 
     # -- the parts ------------------------------------------------------------------------------
 
