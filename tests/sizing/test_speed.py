@@ -3,6 +3,7 @@
 import pytest
 
 from vllm_sim.models import DEPLOYMENTS, load_model
+from vllm_sim.models.model import EXPERTS
 from vllm_sim.serving.latency import latency_model
 from vllm_sim.serving.scheduler import Iteration, Limits
 from vllm_sim.serving.server_latency import CARDS, FITTED, LINKS
@@ -54,7 +55,7 @@ def test_only_active_experts_compute_and_few_tokens_read_few(config, case_of):
     case = case_of("--model", config("Mixtral-8x7B"), "--gpu", "h200", "--gpus", 2)
     work, latency = work_of(case.model, Precision(), 2), speed_of(case.plan, "h200").latency
     assert latency.work == work
-    routed = case.model.weights().experts
+    routed = case.model.params(EXPERTS)
     assert work.experts.read_bytes == routed  # in 16 bits, on each of two
     assert work.experts.token_flops == pytest.approx(routed / 4)
     assert work.messages == 64 and work.kv_heads == 4
@@ -78,7 +79,7 @@ def test_latent_attention_and_windows(config, case_of):
     deep = work_of(load_model(config("DeepSeek-V3")), Precision(), 8)
     (layers,) = deep.cache
     assert deep.kv_heads == 1 and layers.slot_bytes == 61 * 576 * 2  # whole on every GPU
-    assert layers.decode_flops == 2 * 61 * 16 * (2 * 512 + 64)
+    assert layers.decode_flops == 2 * 61 * 16 * 2 * (512 + 64)
     assert layers.prompt_flops == 2 * 61 * 16 * (128 + 64 + 128)
     gemma = work_of(case_of("--model", config("Gemma-3-1B"), "--gpu", "t4").model, Precision())
-    assert [one.window for one in gemma.cache] == [None, 512]
+    assert {one.window for one in gemma.cache} == {None, 512}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from vllm_sim import paper
 from vllm_sim.models import GPUS, Model
-from vllm_sim.models.memory_plan import Plan, Sizes
+from vllm_sim.models.memory_plan import Batch, Plan, Sizes
 from vllm_sim.models.model import (
     EMBEDDING,
     EXPERTS,
@@ -73,12 +73,12 @@ def speed_of(plan: Plan, gpu_name: str) -> Speed:
     ValueError for a pipeline, whose seconds are not modelled.
     """
     gpu, deployment, sizes = GPUS[gpu_name], plan.deployment, plan.sizes
-    model, batch = deployment.model, plan.batch
+    model, batch = deployment.model, plan.batch or Batch.default(gpu)
     if deployment.pipeline > 1:
         raise ValueError("seconds are those of tensor parallelism: --trace takes no pipeline")
     told = f"at the speed of {plan.num_gpus} x {gpu_name}"
     plain = is_preset(model) and model.name in FITTED and sizes.kv_bytes == 2
-    if batch is None or (plain and gpu_name in PAPERS_GPUS):
+    if plain and gpu_name in PAPERS_GPUS:
         assumed = f"{told}, its own constants (latency.py)"
         deployment = replace(deployment, gpu=gpu)
         return Speed(latency_model(deployment, plan.block_size, FITTED[model.name]), assumed)
