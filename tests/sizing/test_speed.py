@@ -36,10 +36,10 @@ def test_a_speed_by_hand(config, case_of):
 
 def test_only_active_experts_compute_but_all_are_read(config, case_of):
     case = case_of("--model", config("Mixtral-8x7B"), "--gpu", "h200")
-    weights, found = case.model.weights(), speed_of(case.plan, "h200").latency
+    model, found = case.model, speed_of(case.plan, "h200").latency
     flops, bandwidth = 0.6 * 989.5e12, 0.8 * 4800e9
-    assert found.token_s == pytest.approx(2 * weights.active / flops, rel=0.02)
-    assert found.weights_s == pytest.approx(2 * weights.total / bandwidth, rel=0.01)
+    assert found.token_s == pytest.approx(2 * model.active_params / flops, rel=0.02)
+    assert found.weights_s == pytest.approx(2 * model.num_params / bandwidth, rel=0.01)
 
 
 def test_what_attention_itself_would_add_to_prompts(config, case_of):
