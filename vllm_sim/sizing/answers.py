@@ -77,8 +77,8 @@ def how_good(plan: Plan) -> str:
     if error is None:
         return "; no log of this kind was at hand to hold its memory against"
     return (
-        f"; K/V memory was off by {error.median:.1f} % in the median, {error.most:.1f} % at most, on "
-        f"{counted(error.logs, 'log')} of {plan.engine.told} on {error.kind}"
+        f"; K/V memory was off by {error.median:.1f} % in the median, {error.most:.1f} % at most, "
+        f"on {counted(error.logs, 'log')} of {plan.engine.told} on {error.kind}"
     )
 
 
