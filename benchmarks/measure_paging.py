@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paged_attention import PagedKVCache, paged_attention_kernel, slot_mapping
-from vllm_sim.models import MODELS, Model
+from vllm_sim.models import MODELS, Model, opt
 from vllm_sim.paper import BLOCK_SIZE
 from vllm_sim.paper.figures import BLOCK_SIZES, FIG18A
 
@@ -61,7 +61,8 @@ class Setting:
 
     def quick(self) -> Setting:
         """A few small sizes, and a model of four layers: whether all of it runs."""
-        model = replace(self.model, num_layers=4)
+        whole = self.model
+        model = opt(whole.name, 4, whole.hidden_size, whole.num_heads)
         few = {"repeats": 10, "attention": ((8, 64), (32, 1024)), "block_sizes": (1, 16, 256)}
         return replace(self, model=model, **few, moved_blocks=(1, 100), pool_blocks=256)
 

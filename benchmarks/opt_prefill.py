@@ -20,6 +20,7 @@ from torch import Tensor
 
 from paged_attention import PagedKVCache
 from vllm_sim.models import Model
+from vllm_sim.models.model import KV, MATRIX
 
 STD = 0.02  # of OPT's initialisation
 UNUSED_POSITIONS = 2  # OPT's position table starts with two rows that no token uses
@@ -51,7 +52,9 @@ class RandomOPT:
         self.model = model
         self._rng = torch.Generator(device).manual_seed(seed)
         self._like = torch.empty(0, dtype=dtype, device=device)
-        hidden, ffn = model.hidden_size, model.ffn_size
+        hidden = model.hidden_size
+        # Of a layer's matrices four of hidden x hidden are attention's, the others up and down.
+        ffn = model.params(MATRIX, KV) // (2 * hidden * model.num_layers) - 2 * hidden
         self.embedding = self._random(model.vocab_size, hidden)
         self.positions = self._random(model.max_len + UNUSED_POSITIONS, hidden)
         self.layers = [

@@ -184,6 +184,8 @@ def test_the_settings_are_the_papers_and_the_artifacts():
     assert {t for b, t in setting.attention if b == 8} == {64 << i for i in range(8)}
     assert setting.block_sizes == tuple(paper_figures.FIG19A["swap in"])
     assert all(setting.context % size == 0 for size in setting.block_sizes)
+    quick = setting.quick().model
+    assert quick.num_layers == 4 and 10 * quick.slot_elements == setting.model.slot_elements
     for chosen in (setting, setting.quick()):
         assert 2 * max(chosen.moved_blocks) <= chosen.pool_blocks, "sources and destinations"
         assert chosen.swap_tokens <= chosen.host_slots <= chosen.device_slots

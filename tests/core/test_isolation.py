@@ -42,7 +42,7 @@ from vllm_sim.workload.requests import Request
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-TINY = models.Model("tiny", "opt", 2, 32, 2, 1, 16, 64, 100, 256)
+TINY = models.Model("tiny", "opt", 2, 32, 2, 1, 16, 100, 256)
 TOKENS = 1 << 16  # different K and V in a run; no run has more tokens
 LIFETIMES = int(os.environ.get("ISOLATION_LIFETIMES", "10000"))
 BLOCK_SIZES = (1, 2, 3, 4, 8)

@@ -16,7 +16,7 @@ from vllm_sim.scenarios import baseline, mixed, paged, pictures, sampling
 from vllm_sim.scenarios import run as scenario_run
 from vllm_sim.scenarios.setting import SERIES_LENGTH, Setting
 
-TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
+TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 100, 2048)
 SETTING = Setting(TINY, torch.device("cpu"), 1, 140, 16, 0)
 PARTS = MemoryUsage.PARTS
 MAIN = ["--model", "opt-125m", "--device", "cpu", "--num-blocks", "140"]

@@ -27,9 +27,9 @@ from vllm_sim.serving.simulator import Observer, make_groups
 from vllm_sim.workload.length_tables import ALPACA, SHAREGPT
 from vllm_sim.workload.requests import Request
 
-TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
-SHORT = models.Model("short", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
-GROUPED = models.Model("grouped", "opt", 3, 32, 4, 2, 8, 64, 100, 2048)
+TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 100, 2048)
+SHORT = models.Model("short", "opt", 2, 16, 2, 2, 8, 100, 256)
+GROUPED = models.Model("grouped", "opt", 3, 32, 4, 2, 8, 100, 2048)
 SCENARIOS = (baseline, paged, sampling, mixed)
 MANAGERS = (BaselineCacheManager, PagedKVCacheManager)
 

@@ -22,7 +22,7 @@ from vllm_sim.serving.scheduler import Iteration, Limits
 from vllm_sim.serving.simulator import make_groups, simulate
 from vllm_sim.workload.requests import Request
 
-TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 256)
+TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 100, 256)
 PREFIX_ID, PREFIX_LEN = 10**6, 7
 LIMITS = Limits(400, 32)
 BEHIND = {"prefix_len": PREFIX_LEN}
@@ -106,7 +106,7 @@ def test_stamps_are_exact_in_fp16(seed):
 @pytest.mark.parametrize("head_size", [2, 7, 8])
 def test_no_two_stamps_are_alike(head_size):
     """Over tokens, layers, K or V and heads: a vector tells all four, and so does each half."""
-    model = models.Model("tiny", "llama", 3, 16, 2, 2, head_size, 64, 100, 64)
+    model = models.Model("tiny", "llama", 3, 16, 2, 2, head_size, 100, 64)
     for seed in range(3):
         stamps = Stamps(setting_of(num_layers=3, seed=seed, model=model))
         numbers = torch.cat([torch.arange(300), 1024 * torch.arange(1, 100)])
@@ -454,7 +454,7 @@ def test_a_sequence_that_ends_too_early_is_found():
 
 def test_caches_on_other_layouts_verify_the_same(monkeypatch):
     """Grouped queries: K and V have fewer heads than the model."""
-    model = models.Model("tiny", "opt", 2, 32, 4, 2, 8, 64, 100, 256)
+    model = models.Model("tiny", "opt", 2, 32, 4, 2, 8, 100, 256)
     requests = requests_of(4)
     stamped, _ = serve(requests, setting_of(32, 4, model=model))
     assert stamped.cache.num_kv_heads == 2

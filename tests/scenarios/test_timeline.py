@@ -27,7 +27,7 @@ from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import Observer, make_groups, simulate
 from vllm_sim.workload.requests import Request
 
-TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 64, 100, 2048)
+TINY = models.Model("tiny", "opt", 2, 16, 2, 2, 8, 100, 2048)
 SWAP, RECOMPUTE = mixed.RUNS[-2:]
 CHROMIUM = find_chromium()
 LINE = "a </script><script>alert(1)</script> setting"

@@ -239,7 +239,7 @@ def test_each_gpu_reads_and_computes_its_part(name, gpus, bytes_per_s):
     assert deployment.num_gpus == gpus
     model = latency_model(deployment, 16, SOFTWARE)
     # Norms, biases and positions are on every GPU: well below a thousandth of a part.
-    part = config.weights().split / gpus + config.weights().whole
+    part = config.split_params / gpus + config.whole_params
     assert config.num_params / gpus < part < config.num_params / gpus * 1.003
     assert model.weights_s == pytest.approx(2 * part / (0.8 * bytes_per_s), rel=1e-9)
     assert model.token_s == pytest.approx(2 * part / 187.2e12, rel=1e-9)
