@@ -48,6 +48,11 @@ PAGES = {  # page: its title, one sentence, the results
         "What each number means: [a real model](../models.md).",
         ("fig15_measured", "fig15_searches", "bench_generate_cpu", "bench_generate_h200"),
     ),
+    "servers": (
+        "capacity.py held against real servers",
+        "What each number means: [how many requests fit](../capacity.md).",
+        ("measured_servers", "replay"),
+    ),
     "sweep": (
         "A sweep: three block sizes, three seeds",
         "How to run one: [Sweeps](../sweeps.md).",
