@@ -6,7 +6,6 @@ models (by their Hugging Face config.json), GPUs and workloads. No GPU is needed
     python capacity.py                                        # OPT-13B on an A100-40GB: Table 1
     python capacity.py --model opt-66b --gpus 4
     python capacity.py --model Llama-3-8B/config.json --gpu h100 --workload 2000,300
-    python capacity.py --model config.json --gpu-memory 44.5 --dtype fp8 --max-model-len 8192
     python capacity.py --log vllm-startup.log             # ours beside what a server logged
     python capacity.py --trace AzureLLMInferenceTrace_conv.csv.gz       # what a real trace needs
 
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     if args.json is not None:
         check_writable(args.json)
     start = time.perf_counter()
-    log = None if args.log is None else read_log(args.log)
+    log = read_log(args.log) if args.log else None
     case = make_case(args, log)
     asked = None if args.trace is None else make_trace_case(args, case)
     if args.figures is not None:

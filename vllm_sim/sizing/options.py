@@ -170,8 +170,10 @@ def check_options(args: argparse.Namespace) -> None:
             raise UsageError("--kv-bytes-per-token says no longest request: give --max-model-len")
     if args.weight_bits is not None and args.dtype is not None:
         raise UsageError("--weight-bits and --dtype are two answers to one question: give one")
-    if args.log is not None and args.trace is not None:
-        raise UsageError("--log and --trace are two questions: ask one at a time")
+    if args.log is not None:
+        for name in ("trace", "workload", "figures", "plan"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"--log and --{name} are two questions: ask one at a time")
     if args.gpu and args.gpu_memory:
         raise UsageError("--gpu and --gpu-memory are two answers to one question: give one of them")
     if args.lengths is not None and "," not in (args.workload or ""):
