@@ -208,6 +208,9 @@ def _pass(config: Config, model: torch.nn.Module, length: int) -> object:
     import torch
 
     tokens = torch.ones(1, length, dtype=torch.long, device="meta")
+    for module in model.modules():  # dynamic scaling asks for positions, which have no values here
+        if _get(module, "rope_type") == "dynamic":
+            module.rope_type = "default"
     problem = ""
     for whole in (True, False):
         runs = [model]
