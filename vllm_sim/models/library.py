@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import warnings
 from collections import Counter
@@ -79,7 +80,7 @@ def read_model(config: Config, name: str, stored: Quantisation | None = None) ->
         raise ConfigError(
             f"{config.where}: no transformers, which reads it: {INSTALL}; or {HATCH}"
         ) from None
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.CRITICAL)  # what is wrong with it is told below
     notes: list[str] = []
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -207,6 +208,9 @@ def _pass(config: Config, model: torch.nn.Module, length: int) -> object:
     import torch
 
     tokens = torch.ones(1, length, dtype=torch.long, device="meta")
+    for module in model.modules():  # dynamic scaling asks for positions, which have no values here
+        if _get(module, "rope_type") == "dynamic":
+            module.rope_type = "default"
     problem = ""
     for whole in (True, False):
         runs = [model]
@@ -330,7 +334,7 @@ def _model(
             name=name,
             family=config.text("model_type") or str(text.model_type),
             num_layers=sum(kind.count for kind in layers),
-            hidden_size=_first(text, "hidden_size", "n_embd", "d_model") or 1,
+            hidden_size=_first(text, "hidden_size", "n_embd", "d_model"),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_size=sizes[0] if sizes else 0,

@@ -54,7 +54,8 @@ class Layers:
             raise ValueError(f"a layer is one of {', '.join(KINDS)}, not {self.kind!r}")
         if min(self.count, self.kv_heads) < 1 or min(self.elements, self.state_bytes) < 0:
             raise ValueError(f"layers with impossible sizes: {self}")
-        if (self.kind == WINDOW) != (self.window is not None) or (self.window or 1) < 1:
+        window = self.window
+        if (self.kind == WINDOW) != (window is not None) or (window is not None and window < 1):
             raise ValueError(f"a window is a number of tokens of windowed layers: {self}")
 
     def parts(self, num_gpus: int) -> int:

@@ -24,7 +24,7 @@ from vllm_sim.models.config_file import Config
 LEFT_OUT = {"model", "language_model", "text_model", "transformer", "backbone"}
 SAME = {"block_sparse_moe": "mlp", "ffn": "mlp", "feed_forward": "mlp", "moe": "mlp"}
 SAME |= {"attn": "self_attn", "attention": "self_attn", "head": "lm_head"}
-MAX_PATTERN = 400
+MAX_PATTERN, MAX_REPEATS = 400, 3
 BY_ALGORITHM = {  # modelopt's names (github.com/NVIDIA/TensorRT-Model-Optimizer)
     "FP8": 8.0,
     "FP8_PER_CHANNEL_PER_TOKEN": 8.0,
@@ -78,7 +78,19 @@ class Quantisation:
 
 
 def read_quantisation(config: Config, beside: Config | None = None) -> Quantisation | None:
-    """What `quantization_config` says, or the file `beside`; ConfigError if not how many bits."""
+    """What `quantization_config` says, or the file `beside`; ConfigError if not how many bits, and
+    for a regular expression that is none or may match for hours."""
+    found = _read(config, beside)
+    for pattern in (one for rule in (found.rules if found else ()) for one in rule.patterns):
+        if pattern.startswith("re:") and not _usable(pattern[3:]):
+            raise config.fail(
+                f"quantization_config: {pattern[:40]!a} is no regular expression that is used here: "
+                "give --weight-bits"
+            )
+    return found
+
+
+def _read(config: Config, beside: Config | None) -> Quantisation | None:
     section = config.section("quantization_config") or config.section("compression_config")
     if section is None and beside is not None:
         section = beside.section("quantization") or beside
@@ -319,14 +331,23 @@ def _variants(name: str) -> tuple[str, ...]:
     return plain, name, f"model.{plain}", f"language_model.model.{plain}"
 
 
+def _usable(pattern: str) -> bool:
+    """Whether it is a regular expression that no name takes long to match: its length and what it
+    repeats are bounded, numbers aside, and it repeats no group."""
+    repeats = re.findall(r"(?<!\\d)(?<!\[0-9\])[*+{]", pattern)
+    if len(pattern) > MAX_PATTERN or len(repeats) > MAX_REPEATS or re.search(r"\)[*+{]", pattern):
+        return False
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
 def _matches(pattern: str, names: tuple[str, ...]) -> bool:
     """Regular expression (re:), shell pattern, or a run of whole parts of the name."""
     if pattern.startswith("re:"):
-        try:
-            compiled = re.compile(pattern[3 : 3 + MAX_PATTERN])
-        except re.error:
-            return False
-        return any(compiled.match(name) for name in names)
+        return any(re.match(pattern[3:], name) for name in names)
     plain = _one_form(pattern)
     if not plain:
         return False
