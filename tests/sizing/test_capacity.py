@@ -74,7 +74,7 @@ def test_the_formula_with_its_inputs(run):
     printed, found = run(*QUICK)
     assert "2 x 40 x 40 x 128 x 2 = 819,200 bytes a token" in printed
     rows = section(found, "How many bytes")
-    assert [row["value"] for row in rows] == [2, 40, 40, 128, 2, 819_200, 819_200]
+    assert [row["value"] for row in rows] == [2, 40, 128, 40, 2, 819_200, 819_200]
 
 
 def test_the_answer_first_then_tables_with_their_settings_above_and_a_sentence_below(run):
@@ -151,7 +151,9 @@ def test_json_has_exactly_the_promised_keys(run):
     keys = "model family parameters active_parameters layers hidden_size heads kv_heads head_size"
     keys += " gpu gpus memory_bytes plan dtype kv_dtype kv_bytes_per_token weight_bytes_per_gpu"
     keys += " kv_cache_bytes_per_gpu num_blocks block_size num_slots max_model_len workload"
-    keys += " prefix_len seed notes"
+    keys += " prefix_len seed notes expert_parameters encoder_parameters other_bytes_per_token"
+    keys += " state_bytes_per_sequence pipeline_parallel layer_kinds engine max_num_seqs"
+    keys += " max_num_batched_tokens"
     assert sorted(found["setting"]) == sorted(keys.split())
     for part in found["tables"]:
         assert list(part) == ["id", "title", "setting", "headers", "index", "rows", "answer"]
@@ -183,10 +185,9 @@ def test_grouped_heads_and_copies_of_them(run, config):
 
 
 def test_a_latent_cache(run, config):
-    path = config("DeepSeek-V3")
-    args = ("--model", path, "--gpu", "h200", "--gpus", 8, "--dtype", "fp8", *QUICK)
+    args = ("--model", "deepseek-v3", "--gpu", "b200", "--gpus", 8, *QUICK)
     printed, found = run(*args)
-    assert "(512 + 64) x 61 x 2 = 70,272 bytes a token" in printed
+    assert "576 x 61 x 2 = 70,272 bytes a token" in printed
     # Real K (192) and V (128) of 128 heads would be 40,960 elements a layer, not 576.
     assert f"it would be {40_960 / 576:.1f} times that" in printed
     assert "whole on every GPU" in printed and "MTP" in printed
@@ -204,8 +205,18 @@ def test_windows_by_length(run, config):
     kept = 4 * 32_768 + 22 * 512
     assert at["with_windows_mib"] == kept * 2 * 256 * 2 / 2**20
     assert at["percent_of_it"] == 100 * kept / (26 * 32_768)
-    assert "4 layers keep all, 22 layers keep 512 tokens" in printed
-    assert "simulated without windows" in printed
+    assert "22 layers keep 512 tokens, 4 layers keep all" in " ".join(printed.split())
+    rows = {row["counted"]: row["requests"] for row in section(found, "How many requests")}
+    setting = found["setting"]
+    block = 16 * 2 * 256 * 2  # bytes of one of a layer
+    needed = 4 * 2048 + 22 * 32  # blocks of a request of full length
+    fit = setting["kv_cache_bytes_per_gpu"] / (needed * block)
+    assert rows["all at full length"] == pytest.approx(fit)
+    # Four of 26 layers to a group: seven groups, of which six have windows.
+    pool = setting["kv_cache_bytes_per_gpu"] // (4 * block)
+    logged = rows["what vLLM logs as maximum concurrency"]
+    assert logged == pytest.approx(pool / (2048 + 6 * ((511 + 2048 + 15) // 16 + 1)))
+    assert f"logs as its maximum concurrency, {logged:,.1f}, pads" in " ".join(printed.split())
     # A window as long as the longest request bounds nothing, so nothing is said of it.
     _, found = run("--model", config("Gemma-3-1B"), "--max-model-len", 512, *QUICK)
     assert len(found["tables"]) == 6
@@ -215,7 +226,7 @@ def test_quantised_checkpoints_say_so_themselves(run, config, refused):
     stored = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     path = config("Llama-3-8B", quantization_config=stored)
     printed, found = run("--model", path, "--gpu", "l4", *QUICK)
-    assert "Llama-3-8B, fp8 weights, fp16 K/V" in printed
+    assert "Llama-3-8B, fp8 weights, bf16 K/V" in printed
     assert found["setting"]["weight_bytes_per_gpu"] < 9.2e9
     assert "is quantised already, as fp8" in refused(capacity, "--model", path, "--dtype", "fp8")
 
@@ -336,8 +347,8 @@ def test_what_cannot_be_had_takes_one_line(args, told, refused, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b'{"model_type": "mamba"}', "a state-space model has no K/V cache"),
-        (b'{"model_type": "llama"}', "has no hidden_size"),
+        (b'{"model_type": "mamba"}', "says no longest request: give --max-model-len"),
+        (b'{"model_type": "wonder"}', "is not one that transformers"),
         (b'{"model_type": "llama", "hidden', "not JSON"),
         (b"\xff\n", "not a JSON file"),
     ],
