@@ -245,7 +245,7 @@ def run(argv: list[str] | None) -> int:
     text = "a folder of config.json files, and expected.json"
     add("--configs", type=FileName("folder"), metavar="DIR", required=True, help=text)
     text = "a table of startup logs"
-    add("--logs", type=FileName("file"), metavar="CSV", help=text)
+    add("--logs", type=FileName("file"), metavar="FILE", help=text)
     script = Script(__file__, parser, argv, on_gpu=False)
     folder = Path(script.args.configs)
     try:

@@ -26,9 +26,10 @@ import bench_serving
 import fit_latency
 import lengths_from_pickle
 import make_length_tables
+import measured_servers
 import profile_attention
 import pytest
-from published_models import PUBLISHED
+from tiny_models import TINY, VISION
 
 import capacity
 import generate
@@ -276,7 +277,7 @@ BAD_FOLDERS = ("", "old.json", "old.json/x", "pipe", "loop", "full", "/proc/none
 BAD_FOLDERS += ("x" * 300,)
 SCRIPTS = (main, capacity, reproduce, sweep, fit_latency, make_length_tables, bench_serving)
 SCRIPTS += (lengths_from_pickle, bench_manager, bench_beam_step, bench_attention)
-SCRIPTS += (bench_paging_cost, profile_attention)
+SCRIPTS += (bench_paging_cost, profile_attention, measured_servers)
 if importlib.util.find_spec("transformers"):
     SCRIPTS += (generate,)
 
@@ -315,6 +316,7 @@ EVERY = [(script, option) for script, options in OPTIONS.items() for option in o
 HARMLESS = dict.fromkeys(OPTIONS, ()) | {
     main: ("--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"),
     reproduce: ("--figure", "table1"),
+    measured_servers: ("--configs", str(ROOT / "docs")),  # has none
 }
 
 
@@ -528,12 +530,11 @@ QUANTISED = (
         "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}},
     },
 )
-VISION = {"hidden_size": 1152, "num_hidden_layers": 27, "intermediate_size": 4304}
 
 
 def config_of(rng):
-    """A model's config.json, as published, or quantised, or of a model with an image encoder."""
-    config = copy.deepcopy(rng.choice(list(PUBLISHED.values()))[1])
+    """The config.json of a tiny model, or quantised, or of a model with an image encoder."""
+    config = copy.deepcopy(rng.choice(list(TINY.values())))
     if rng.random() < 0.3:
         config["quantization_config"] = copy.deepcopy(rng.choice(QUANTISED))
     if rng.random() < 0.2:
@@ -554,7 +555,39 @@ def fuzz_configs(count, seed, room):
         given = folder if name == "config.json" and rng.random() < 0.5 else folder / name
         more = rng.choice(([], ["--dtype", "fp8"], ["--max-model-len", "2048"], ["--block-size=1"]))
         codes[
-            check(capacity, ["--model", str(given), "--gpu=h200", "--gpus=8", *more], room[1])
+            check(capacity, ["--model", str(given), "--gpu=h200", "--gpus=2", *more], room[1])
         ] += 1
         (folder / name).unlink()
+    return codes
+
+
+SERVER_LOG = """vLLM API server version 0.19.0
+non-default args: {'model': 'meta-llama/Llama-3.1-8B-Instruct', 'max_num_seqs': 8}
+Initializing a V1 LLM engine (v0.19.0) with config: model='Qwen/Qwen3-8B', max_seq_len=8192
+GPU 0: NVIDIA H100 80GB HBM3
+Free memory on device (78.00/79.19 GiB) on startup
+Model loading took 14.99 GiB memory and 3.1 seconds
+Available KV cache memory: 58.57 GiB
+GPU KV cache size: 479,808 tokens
+Maximum concurrency for 8,192 tokens per request: 58.57x"""
+
+
+def fuzz_logs(count, seed, room):
+    """Exit codes of capacity.py over `count` spoilt startup logs."""
+    rng, codes, path = random.Random(seed), Counter(), room[0] / "server.log"
+    for _ in range(count):
+        lines = [line.split(" ") for line in SERVER_LOG.split("\n")]
+        for _ in range(rng.randint(1, 4)):
+            line = rng.choice(lines)
+            line[rng.randrange(len(line))] = rng.choice((*CELLS, "0", "0.00", "-", "9" * 12))
+            if rng.random() < 0.3:
+                lines.remove(rng.choice(lines))
+        text = rng.choice(("\n", "\r\n", "\0")).join(map(" ".join, lines))
+        data = bytearray(text.encode(rng.choice(("utf-8", "utf-8", "utf-16", "utf-32"))))
+        if rng.random() < 0.2:
+            at = rng.randrange(len(data) + 1)
+            data[at : at + rng.randint(0, 9)] = rng.randbytes(rng.randint(1, 9))
+        put(path, None if rng.random() < 0.02 else data)
+        more = rng.choice(([], [], ["--gpu", "l4"], ["--engine", "vllm-0.21"]))
+        codes[check(capacity, ["--log", str(path), *more], room[1])] += 1
     return codes

@@ -58,6 +58,7 @@ from fuzz_tools import (
     fuzz_documents,
     fuzz_files_of_scripts,
     fuzz_lists,
+    fuzz_logs,
     fuzz_options,
     fuzz_readers,
     fuzz_variables,
@@ -246,12 +247,15 @@ def test_no_two_outputs_are_one_file_that_is_not_there_yet(written, tmp_path, re
     assert os.listdir(tmp_path) == []
 
 
+SERVE_THE_REPOSITORY = "record", "update_readme", "what_if", "make_presets"
+
+
 def test_no_script_is_left_out():
     """Every script that takes arguments is fuzzed, but what serves the repository alone."""
     folders = (ROOT, ROOT / "tools", ROOT / "benchmarks")
     there = [path for folder in folders for path in folder.glob("*.py")]
     scripts = {path for path in there if "__main__" in path.read_text(encoding="ascii")}
-    ours = {ROOT / "tools" / name for name in ("record.py", "update_readme.py", "what_if.py")}
+    ours = {ROOT / "tools" / f"{name}.py" for name in SERVE_THE_REPOSITORY}
     ours |= {ROOT / "benchmarks" / name for name in ("bench_generate.py", "measure_beams.py")}
     if not importlib.util.find_spec("transformers"):
         ours.add(ROOT / "generate.py")
@@ -280,8 +284,13 @@ def test_a_sweep_refuses_malformed_cells_in_one_line(room, no_work):
 
 
 def test_configurations_that_are_malformed_take_one_line(room, no_work):
-    codes = fuzz_configs(300, 0, room)
-    assert codes[2] > 250 and codes[0] > 0
+    codes = fuzz_configs(100, 0, room)
+    assert codes[2] > 70 and codes[0] > 0
+
+
+def test_startup_logs_that_are_malformed_take_one_line(room, no_work):
+    codes = fuzz_logs(200, 0, room)
+    assert codes[2] > 50 and codes[0] > 20
 
 
 def test_json_readers_refuse_what_is_another_file(tmp_path):
@@ -482,6 +491,7 @@ SCRIPTS = (
     "tools/lengths_from_pickle.py",
     "benchmarks/bench_manager.py",
     "benchmarks/bench_serving.py",
+    "benchmarks/measured_servers.py",
 )
 WITH_TORCH = (
     "benchmarks/bench_attention.py",
@@ -770,7 +780,8 @@ def test_ten_thousand_malformed_inputs(room, no_work, tmp_path, figure):
     lists = fuzz_lists(20 * len(SWEPT), 1002, room)
     files = fuzz_files_of_scripts(2500, 1003, room)
     files += by_script("sweep", fuzz_documents(1000, 1004, room))
-    files += by_script("capacity", fuzz_configs(2000, 1005, room))
+    files += by_script("capacity", fuzz_configs(1000, 1005, room))
+    files += by_script("capacity", fuzz_logs(1000, 1008, room))
     files += fuzz_cells(500, 1006, room)
     variables = fuzz_variables(300, 1007, room)
     kinds = {

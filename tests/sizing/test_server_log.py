@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_sim.sizing import server_log
@@ -348,6 +348,7 @@ TEXTS = [text for text, _ in SAID.values()]
 PIECES = sorted({word for text in TEXTS for word in text.split(" ")} | set("([{'\"=:,\n\x1b"))
 
 
+@settings(deadline=None)
 @given(st.binary() | st.lists(st.sampled_from(PIECES)).map(" ".join).map(str.encode))
 @example(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)
 @example(b"{x}\nUsing max model len 8")
