@@ -93,8 +93,8 @@ def check():
     rows = [*sizes(CONFIGS, expected)]
     for row in rows:
         told, known = differs(row), expected.get(row["name"], {})
-        if "refused" in row:  # a type that the library lacks
-            assert row["known"] is None and row["refused"].endswith(HATCH), row
+        if "refused" in row:  # a type that the library lacks, or whose cache is inside
+            assert "kv_elements_per_token" not in known and row["refused"].endswith(HATCH), row
         elif share := SHARED_HEADS.get(row["name"]):
             assert row["kv"] == share * row["known_kv"] and row["parameters"] == row["known"]
         elif told and not row["encoders"]:  # Gemma 3n's, whose library (timm) is not there
@@ -117,5 +117,5 @@ def test_sizes_of_all_real_configurations(figure):
     start = time.perf_counter()
     rows = check()
     refused = sum("refused" in row for row in rows)
-    assert refused <= 14 and len(rows) == 135
+    assert refused <= 15 and len(rows) == 135
     figure("configurations", sized=len(rows) - refused, seconds=time.perf_counter() - start)
