@@ -420,6 +420,10 @@ def test_no_reader_is_left_out():
         "tools/update_readme.py",
         "tools/record.py",
         "vllm_sim/workload/length_tables.py",  # our own files
+        "vllm_sim/models/presets.py",
+        "tools/make_presets.py",
+        "vllm_sim/sizing/server_log.py",  # fuzz_logs, and its own tests
+        "benchmarks/measured_servers.py",
         "vllm_sim/playback/timeline.py",
         "vllm_sim/reporting/command_line.py",
         "paged_attention.py",
