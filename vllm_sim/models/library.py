@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import re
 import warnings
 from collections import Counter
@@ -94,7 +95,7 @@ def read_model(config: Config, name: str, stored: Quantisation | None = None) ->
     return _model(config, name, text, model, layers, stored, notes)
 
 
-def _check(values: object, config: Config, depth: int = 0) -> None:
+def _check(values: object, config: Config) -> None:
     """ConfigError for numbers that no model has: the library would build for hours."""
     if isinstance(values, dict):
         for key, value in values.items():
@@ -103,10 +104,10 @@ def _check(values: object, config: Config, depth: int = 0) -> None:
                 raise config.fail(f"{key[:40]} must be up to {MAX_COUNT}")
             if key in LAYER_KEYS and number and not 0 <= value <= MAX_LAYERS:
                 raise config.fail(f"{key} must be 1 to {MAX_LAYERS}, not {value}")
-            _check(value, config, depth + 1)
+            _check(value, config)
     elif isinstance(values, list):
         for value in values:
-            _check(value, config, depth + 1)
+            _check(value, config)
 
 
 # ---- the library's model ------------------------------------------------------------------------
@@ -410,7 +411,8 @@ def _count(text: object, model: torch.nn.Module, stored: Quantisation | None) ->
             if id(param) not in inside:
                 role = ENCODER
             elif isinstance(module, torch.nn.Embedding):
-                vocabulary = param.shape[0] >= (_first(text, "vocab_size") or 1) > 1
+                # Of every layer too, which may know a few tokens less (Gemma 3n's).
+                vocabulary = param.shape[0] >= 0.9 * (_first(text, "vocab_size") or math.inf)
                 role = EMBEDDING if module is table or vocabulary else OTHER
             elif module is head:
                 role = HEAD if param.ndim > 1 else OTHER
@@ -418,7 +420,7 @@ def _count(text: object, model: torch.nn.Module, stored: Quantisation | None) ->
                 role = EXPERTS
                 most = max(most, param.shape[0] if param.ndim == 3 else 0)
                 places.add(place.split("experts")[0])
-            elif param.ndim != 2 or {leaf, own} & ROUTERS or 0 < num_experts == param.shape[0]:
+            elif param.ndim != 2 or {leaf, own} & ROUTERS or _routes(place, param, num_experts):
                 role = OTHER
             elif WHOLE_NAMES.search(place):
                 role = WHOLE
@@ -449,6 +451,13 @@ def _count(text: object, model: torch.nn.Module, stored: Quantisation | None) ->
     return _Counted(dict(counts), widest, experts, tied)
 
 
+def _routes(place: str, param: torch.Tensor, num_experts: int) -> bool:
+    """Whether a matrix has a row for each expert, and no other name."""
+    leaf = place.rsplit(".", 1)[-1]
+    other = leaf in KV_NAMES | FUSED_NAMES | LAST_NAMES or "shared" in place or "proj" in leaf
+    return 0 < num_experts == param.shape[0] and not other
+
+
 def _is_expert(place: str, param: torch.Tensor) -> bool:
     """Whether a weight or a bias is of routed experts, not of those that all tokens pass."""
     routed = any(part.endswith("experts") and "shared" not in part for part in place.split("."))
@@ -477,14 +486,19 @@ def longest(config: Config, text: object) -> int | None:
         return found
     kind = scaling.get("rope_type", scaling.get("type"))
     factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    number = isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor >= 1
-    if not number or kind in ("su", "longrope", "llama3", "default", "mrope", None):
+    if not _extends(factor) or kind in ("su", "longrope", "llama3", "default", "mrope", None):
         return found
     if str(_get(text, "model_type")).startswith("gemma3"):  # whose maximum has it in it already
         return found
     if kind == "yarn" and isinstance(original, int) and original > 0:
         found = original
     return int(found * factor)
+
+
+def _extends(factor: object) -> bool:
+    """Whether a factor of positions is one, as JSON may also have Infinity."""
+    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    return number and 1 <= factor <= 10**6
 
 
 def rotary_bytes(text: object, head_size: int) -> int:
@@ -499,11 +513,11 @@ def rotary_bytes(text: object, head_size: int) -> int:
         rope = json.loads(table)
         positions = float(_first(text, "max_position_embeddings"))
         kind, factor = rope.get("rope_type"), rope.get("factor")
-        if isinstance(factor, (int, float)) and kind in ("linear", "dynamic", "yarn"):
+        if _extends(factor) and kind in ("linear", "dynamic", "yarn"):
             original = rope.get("original_max_position_embeddings")
             extended = original if kind == "yarn" and isinstance(original, int) else positions
             positions = extended * factor
         share = rope.get("partial_rotary_factor")
-        rows += positions * (share if isinstance(share, float) else 1.0)
+        rows += positions * (share if isinstance(share, float) and 0.0 < share <= 1.0 else 1.0)
     width = _first(text, "qk_rope_head_dim") or _first(text, "head_dim") or head_size
     return int(2 * width * min(rows, 1e9))

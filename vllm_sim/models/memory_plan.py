@@ -363,10 +363,12 @@ def request_bytes(plan: Plan, num_tokens: int) -> float:
     """Of a sequence of that length on one GPU: whole blocks of every layer, windows dropping what
     is behind them, and its states."""
     deployment, size = plan.deployment, plan.block_size
-    held = 0.0
+    held, whole = 0.0, -(-num_tokens // size) * size
     for layers in deployment.model.layers:
-        blocks = -(-layers.kept(num_tokens) // size)
-        held += blocks * size * layers.slot_bytes(plan.sizes.kv_bytes, deployment.num_gpus)
+        kept = -(-layers.kept(num_tokens) // size) * size
+        of_extra = layers.count * layers.extra * plan.sizes.kv_bytes
+        slot = layers.slot_bytes(plan.sizes.kv_bytes, deployment.num_gpus) - of_extra
+        held += kept * slot + whole * of_extra
     return plan.share * held + plan.state_bytes
 
 
@@ -388,17 +390,22 @@ def logged_concurrency(plan: Plan, max_len: int) -> float | None:
     kinds = [layers for layers in model.layers if layers.elements]
     if plan.state_bytes or any(layers.kind == STATE for layers in model.layers) or not kinds:
         return None
-    counts: dict[int | None, int] = {}
+    each = {
+        layers: layers.slot_bytes(plan.sizes.kv_bytes, plan.deployment.num_gpus) / layers.count
+        for layers in kinds
+    }
+    page = max(each.values())  # smaller layers have longer blocks, so that all pages are alike
+    counts: dict[tuple[int | None, float], int] = {}
     for layers in kinds:
         window = layers.window if layers.kind == WINDOW else None
-        counts[window] = counts.get(window, 0) + layers.count
+        kind = window, size * page / each[layers]
+        counts[kind] = counts.get(kind, 0) + layers.count
     least, most = min(counts.values()), max(counts.values())
     group = most if most < least * 1.25 else least
     batched = plan.batch.tokens if plan.batch else max_len
     needed = 0
-    for window, count in counts.items():
+    for (window, slots), count in counts.items():
         tokens = max_len if window is None else min(window - 1 + batched, max_len)
-        blocks = -(-tokens // size) + (window is not None)
+        blocks = math.ceil(tokens / slots) + (window is not None)
         needed += -(-count // group) * blocks
-    layer = kinds[0].slot_bytes(plan.sizes.kv_bytes, plan.deployment.num_gpus) / kinds[0].count
-    return int(plan.kv_cache / (layer * size * group)) / needed
+    return int(plan.kv_cache / (plan.share * page * size * group)) / needed

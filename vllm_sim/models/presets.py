@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -98,6 +99,7 @@ TODAYS = {
     )
 }
 PRESETS = MODELS | TODAYS
+SAYS_QUANTISED = re.compile(r"nvfp4|mxfp4|fp8|int4|int8|awq|gptq|w4a16|w8a8|4bit|8bit")
 DEPLOYMENTS = {
     name: Deployment(MODELS[name], GPUS[gpu], num_gpus)
     for name, (gpu, num_gpus) in paper.RUNS_ON.items()
@@ -131,6 +133,11 @@ def load_model(name: str, weight_bits: float | None = None) -> Model:
         if stored is None and text:
             stored = read_quantisation(config.section(text))
     model = read_model(config, _name_of(path), stored)
+    said = SAYS_QUANTISED.search(model.name.lower())
+    if said and stored is None and weight_bits is None:
+        told = f"its name says {said[0]}, its configuration states no quantisation: is "
+        told += "hf_quant_config.json missing? else give --weight-bits"
+        model = replace(model, notes=(*model.notes, told))
     return model if weight_bits is None else with_bits(model, weight_bits)
 
 

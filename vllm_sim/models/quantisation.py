@@ -46,7 +46,7 @@ BY_ALGORITHM = {  # modelopt's names (github.com/NVIDIA/TensorRT-Model-Optimizer
 GROUPED = ("W4A16", "W4A16_AWQ", "W4A8_AWQ")  # a 16-bit scale a group, whose size is said
 LIKE_GPTQ = ("gptq", "awq", "gptq_marlin", "awq_marlin", "auto-round", "auto_round", "inc")
 LIKE_GPTQ += ("intel/auto-round",)
-EIGHT = ("eetq", "fbgemm_fp8", "experts_int8", "ptpc_fp8")
+EIGHT = ("eetq", "experts_int8", "ptpc_fp8")
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,22 @@ def _like_gptq(section: Config, method: str) -> Quantisation:
         exceptions = section.section(key)
         for name in exceptions.values if exceptions else ():
             pattern = f"re:{name.lstrip('+-:')}" if key == "dynamic" else name
-            own = exceptions.section(name)
+            if key == "extra_config" and set(name) & set("^$*+?[]()|\\"):
+                pattern = f"re:.*(?:{name})"
+            own = _inner(exceptions, name)
             bits = own.optional("bits") or (16 if name.startswith("-") else default)
-            rules.append(Rule(16.0 if bits == 16 else _share(section, bits, size, 16), (pattern,)))
+            group = own.optional("group_size", least=-1) or size
+            rules.append(Rule(16.0 if bits == 16 else _share(section, bits, group, 16), (pattern,)))
     bits = _share(section, default, size, 16 + default)
     return Quantisation(f"{method}, {default} bits", (*rules, Rule(bits)))
+
+
+def _inner(section: Config, name: str) -> Config:
+    """An object in it; ConfigError where there is none."""
+    found = section.section(name)
+    if found is None:
+        raise section.fail(f"{name[:40]!a} is no object: give --weight-bits")
+    return found
 
 
 def _scheme(section: Config) -> float:
@@ -226,7 +237,7 @@ def _modelopt(section: Config) -> Quantisation:
     if layers is not None and layers.values:
         found: dict[float, list[str]] = {}
         for name in layers.values:
-            own = layers.section(name)
+            own = _inner(layers, name)
             found.setdefault(_algorithm(own, own.text("quant_algo").upper()), []).append(name)
         rules = [*(Rule(bits, tuple(names)) for bits, names in found.items()), *rules]
         rest = 8.0 if section.text("quant_method") == "fp8" else 16.0
@@ -286,7 +297,7 @@ def _quark(section: Config) -> Quantisation:
     rules, kv = [_left_out(section)], ""
     layers = section.section("layer_quant_config")
     for name in layers.values if layers else ():
-        own = layers.section(name)
+        own = _inner(layers, name)
         out = own.section("output_tensors")
         if out is not None and name.endswith(("k_proj", "v_proj")):
             kv = "fp8" if out.text("dtype").startswith("fp8") else kv

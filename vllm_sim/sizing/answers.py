@@ -62,7 +62,8 @@ def headline(case: Case, found: Means, held: list[Holding]) -> str:
     told = f"{case.told} on {case.gpus}, {case.kv_type} K/V: "
     told += f"{requests:,.{int(requests < 100)}f} requests of {case.workload.told} at a time"
     if found.share_cut:
-        told += f", {100 * found.share_cut:.0f} % of them cut to {case.max_len:,} tokens"
+        share = f"{100 * found.share_cut:.0f}" if found.share_cut >= 0.01 else "under 1"
+        told += f", {share} % of them cut to {case.max_len:,} tokens"
     batch = case.plan.batch
     if batch is not None and requests > batch.seqs:
         told += f", of which max_num_seqs lets {batch.seqs:,} run"

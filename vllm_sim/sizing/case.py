@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -106,8 +107,8 @@ class Case:
         if engine is None or batch is None:
             return "the paper's memory plan"
         return (
-            f"memory as {engine.told} plan it with max_num_seqs {batch.seqs:,} and "
-            f"max_num_batched_tokens {batch.tokens:,}"
+            f"memory as {engine.told} plan {self.plan.utilization:g} of it with max_num_seqs "
+            f"{batch.seqs:,} and max_num_batched_tokens {batch.tokens:,}"
         )
 
     @property
@@ -156,6 +157,12 @@ def make_case(args: argparse.Namespace, log: ServerLog | None = None) -> Case:
     told = f"{args.model}" if args.model and is_preset(model) else model.name  # as it was written
     own = model.dtype or "fp16"
     weight_type = args.dtype or own
+    stored = (log and log.quantization) or ""
+    if stored not in ("", "fp8") and not model.quantisation:
+        raise UsageError(
+            f"{args.log}: served as {stored[:40]!a}, which the model given is not: give the "
+            "quantised checkpoint's config.json, or --weight-bits"
+        )
     online = log is not None and (log.quantization or "") == "fp8" and not model.quantisation
     if args.dtype == "fp8" or online:
         weight_type = "fp8"
@@ -175,7 +182,9 @@ def make_case(args: argparse.Namespace, log: ServerLog | None = None) -> Case:
         plan = _plan(args, Deployment(model, gpu, *split), sizes, log)
     except DoesNotFitError as error:
         named = str(error).replace(model.name, told, 1)
-        raise PlanError(f"{named}; {_would_do(args, model, gpu, sizes, log)}") from None
+        told_more = "".join(f"; {note}" for note in model.notes)
+        would = _would_do(args, model, gpu, sizes, log)
+        raise PlanError(f"{named}; {would}{told_more}") from None
     longest = _longest(args, model, log)
     if model.quantisation:
         weight_type = model.quantisation
@@ -190,7 +199,7 @@ def _model(args: argparse.Namespace, log: ServerLog | None) -> Model:
         return given_model(name, args.kv_bytes_per_token, args.weights_gib, args.layers or 1)
     if args.model or log is None or not log.model:
         return load_model(args.model or "opt-13b", args.weight_bits)
-    base = log.model.rstrip("/").rpartition("/")[2].lower()
+    base = log.model.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
     found = [name for name in PRESETS if base in (name, f"{name}-instruct", f"{name}-it")]
     if not found and not os.path.exists(log.model):
         raise UsageError(
@@ -202,13 +211,13 @@ def _model(args: argparse.Namespace, log: ServerLog | None) -> Model:
 def _gpu(args: argparse.Namespace, log: ServerLog | None) -> GPU:
     """The GPU that was asked for, with the memory that the log states if there is one."""
     named = args.gpu or (log and _named_gpu(log.gpu or "")) or "a100-40gb"
-    gpu = replace(GPUS[named], name=named)
+    gpu = GPUS[named]
     if args.gpu_memory:
         gpu = GPU("GPU", int(args.gpu_memory * GIB))
     elif log is not None and log.total_gib and not args.gpu:
-        gpu = replace(gpu, memory_bytes=int(log.total_gib * GIB))
-        if not _named_gpu(log.gpu or ""):
-            gpu = GPU("GPU", gpu.memory_bytes)
+        memory = int(log.total_gib * GIB)
+        known = _named_gpu(log.gpu or "")
+        gpu = replace(GPUS[known], memory_bytes=memory) if known else GPU("GPU", memory)
     elif log is not None and not args.gpu and not _named_gpu(log.gpu or ""):
         raise UsageError(f"{args.log} does not say which GPU: give --gpu or --gpu-memory")
     return gpu
@@ -216,8 +225,14 @@ def _gpu(args: argparse.Namespace, log: ServerLog | None) -> GPU:
 
 def _named_gpu(text: str) -> str | None:
     """The preset that a device's name is about: 'NVIDIA H100 80GB HBM3'."""
-    plain = text.lower().replace(" ", "").replace("-", "")
-    found = [name for name in GPUS if name.replace("-", "") in plain]
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    plain = "".join(words)
+    found = [
+        name
+        for name in GPUS
+        if all(part in words for part in name.split("-"))
+        or (name.startswith("rtx") and name in plain)
+    ]
     return max(found, key=len, default=None)
 
 
@@ -245,10 +260,11 @@ def _plan(
     allowance = None if args.allowance is None else int(args.allowance * GIB)
     utilization = args.gpu_memory_utilization or (log and log.gpu_memory_utilization)
     default = Batch.default(deployment.gpu)
-    batch = Batch(
-        args.max_num_batched_tokens or (log and log.max_num_batched_tokens) or default.tokens,
-        args.max_num_seqs or (log and log.max_num_seqs) or default.seqs,
-    )
+    tokens = args.max_num_batched_tokens or (log and log.max_num_batched_tokens) or default.tokens
+    seqs = args.max_num_seqs or (log and log.max_num_seqs) or min(default.seqs, tokens)
+    if seqs > tokens:
+        raise UsageError(f"{seqs:,} sequences of an iteration are more than its {tokens:,} tokens")
+    batch = Batch(tokens, seqs)
     engine = ENGINES[args.engine] if args.engine else ENGINE
     if log is not None and log.version and not args.engine:
         engine = engine_of(log.version)
@@ -284,7 +300,9 @@ def _longest(args: argparse.Namespace, model: Model, log: ServerLog | None) -> i
     if args.max_model_len and own is not None and asked > own:
         raise UsageError(f"--max-model-len {asked}: {model.name} goes up to {own:,} tokens")
     if not 2 <= asked <= MAX_LEN:
-        raise UsageError(f"a longest request of {asked:,} tokens is not 2 to {MAX_LEN:,}")
+        raise UsageError(
+            f"a longest request of {asked:,} tokens is not 2 to {MAX_LEN:,}: give --max-model-len"
+        )
     return asked
 
 
@@ -318,6 +336,7 @@ class TraceCase:
         if self.arrival_rate is not None:
             arrivals = f", arriving at {self.arrival_rate:g}/s, seed {self.case.seed}"
         windows = "; every layer whole, without windows" if self.case.windowed else ""
+        windows += "; without states" if self.case.plan.state_bytes else ""
         return f"{self.trace.name}{arrivals}; {self.case.line}; {self.speed.assumed}{windows}"
 
     def to_json(self) -> dict[str, object]:
@@ -343,6 +362,10 @@ class TraceCase:
 def make_trace_case(args: argparse.Namespace, case: Case) -> TraceCase:
     """The trace that the options name, for this case. UsageError, WorkloadError."""
     unit = args.time_unit if args.rate is None else "ns"  # any: only their order counts then
+    if not case.plan.slot_bytes:
+        raise UsageError(
+            f"{case.model.name} keeps states alone, whatever the length: ask without --trace"
+        )
     trace = read_trace(args.trace, args.trace_rows, unit)
     if args.rate is None and trace.arrivals is None:
         raise UsageError(

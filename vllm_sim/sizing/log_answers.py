@@ -9,12 +9,15 @@ what was served and how (server_log.py); what it does not say is asked for by op
 
 from __future__ import annotations
 
+import re
+
 from vllm_sim.models.memory_plan import logged_concurrency, requests_of_length
 from vllm_sim.paper import GIB
 from vllm_sim.sizing.answers import LOGGED, how_good, memory_sections
 from vllm_sim.sizing.case import Case, Section, Survey
 from vllm_sim.sizing.server_log import ServerLog
 
+OLDEST = (0, 11)  # of the versions in ENGINES
 NEAR_GIB, NEAR = 0.1, 0.02  # a part that is nearer is not off
 Row = tuple[str, float | None, float | None]
 
@@ -28,20 +31,32 @@ def answer_log(case: Case, log: ServerLog) -> Survey:
     if kv is not None and kv[2]:
         told += f": {kv[1]:.2f} GiB for K and V on each GPU, logged {kv[2]:.2f}"
         told += f" ({100 * (kv[1] / kv[2] - 1):+.1f} %)"
-    return Survey(told + how_good(case.plan), [found, *memory_sections(case)])
+    good = how_good(case.plan)
+    if log.version and older(log.version):
+        good = f"; vLLM {log.version} is older than any whose logs it was held against"
+    return Survey(told + good, [found, *memory_sections(case)])
+
+
+def older(version: str) -> bool:
+    """Whether it is before the first version of ENGINES."""
+    found = re.match(r"v?(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) < OLDEST
 
 
 def parts(case: Case, log: ServerLog) -> list[Row]:
     """(part, ours, logged) in GiB on one GPU; of those that a plan and the log can have."""
-    plan = case.plan
+    plan, kv = case.plan, log.kv_cache_gib
     theirs_graphs = log.cuda_graphs_reserved_gib
+    if kv is None and not case.model.windows:  # what its counts come to
+        tokens = log.kv_tokens or (log.num_gpu_blocks or 0) * plan.block_size
+        kv = tokens * plan.slot_bytes / GIB or None
     rows = [
         ("memory", plan.memory / GIB, log.total_gib),
         ("weights", plan.weights / GIB, log.weights_gib),
         ("activations", plan.activations / GIB, log.activations_gib),
         ("outside torch", plan.outside / GIB, log.non_torch_gib),
         ("CUDA graphs, taken out", plan.graphs / GIB or None, theirs_graphs),
-        ("K and V", plan.kv_cache / GIB, log.kv_cache_gib),
+        ("K and V", plan.kv_cache / GIB, kv),
     ]
     return [row for row in rows if row[1] is not None or row[2] is not None]
 
@@ -89,7 +104,8 @@ def _comparison(case: Case, log: ServerLog, sizes: list[Row], counts: list[Row])
         "Does it match what the server logged?",
         ("of one GPU, in GiB; then of the server", "ours", "logged", "difference", "%"),
         rows,
-        f"{case.line}; log of vLLM {version}",
+        f"{case.line}; log of {log.model or 'a model'} on vLLM {version}, "
+        f"{log.tensor_parallel or 1} x {log.pipeline_parallel or 1} GPUs",
         decimals=2,
         name="log",
         answer=answer + ".",

@@ -28,7 +28,12 @@ class Errors:
         return "several GPUs" if self.several else "one GPU"
 
 
-MEASURED = (Errors("vllm-0.16", False, 1, 0.05, 0.05),)
+MEASURED = (
+    Errors("vllm-0.16", False, 1, 0.05, 0.05),
+    Errors("vllm-0.19", False, 15, 0.07, 0.29),
+    Errors("vllm-0.19", True, 10, 0.31, 3.29),
+    Errors("vllm-0.21", False, 1, 0.25, 0.25),
+)
 
 
 def errors_of(engine: Engine, several: bool) -> Errors | None:

@@ -31,7 +31,7 @@ from vllm_sim.reporting.files import add_output_options
 
 WEIGHT_TYPES = ("fp16", "bf16", "fp8")
 KV_BYTES = {"fp16": 2, "bf16": 2, "fp8": 1}
-MAX_GPUS, MAX_BLOCK_SIZE, MAX_LEN = 1024, 4096, 10**7
+MAX_GPUS, MAX_BLOCK_SIZE, MAX_LEN = 1024, 4096, 2**24
 MAX_GIB = 10**5
 MAX_KV_BYTES = 10**8
 PREEMPTION_RATE = 0.01
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plan", f"{text} systems)", choices=("paper", "serving"))
     text = "of each GPU's memory that is used (default 0.9)"
     add("--gpu-memory-utilization", text, share, metavar="SHARE")
-    text = "for activations and workspace on each GPU (default: an estimate and 1 GiB)"
+    text = "for all but weights, K and V on each GPU (default: as --engine plans it)"
     add("--allowance", text, gib, metavar="GIB")
     add("--max-model-len", "longest request in tokens (default: the model's own)", positive)
     add("--block-size", f"slots per block (default {size})", positive)

@@ -17,7 +17,6 @@ from vllm_sim import paper
 from vllm_sim.models import GPUS, Model
 from vllm_sim.models.memory_plan import Batch, Plan, Sizes
 from vllm_sim.models.model import (
-    EMBEDDING,
     EXPERTS,
     HEAD,
     KV,
@@ -112,8 +111,8 @@ class Precision:
 
 
 def precision_of(model: Model, sizes: Sizes, gpu_name: str) -> Precision:
-    """As the checkpoint is stored, or as `--dtype` loads it; of 8 bits, fp8 and int8 with scales
-    for activations are multiplied as such, formats of weights alone are not."""
+    """As the checkpoint is stored, or as `--dtype` loads it; 8 bits are multiplied as such where a
+    GPU has fp8, but for formats of weights alone."""
     dense, routed = (_bytes_each(model, *roles) for roles in (DENSE, (EXPERTS,)))
     weights_alone = model.quantisation.startswith(WEIGHTS_ALONE)
     fast = 1.0 if weights_alone or gpu_name.startswith(WITHOUT_FP8) else 2.0
@@ -138,7 +137,8 @@ def work_of(
     kv_parts = min(gpus, max(1, model.num_kv_heads))
     dense = model.params(MATRIX) / gpus + model.params(WHOLE) + model.params(KV) / kv_parts
     read = dense * precision.dense_bytes + 2.0 * model.params(OTHER)
-    head = model.params(EMBEDDING if model.tied else HEAD) / gpus
+    head = model.vocab_size * model.hidden_size if model.tied else model.params(HEAD)
+    head /= gpus
     experts = None
     if model.num_experts:
         held = model.params(EXPERTS) / (gpus * replicas)
