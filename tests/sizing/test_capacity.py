@@ -14,8 +14,10 @@ import capacity
 from kv_cache_manager import MemoryUsage
 from vllm_sim import paper
 from vllm_sim.models import DEPLOYMENTS, MODELS
+from vllm_sim.models.memory_plan import logged_concurrency
 from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import BLOCK_SIZES, FORKS, block_sizes, copies_per_fork
+from vllm_sim.sizing.case import named_gpu
 from vllm_sim.sizing.concurrency import (
     SAMPLE,
     WorkloadNameError,
@@ -24,6 +26,7 @@ from vllm_sim.sizing.concurrency import (
     means,
     parse_workload,
 )
+from vllm_sim.sizing.measured import MEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--workload", "30,20")  # short requests: simulated in no time
@@ -512,3 +515,34 @@ def test_without_a_prefix_nothing_is_said_of_one(case_of):
     assert "prefix" not in found[1].answer and found[1].answer.endswith(" 2,048 tokens.")
     assert all(row["prefix_shared_percent"] is not None for row in some)
     assert none == [row | {"prefix_shared_percent": None} for row in some]
+
+
+def test_the_errors_told_are_those_of_the_recorded_run():
+    found = json.loads((ROOT / "results" / "measured_servers.json").read_text(encoding="ascii"))
+    (rows,) = (t["rows"] for t in found["output"]["tables"] if t["id"] == "errors")
+    told = {(one.engine, one.several): one for one in MEASURED}
+    assert len(rows) == len(told) + 1  # and all of them together
+    for row in rows[:-1]:
+        one = told[row["engine"], row["several"]]
+        assert one.logs == row["logs"]
+        assert one.median == pytest.approx(row["median"], abs=0.005)
+        assert one.most == pytest.approx(row["most"], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_gpus_by_the_names_that_logs_have(device, gpu):
+    assert named_gpu(device) == gpu
+
+
+def test_a_pipeline_without_windows_logs_what_fits(case_of):
+    plan = case_of("--model", "llama-3.1-8b", "--gpu", "h100", "--pipeline-parallel", 4).plan
+    assert logged_concurrency(plan, 8192) == pytest.approx(plan.num_slots / 8192, rel=1e-3)

@@ -210,20 +210,20 @@ def _model(args: argparse.Namespace, log: ServerLog | None) -> Model:
 
 def _gpu(args: argparse.Namespace, log: ServerLog | None) -> GPU:
     """The GPU that was asked for, with the memory that the log states if there is one."""
-    named = args.gpu or (log and _named_gpu(log.gpu or "")) or "a100-40gb"
+    named = args.gpu or (log and named_gpu(log.gpu or "")) or "a100-40gb"
     gpu = GPUS[named]
     if args.gpu_memory:
         gpu = GPU("GPU", int(args.gpu_memory * GIB))
     elif log is not None and log.total_gib and not args.gpu:
         memory = int(log.total_gib * GIB)
-        known = _named_gpu(log.gpu or "")
+        known = named_gpu(log.gpu or "")
         gpu = replace(GPUS[known], memory_bytes=memory) if known else GPU("GPU", memory)
-    elif log is not None and not args.gpu and not _named_gpu(log.gpu or ""):
+    elif log is not None and not args.gpu and not named_gpu(log.gpu or ""):
         raise UsageError(f"{args.log} does not say which GPU: give --gpu or --gpu-memory")
     return gpu
 
 
-def _named_gpu(text: str) -> str | None:
+def named_gpu(text: str) -> str | None:
     """The preset that a device's name is about: 'NVIDIA H100 80GB HBM3'."""
     words = re.findall(r"[a-z0-9]+", text.lower())
     plain = "".join(words)
