@@ -84,7 +84,7 @@ def read_quantisation(config: Config, beside: Config | None = None) -> Quantisat
     for pattern in (one for rule in (found.rules if found else ()) for one in rule.patterns):
         if pattern.startswith("re:") and not _usable(pattern[3:]):
             raise config.fail(
-                f"quantization_config: {pattern[:40]!a} is no regular expression that is used here: "
+                f"quantization_config: {pattern[:40]!a} is no regular expression that is used: "
                 "give --weight-bits"
             )
     return found
