@@ -97,7 +97,7 @@ def test_each_part_beside_what_the_server_logged(run, log):
     assert found["answer"].startswith(
         f"llama-3.1-8b on 1 x h100: {ours:.2f} GiB for K and V on each GPU, logged 58.57 ("
     )
-    assert "log of vLLM 0.19.0" in printed
+    assert "on vLLM 0.19.0" in printed
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_each_part_beside_what_the_server_logged(run, log):
             "off is activations: 0.91 GiB by our plan, 9.00 in the log; then weights.",
         ),
         ({"kv": "Available KV cache memory: 40.00 GiB"}, "K and V are off, and the log does not"),
-        (dict.fromkeys(("weights", "kv")), "the log states no part of the memory"),
+        (dict.fromkeys(("weights", "kv")), "no part is off by more"),  # K and V by its tokens
         ({"kv": "Available KV cache memory: 58.88 GiB"}, "no part is off by more than 0.1 GiB"),
     ],
 )
 def test_what_is_off_is_named(run, log, changes, said):
     printed, found = run("--log", log(**changes))
     assert said in printed
-    assert ("logged" in found["answer"]) == ("kv" not in changes or bool(changes["kv"]))
+    assert "logged" in found["answer"]
 
 
 def test_near_is_not_off():
@@ -140,7 +140,7 @@ def test_near_is_not_off():
         ),
         (dict.fromkeys(LOG), (), "no line of a vLLM startup log"),
         ({}, ("--trace", "x.csv"), "--log and --trace are two questions"),
-        ({}, ("--plan", "paper"), "--plan paper has its own utilization, allowance and limits"),
+        ({}, ("--plan", "paper"), "--log and --plan are two questions"),
     ],
 )
 def test_what_a_log_does_not_say_is_asked_for(log, refused, changes, options, said):
@@ -195,7 +195,7 @@ def test_versions_differ_in_what_they_take(run):
     assert table(found["vllm-0.21"][1], "memory")["CUDA graphs"][0] == graphs
     assert kv["vllm-0.16"] < kv["vllm-0.21"]
     assert run(*args)[1]["setting"]["kv_cache_bytes_per_gpu"] == kv["vllm-0.19"]
-    assert "memory as vLLM 0.21 and later plan it" in found["vllm-0.21"][0]
+    assert "memory as vLLM 0.21 and later plan 0.9 of it" in found["vllm-0.21"][0]
 
 
 def test_limits_are_said_and_counted(run):
@@ -289,7 +289,7 @@ def test_a_hybrid_is_answered(run, tiny):
     fit = setting["kv_cache_bytes_per_gpu"] / (512 * 64 + 4608)
     assert table(found, "concurrency")["all at full length"] == [512, fit]
     assert "64 bytes a token in all layers, and 4,608 bytes a sequence" in printed
-    assert "a state, whatever the length" in printed and "windows and states count" in printed
+    assert "a state, whatever the length" in printed and "states under all" in printed
 
 
 def test_a_model_of_states_alone_holds_sequences(run, tiny):
@@ -321,19 +321,15 @@ def test_the_errors_that_are_told_are_the_measured_ones():
     path = ROOT / "results" / "measured_servers.json"
     if not path.exists():
         pytest.skip("results/measured_servers.json is not there")
-    found = json.loads(path.read_text(encoding="ascii"))
-    rows = (
-        [row for t in found["tables"] if t["id"] == "errors" for row in t["rows"]]
-        if "tables" in found
-        else found["errors"]
-    )
+    found = json.loads(path.read_text(encoding="ascii"))["output"]
+    rows = [row for t in found["tables"] if t["id"] == "errors" for row in t["rows"]]
     rows = {(row["engine"], row["several"]): row for row in rows if row["engine"] != "all"}
     told = {(one.engine, one.several): one for one in measured.MEASURED}
     assert set(told) == set(rows)
     for kind, row in rows.items():
         assert told[kind].logs == row["logs"]
         for what in ("median", "most"):
-            assert getattr(told[kind], what) == pytest.approx(row[what], abs=0.06), (kind, what)
+            assert getattr(told[kind], what) == pytest.approx(row[what], abs=0.006), (kind, what)
 
 
 def test_the_first_line_says_how_good_such_answers_were(run, monkeypatch):
@@ -342,7 +338,7 @@ def test_the_first_line_says_how_good_such_answers_were(run, monkeypatch):
     monkeypatch.setattr(measured, "MEASURED", (errors,))
     answer = run(*args)[1]["answer"]
     assert answer.endswith(
-        "; K/V memory was off by 0.4 % in the median, 3.2 % at most, on 7 logs of "
+        "; K/V memory was 0.4 % off in the median, 3.2 % at most, on 7 logs of "
         "vLLM 0.17 to 0.20 on one GPU"
     )
     for more in (("--gpus", 2), ("--engine", "vllm-0.21")):

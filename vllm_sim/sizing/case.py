@@ -211,7 +211,7 @@ def _model(args: argparse.Namespace, log: ServerLog | None) -> Model:
 def _gpu(args: argparse.Namespace, log: ServerLog | None) -> GPU:
     """The GPU that was asked for, with the memory that the log states if there is one."""
     named = args.gpu or (log and named_gpu(log.gpu or "")) or "a100-40gb"
-    gpu = GPUS[named]
+    gpu = replace(GPUS[named], name=named)  # as it was written
     if args.gpu_memory:
         gpu = GPU("GPU", int(args.gpu_memory * GIB))
     elif log is not None and log.total_gib and not args.gpu:
