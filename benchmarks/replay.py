@@ -24,7 +24,7 @@ from script import Script, entry, options, show, table
 
 from kv_cache_manager import CacheError
 from vllm_sim.models import PRESETS, Model, load_model
-from vllm_sim.reporting.arguments import positive
+from vllm_sim.reporting.arguments import keep_apart, positive
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.sizing.measured_runs import (
     MeasuredError,
@@ -138,6 +138,9 @@ def run(argv: list[str] | None) -> int:
     add("--num-blocks", type=positive, metavar="N", help=told)
     script = Script(__file__, parser, argv, on_gpu=False)
     args, find = script.args, finder(script.args.configs)
+    inside = [one for path in args.paths if path.is_dir() for one in path.rglob("*")]
+    reads = [("PATH", path) for path in (*args.paths, *inside)]
+    keep_apart(reads, [("--json", args.json)] if args.json else [])
     runs, tables, refused = [], [], {}
     try:
         for path in args.paths:

@@ -247,7 +247,9 @@ def test_no_two_outputs_are_one_file_that_is_not_there_yet(written, tmp_path, re
     assert os.listdir(tmp_path) == []
 
 
-SERVE_THE_REPOSITORY = "record", "update_readme", "what_if", "make_presets"
+SERVE_THE_REPOSITORY = "record", "update_readme", "what_if", "make_presets", "fit_server_latency"
+# Measured ones; replay.py takes names of files without an option (tests/benchmarks/test_replay.py).
+TESTED_ALONE = "bench_generate", "measure_beams", "replay"
 
 
 def test_no_script_is_left_out():
@@ -256,7 +258,7 @@ def test_no_script_is_left_out():
     there = [path for folder in folders for path in folder.glob("*.py")]
     scripts = {path for path in there if "__main__" in path.read_text(encoding="ascii")}
     ours = {ROOT / "tools" / f"{name}.py" for name in SERVE_THE_REPOSITORY}
-    ours |= {ROOT / "benchmarks" / name for name in ("bench_generate.py", "measure_beams.py")}
+    ours |= {ROOT / "benchmarks" / f"{name}.py" for name in TESTED_ALONE}
     if not importlib.util.find_spec("transformers"):
         ours.add(ROOT / "generate.py")
     assert scripts - ours == {Path(script.__file__) for script in OPTIONS}
