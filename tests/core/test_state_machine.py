@@ -886,7 +886,7 @@ def test_paged_manager_against_contents(figure):
 
 
 def test_baseline_manager_against_contents(figure):
-    how = settings(SHORT, max_examples=130)
+    how = settings(SHORT, max_examples=180)
     figure("state machine, baseline", rules=run_machine(BaselineMachine, how, BASELINE_EVENTS))
 
 

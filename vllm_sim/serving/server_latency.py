@@ -192,7 +192,8 @@ class ServerLatency:
         one, two = (self.decode_steps(n, num_seqs, context_tokens) for n in (1, 2))
         half = max(0.0, two - 2.0 * one) / 2.0
         linear = one - half
-        guess = 2.0 * wait_s / (linear + (linear * linear + 4.0 * half * wait_s) ** 0.5)
+        root = linear + (linear * linear + 4.0 * half * wait_s) ** 0.5
+        guess = min(2.0 * wait_s, at_most * root) / root if root > 0.0 else at_most
         low, high, wide = 0, at_most, 1  # fewer than `high` are enough, `low` are not
         steps = min(at_most - 1, int(guess) + 1)
         # Rounding may be off by one, and a window by more: the test is that of the plain loop.
