@@ -265,8 +265,11 @@ def run(argv: list[str] | None) -> int:
     columns += (("differs", lambda row: row["difference"] or row["refused"][:70]),)
     show(table(title, columns, odd, "all others as expected"))
     if script.args.logs:
-        with open(script.args.logs, encoding="utf-8", newline="") as file:
-            rows = [*logs([*csv.DictReader(file)], folder)]
+        try:
+            with open(script.args.logs, encoding="utf-8", newline="") as file:
+                rows = [*logs([*csv.DictReader(file)], folder)]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{script.args.logs}: not a table of startup logs: {error}") from None
         compared = [row for row in rows if "error" in row]
         told |= {"logs": rows, "errors": kinds(compared)}
         columns = ("log", "id"), ("model", lambda row: row["model"][-40:]), ("version", "version")

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vllm_sim.models.config_file import Config
-from vllm_sim.models.library import read_model
 from vllm_sim.models.quantisation import read_quantisation
+from vllm_sim.models.transformers_model import read_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "tests" / "models" / "published_models.jsonl"

@@ -9,10 +9,10 @@ from published_models import PUBLISHED
 
 from vllm_sim.models import MODELS, PRESETS, load_model
 from vllm_sim.models.config_file import ConfigError
-from vllm_sim.models.library import HATCH
 from vllm_sim.models.model import EMBEDDING, IN_LAYERS, KV, MATRIX, OTHER
 from vllm_sim.models.presets import PRESETS as ALL
 from vllm_sim.models.presets import TODAYS, from_json, given_model, is_preset
+from vllm_sim.models.transformers_model import HATCH
 from vllm_sim.paper import GIB
 
 FP8 = {"quant_method": "fp8"}

@@ -8,9 +8,9 @@ import pytest
 from measured_servers import differs, sizes
 
 from vllm_sim.models import GPU, Deployment, load_model
-from vllm_sim.models.library import HATCH
 from vllm_sim.models.memory_plan import serving_plan
 from vllm_sim.models.model import EXPERTS, WHOLE
+from vllm_sim.models.transformers_model import HATCH
 from vllm_sim.paper import GIB
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

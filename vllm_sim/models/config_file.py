@@ -1,7 +1,7 @@
 """A Hugging Face `config.json`, read with care.
 
-Reproduces nothing. library.py and quantisation.py ask a `Config` for what they need; what is
-missing or no number is refused by name, in one line. The file is text that anybody may have
+Reproduces nothing. transformers_model.py and quantisation.py ask a `Config` for what they need;
+what is missing or no number is refused by name, in one line. The file is text that anybody may have
 written: its size is bounded, and so is each number in it.
 
     config = read_config("Llama-3-8B/config.json")

@@ -3,7 +3,7 @@
 Reproduces: section 3's arithmetic (2 x layers x K/V heads x head size x bytes, 800 KB a token for
 OPT-13B), layer by layer, as the decoders that followed the paper's need it: grouped and
 multi-query heads, windows, latent caches (MLA), states of linear layers, mixtures of experts.
-presets.py has models by name; library.py reads any other.
+presets.py has models by name; transformers_model.py reads any other.
 
     model = load_model("opt-13b")
     model.kv_bytes_per_token            # one slot in 16 bits: 819,200

@@ -1,8 +1,8 @@
 """Models by name: the paper's and ten of today as presets, any other by its config.json.
 
 Reproduces: section 6.1's models and the GPUs that they run on. Presets need no library; what
-presets.json holds of today's is what library.py reads from their configurations, which a test
-checks (`tests/models/test_presets.py`), and `tools/make_presets.py` writes.
+presets.json holds of today's is what transformers_model.py reads from their configurations, which a
+test checks (`tests/models/test_presets.py`), and `tools/make_presets.py` writes.
 
     model = load_model("opt-13b")
     model = load_model("Mixtral-8x7B/config.json")
@@ -21,7 +21,6 @@ from pathlib import Path, PurePath
 from vllm_sim import paper
 from vllm_sim.models.config_file import ConfigError, read_config
 from vllm_sim.models.gpus import GPUS
-from vllm_sim.models.library import HATCH, read_model
 from vllm_sim.models.memory_plan import Deployment
 from vllm_sim.models.model import (
     EMBEDDING,
@@ -35,6 +34,7 @@ from vllm_sim.models.model import (
     Weights,
 )
 from vllm_sim.models.quantisation import read_quantisation
+from vllm_sim.models.transformers_model import HATCH, read_model
 from vllm_sim.reporting.files import short_name
 
 

@@ -318,11 +318,14 @@ class TraceCase:
 
     @property
     def server(self) -> Server:
-        """The limit on an iteration's tokens is the one the memory plan leaves room for."""
-        plan = self.case.plan
+        """What serves: with the limits that go with its speed, and then no watermark; else with
+        those that the memory plan leaves room for."""
+        plan, told = self.case.plan, (self.case.max_len, self.speed.latency)
+        if self.speed.limits is not None:
+            return Server(plan.block_size, *told, self.speed.limits, watermark=0.0)
         batched = plan.batch.tokens if plan.batch else paper.MAX_BATCHED_TOKENS
         limits = Limits(max(batched, self.case.max_len), NO_LIMIT)
-        return Server(plan.block_size, self.case.max_len, self.speed.latency, limits)
+        return Server(plan.block_size, *told, limits)
 
     @property
     def columns(self) -> Columns:

@@ -29,6 +29,7 @@ from vllm_sim.serving.scheduler import Iteration, Limits, Scheduler
 from vllm_sim.serving.server_latency import CARDS, Card, ServerLatency, Work
 from vllm_sim.serving.simulator import simulate
 from vllm_sim.sizing.speed import Precision
+from vllm_sim.sizing.trace_serving import Watch
 
 BLOCK_SIZE = 16
 PROMPT_BUDGET = 8192  # tokens of an iteration where a table does not say: vLLM's default
@@ -59,31 +60,16 @@ class Times:
         return float((seconds * self.log[:-1, 1])[waits].sum()) / total if total else None
 
 
-class _Watch:
-    def __init__(self, latency: ServerLatency) -> None:
-        self.latency = latency
-        self.starts: dict[int, float] = {}
-        self.firsts: dict[int, float] = {}
-        self.log: list[tuple[float, int, int]] = []
-        self.preemptions = 0
+class _Log(Watch):
+    """Also keeps, at each decision, how many run and wait."""
+
+    log: list[tuple[float, int, int]]
 
     def __call__(self, scheduler: Scheduler, iteration: Iteration) -> None:
-        now, partial = iteration.start_s, scheduler.partial
-        self.log.append(
-            (
-                now,
-                len(scheduler.running) + (partial is not None),
-                len(scheduler.waiting) - (partial is not None),
-            )
-        )
-        self.preemptions += iteration.num_recomputations
-        if partial is not None:
-            self.starts.setdefault(partial.group_id, now)
-        if iteration.prefills:
-            end = now + self.latency.iteration(iteration)
-            for group in iteration.prefills:
-                self.starts.setdefault(group.group_id, now)
-                self.firsts.setdefault(group.group_id, end)
+        super().__call__(scheduler, iteration)
+        part = scheduler.partial is not None  # still at the head of those that wait
+        counts = len(scheduler.running) + part, len(scheduler.waiting) - part
+        self.log.append((iteration.start_s, *counts))
 
 
 def serve_requests(
@@ -101,7 +87,8 @@ def serve_requests(
     ]
     if num_blocks is None:
         num_blocks = sum([(prompt + output) // BLOCK_SIZE + 2 for _, prompt, output in requests])
-    watch = _Watch(latency)
+    watch = _Log([at for at, *_ in requests], latency=latency)
+    watch.log = []
     manager = PagedKVCacheManager(num_blocks, BLOCK_SIZE, watermark=0.0)
     result = simulate(groups, manager, limits, latency, preemption="recompute", on_decision=watch)
     of_each = (

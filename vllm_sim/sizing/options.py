@@ -16,8 +16,8 @@ from functools import partial
 
 from vllm_sim import paper
 from vllm_sim.models import GPUS, PRESETS
-from vllm_sim.models.library import MAX_LAYERS
 from vllm_sim.models.memory_plan import ENGINE, ENGINES
+from vllm_sim.models.transformers_model import MAX_LAYERS
 from vllm_sim.reporting.arguments import (
     TIME_UNITS,
     FileName,

@@ -23,7 +23,7 @@ from vllm_sim.serving.systems import POLICIES
 from vllm_sim.sizing.answers import WHAT, memory_sections
 from vllm_sim.sizing.case import Section, Survey, TraceCase
 from vllm_sim.sizing.trace_needs import Need, Targets, servers_for, servers_needed, smallest_pool
-from vllm_sim.sizing.trace_serving import Served, Server, serve, times_of, unbounded
+from vllm_sim.sizing.trace_serving import Served, serve, times_of, unbounded
 
 # A longer trace is searched, where some may be held up, in its busiest so many requests in a row.
 LONGEST, STRETCH = 50_000, 10_000
@@ -37,15 +37,9 @@ NAMES = {
 }
 
 
-def server_of(asked: TraceCase) -> Server:
-    """What serves: with the limits that its speed was measured with, and then no watermark."""
-    limits = asked.speed.limits
-    return asked.server if limits is None else replace(asked.server, limits=limits, watermark=0.0)
-
-
 def survey(asked: TraceCase, progress: Progress = SILENT, targets: Targets | None = None) -> Survey:
     """Everything about one trace."""
-    server, num_blocks = server_of(asked), asked.case.plan.num_blocks
+    server, num_blocks = asked.server, asked.case.plan.num_blocks
     targets = targets or Targets()
     rates = dict.fromkeys((0.0, asked.rate))
     count = 2 + 2 * len(POLICIES) * len(rates) + targets.given
@@ -99,7 +93,7 @@ def survey(asked: TraceCase, progress: Progress = SILENT, targets: Targets | Non
 def busiest(asked: TraceCase, free: Served) -> TraceCase:
     """The requests in a row at whose starts the running ones take the most blocks in the mean."""
     trace = asked.trace
-    taken = free.together(server_of(asked).chunks("paged", trace.prompts, trace.outputs))
+    taken = free.together(asked.server.chunks("paged", trace.prompts, trace.outputs))
     sums = np.cumsum(np.concatenate([[0], taken]))
     first = int(np.argmax(sums[STRETCH:] - sums[:-STRETCH]))
     name = f"{trace.name}, {_searched()}"

@@ -13,7 +13,6 @@ pytest.importorskip("transformers")
 
 from vllm_sim.models import GPUS, Deployment, PlanError
 from vllm_sim.models.config_file import Config, ConfigError
-from vllm_sim.models.library import HATCH, INSTALL, read_model
 from vllm_sim.models.model import (
     EMBEDDING,
     ENCODER,
@@ -30,6 +29,7 @@ from vllm_sim.models.model import (
     WINDOW,
 )
 from vllm_sim.models.quantisation import read_quantisation
+from vllm_sim.models.transformers_model import HATCH, INSTALL, read_model
 
 LLAMA = TINY["llama"]
 
