@@ -52,25 +52,33 @@ SMALL_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # of the pools alone, w
 MAX_HEAD_SIZE = 1024
 RANGE, ITEM = 16, 8  # numbers that a range and an item have in a plan
 UNPLANNED = 4  # times as many programs where there is no plan
-SHARED_SPARE = 12 << 10  # bytes of shared memory beside the tiles
+SHARED_SPARE = 7 << 10  # bytes of shared memory beside the tiles of a program
+REGISTERS, SCHEDULERS = 1 << 16, 4  # of a multiprocessor
 MANY_WORDS = 1 << 19  # from here on there are programs enough for 4 accesses a thread
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """`tile` slots are read at a time, by `programs` programs for each multiprocessor."""
+    """`tile` slots are read at a time; on a multiprocessor run `programs` programs at once."""
 
     tile: int
     num_warps: int
     num_stages: int
     programs: int
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.tile < 16 or self.tile & (self.tile - 1) or self.num_stages < 1:
             raise ValueError(f"a tile is a power of two from 16, in at least one stage: {self}")
         if self.num_warps not in (1, 2, 4, 8) or self.programs < 1:
             raise ValueError(f"a program has 1, 2, 4 or 8 warps, and there is at least one: {self}")
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most, so that as many programs run at once."""
+        warps = -(-self.num_warps * self.programs // SCHEDULERS)  # each has registers of its own
+        return min(255, REGISTERS // SCHEDULERS // (32 * warps) // 8 * 8)
 
 
 @functools.cache
@@ -85,7 +93,7 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 
 def choose_tuning(rows: int, slot_bytes: int, shared_bytes: int) -> Tuning:
     """TO BE TUNED. rows: of a program's queries; slot_bytes: K and V of one head of one slot."""
-    return Tuning(64, 4, 3, 2)
+    return Tuning(32, 4, 3, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +155,7 @@ class Plan:
         )
         self.num_heads = k_pool.shape[2] * self.rows.blocks
         self.tuning = tuning or _tuning_for(q, k_pool, v_pool, self.rows)
-        self.num_ranges = num_ranges(q.device, self.tuning.programs, self.num_heads)
+        self.at_once = num_ranges(q.device, self.tuning.programs, self.num_heads)
         self.table = torch.empty(0, dtype=torch.int32, device=q.device)
         self.num_tokens = self.num_seqs = 0
         self.update(seq_lens, query_lens)
@@ -160,8 +168,10 @@ class Plan:
             lens.ndim == 1 and lens.shape == counts.shape and bool((counts >= 0).all()),
             f"need B lengths and B numbers of queries, got {lens.shape} and {counts.shape}",
         )
-        cut = cut_evenly(
-            lens, counts, self.num_ranges, self.tuning.tile, self.rows.queries, self.window
+        tuning = self.tuning
+        self.num_ranges, cut = cut_evenly(
+            *(lens, counts, self.at_once, tuning.share, tuning.tile),
+            *(self.rows.queries, self.window),
         )
         self.num_seqs, self.num_tokens = len(lens), int(counts.sum())
         found = torch.from_numpy(cut)
@@ -177,8 +187,22 @@ def num_ranges(device: torch.device, programs: int, num_heads: int) -> int:
     return max(1, device_limits(device)[0] * programs // num_heads)
 
 
-def cut_evenly(lens, counts, ranges, tile, queries, window):
-    """The numbers of a plan, (ranges * 16 + items * 8,) int32: see `_attend`, which reads them.
+def cut_points(num_tiles: int, ranges: int, share: float) -> np.ndarray:
+    """Where ranges begin and end: (n + 1,), increasing.
+
+    Programs are not equally fast: a multiprocessor's way to memory may be longer or busier. So the
+    first `ranges`, which run at once, have `share` of the tiles, and who is done with one takes one
+    of the others, which are smaller and smaller.
+    """
+    ends, done = [np.zeros(1)], 0.0
+    for end in (share, (1 + share) / 2, (3 + share) / 4, 1.0) if share < 1 else (1.0,):
+        ends.append(done + (end - done) * np.arange(1, ranges + 1) / ranges)
+        done = end
+    return np.unique(np.rint(np.concatenate(ends) * num_tiles).astype(np.int64))
+
+
+def cut_evenly(lens, counts, ranges, share, tile, queries, window):
+    """How many ranges, and the numbers of a plan, (ranges * 16 + items * 8,) int32: see `_attend`.
 
     lens, counts: (B,) int64, slots and query tokens of each sequence.
     """
@@ -195,22 +219,21 @@ def cut_evenly(lens, counts, ranges, tile, queries, window):
     num_tiles = int(starts[-1]) if len(starts) else 0
     check_shape(num_tiles < 1 << 31, f"{num_tiles} tiles are too many for one launch")
     starts -= tiles
-    items = np.stack([starts, tiles, first_tile, seqs, tokens, after], axis=1)
-    # The first ranges have one tile more than the others.
-    least, more = divmod(num_tiles, ranges)
-    edges = np.arange(ranges + 1)
-    edges = edges * least + np.minimum(edges, more)
-    busy = ranges if least else more
+    edges = cut_points(num_tiles, ranges, share)
     first, last = (
-        np.searchsorted(starts, at, side="right") - 1
-        for at in (edges[:busy], edges[1 : busy + 1] - 1)
+        np.searchsorted(edges, at, side="right") - 1 for at in (starts, starts + tiles - 1)
     )
-    table = np.zeros((2 * ranges + len(items) + 1, ITEM), dtype=np.int32)
-    head = table[: 2 * ranges].reshape(ranges, RANGE)[:busy]
-    head[:, 0], head[:, 1], head[:, 2] = first, last - first + 1, num_tiles
-    head[:, 3:9] = items[first]
-    table[2 * ranges : -1, :6] = items
-    return table.ravel()
+    items = np.stack([starts, tiles, first_tile, seqs, tokens, after, first, last], axis=1)
+    first, last = (
+        np.searchsorted(starts, at, side="right") - 1 for at in (edges[:-1], edges[1:] - 1)
+    )
+    heads = [first, last - first + 1, edges[:-1], edges[1:], *items[first].T]
+    table = np.zeros((2 * (len(edges) - 1) + len(items) + 1, ITEM), dtype=np.int32)
+    table[: 2 * (len(edges) - 1)].reshape(-1, RANGE)[:, : len(heads)] = np.stack(
+        heads, axis=1
+    )
+    table[2 * (len(edges) - 1) : -1] = items
+    return len(edges) - 1, table.ravel()
 
 
 class Workspace:
@@ -328,6 +351,7 @@ def paged_attention_kernel(
             SAME=k_pool.stride() == v_pool.stride() and head_size == value_size,
             STAGES=tuning.num_stages,
             num_warps=tuning.num_warps,
+            maxnreg=tuning.registers,
         )
     return out, lse
 
@@ -376,7 +400,7 @@ def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens, plan) -> None:
     )
     sizes = q.shape[2], v_pool.shape[3]
     check_shape(
-        0 < min(sizes) and max(sizes) <= MAX_HEAD_SIZE,
+        min(sizes) > 0 and max(sizes) <= MAX_HEAD_SIZE,
         f"heads of {sizes}: need 1 to {MAX_HEAD_SIZE}",
     )
     check_shape(
@@ -481,18 +505,21 @@ def _attend(
         numbers = plan_ptr + this_range * RANGE
         item = tl.load(numbers)
         num_parts = tl.load(numbers + 1)
-        num_tiles = tl.load(numbers + 2)
-        start = tl.load(numbers + 3)
-        tiles = tl.load(numbers + 4)
-        first_tile = tl.load(numbers + 5)
-        seq = tl.load(numbers + 6)
-        token = tl.load(numbers + 7)
-        after = tl.load(numbers + 8)
-    least = num_tiles // ranges
-    more = num_tiles - least * ranges  # so many ranges have one tile more
-    range_start = this_range * least + tl.minimum(this_range, more)
-    range_end = range_start + least + (this_range < more).to(tl.int32)
-    if not PLANNED:
+        range_start = tl.load(numbers + 2)
+        range_end = tl.load(numbers + 3)
+        start = tl.load(numbers + 4)
+        tiles = tl.load(numbers + 5)
+        first_tile = tl.load(numbers + 6)
+        seq = tl.load(numbers + 7)
+        token = tl.load(numbers + 8)
+        after = tl.load(numbers + 9)
+        first_range = tl.load(numbers + 10)
+        last_range = tl.load(numbers + 11)
+    else:
+        least = num_tiles // ranges
+        more = num_tiles - least * ranges  # so many ranges have one tile more
+        range_start = this_range * least + tl.minimum(this_range, more)
+        range_end = range_start + least + (this_range < more).to(tl.int32)
         tiles = tl.maximum(tl.cdiv(max_slots, TILE), 1)
         item = range_start // tiles
         num_parts = tl.cdiv(range_end, tiles) - item
@@ -501,6 +528,8 @@ def _attend(
         seq = item
         token = item
         after = 1
+        first_range = 0
+        last_range = 0
     kv_head = head // HEAD_BLOCKS
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, D_PAD)
@@ -534,11 +563,11 @@ def _attend(
             begin = tl.maximum(length - after + 1 - window, 0)
         else:
             begin = 0
-        live_first = tl.minimum(tl.maximum(begin // TILE - first_tile, 0), tiles - 1)
-        live_end = tl.cdiv(tl.maximum(end, 0), TILE) - first_tile
-        live_end = tl.minimum(tl.maximum(live_end, live_first + 1), tiles)
-        first_range = _range_of(start + live_first, least, more)
-        last_range = _range_of(start + live_end - 1, least, more)
+        if not PLANNED:  # of the ranges of a whole row of the table, those with live tiles
+            live_first = tl.minimum(begin // TILE, tiles - 1)
+            live_end = tl.minimum(tl.maximum(tl.cdiv(end, TILE), live_first + 1), tiles)
+            first_range = _range_of(start + live_first, least, more)
+            last_range = _range_of(start + live_end - 1, least, more)
         taken = tl.maximum(range_start - start, 0)
         slot = (first_tile + taken) * TILE
         stop = (first_tile + tl.minimum(range_end - start, tiles)) * TILE
@@ -660,6 +689,8 @@ def _attend(
             seq = tl.load(numbers + 3)
             token = tl.load(numbers + 4)
             after = tl.load(numbers + 5)
+            first_range = tl.load(numbers + 6)
+            last_range = tl.load(numbers + 7)
         else:
             start += tiles
             seq = item
@@ -699,7 +730,7 @@ def _merge(
     Row r is query r // HG and head r % HG from `first_row` on, of HG heads out of H.
     """
     ROWS: tl.constexpr = triton.next_power_of_2(NUM_ROWS)
-    UNROLL: tl.constexpr = 8 if ROWS * D_PAD <= 1024 else 2
+    UNROLL: tl.constexpr = 16 if ROWS * D_PAD <= 512 else 8 if ROWS * D_PAD <= 1024 else 2
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, D_PAD)
     live = (rows < live_rows) & (rows % HG < live_heads)

@@ -1,4 +1,4 @@
-"""Which tile, warps, stages and programs suit a card: what the table in paged_attention_triton.py is.
+"""Which tile, warps, stages and programs suit a card: paged_attention_triton.py has the result.
 
     python benchmarks/tune_attention.py [--repeats 10] [--shape NAME] [--json FILE]
 
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_contenders import SHAPES, Data
-from gpu_timing import cold_median_us, copy_bandwidth
+from gpu_timing import copy_bandwidth, heated_medians_us, replay_of
 from script import Script, entry, options, show, table
 
 from paged_attention_triton import (
@@ -34,21 +35,27 @@ from paged_attention_triton import (
     paged_attention_kernel,
 )
 
-TILES, WARPS, STAGES = (16, 32, 64, 128), (2, 4, 8), (2, 3, 4, 5)
-PROGRAMS = (2, 3, 4, 5, 6, 8, 12, 16)
+TILES, WARPS, STAGES = (16, 32, 64, 128), (2, 4), (2, 3, 4, 5, 6)
+PROGRAMS, SHARES = (2, 3, 4, 5, 6, 7, 8), (1.0, 0.9, 0.8, 0.7)
+HEAT_S = 0.01
 SLOT_BYTES = 2 * 128 * 2  # K and V of one head, as in all shapes
 
 
 def candidates(shared_bytes: int) -> list[Tuning]:
     """Those of which at least one fits a multiprocessor, with enough bytes under way."""
-    found = itertools.starmap(Tuning, itertools.product(TILES, WARPS, STAGES, PROGRAMS))
+    found = itertools.starmap(Tuning, itertools.product(TILES, WARPS, STAGES, PROGRAMS, SHARES))
     return [one for one in found if fits(one, shared_bytes)]
 
 
 def fits(one: Tuning, shared_bytes: int) -> bool:
     tiles = (one.num_stages - 1) * one.tile * SLOT_BYTES
-    at_once = min(one.programs, shared_bytes // (tiles + SHARED_SPARE))
-    return 1 << 16 <= at_once * tiles and one.tile <= 32 * one.num_warps
+    room = one.programs * (tiles + SHARED_SPARE) <= shared_bytes
+    return (
+        room
+        and one.programs * tiles >= 1 << 16
+        and 8 <= one.tile // one.num_warps <= 16
+        and one.registers >= 96
+    )
 
 
 def compile_one(name: str, tuning: Tuning) -> None:
@@ -59,6 +66,18 @@ def compile_one(name: str, tuning: Tuning) -> None:
     torch.cuda.synchronize()
 
 
+def times_us(name: str, tunings: list[Tuning], repeats: int) -> dict[Tuning, float]:
+    """Microseconds of each candidate on one shape, the card heated by it."""
+    data, workspace, runs = Data(SHAPES[name]), Workspace("cuda"), {}
+    for tuning in tunings:
+        plan = Plan(data.q, data.k, data.v, data.shape.lens, tuning=tuning)
+        inputs = data.q, data.k, data.v, data.padded, data.lens
+        call = partial(paged_attention_kernel, *inputs, plan=plan, workspace=workspace)
+        call()
+        runs[tuning] = replay_of(call)
+    return heated_medians_us(runs, repeats, rounds=1, heat_s=HEAT_S)
+
+
 def run(argv: list[str] | None) -> int:
     parser = options(__doc__, repeats=10)
     told = "only this one; may be given again"
@@ -67,7 +86,7 @@ def run(argv: list[str] | None) -> int:
     names = script.args.shape or list(SHAPES)
     tunings = candidates(device_limits(torch.device("cuda", 0))[1])
     kinds = {(SHAPES[name].heads, SHAPES[name].kv_heads): name for name in reversed(names)}
-    kernels = {(t.tile, t.num_warps, t.num_stages): t for t in tunings}
+    kernels = {(t.tile, t.num_warps, t.num_stages, t.registers): t for t in tunings}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
         jobs = [
@@ -77,21 +96,11 @@ def run(argv: list[str] | None) -> int:
             job.result()
     bandwidth = copy_bandwidth()
     rows = []
-    for name in names:
-        data, workspace = Data(SHAPES[name]), Workspace("cuda")
-        floor = SHAPES[name].live_bytes / bandwidth * 1e6
-        for tuning in script.each(tunings, name):
-            plan = Plan(data.q, data.k, data.v, data.shape.lens, tuning=tuning)
-            us = cold_median_us(
-                lambda plan=plan: paged_attention_kernel(
-                    data.q, data.k, data.v, data.padded, data.lens, plan=plan, workspace=workspace
-                ),
-                script.args.repeats,
-                graph=True,
-            )
+    for name in script.each(names):
+        floor_us = SHAPES[name].live_bytes / bandwidth * 1e6
+        for tuning, us in times_us(name, tunings, script.args.repeats).items():
             values = {key: getattr(tuning, key) for key in Tuning.__slots__}
-            rows.append({"shape": name, **values, "over_floor": us / floor})
-        del data
+            rows.append({"shape": name, **values, "over_floor": us / floor_us})
         torch.cuda.empty_cache()
     columns = [(key, key) for key in ("shape", *Tuning.__slots__, "over_floor")]
     best = [
@@ -101,10 +110,6 @@ def run(argv: list[str] | None) -> int:
             :6
         ]
     ]
-    from bench_attention import read_us
-
-    for name in names:
-        print(name, "read", read_us(SHAPES[name].live_bytes, 20, False, "cuda") / (SHAPES[name].live_bytes / bandwidth * 1e6))
     device = torch.cuda.get_device_name()
     show(table("The best of each shape", columns, best, device, decimals=3))
     return script.write(
