@@ -52,6 +52,7 @@ SMALL_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # of the pools alone, w
 MAX_HEAD_SIZE = 1024
 RANGE, ITEM = 16, 8  # numbers that a range and an item have in a plan
 UNPLANNED = 4  # times as many programs where there is no plan
+PART_TILES, SNAP_TILES = 1.0, 1  # what a part costs beside its tiles; how near a cut may be
 SHARED_SPARE = 7 << 10  # bytes of shared memory beside the tiles of a program
 REGISTERS, SCHEDULERS = 1 << 16, 4  # of a multiprocessor
 MANY_WORDS = 1 << 19  # from here on there are programs enough for 4 accesses a thread
@@ -66,7 +67,6 @@ class Tuning:
     num_warps: int
     num_stages: int
     programs: int
-    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.tile < 16 or self.tile & (self.tile - 1) or self.num_stages < 1:
@@ -148,7 +148,7 @@ class Plan:
         query_lens: the query tokens of each sequence, its newest; None: one each. Raises
         ShapeError.
         """
-        self.device, self.window = q.device, window
+        self.device, self.window, self.one_each = q.device, window, query_lens is None
         group, value_size = q.shape[1] // k_pool.shape[2], v_pool.shape[3]
         self.rows = Rows.of(
             group, value_size, 1 if query_lens is None else max(query_lens, default=1)
@@ -170,7 +170,7 @@ class Plan:
         )
         tuning = self.tuning
         self.num_ranges, cut = cut_evenly(
-            *(lens, counts, self.at_once, tuning.share, tuning.tile),
+            *(lens, counts, self.at_once, tuning.tile),
             *(self.rows.queries, self.window),
         )
         self.num_seqs, self.num_tokens = len(lens), int(counts.sum())
@@ -187,21 +187,38 @@ def num_ranges(device: torch.device, programs: int, num_heads: int) -> int:
     return max(1, device_limits(device)[0] * programs // num_heads)
 
 
-def cut_points(num_tiles: int, ranges: int, share: float) -> np.ndarray:
-    """Where ranges begin and end: (n + 1,), increasing.
+def cut_points(tiles: np.ndarray, most: int) -> np.ndarray:
+    """Where ranges begin and end: (n + 1,), increasing, n <= most; tiles: of each item.
 
-    Programs are not equally fast: a multiprocessor's way to memory may be longer or busier. So the
-    first `ranges`, which run at once, have `share` of the tiles, and who is done with one takes one
-    of the others, which are smaller and smaller.
+    A part costs something beside its tiles, and more if another range has some of it as well. So
+    where all items are alike and at least three quarters of the ranges have work, an item is whole
+    or cut into equal parts; else a cut close to an item's begin is moved there.
     """
-    ends, done = [np.zeros(1)], 0.0
-    for end in (share, (1 + share) / 2, (3 + share) / 4, 1.0) if share < 1 else (1.0,):
-        ends.append(done + (end - done) * np.arange(1, ranges + 1) / ranges)
-        done = end
-    return np.unique(np.rint(np.concatenate(ends) * num_tiles).astype(np.int64))
+    ends = np.cumsum(tiles)
+    num_items, num_tiles = len(tiles), int(ends[-1])
+    ranges = min(most, num_tiles)
+    if tiles.min() == tiles.max():
+        whole = [
+            n
+            for n in range(-(-3 * ranges // 4), ranges + 1)
+            if not (num_items % n and n % num_items)
+        ]
+        if whole:
+            edges = np.arange(whole[-1] + 1) * num_tiles // whole[-1]
+            return np.unique(edges)
+    costs = np.cumsum(tiles + PART_TILES)  # with each item's part
+    marks = np.arange(1, ranges) * (int(costs[-1]) / ranges)
+    at = np.searchsorted(costs, marks, side="right")
+    starts = ends - tiles
+    inside = marks - (costs[at] - tiles[at])  # tiles of the item before the mark
+    inside = np.clip(np.rint(inside), 0, tiles[at]).astype(np.int64)
+    inside = np.where(
+        inside <= SNAP_TILES, 0, np.where(inside >= tiles[at] - SNAP_TILES, tiles[at], inside)
+    )
+    return np.unique(np.concatenate([[0], starts[at] + inside, [num_tiles]]))
 
 
-def cut_evenly(lens, counts, ranges, share, tile, queries, window):
+def cut_evenly(lens, counts, most, tile, queries, window):
     """How many ranges, and the numbers of a plan, (ranges * 16 + items * 8,) int32: see `_attend`.
 
     lens, counts: (B,) int64, slots and query tokens of each sequence.
@@ -215,11 +232,9 @@ def cut_evenly(lens, counts, ranges, share, tile, queries, window):
     begin = np.zeros_like(end) if window is None else lens[seqs] - after + 1 - window
     first_tile = np.maximum(begin, 0) // tile
     tiles = np.maximum(-(-end // tile) - first_tile, 1)
-    starts = np.cumsum(tiles)
-    num_tiles = int(starts[-1]) if len(starts) else 0
-    check_shape(num_tiles < 1 << 31, f"{num_tiles} tiles are too many for one launch")
-    starts -= tiles
-    edges = cut_points(num_tiles, ranges, share)
+    starts = np.cumsum(tiles) - tiles
+    edges = cut_points(tiles, most)
+    check_shape(edges[-1] < 1 << 31, f"{edges[-1]} tiles are too many for one launch")
     first, last = (
         np.searchsorted(edges, at, side="right") - 1 for at in (starts, starts + tiles - 1)
     )
@@ -229,9 +244,7 @@ def cut_evenly(lens, counts, ranges, share, tile, queries, window):
     )
     heads = [first, last - first + 1, edges[:-1], edges[1:], *items[first].T]
     table = np.zeros((2 * (len(edges) - 1) + len(items) + 1, ITEM), dtype=np.int32)
-    table[: 2 * (len(edges) - 1)].reshape(-1, RANGE)[:, : len(heads)] = np.stack(
-        heads, axis=1
-    )
+    table[: 2 * (len(edges) - 1)].reshape(-1, RANGE)[:, : len(heads)] = np.stack(heads, axis=1)
     table[2 * (len(edges) - 1) : -1] = items
     return len(edges) - 1, table.ravel()
 
@@ -346,6 +359,7 @@ def paged_attention_kernel(
             S=block_size,
             TILE=tuning.tile,
             PLANNED=plan is not None,
+            ONE_EACH=plan is None or plan.one_each,
             WINDOW=window is not None,
             CAP=soft_cap is not None,
             SAME=k_pool.stride() == v_pool.stride() and head_size == value_size,
@@ -486,6 +500,7 @@ def _attend(
     S: tl.constexpr,
     TILE: tl.constexpr,
     PLANNED: tl.constexpr,
+    ONE_EACH: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     SAME: tl.constexpr,
@@ -510,11 +525,12 @@ def _attend(
         start = tl.load(numbers + 4)
         tiles = tl.load(numbers + 5)
         first_tile = tl.load(numbers + 6)
-        seq = tl.load(numbers + 7)
-        token = tl.load(numbers + 8)
-        after = tl.load(numbers + 9)
         first_range = tl.load(numbers + 10)
         last_range = tl.load(numbers + 11)
+        if not ONE_EACH:
+            seq = tl.load(numbers + 7)
+            token = tl.load(numbers + 8)
+            after = tl.load(numbers + 9)
     else:
         least = num_tiles // ranges
         more = num_tiles - least * ranges  # so many ranges have one tile more
@@ -525,11 +541,12 @@ def _attend(
         num_parts = tl.cdiv(range_end, tiles) - item
         start = item * tiles
         first_tile = 0
+        first_range = 0
+        last_range = 0
+    if ONE_EACH:  # an item is a sequence
         seq = item
         token = item
         after = 1
-        first_range = 0
-        last_range = 0
     kv_head = head // HEAD_BLOCKS
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, D_PAD)
@@ -686,13 +703,15 @@ def _attend(
             start = tl.load(numbers)
             tiles = tl.load(numbers + 1)
             first_tile = tl.load(numbers + 2)
-            seq = tl.load(numbers + 3)
-            token = tl.load(numbers + 4)
-            after = tl.load(numbers + 5)
             first_range = tl.load(numbers + 6)
             last_range = tl.load(numbers + 7)
+            if not ONE_EACH:
+                seq = tl.load(numbers + 3)
+                token = tl.load(numbers + 4)
+                after = tl.load(numbers + 5)
         else:
             start += tiles
+        if ONE_EACH:
             seq = item
             token = item
 

@@ -36,14 +36,14 @@ from paged_attention_triton import (
 )
 
 TILES, WARPS, STAGES = (16, 32, 64, 128), (2, 4), (2, 3, 4, 5, 6)
-PROGRAMS, SHARES = (2, 3, 4, 5, 6, 7, 8), (1.0, 0.9, 0.8, 0.7)
+PROGRAMS = (2, 3, 4, 5, 6, 7, 8)
 HEAT_S = 0.01
 SLOT_BYTES = 2 * 128 * 2  # K and V of one head, as in all shapes
 
 
 def candidates(shared_bytes: int) -> list[Tuning]:
     """Those of which at least one fits a multiprocessor, with enough bytes under way."""
-    found = itertools.starmap(Tuning, itertools.product(TILES, WARPS, STAGES, PROGRAMS, SHARES))
+    found = itertools.starmap(Tuning, itertools.product(TILES, WARPS, STAGES, PROGRAMS))
     return [one for one in found if fits(one, shared_bytes)]
 
 
