@@ -35,7 +35,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALL_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # of the pools alone, with scales
 MAX_HEAD_SIZE = 1024
 RANGE, ITEM = 16, 8  # numbers that a range and an item have in a plan
-UNPLANNED = 4  # times as many programs where there is no plan
-PART_TILES, SNAP_TILES = 1.0, 1  # what a part costs beside its tiles; how near a cut may be
+UNPLANNED, LEAST_TILES = 2, 4  # ranges where there is no plan: times as many, and their tiles
+PART_SLOTS = 64  # what a part costs beside its own slots, as so many
 SHARED_SPARE = 7 << 10  # bytes of shared memory beside the tiles of a program
 REGISTERS, SCHEDULERS = 1 << 16, 4  # of a multiprocessor
 MANY_WORDS = 1 << 19  # from here on there are programs enough for 4 accesses a thread
@@ -81,19 +81,74 @@ class Tuning:
         return min(255, REGISTERS // SCHEDULERS // (32 * warps) // 8 * 8)
 
 
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a GPU is to this kernel: its memory, in bytes a second; its multiprocessors; its L2."""
+
+    bandwidth: float
+    multiprocessors: int
+    cache_bytes: int
+
+    def distance(self, other: Card) -> float:
+        """How unlike two cards are: by factors, whatever their names."""
+        mine, theirs = (
+            (card.bandwidth, card.multiprocessors, card.cache_bytes) for card in (self, other)
+        )
+        return sum(abs(math.log(a / b)) for a, b in zip(mine, theirs))
+
+
+# By benchmarks/tune_attention.py on 2026-11-29, one H200: of the cuts that win on some shape, the
+# three that lose least on the others. For more heads than MANY_HEADS; for fewer; and for fewer
+# where a program has less than LITTLE_WORK slots to read.
+TUNINGS = {
+    Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 7), Tuning(32, 4, 3, 4), Tuning(32, 4, 3, 3))
+}
+MANY_HEADS, LITTLE_WORK = 16, 750
+
+
 @functools.cache
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program can have on one."""
+def device_limits(device: torch.device) -> tuple[Card, int]:
+    """What the card is, and bytes of shared memory that programs can have on a multiprocessor."""
     if device.type != "cuda":
-        return 1, 1 << 20  # the interpreter's programs run one after another
+        return Card(1e11, 1, 1 << 20), 1 << 20  # the interpreter's programs run one by one
     found = torch.cuda.get_device_properties(device)
+    clock, width = found.memory_clock_rate * 1e3, found.memory_bus_width / 8
+    card = Card(2 * clock * width, found.multi_processor_count, found.L2_cache_size)
     # All but a KiB that the driver keeps for itself.
-    return found.multi_processor_count, found.shared_memory_per_multiprocessor - 1024
+    return card, found.shared_memory_per_multiprocessor - 1024
 
 
-def choose_tuning(rows: int, slot_bytes: int, shared_bytes: int) -> Tuning:
-    """TO BE TUNED. rows: of a program's queries; slot_bytes: K and V of one head of one slot."""
-    return Tuning(32, 4, 3, 4)
+def choose_tuning(
+    card: Card, shared_bytes: int, rows: Rows, num_slots: int, slot_bytes: int, row_bytes: int
+) -> Tuning:
+    """That of the card most like this one, cut down to what its shared memory holds.
+
+    num_slots: to read, of all heads; slot_bytes: K and V of one head of one slot, padded;
+    row_bytes: one query row. Many query rows (several tokens, or a wide group) need more warps, and
+    fewer programs at once.
+    """
+    many, few, little = TUNINGS[min(TUNINGS, key=card.distance)]
+    if rows.padded > 16:
+        wide = rows.padded * slot_bytes > 16384
+        chosen = Tuning(64 if wide else 32, 8 if wide else 4, 2, 1 if wide else 2)
+    elif rows.num_heads > MANY_HEADS:
+        chosen = many
+    else:
+        scarce = num_slots < LITTLE_WORK * few.programs * card.multiprocessors
+        chosen = little if scarce else few
+
+    def too_large(one: Tuning) -> bool:
+        tiles = max(1, one.num_stages - 1) * one.tile * slot_bytes
+        each = tiles + SHARED_SPARE + 2 * rows.padded * row_bytes
+        return one.programs * each > shared_bytes
+
+    while too_large(chosen) and chosen.tile > 16:
+        chosen = replace(chosen, tile=chosen.tile // 2)
+    while too_large(chosen) and chosen.programs > 1:
+        chosen = replace(chosen, programs=chosen.programs - 1)
+    while too_large(chosen) and chosen.num_stages > 1:
+        chosen = replace(chosen, num_stages=chosen.num_stages - 1)
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,25 +158,28 @@ class Rows:
     A program has a power of two of rows, at least 16, which is what a tensor core multiplies.
     """
 
+    kv_heads: int  # H_kv
     group: int  # G
     heads: int
     queries: int
 
     @classmethod
-    def of(cls, group: int, value_size: int, most_queries: int) -> Rows:
-        """For G query heads of V's size, and so many query tokens of a sequence at most."""
+    def of(cls, num_heads: int, kv_heads: int, value_size: int, most_queries: int) -> Rows:
+        """For H query heads of V's size, and so many query tokens of a sequence at most."""
         most = max(16, min(128, 16384 // triton.next_power_of_2(value_size)))  # by registers
+        group = num_heads // kv_heads
         heads = min(group, most)
-        return cls(group, heads, 1 if heads < group else max(1, min(most_queries, most // heads)))
+        queries = 1 if heads < group else max(1, min(most_queries, most // heads))
+        return cls(kv_heads, group, heads, queries)
 
     @property
     def padded(self) -> int:
         return max(16, triton.next_power_of_2(self.heads * self.queries))
 
     @property
-    def blocks(self) -> int:
-        """Programs that share a group's heads."""
-        return -(-self.group // self.heads)
+    def num_heads(self) -> int:
+        """K/V heads, each as often as programs share its group."""
+        return self.kv_heads * -(-self.group // self.heads)
 
 
 class Plan:
@@ -149,13 +207,11 @@ class Plan:
         ShapeError.
         """
         self.device, self.window, self.one_each = q.device, window, query_lens is None
-        group, value_size = q.shape[1] // k_pool.shape[2], v_pool.shape[3]
-        self.rows = Rows.of(
-            group, value_size, 1 if query_lens is None else max(query_lens, default=1)
-        )
-        self.num_heads = k_pool.shape[2] * self.rows.blocks
-        self.tuning = tuning or _tuning_for(q, k_pool, v_pool, self.rows)
-        self.at_once = num_ranges(q.device, self.tuning.programs, self.num_heads)
+        queries = 1 if query_lens is None else max(query_lens, default=1)
+        self.rows = Rows.of(q.shape[1], k_pool.shape[2], v_pool.shape[3], queries)
+        num_slots = sum(map(int, seq_lens)) * self.rows.num_heads
+        self.tuning = tuning or _tuning_for(q, k_pool, v_pool, self.rows, num_slots)
+        self.at_once = _ranges_at_once(q.device, self.tuning, self.rows)
         self.table = torch.empty(0, dtype=torch.int32, device=q.device)
         self.num_tokens = self.num_seqs = 0
         self.update(seq_lens, query_lens)
@@ -182,40 +238,27 @@ class Plan:
         self.table[: found.numel()].copy_(found, non_blocking=True)
 
 
-def num_ranges(device: torch.device, programs: int, num_heads: int) -> int:
-    """Into how many the tiles are cut, for so many programs a multiprocessor in all."""
-    return max(1, device_limits(device)[0] * programs // num_heads)
-
-
-def cut_points(tiles: np.ndarray, most: int) -> np.ndarray:
+def cut_points(tiles: np.ndarray, most: int, tile: int) -> np.ndarray:
     """Where ranges begin and end: (n + 1,), increasing, n <= most; tiles: of each item.
 
-    A part costs something beside its tiles, and more if another range has some of it as well. So
-    where all items are alike and at least three quarters of the ranges have work, an item is whole
-    or cut into equal parts; else a cut close to an item's begin is moved there.
+    A part costs something beside its tiles, so ranges with more parts have fewer; a cut one tile
+    from an item's begin is moved there. Where all items are alike and equal parts of them are at
+    least three quarters of the ranges, no range has two.
     """
     ends = np.cumsum(tiles)
-    num_items, num_tiles = len(tiles), int(ends[-1])
+    num_tiles = int(ends[-1])
     ranges = min(most, num_tiles)
     if tiles.min() == tiles.max():
-        whole = [
-            n
-            for n in range(-(-3 * ranges // 4), ranges + 1)
-            if not (num_items % n and n % num_items)
-        ]
-        if whole:
-            edges = np.arange(whole[-1] + 1) * num_tiles // whole[-1]
-            return np.unique(edges)
-    costs = np.cumsum(tiles + PART_TILES)  # with each item's part
-    marks = np.arange(1, ranges) * (int(costs[-1]) / ranges)
+        whole = ranges // len(tiles) * len(tiles)
+        if 4 * whole >= 3 * ranges:
+            return np.arange(whole + 1) * num_tiles // whole
+    costs = np.cumsum(tiles + PART_SLOTS / tile)
+    marks = np.arange(1, ranges) * (costs[-1] / ranges)
     at = np.searchsorted(costs, marks, side="right")
-    starts = ends - tiles
-    inside = marks - (costs[at] - tiles[at])  # tiles of the item before the mark
-    inside = np.clip(np.rint(inside), 0, tiles[at]).astype(np.int64)
-    inside = np.where(
-        inside <= SNAP_TILES, 0, np.where(inside >= tiles[at] - SNAP_TILES, tiles[at], inside)
-    )
-    return np.unique(np.concatenate([[0], starts[at] + inside, [num_tiles]]))
+    own = tiles[at]
+    inside = np.clip(np.rint(marks - (costs[at] - own)), 0, own).astype(np.int64)
+    inside = np.where(inside <= 1, 0, np.where(inside >= own - 1, own, inside))
+    return np.unique(np.concatenate([[0], ends[at] - own + inside, [num_tiles]]))
 
 
 def cut_evenly(lens, counts, most, tile, queries, window):
@@ -233,7 +276,7 @@ def cut_evenly(lens, counts, most, tile, queries, window):
     first_tile = np.maximum(begin, 0) // tile
     tiles = np.maximum(-(-end // tile) - first_tile, 1)
     starts = np.cumsum(tiles) - tiles
-    edges = cut_points(tiles, most)
+    edges = cut_points(tiles, most, tile)
     check_shape(edges[-1] < 1 << 31, f"{edges[-1]} tiles are too many for one launch")
     first, last = (
         np.searchsorted(edges, at, side="right") - 1 for at in (starts, starts + tiles - 1)
@@ -313,7 +356,7 @@ def paged_attention_kernel(
     gives 0 and -inf. Slots that no query of a sequence attends to are never read, nor what its
     table does not hold. Raises ShapeError. Block numbers are not checked: see paged_attention.py.
     """
-    _check_inputs(q, k_pool, v_pool, block_tables, seq_lens, plan)
+    _check_inputs(q, k_pool, v_pool, block_tables, seq_lens, window, plan)
     _check_options(window, soft_cap)
     num_tokens, num_heads, head_size = q.shape
     block_size, num_kv_heads = k_pool.shape[1:3]
@@ -324,16 +367,18 @@ def paged_attention_kernel(
         return out, lse
     max_slots = block_tables.shape[1] * block_size
     if plan is None:
-        rows = Rows.of(num_heads // num_kv_heads, value_size, 1)
-        tuning = tuning or _tuning_for(q, k_pool, v_pool, rows)
+        rows = Rows.of(num_heads, num_kv_heads, value_size, 1)
+        num_slots = num_tokens * max_slots * rows.num_heads
+        tuning = tuning or _tuning_for(q, k_pool, v_pool, rows, num_slots)
         num_tiles = len(q) * max(1, -(-max_slots // tuning.tile))
         # Where some sequences are shorter than the table is wide, small ranges even that out.
-        ranges = num_ranges(q.device, UNPLANNED * tuning.programs, num_kv_heads * rows.blocks)
-        ranges, table = min(num_tiles, ranges), seq_lens  # which is not read
+        ranges = UNPLANNED * _ranges_at_once(q.device, tuning, rows)
+        ranges = max(1, min(ranges, num_tiles // LEAST_TILES))
+        table = seq_lens  # which is not read
     else:
         rows, tuning, ranges, table = plan.rows, plan.tuning, plan.num_ranges, plan.table
         num_tiles = 0  # the plan has it
-    num_programs = ranges * num_kv_heads * rows.blocks
+    num_programs = ranges * rows.num_heads
     workspace = workspace or Workspace(q.device)
     check_shape(workspace.device == q.device, f"the workspace is on {workspace.device}")
     workspace.reserve(num_programs, rows.heads * rows.queries, value_size)
@@ -378,9 +423,17 @@ def try_launch(device: torch.device, group: int, head_size: int) -> None:
     paged_attention_kernel(q, pool, pool, table, table[0] + 1)
 
 
-def _tuning_for(q, k_pool, v_pool, rows) -> Tuning:
-    widths = sum(max(16, triton.next_power_of_2(x.shape[3])) for x in (k_pool, v_pool))
-    return choose_tuning(rows.padded, widths * k_pool.element_size(), device_limits(q.device)[1])
+def _ranges_at_once(device, tuning, rows) -> int:
+    """How many ranges the programs that run at once can have."""
+    card, _ = device_limits(device)
+    return max(1, card.multiprocessors * tuning.programs // rows.num_heads)
+
+
+def _tuning_for(q, k_pool, v_pool, rows, num_slots) -> Tuning:
+    """`choose_tuning` for these tensors."""
+    key, value = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k_pool, v_pool))
+    slot_bytes, row_bytes = (key + value) * k_pool.element_size(), key * q.element_size()
+    return choose_tuning(*device_limits(q.device), rows, num_slots, slot_bytes, row_bytes)
 
 
 def _check_options(window, soft_cap) -> None:
@@ -395,7 +448,7 @@ def _check_options(window, soft_cap) -> None:
     )
 
 
-def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens, plan) -> None:
+def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens, window, plan) -> None:
     """ShapeError unless the kernel can run on these."""
     check_tensors(q=q, k_pool=k_pool, v_pool=v_pool, block_tables=block_tables)
     check_lengths(seq_lens)
@@ -447,13 +500,12 @@ def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens, plan) -> None:
         "all tensors must be on one device",
     )
     if plan is not None:
-        group, heads = q.shape[1] // num_kv_heads, num_kv_heads * plan.rows.blocks
+        given = len(q), q.shape[1] // num_kv_heads, num_kv_heads, window, q.device
+        made = plan.num_tokens, plan.rows.group, plan.rows.kv_heads, plan.window, plan.device
         check_shape(
-            (plan.num_tokens, plan.rows.group, plan.num_heads, plan.device)
-            == (len(q), group, heads, q.device),
-            f"the plan is for {plan.num_tokens} query tokens, groups of {plan.rows.group} and "
-            f"{plan.num_heads} heads on {plan.device}, not for q {tuple(q.shape)} and "
-            f"{num_kv_heads} K/V heads on {q.device}",
+            made == given,
+            "the plan is for another (query tokens, group, K/V heads, window, device): "
+            f"{made}, not {given}",
         )
 
 
@@ -602,7 +654,7 @@ def _attend(
         block = tl.load(table + slots // S, mask=slots < max_slots, other=0)
         scale2 = scale * LOG2_E
         top = tl.full([ROWS], LOWEST, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        totals = tl.zeros([ROWS, TILE], tl.float32)  # of each column: added up behind the loop
         acc = tl.zeros([ROWS, D_PAD], tl.float32)
         for tile_slot in tl.range(slot, stop, TILE, num_stages=STAGES):
             slots = tile_slot + offsets
@@ -643,7 +695,7 @@ def _attend(
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             fade = tl.exp2(top - new_top)
             weight = tl.exp2(scores - new_top[:, None])
-            total = total * fade + tl.sum(weight, axis=1)
+            totals = totals * fade[:, None] + weight
             if not SAME:
                 at = this * v_stride_n + inside * v_stride_s
             if D_V == D_PAD:
@@ -656,6 +708,7 @@ def _attend(
             )
             top = new_top
         if mine:
+            total = tl.sum(totals, axis=1)
             some = total != 0.0  # not where there is no slot at all; a NaN stays one
             total = tl.where(some, total, 1.0)
             acc = acc * (v_scale / total)[:, None]
