@@ -36,7 +36,7 @@ from paged_attention_triton import (
 )
 
 TILES, WARPS, STAGES = (16, 32, 64, 128), (2, 4), (2, 3, 4, 5, 6)
-PROGRAMS = (2, 3, 4, 5, 6, 7, 8)
+PROGRAMS = (2, 3, 4, 5, 6, 7, 8, 10)
 HEAT_S = 0.01
 SLOT_BYTES = 2 * 128 * 2  # K and V of one head, as in all shapes
 
