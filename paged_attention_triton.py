@@ -101,7 +101,7 @@ class Card:
 # three that lose least on the others. For more heads than MANY_HEADS; for fewer; and for fewer
 # where a program has less than LITTLE_WORK slots to read.
 TUNINGS = {
-    Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 7), Tuning(32, 4, 3, 4), Tuning(32, 4, 3, 3))
+    Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 7), Tuning(16, 2, 4, 4), Tuning(32, 4, 3, 3))
 }
 MANY_HEADS, LITTLE_WORK = 16, 750
 
