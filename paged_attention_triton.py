@@ -224,6 +224,10 @@ class Plan:
             lens.ndim == 1 and lens.shape == counts.shape and bool((counts >= 0).all()),
             f"need B lengths and B numbers of queries, got {lens.shape} and {counts.shape}",
         )
+        check_shape(
+            not self.one_each or bool((counts == 1).all()),
+            "a plan made without query_lens is for one query token a sequence",
+        )
         tuning = self.tuning
         self.num_ranges, cut = cut_evenly(
             *(lens, counts, self.at_once, tuning.tile),
@@ -267,6 +271,8 @@ def cut_evenly(lens, counts, most, tile, queries, window):
     lens, counts: (B,) int64, slots and query tokens of each sequence.
     """
     num_items = -(-counts // queries)
+    if not num_items.any():
+        return 0, np.zeros(ITEM, dtype=np.int32)
     seqs = np.repeat(np.arange(len(lens)), num_items)  # (items,)
     nth = np.arange(len(seqs)) - np.repeat(np.cumsum(num_items) - num_items, num_items)
     tokens = np.repeat(np.cumsum(counts) - counts, num_items) + nth * queries
