@@ -176,32 +176,32 @@ class Case:
         torch.testing.assert_close(lse[some].double(), want_lse[some], rtol=0, atol=2e-5 + shift)
 
 
-def lens_for(block_size):
-    return [1, max(1, block_size - 1), block_size, block_size + 1, 0, 61]
-
-
 SHAPES = [(heads, 64, 16) for heads in HEADS]
 SHAPES += [((h, 1), head_size, 16) for head_size in (4, 8, 80, 96, 128, 256) for h in (1, 4)]
-SHAPES += [((4, 2), 64, block_size) for block_size in (1, 2, 3, 7, 8, 16, 31, 32, 64, 128, 256)]
+SHAPES += [((4, 2), 64, block_size) for block_size in (1, 2, 3, 7, 8, 31, 32, 64)]
+SHAPES += [((2, 1), 64, block_size) for block_size in (128, 256)]
 SHAPES += [(heads, size, 16) for heads in WIDE for size in (64, 128)]
 SHAPES += [((71, 1), 256, 16), ((40, 1), 512, 16)]  # a group that several programs share
 SHAPES += [((h, 1), (576, 512), 16) for h in (16, 40)]
 SHAPES += [((4, 2), sizes, 16) for sizes in ((192, 128), (48, 32), (64, 128), (100, 64), (3, 130))]
+CUTS = [(4, False), (1, True), (6, True)]  # programs a head, and whether there is a plan
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("heads", "size", "block_size"), SHAPES)
-def test_every_number_of_queries_head_size_and_block_size(dtype, heads, size, block_size):
-    case = Case(heads, size, block_size, lens_for(min(block_size, 128)), dtype, block_size)
-    odd = (SHAPES.index((heads, size, block_size)) + FLOATS.index(dtype)) % 2
-    for planned in (False, True) if ON_CUDA else [odd]:
-        case.check(case.run((1, 9)[odd] * heads[1], LARGE_TILES, planned=planned))
+@pytest.mark.parametrize("turn", range(len(SHAPES)))
+def test_every_number_of_queries_head_size_and_block_size(turn):
+    """With each dtype and cut on a device; through the interpreter each shape with one."""
+    heads, size, block_size = SHAPES[turn]
+    lens = [block_size, block_size + 1, 0, 61]
+    for dtype in FLOATS if ON_CUDA else [FLOATS[turn % 2]]:
+        case = Case(heads, size, block_size, lens, dtype, seed=turn)
+        for programs, planned in CUTS if ON_CUDA else [CUTS[turn % 3]]:
+            case.check(case.run(programs * heads[1], LARGE_TILES, planned=planned))
         if ON_CUDA:
-            plan = Plan(*case.arguments()[:3], case.lens) if planned else None
-            case.check(kernel(*case.arguments(), plan=plan))
+            for plan in (None, Plan(*case.arguments()[:3], case.lens)):
+                case.check(kernel(*case.arguments(), plan=plan))
 
 
-@settings(max_examples=200 if ON_CUDA else 40, deadline=None, derandomize=True)
+@settings(max_examples=200 if ON_CUDA else 30, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shape_any_cut_any_option(data):
     """All together: lengths, query tokens, window, cap, widths, 8 bits, plans that are stale."""
@@ -233,15 +233,22 @@ def test_any_shape_any_cut_any_option(data):
 
 
 @pytest.mark.parametrize(
-    ("heads", "size", "lens", "counts"),
+    ("heads", "size", "lens", "counts", "options"),
     [
-        ((4, 2), 64, [70, 33, 70, 17], [70, 1, 40, 0]),  # a whole prompt, a decode, a chunk, none
-        ((1, 1), 64, [131, 3], [129, 5]),  # more than a program takes; more than there are
-        ((24, 1), (192, 128), [20, 40], [20, 3]),
-        ((71, 1), 256, [5, 40, 9], [5, 2, 0]),  # a group that several programs share
+        (
+            (4, 2),
+            64,
+            [70, 33, 70, 17],
+            [70, 1, 40, 0],
+            {},
+        ),  # a whole prompt, a decode, a part, none
+        ((2, 1), 64, [70, 33], [70, 20], {"window": 9, "soft_cap": 3.0}),
+        ((1, 1), 64, [131, 3], [129, 5], {}),  # more than a program takes; more than there are
+        ((24, 1), (192, 128), [20, 40], [20, 3], {"window": 30}),
+        ((71, 1), 256, [5, 40, 9], [5, 2, 0], {}),  # a group that several programs share
+        ((71, 1), 256, [5, 40], [3, 2], {"window": 20, "soft_cap": 3.0}),
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"window": 9, "soft_cap": 3.0}])
 def test_several_query_tokens_of_a_sequence_see_what_is_before_each(
     heads, size, lens, counts, options
 ):
@@ -249,7 +256,7 @@ def test_several_query_tokens_of_a_sequence_see_what_is_before_each(
     case.check(case.run(5 * heads[1]))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 16, 31, 70])
+@pytest.mark.parametrize("chunk", [3, 16, 33, 70])
 def test_a_prompt_in_chunks_is_the_prompt(chunk):
     """Each chunk as a sequence of its own, of the same blocks."""
     whole = Case((2, 1), 64, 16, [70], torch.float32, counts=[70])
@@ -257,44 +264,44 @@ def test_a_prompt_in_chunks_is_the_prompt(chunk):
     lens = [*range(chunk, 70, chunk), 70]
     counts = [end - begin for begin, end in zip([0, *lens], lens)]
     with poisoned(), on_a_card_of(6):
-        plan = Plan(q, k, v, lens, counts, tuning=SMALL_TILES)
+        plan = Plan(q, k, v, lens, counts, tuning=LARGE_TILES)
     tables, lens = tables.repeat(len(lens), 1), torch.tensor(lens, device=DEVICE)
     whole.check(kernel(q, k, v, tables, lens, plan=plan))
 
 
-@pytest.mark.parametrize("window", [1, 5, 16, 40, 200])
+@pytest.mark.parametrize("window", [1, 5, 40, 200])
 def test_outside_of_a_window_nothing_is_read(window):
     case = Case((2, 1), 64, 16, [97, 1, 0, 41], torch.float16, window=window)
-    for programs, planned in ((1, True), (5, True), (2, False)):
+    for programs, planned in ((5, True), (2, False)):
         case.check(case.run(programs, planned=planned))
 
 
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("counts", [None, [1, 3, 0, 2]])
-@pytest.mark.parametrize("made_for", [[1, 90, 0, 40], [300, 300, 300, 300], [0, 0, 0, 0]])
+@pytest.mark.parametrize("made_for", [[1, 90, 0, 40], [300] * 4])
 def test_a_stale_plan_gives_what_a_fresh_one_does(window, counts, made_for):
     """It says where the work is cut and not what it is."""
     lens = [97, 60, 33, 5]
-    case = Case((2, 1), 64, 16, lens, torch.float16, counts=counts, window=window)
+    case = Case((2, 1), 16, 16, lens, torch.float16, counts=counts, window=window)
     case.check(case.run(7, lens=made_for))
 
 
 def test_an_updated_plan_is_as_good_as_a_new_one_and_keeps_its_tensor():
-    case = Case((4, 2), 64, 16, [97, 33, 64], torch.float16)
-    plan = case.plan(14, SMALL_TILES, [70, 70, 70])
+    case = Case((2, 1), 64, 16, [97, 33, 64], torch.float16)
+    plan = case.plan(7, SMALL_TILES, [70, 70, 70])
     table, ranges = plan.table, plan.num_ranges
-    for lens in ([1, 0, 1], [97, 1, 9], [0, 0, 0], [500, 33, 1], case.lens):
+    for lens in ([1, 0, 1], [0, 0, 0], [500, 33, 1]):
         plan.update(lens)
         assert (plan.table.data_ptr(), plan.num_ranges) == (table.data_ptr(), ranges)
         case.check(kernel(*case.arguments(), plan=plan))
-    fewer = Case((4, 2), 64, 16, [40, 9], torch.float16)
+    fewer = Case((2, 1), 64, 16, [40, 9], torch.float16)
     plan.update(fewer.lens)
     fewer.check(kernel(*fewer.arguments(), plan=plan))
-    more = Case((4, 2), 64, 16, [40, 9, 33, 2], torch.float16)
+    more = Case((2, 1), 64, 16, [40, 9, 33, 2], torch.float16)
     plan.update(more.lens)
     more.check(kernel(*more.arguments(), plan=plan))
-    several = Case((4, 2), 64, 16, [40, 9], torch.float16, counts=[3, 2])
-    plan = several.plan(14, SMALL_TILES)
+    several = Case((2, 1), 64, 16, [40, 9], torch.float16, counts=[3, 2])
+    plan = several.plan(7, SMALL_TILES)
     plan.update([9, 40], [2, 3])
     plan.update([40, 9], [3, 2])
     several.check(kernel(*several.arguments(), plan=plan))
@@ -302,7 +309,7 @@ def test_an_updated_plan_is_as_good_as_a_new_one_and_keeps_its_tensor():
 
 def test_a_workspace_serves_one_call_after_another():
     workspace = Workspace(DEVICE)
-    for seed in range(3):
+    for seed in range(2):
         lens = random.Random(seed).choices(range(70), k=1 + seed)
         case = Case((4, 2), 64, 16, lens, torch.float16, seed)
         for programs, tuning, planned in (
@@ -330,23 +337,22 @@ def test_a_workspace_grows_in_every_direction():
 
 def test_a_length_beyond_the_table_is_cut_and_harms_no_later_call():
     workspace = Workspace(DEVICE)
-    case = Case((4, 2), 64, 16, [80, 61], torch.float16)
+    case = Case((2, 1), 64, 16, [80, 61], torch.float16)
     q, k, v, tables, lens = case.arguments()
     narrow = tables[:, :4].contiguous()  # 64 slots
-    for plan in (None, case.plan(8, SMALL_TILES)):
-        options = {"programs": 4, "plan": plan}
+    for plan in (None, case.plan(4, SMALL_TILES)):
+        options = {"programs": 2, "plan": plan}
         got = kernel(q, k, v, narrow, lens, workspace=workspace, **options)
         want = kernel(q, k, v, narrow, lens.clamp(max=64), **options)
         assert all(map(torch.equal, got, want))
         unsplit = kernel(q, k, v, narrow, lens, programs=1)
         torch.testing.assert_close(unsplit, want, rtol=0, atol=2e-3)
         assert not workspace.arrived.any()
-    case.check(case.run(4, workspace=workspace))
+    case.check(case.run(2, workspace=workspace))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value|All-NaN:RuntimeWarning")  # the interpreter's
-@pytest.mark.parametrize("programs", [1, 4])
-@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize(("programs", "soft_cap"), [(1, 5.0), (4, None)])
 def test_a_nan_that_lives_shows_in_out_and_lse(programs, soft_cap):
     """What lse says decides what merging with other parts makes of out."""
     case, clean = (
@@ -539,7 +545,7 @@ def costs(tiles, edges, tile):
     return np.diff(edges) + parts * module.PART_SLOTS / tile
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(1, 200), min_size=1, max_size=40)
     | st.builds(lambda n, count: [n] * count, st.integers(1, 300), st.integers(1, 150)),
@@ -566,7 +572,7 @@ def test_ranges_are_equal_and_end_where_items_do(tiles, most, tile):
     assert shares.max() <= shares.sum() / ranges + 1.5 + max(1.5, per_part + 0.5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_plan_has_every_query_and_every_slot_once(data):
     """Read as the kernel reads it, from the numbers alone."""
