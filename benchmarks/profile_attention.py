@@ -45,7 +45,7 @@ METRICS = {
 }
 # ncu chooses units by size unless told to print base units.
 NCU = ("ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none")
-NCU += ("--kernel-name", "regex:^_(decode|read)$", "--metrics", ",".join(METRICS.values()))
+NCU += ("--kernel-name", "regex:^_(attend|read)$", "--metrics", ",".join(METRICS.values()))
 COLUMNS = [
     ("shape", "shape"),
     ("blocks", "case"),
