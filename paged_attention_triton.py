@@ -187,7 +187,8 @@ class Plan:
 
     Made once an iteration and used by all layers. It says where the work is cut and not what it is:
     lengths that have changed since cost time, and give the same result. `update` writes a later
-    iteration into the same tensor, which a CUDA graph can hold.
+    iteration into the same tensor, cut into as many ranges: a CUDA graph, which can hold it, goes
+    on launching that many. So make it with the largest lengths before a capture.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class Plan:
         self.tuning = tuning or _tuning_for(q, k_pool, v_pool, self.rows, num_slots)
         self.at_once = _ranges_at_once(q.device, self.tuning, self.rows)
         self.table = torch.empty(0, dtype=torch.int32, device=q.device)
-        self.num_tokens = self.num_seqs = 0
+        self.num_tokens = self.num_seqs = self.num_ranges = 0
         self.update(seq_lens, query_lens)
 
     def update(self, seq_lens: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
@@ -224,10 +225,14 @@ class Plan:
             lens.ndim == 1 and lens.shape == counts.shape and bool((counts >= 0).all()),
             f"need B lengths and B numbers of queries, got {lens.shape} and {counts.shape}",
         )
+        check_shape(
+            not self.one_each or bool((counts == 1).all()),
+            "a plan made without query_lens is for one query token a sequence",
+        )
         tuning = self.tuning
         self.num_ranges, cut = cut_evenly(
-            *(lens, counts, self.at_once, tuning.tile),
-            *(self.rows.queries, self.window),
+            *(lens, counts, self.num_ranges or self.at_once, tuning.tile),
+            *(self.rows.queries, self.window, self.num_ranges),
         )
         self.num_seqs, self.num_tokens = len(lens), int(counts.sum())
         found = torch.from_numpy(cut)
@@ -261,12 +266,15 @@ def cut_points(tiles: np.ndarray, most: int, tile: int) -> np.ndarray:
     return np.unique(np.concatenate([[0], ends[at] - own + inside, [num_tiles]]))
 
 
-def cut_evenly(lens, counts, most, tile, queries, window):
+def cut_evenly(lens, counts, most, tile, queries, window, least=0):
     """How many ranges, and the numbers of a plan, (ranges * 16 + items * 8,) int32: see `_attend`.
 
-    lens, counts: (B,) int64, slots and query tokens of each sequence.
+    lens, counts: (B,) int64, slots and query tokens of each sequence. Of `least` ranges some may be
+    empty.
     """
     num_items = -(-counts // queries)
+    if not num_items.any():
+        return least, np.zeros((2 * least + 1) * ITEM, dtype=np.int32)
     seqs = np.repeat(np.arange(len(lens)), num_items)  # (items,)
     nth = np.arange(len(seqs)) - np.repeat(np.cumsum(num_items) - num_items, num_items)
     tokens = np.repeat(np.cumsum(counts) - counts, num_items) + nth * queries
@@ -286,10 +294,12 @@ def cut_evenly(lens, counts, most, tile, queries, window):
         np.searchsorted(starts, at, side="right") - 1 for at in (edges[:-1], edges[1:] - 1)
     )
     heads = [first, last - first + 1, edges[:-1], edges[1:], *items[first].T]
-    table = np.zeros((2 * (len(edges) - 1) + len(items) + 1, ITEM), dtype=np.int32)
-    table[: 2 * (len(edges) - 1)].reshape(-1, RANGE)[:, : len(heads)] = np.stack(heads, axis=1)
-    table[2 * (len(edges) - 1) : -1] = items
-    return len(edges) - 1, table.ravel()
+    ranges = max(least, len(edges) - 1)
+    table = np.zeros((2 * ranges + len(items) + 1, ITEM), dtype=np.int32)
+    numbers = table[: 2 * ranges].reshape(-1, RANGE)
+    numbers[: len(edges) - 1, : len(heads)] = np.stack(heads, axis=1)
+    table[2 * ranges : -1] = items
+    return ranges, table.ravel()
 
 
 class Workspace:

@@ -78,7 +78,7 @@ def test_random_blocks_are_launched_first_then_consecutive_ones_then_a_read(monk
     monkeypatch.setattr(kernels, "paged_attention_kernel", attend)
     monkeypatch.setattr(read_only, "read_bytes", lambda source, *_: launches.append(source.nbytes))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    shape = profile.SHAPES["OPT-13B 32 x 1024"].__class__(4, 2, (100, 17, 48), 1.0)
+    shape = profile.SHAPES["OPT-13B 32 x 1024"].__class__(4, 2, (100, 17, 48))
     monkeypatch.setitem(profile.SHAPES, "tiny", shape)
     monkeypatch.setattr(profile, "Data", lambda shape: bench_attention.Data(shape, "cpu"))
     profile.launch("tiny")

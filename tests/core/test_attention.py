@@ -28,12 +28,13 @@ def random_qkv(shape_q, shape_k, dtype, device, seed):
 
 
 def oracle(q, k, v, mask, soft_cap=None):
-    """Dense attention in float64, one query head at a time, over its live slots only.
+    """Dense attention in float64, one query token at a time, over its live slots only.
 
-    Shapes as for `attention`, mask (B, T_q, T_k) or None; returns CPU tensors out and lse.
+    Shapes as for `attention`, where V may have a width of its own; mask (B, T_q, T_k) or None;
+    returns CPU tensors out and lse.
     """
     q, k, v = (x.detach().cpu().double() for x in (q, k, v))
-    out = torch.zeros(q.shape, dtype=torch.float64)
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
     lse = torch.full(q.shape[:3], -INF, dtype=torch.float64)
     mask = None if mask is None else mask.cpu()
     group = q.shape[2] // k.shape[2]
@@ -42,14 +43,13 @@ def oracle(q, k, v, mask, soft_cap=None):
             slots = [j for j in range(k.shape[1]) if mask is None or mask[b, i, j]]
             if not slots:
                 continue
-            keys, values = k[b, slots], v[b, slots]
-            for h in range(q.shape[2]):
-                scores = (keys[:, h // group] * q[b, i, h]).sum(dim=-1) / math.sqrt(q.shape[3])
-                if soft_cap is not None:
-                    scores = soft_cap * torch.tanh(scores / soft_cap)
-                lse[b, i, h] = scores.logsumexp(dim=0)
-                weights = (scores - lse[b, i, h]).exp()
-                out[b, i, h] = (weights[:, None] * values[:, h // group]).sum(dim=0)
+            keys, values = (x[b, slots].repeat_interleave(group, dim=1) for x in (k, v))
+            scores = (keys * q[b, i]).sum(dim=-1) / math.sqrt(q.shape[3])  # (slots, H)
+            if soft_cap is not None:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
+            lse[b, i] = scores.logsumexp(dim=0)
+            weights = (scores - lse[b, i]).exp()
+            out[b, i] = (weights[:, :, None] * values).sum(dim=0)
     return out, lse
 
 
