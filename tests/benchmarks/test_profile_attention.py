@@ -74,7 +74,7 @@ def test_random_blocks_are_launched_first_then_consecutive_ones_then_a_read(monk
     import read_only  # needs triton as well
 
     launches = []
-    attend = lambda q, k, v, tables, lens: launches.append(tables.clone())  # noqa: E731
+    attend = lambda q, k, v, tables, lens, plan: launches.append(tables.clone())  # noqa: E731
     monkeypatch.setattr(kernels, "paged_attention_kernel", attend)
     monkeypatch.setattr(read_only, "read_bytes", lambda source, *_: launches.append(source.nbytes))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
