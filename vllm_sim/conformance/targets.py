@@ -1,0 +1,13 @@
+"""The engines that can be searched, by name.
+
+Reproduces nothing. An engine of others is imported when a search starts, from the folder that the
+user names or from where Python finds it, and nothing of it is kept here.
+"""
+
+from __future__ import annotations
+
+from vllm_sim.conformance.adapters.paged_manager import PagedManager
+
+TARGETS = {
+    "ours-manager": PagedManager,
+}
