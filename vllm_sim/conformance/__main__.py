@@ -4,9 +4,9 @@
     python -m vllm_sim.conformance ours-manager --world large
     python -m vllm_sim.conformance nano-vllm --from DIR --seconds 600 --json out.json
 
-Reproduces sections 4.2-4.5 of the paper as rules for any engine: docs/conformance.md says which, and
-how to write an adapter for your own. Exit code 0 if no fault was found, 1 for a fault or a search
-that did not meet what it must, 2 for input that cannot be used.
+Reproduces sections 4.2-4.5 of the paper as rules for any engine: docs/conformance.md says which,
+and how to write an adapter for your own. Exit code 0 if no fault was found, 1 for a fault or a
+search that did not meet what it must, 2 for input that cannot be used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from functools import partial
 
 from vllm_sim.reporting.command_line import UsageError, begin, exit_code, raise_on_interrupt
 
-NAME = "conformance"
 if __name__ == "__main__":
-    begin(NAME, "numpy", "tabulate")
+    begin("conformance", "numpy", "tabulate")
 
 from vllm_sim.conformance.adapter import NotInstalledError
 from vllm_sim.conformance.report import answer, lines, tables
@@ -30,6 +29,8 @@ from vllm_sim.reporting.arguments import OneLineParser, folder, positive, seed
 from vllm_sim.reporting.documents import document
 from vllm_sim.reporting.files import add_output_options, check_writable, print_then, write_json
 from vllm_sim.reporting.progress import Progress
+
+NAME = "conformance"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,8 +79,8 @@ def parse_and_run(argv: list[str] | None) -> int:
             held = {"name": "no fault", "ok": found.clean, "detail": answer(name, search)}
             rows = [table.to_json() for table in tables(world_name, search)]
             what = {"seeds": [args.seed], "setting": setting, "tables": rows, "checks": [held]}
-            took = time.monotonic() - begun
-            write_json(args.json, document(NAME, vars(args), elapsed_s=took, exit_code=code, **what))
+            what |= {"exit_code": code, "elapsed_s": time.monotonic() - begun}
+            write_json(args.json, document(NAME, vars(args), **what))
 
     print_then(keep, lambda: print("\n".join(shown)))
     return code

@@ -1,8 +1,7 @@
 """What a manager of KV-cache blocks shows to be searched: an adapter of at most eight methods.
 
-Reproduces nothing of the paper; what it makes testable is sections 4.2-4.5 in any engine. An adapter
-drives one engine in one small world. It calls the engine, copies no line of it, and says what each
-call did to the slots:
+Makes sections 4.2-4.5 of the paper testable in any engine. An adapter drives one engine in one
+small world. It calls the engine, copies no line of it, and says what each call did to the slots:
 
     start(world)   build the engine; a Step if that writes a slot
     operations()   what may be called now: a list of Operation

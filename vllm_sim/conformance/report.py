@@ -1,4 +1,4 @@
-"""What a search found, as it is shown: the answer, what happened, and a fault's history step by step.
+"""What a search found, as it is shown: the answer, what happened, a fault's history step by step.
 
 Reproduces nothing: the presentation only.
 
@@ -68,8 +68,10 @@ def replayed(search: Search) -> list[str]:
             ]
             lines.append(f"{who}: {counted(len(tokens), 'token')}, blocks {' '.join(held)}")
         lines.append(f"free: {' '.join(map(str, state.adapter.free()))}")
-        lines += [f"cached: {block} stands for {[*tokens]}" for block, tokens in
-                  state.adapter.cached().items()]
+        lines += [
+            f"cached: {block} stands for {[*tokens]}"
+            for block, tokens in state.adapter.cached().items()
+        ]
         shown[-1] += "".join(f"\n{wrapped(line, '   ')}" for line in lines)
 
     found = search.found

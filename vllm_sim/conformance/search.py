@@ -356,7 +356,8 @@ class Search:
         one is not offered. `seen(operation, state)` is called after each, also after the last."""
         state, done, operation = self.begin(), 0, None
         try:
-            for done, wanted in enumerate(history, 1):
+            for wanted in history:
+                done += 1
                 same = [one for one in self.operations(state) if one[:2] == wanted[:2]]
                 if not same:
                     return None, 0
@@ -375,9 +376,9 @@ class Search:
 
 
 def _frozen(adapter: Adapter) -> tuple:
-    """All of a state, as a value."""
+    """All of a state, as a value; `frozen` is what an adapter has whose key knows a memory too."""
     tables = {who: (tuple(held), tuple(tokens)) for who, (held, tokens) in adapter.tables().items()}
-    return tables, list(adapter.free()), adapter.key()
+    return tables, list(adapter.free()), getattr(adapter, "frozen", adapter.key)()
 
 
 def _same(before: tuple, adapter: Adapter, refused: Sequence[Operation]) -> None:

@@ -8,7 +8,7 @@ what its reader would have computed itself, and a slot that nobody has written h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm_sim.conformance.adapter import Adapter, Fault, Operation, Step, World
@@ -78,7 +78,9 @@ class Shadow:
         if slots.get(slot) != content:
             if slot not in slots:
                 raise Fault("unwritten", f"{who} reads slot {slot}, which nobody has written")
-            raise Fault("contents", f"{who} reads slot {slot}, which holds {self.label(slots, slot)}")
+            raise Fault(
+                "contents", f"{who} reads slot {slot}, which holds {self.label(slots, slot)}"
+            )
 
     def holds(self, adapter: Adapter, slots: Slots, events: Counter) -> tuple:
         """All that must hold between two operations. The tables, free blocks and what is cached."""
@@ -98,7 +100,8 @@ class Shadow:
             whole = self.contents(tokens)
             for at in range(size):
                 self._compare(slots, block * size + at, whole[at - size], f"cached block {block}")
-        self._partition(used, free, cached)
+        kept = cached if getattr(adapter, "cache_holds", False) else ()
+        self._partition(used, free, kept)
         counts = adapter.ref_counts()
         if counts is not None and counts != used:
             wrong = {b: (counts.get(b, 0), used.get(b, 0)) for b in counts.keys() | used.keys()}
@@ -108,13 +111,15 @@ class Shadow:
             events["shared block"] += 1
         return tables, free, cached
 
-    def _partition(self, used: dict[int, int], free: list[int], cached: dict[int, Any]) -> None:
+    def _partition(self, used: dict[int, int], free: list[int], kept: Iterable[int]) -> None:
         free_set = set(free)
         if len(free_set) < len(free):
             raise Fault("partition", f"a block is free twice: {free}")
         if not free_set.isdisjoint(used):
-            raise Fault("partition", f"blocks are free and in use: {sorted(free_set & used.keys())}")
-        there = free_set.union(used, cached)
+            raise Fault(
+                "partition", f"blocks are free and in use: {sorted(free_set & used.keys())}"
+            )
+        there = free_set.union(used, kept)
         if there != self.blocks:
             lost, new = sorted(self.blocks - there), sorted(there - self.blocks)
             raise Fault("partition", f"blocks lost: {lost}" if lost else f"no such blocks: {new}")
