@@ -6,8 +6,13 @@ user names or from where Python finds it, and nothing of it is kept here.
 
 from __future__ import annotations
 
+from vllm_sim.conformance.adapters.contiguous import Buddy, ContiguousManager
+from vllm_sim.conformance.adapters.nano_vllm import NanoVllm
 from vllm_sim.conformance.adapters.paged_manager import PagedManager
 
 TARGETS = {
     "ours-manager": PagedManager,
+    "ours-contiguous": ContiguousManager,
+    "ours-buddy": Buddy,
+    "nano-vllm": NanoVllm,
 }

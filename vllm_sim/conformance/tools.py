@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 import marshal
-from collections.abc import Iterable, Sequence
+import subprocess
+import sys
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.machinery import PathFinder
 from itertools import permutations, product
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
+
+from vllm_sim.conformance.adapter import NotInstalledError, Operation
+
+
+END = 0  # the token that ends a sequence
 
 
 @dataclass(frozen=True)
-class Engine:
-    """A world that engines share: requests, each a prompt and how many tokens it generates.
+class Requests:
+    """A world of engines: requests, each a prompt and how many tokens it generates at most.
 
-    A prompt of letters is one token a letter, so that prompts share what they begin with.
+    A prompt of letters is one token a letter, so that prompts share what they begin with. Each is
+    submitted at most once, in any order and at any time.
     """
 
     num_blocks: int
     block_size: int
     requests: tuple[tuple[str, int], ...]
-    max_batched_tokens: int = 8
-    max_num_seqs: int = 4
+    max_tokens: int = 8  # of an iteration
+    max_seqs: int = 4
 
     def __str__(self) -> str:
         asked = ", ".join(f"{prompt}+{count}" for prompt, count in self.requests)
@@ -27,6 +41,77 @@ class Engine:
 
     def prompt(self, number: int) -> list[int]:
         return [ord(letter) for letter in self.requests[number][0]]
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """What the model generates: for equal prefixes the same, and now and then what another
+    prompt has there."""
+    return ord("ab"[len(tokens) % 3 == 0])
+
+
+def served(
+    world: Requests, submitted: Iterable[int], live: Iterable[int], *more: str
+) -> list[Operation]:
+    """Submit what was not yet, one iteration, one in which all that generate end, and `more` for
+    each request that lives."""
+    there = {*submitted}
+    new = [n for n in range(len(world.requests)) if n not in there]
+    found = [Operation("submit", (n,)) for n in new]
+    live = [*live]
+    if live:
+        found += [Operation("step", (), progress=True), Operation("step that ends them")]
+    return found + [Operation(name, (n,)) for name in more for n in live]
+
+
+def engine(name: str, source: Path | None, *bare: str, stand_ins: Iterable[str] = ()) -> ModuleType:
+    """An engine's module, from a checkout or where Python finds it. NotInstalledError.
+
+    The packages `bare` are entered without what they import themselves: mostly a GPU's kernels.
+    `stand_ins` are modules that are imported and not used.
+    """
+    if source is not None and str(source.resolve()) not in sys.path:
+        sys.path.insert(0, str(source.resolve()))
+    try:
+        for module in stand_ins:
+            sys.modules.setdefault(module, MagicMock(name=module))
+        for package in bare:
+            if package not in sys.modules:
+                parent, _, last = package.rpartition(".")
+                path = sys.modules[parent].__path__ if parent else None
+                spec = PathFinder.find_spec(last if not parent else package, path)
+                if spec is None:
+                    raise ModuleNotFoundError(f"No module named {package!r}")
+                sys.modules[package] = ModuleType(package)
+                sys.modules[package].__path__ = [*spec.submodule_search_locations]
+        return importlib.import_module(name)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise NotInstalledError(f"{name} cannot be imported ({told}): --from DIR names it") from None
+
+
+def version_of(package: str, source: Path | None) -> str:
+    """The version installed, or the commit of a checkout."""
+    if source is not None:
+        git = ["git", "-C", str(source), "rev-parse", "HEAD"]
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return f"commit {done.stdout[:12]}"
+        found = [*source.glob(f"{package}-*.dist-info")]
+        return found[0].name.split("-")[1] if found else "unknown version"
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise NotInstalledError(f"{package} is not installed: --from DIR names a checkout") from None
+
+
+class Names:
+    """Blocks in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self._names: dict[Hashable, int] = {}
+
+    def __call__(self, blocks: Iterable[Hashable]) -> tuple[int, ...]:
+        return tuple([self._names.setdefault(block, len(self._names)) for block in blocks])
 
 
 def slots_of(blocks: Sequence[int], count: int, size: int) -> list[int]:
