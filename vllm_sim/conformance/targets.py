@@ -7,6 +7,7 @@ user names or from where Python finds it, and nothing of it is kept here.
 from __future__ import annotations
 
 from vllm_sim.conformance.adapters.contiguous import Buddy, ContiguousManager
+from vllm_sim.conformance.adapters.mini_sglang import MiniSglang
 from vllm_sim.conformance.adapters.nano_vllm import NanoVllm
 from vllm_sim.conformance.adapters.paged_manager import PagedManager
 
@@ -15,4 +16,5 @@ TARGETS = {
     "ours-contiguous": ContiguousManager,
     "ours-buddy": Buddy,
     "nano-vllm": NanoVllm,
+    "mini-sglang": MiniSglang,
 }

@@ -6,18 +6,19 @@ import importlib
 import marshal
 import subprocess
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
 from itertools import permutations, product
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from unittest.mock import MagicMock
 
 from vllm_sim.conformance.adapter import NotInstalledError, Operation
 
 
+EMPTY: Mapping[str, dict] = MappingProxyType({})
 END = 0  # the token that ends a sequence
 
 
@@ -34,10 +35,12 @@ class Requests:
     requests: tuple[tuple[str, int], ...]
     max_tokens: int = 8  # of an iteration
     max_seqs: int = 4
+    aborts: bool = True  # whether a request may be given up
 
     def __str__(self) -> str:
         asked = ", ".join(f"{prompt}+{count}" for prompt, count in self.requests)
-        return f"{self.num_blocks} blocks of {self.block_size}, requests {asked}"
+        told = "" if self.aborts else ", no aborts"
+        return f"{self.num_blocks} blocks of {self.block_size}, requests {asked}{told}"
 
     def prompt(self, number: int) -> list[int]:
         return [ord(letter) for letter in self.requests[number][0]]
@@ -50,30 +53,31 @@ def next_token(tokens: Sequence[int]) -> int:
 
 
 def served(
-    world: Requests, submitted: Iterable[int], live: Iterable[int], *more: str
+    world: Requests, submitted: Iterable[int], live: Iterable[int], busy: bool, *more: str
 ) -> list[Operation]:
-    """Submit what was not yet, one iteration, one in which all that generate end, and `more` for
-    each request that lives."""
+    """Submit what was not yet; one iteration, one in which all that generate end, while the engine
+    is busy; and `more` for each request that lives."""
     there = {*submitted}
     new = [n for n in range(len(world.requests)) if n not in there]
     found = [Operation("submit", (n,)) for n in new]
-    live = [*live]
-    if live:
+    if busy:
         found += [Operation("step", (), progress=True), Operation("step that ends them")]
     return found + [Operation(name, (n,)) for name in more for n in live]
 
 
-def engine(name: str, source: Path | None, *bare: str, stand_ins: Iterable[str] = ()) -> ModuleType:
+def engine(
+    name: str, source: Path | None, *bare: str, stand_ins: Mapping[str, dict] = EMPTY
+) -> ModuleType:
     """An engine's module, from a checkout or where Python finds it. NotInstalledError.
 
     The packages `bare` are entered without what they import themselves: mostly a GPU's kernels.
-    `stand_ins` are modules that are imported and not used.
+    `stand_ins` are modules that are imported and not used, each with what must be real of it.
     """
     if source is not None and str(source.resolve()) not in sys.path:
         sys.path.insert(0, str(source.resolve()))
     try:
-        for module in stand_ins:
-            sys.modules.setdefault(module, MagicMock(name=module))
+        for module, real in stand_ins.items():
+            sys.modules.setdefault(module, MagicMock(name=module, **real))
         for package in bare:
             if package not in sys.modules:
                 parent, _, last = package.rpartition(".")

@@ -65,7 +65,7 @@ class NanoVllm:
 
     def operations(self) -> list[Operation]:
         live = [n for n, seq in self.requests.items() if not seq.is_finished]
-        return served(self.world, self.requests, live)
+        return served(self.world, self.requests, live, bool(live))
 
     def apply(self, operation: Operation) -> Step:
         if operation.name == "submit":
