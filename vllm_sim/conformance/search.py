@@ -138,10 +138,11 @@ class Search:
                 found.silent[f"{operation.name}: {refusal}"] += 1
             return False
         tables, cached, events = state.tables, state.cached, found.events
-        for one in step.passes:
-            if one.start and not (one.sequence in tables and len(tables[one.sequence][1])):
-                events["prefix hit"] += 1
-        self.shadow.run(step, state.slots, events)
+        for one in step if isinstance(step, list) else [step]:
+            for done in one.passes:
+                if done.start and not (done.sequence in tables and len(tables[done.sequence][1])):
+                    events["prefix hit"] += 1
+            self.shadow.run(one, state.slots, events)
         self._look(state, events)
         self.shadow.took(operation, before, state.num_free)
         if cached and any(block not in state.cached for block in cached):

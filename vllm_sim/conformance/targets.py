@@ -10,6 +10,7 @@ from vllm_sim.conformance.adapters.contiguous import Buddy, ContiguousManager
 from vllm_sim.conformance.adapters.mini_sglang import MiniSglang
 from vllm_sim.conformance.adapters.nano_vllm import NanoVllm
 from vllm_sim.conformance.adapters.paged_manager import PagedManager
+from vllm_sim.conformance.adapters.tokasaurus import Tokasaurus
 
 TARGETS = {
     "ours-manager": PagedManager,
@@ -17,4 +18,5 @@ TARGETS = {
     "ours-buddy": Buddy,
     "nano-vllm": NanoVllm,
     "mini-sglang": MiniSglang,
+    "tokasaurus": Tokasaurus,
 }
