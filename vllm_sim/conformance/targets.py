@@ -11,11 +11,13 @@ from vllm_sim.conformance.adapters.mini_sglang import MiniSglang
 from vllm_sim.conformance.adapters.nano_vllm import NanoVllm
 from vllm_sim.conformance.adapters.paged_manager import PagedManager
 from vllm_sim.conformance.adapters.tokasaurus import Tokasaurus
+from vllm_sim.conformance.adapters.transformers_paged import TransformersPaged
 
 TARGETS = {
     "ours-manager": PagedManager,
     "ours-contiguous": ContiguousManager,
     "ours-buddy": Buddy,
+    "transformers": TransformersPaged,
     "nano-vllm": NanoVllm,
     "mini-sglang": MiniSglang,
     "tokasaurus": Tokasaurus,
