@@ -24,6 +24,7 @@ if __name__ == "__main__":
 from vllm_sim.conformance.adapter import NotInstalledError
 from vllm_sim.conformance.report import answer, lines, tables
 from vllm_sim.conformance.search import Search
+from vllm_sim.conformance.shadow import CHECKS
 from vllm_sim.conformance.targets import TARGETS
 from vllm_sim.reporting.arguments import OneLineParser, folder, positive, seed
 from vllm_sim.reporting.documents import document
@@ -43,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0, metavar="N", help="of the histories at random (default 0)")
     help = "a checkout or installation of the engine, where Python does not find it"
     add("--from", type=folder, metavar="DIR", dest="source", help=help)
+    help = "leave this check out (repeatable): to see what a fault of it leads to"
+    add("--without", choices=CHECKS, action="append", default=[], help=help)
     add_output_options(parser, "all that was found")
     return parser
 
@@ -64,8 +67,8 @@ def parse_and_run(argv: list[str] | None) -> int:
     try:
         version = source(args.source) if source else "as it is here"
         with Progress.on(sys.stderr, NAME, quiet=args.quiet) as progress:
-            limits = {"seconds": args.seconds, "seed": args.seed, "progress": progress}
-            search = Search(target, target.worlds[world_name], **limits)
+            limits = {"seconds": args.seconds, "seed": args.seed, "without": args.without}
+            search = Search(target, target.worlds[world_name], **limits, progress=progress)
             found = search.run()
     except NotInstalledError as error:
         raise UsageError(str(error)) from None

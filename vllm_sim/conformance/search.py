@@ -16,9 +16,11 @@ import copy
 import gc
 import random
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm_sim.conformance.adapter import Adapter, Fault, Forbidden, Operation, World
@@ -81,10 +83,12 @@ class Search:
         *,
         seconds: float = 60.0,
         seed: int = 0,
+        without: Collection[str] = (),
         progress: Progress = SILENT,
     ) -> None:
+        """`without` are checks of CHECKS that are left out: to see what a fault leads to."""
         self.new, self.world, self.progress = new, world, progress
-        self.found, self.shadow = Found(), Shadow(world)
+        self.found, self.shadow = Found(), Shadow(world, without)
         self._rng = random.Random(seed)
         self._seconds, self._begin = seconds, time.monotonic()
         self._parents: dict[Any, tuple[Any, Operation] | None] = {}
@@ -103,7 +107,8 @@ class Search:
             gc.enable()
         found.seconds = time.process_time() - cpu
         if not found.fault:
-            found.missing = tuple(e for e in self.new().required if e not in found.happened)
+            happened = found.happened.union(getattr(self.world, "never", ()))
+            found.missing = tuple(e for e in self.new().required if e not in happened)
         return found
 
     # -- one operation ----------------------------------------------------------------------
@@ -393,6 +398,8 @@ def _fault(error: Exception, at: Sequence[Operation]) -> Fault:
     if isinstance(error, Fault):
         return error
     told = f"{at[0]}: " if len(at) == 1 else ""
-    fault = Fault("exception", f"{told}{type(error).__name__}: {error}")
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    fault = Fault("exception", f"{told}{type(error).__name__}: {error} ({where})")
     fault.__cause__ = error
     return fault

@@ -36,6 +36,7 @@ class Requests:
     max_tokens: int = 8  # of an iteration
     max_seqs: int = 4
     aborts: bool = True  # whether a request may be given up
+    never: tuple[str, ...] = ()  # what is required and cannot happen here
 
     def __str__(self) -> str:
         asked = ", ".join(f"{prompt}+{count}" for prompt, count in self.requests)

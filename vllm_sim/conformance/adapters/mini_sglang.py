@@ -18,6 +18,7 @@ from vllm_sim.conformance.tools import END, Names, Requests, engine, next_token,
 
 STAND_INS = dict.fromkeys(("zmq", "zmq.asyncio", "msgpack", "minisgl.distributed"), {})
 STAND_INS["minisgl.engine"] = {"EngineConfig": object}
+ABORTS = ("abort", "abort in flight")
 UNPINNED = ("scheduler", "cache", "prefill")  # modules that ask for pinned memory, which a CPU has not
 
 
@@ -67,7 +68,8 @@ class Forward:
             if inputs[first : first + end - start] != tokens[start:end]:
                 raise Fault("tokens", f"{req.uid} computes other tokens than its own")
             new = writes[first : first + end - start]
-            self.passes.append(Pass(req.uid, tokens[:end], start, slots, new))
+            unread = end if END in tokens[:end] else 0  # its answer is thrown away
+            self.passes.append(Pass(req.uid, tokens[:end], start, slots, new, unread))
             chosen.append(END if self.ending else next_token(tokens[:end]))
             if end == len(tokens):
                 tokens.append(chosen[-1])
@@ -83,9 +85,12 @@ class MiniSglang:
     worlds: ClassVar = {
         "small": Requests(8, 2, (("aaaab", 2), ("aaaa", 3), ("aab", 2)), max_tokens=4),
         "large": Requests(9, 2, (("aaaab", 2), ("aaaa", 3), ("aabaaab", 1), ("b", 4)), 5, 3),
-        "small without aborts": Requests(8, 2, (("aaaab", 2), ("aaaa", 3), ("aab", 2)), 4, 4, False),
+        "apart": Requests(
+            7, 2, (("aaaab", 2), ("bbb", 3), ("cab", 2), ("d", 4)), 4, 3, False,
+            ("prefix hit", *ABORTS),
+        ),
         "without aborts": Requests(
-            9, 2, (("aaaab", 2), ("aaaa", 3), ("aabaaab", 1), ("b", 4)), 5, 3, False
+            9, 2, (("aaaab", 2), ("aaaa", 3), ("aabaaab", 1), ("b", 4)), 5, 3, False, ABORTS
         ),
     }
     required = ("submit", "step", "prefix hit", "abort", "abort in flight", "eviction")
@@ -192,7 +197,8 @@ class MiniSglang:
         held = {}
         for n, req in self._requests().items():
             row = pages[req.table_idx, : req.cached_len : size].tolist()
-            held[n] = [slot // size for slot in row], self.tokens[n][: req.cached_len]
+            tokens = self.tokens[n][: req.cached_len]
+            held[n] = [slot // size for slot in row], () if END in tokens else tokens
         return held
 
     def free(self) -> list[int]:

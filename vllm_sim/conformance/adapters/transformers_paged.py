@@ -56,11 +56,15 @@ class TransformersPaged:
         "late": World(
             6, 2, (("aaaab", 3), ("aaaa", 3), ("aab", 2)), 5, children=(0, 1, 0), late=True
         ),
+        "late, no cancels": World(
+            6, 2, (("aaaab", 3), ("aaaa", 3), ("aab", 2)), 5, 4, False, ("cancel",),
+            children=(0, 1, 0), late=True,
+        ),
         "large": World(
             8, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)), 6, children=(0, 2, 0, 1)
         ),
-        "large late": World(
-            8, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)), 6,
+        "large late, no cancels": World(
+            8, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)), 6, 4, False, ("cancel",),
             children=(0, 2, 0, 1), late=True,
         ),
         "prefill first": World(
