@@ -12,6 +12,7 @@ from vllm_sim.conformance.adapters.nano_vllm import NanoVllm
 from vllm_sim.conformance.adapters.paged_manager import PagedManager
 from vllm_sim.conformance.adapters.tokasaurus import Tokasaurus
 from vllm_sim.conformance.adapters.transformers_paged import TransformersPaged
+from vllm_sim.conformance.adapters.vllm_v1 import VllmV1
 
 TARGETS = {
     "ours-manager": PagedManager,
@@ -21,4 +22,5 @@ TARGETS = {
     "nano-vllm": NanoVllm,
     "mini-sglang": MiniSglang,
     "tokasaurus": Tokasaurus,
+    "vllm": VllmV1,
 }

@@ -102,7 +102,7 @@ def version_of(package: str, source: Path | None) -> str:
         if not done.returncode:
             return f"commit {done.stdout[:12]}"
         found = [*source.glob(f"{package}-*.dist-info")]
-        return found[0].name.split("-")[1] if found else "unknown version"
+        return found[0].stem.split("-")[1] if found else "unknown version"
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
