@@ -5,7 +5,7 @@ small world. It calls the engine, copies no line of it, and says what each call 
 
     start(world)   build the engine; a Step if that writes a slot
     operations()   what may be called now: a list of Operation
-    apply(op)      call it: a Step says which slots were copied, written and read; or a list of Steps
+    apply(op)      call it: a Step, or several, says which slots were copied, written and read
     tables()       {sequence: (its blocks in order, the tokens whose K and V they hold)}
     free()         the free blocks
     key()          a value that two states share if and only if they behave alike

@@ -17,7 +17,6 @@ from unittest.mock import MagicMock
 
 from vllm_sim.conformance.adapter import NotInstalledError, Operation
 
-
 EMPTY: Mapping[str, dict] = MappingProxyType({})
 END = 0  # the token that ends a sequence
 
@@ -91,7 +90,9 @@ def engine(
         return importlib.import_module(name)
     except Exception as error:
         told = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise NotInstalledError(f"{name} cannot be imported ({told}): --from DIR names it") from None
+        raise NotInstalledError(
+            f"{name} cannot be imported ({told}): --from DIR names it"
+        ) from None
 
 
 def version_of(package: str, source: Path | None) -> str:
@@ -106,7 +107,9 @@ def version_of(package: str, source: Path | None) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        raise NotInstalledError(f"{package} is not installed: --from DIR names a checkout") from None
+        raise NotInstalledError(
+            f"{package} is not installed: --from DIR names a checkout"
+        ) from None
 
 
 class Names:

@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, ClassVar
 
 from vllm_sim.conformance.adapter import NOTHING, Fault, Operation, Pass, Step, Tables
 from vllm_sim.conformance.tools import END, Names, Requests, engine, next_token, served, version_of
 
-STAND_INS = dict.fromkeys(("zmq", "zmq.asyncio", "msgpack", "minisgl.distributed"), {})
+STAND_INS = {name: {} for name in ("zmq", "zmq.asyncio", "msgpack", "minisgl.distributed")}
 STAND_INS["minisgl.engine"] = {"EngineConfig": object}
 ABORTS = ("abort", "abort in flight")
-UNPINNED = ("scheduler", "cache", "prefill")  # modules that ask for pinned memory, which a CPU has not
+UNPINNED = (
+    "scheduler",
+    "cache",
+    "prefill",
+)  # modules that ask for pinned memory, which a CPU has not
 
 
 class Unpinned(ModuleType):
@@ -86,7 +90,12 @@ class MiniSglang:
         "small": Requests(8, 2, (("aaaab", 2), ("aaaa", 3), ("aab", 2)), max_tokens=4),
         "large": Requests(9, 2, (("aaaab", 2), ("aaaa", 3), ("aabaaab", 1), ("b", 4)), 5, 3),
         "apart": Requests(
-            7, 2, (("aaaab", 2), ("bbb", 3), ("cab", 2), ("d", 4)), 4, 3, False,
+            7,
+            2,
+            (("aaaab", 2), ("bbb", 3), ("cab", 2), ("d", 4)),
+            4,
+            3,
+            False,
             ("prefix hit", *ABORTS),
         ),
         "without aborts": Requests(
@@ -114,7 +123,11 @@ class MiniSglang:
         """Its version, once it is found."""
         inside = folder and folder / "python"
         bare = ("minisgl", "minisgl.scheduler", "minisgl.kernel")
-        names = ("core", "message", *(f"scheduler.{name}" for name in (*UNPINNED, "table", "decode")))
+        names = (
+            "core",
+            "message",
+            *(f"scheduler.{name}" for name in (*UNPINNED, "table", "decode")),
+        )
         for name in names:
             module = engine(f"minisgl.{name}", inside, *bare, stand_ins=STAND_INS)
             cls.found[name.removeprefix("scheduler.")] = module
@@ -172,7 +185,9 @@ class MiniSglang:
             self.inbox.append(self.found["message"].UserMsg(args[0], ids, limits))
             return NOTHING
         if name == "abort":
-            flying = self.last is not None and any(r.uid == args[0] for r in self.last[0].batch.reqs)
+            flying = self.last is not None and any(
+                r.uid == args[0] for r in self.last[0].batch.reqs
+            )
             self.inbox.append(self.found["message"].AbortBackendMsg(args[0]))
             self.ended.add(args[0])
             return Step((), (), ["abort in flight"] * flying)
@@ -186,11 +201,15 @@ class MiniSglang:
         """Those that hold pages."""
         waiting = self.scheduler.prefill_manager.pending_list
         found = {r.uid: r.chunked_req for r in waiting if r.chunked_req is not None}
-        return found | {r.uid: r for r in self.scheduler.decode_manager.running_reqs} | {
-            r.uid: r
-            for r in (self.last[0].batch.reqs if self.last is not None else ())
-            if r.uid not in self.ended and type(r).__name__ == "Req"
-        }
+        return (
+            found
+            | {r.uid: r for r in self.scheduler.decode_manager.running_reqs}
+            | {
+                r.uid: r
+                for r in (self.last[0].batch.reqs if self.last is not None else ())
+                if r.uid not in self.ended and type(r).__name__ == "Req"
+            }
+        )
 
     def tables(self) -> Tables:
         size, pages = self.world.block_size, self.scheduler.engine.page_table
@@ -231,10 +250,19 @@ class MiniSglang:
         tables = {n: name(blocks) for n, (blocks, _) in sorted(self.tables().items())}
         held = self._requests()
         rows = [
-            (n, tuple(tokens), n in self.ended, n in held and (
-                held[n].table_idx, held[n].cached_len, held[n].device_len, tables[n],
-                held[n].cache_handle.cached_len,
-            ))
+            (
+                n,
+                tuple(tokens),
+                n in self.ended,
+                n in held
+                and (
+                    held[n].table_idx,
+                    held[n].cached_len,
+                    held[n].device_len,
+                    tables[n],
+                    held[n].cache_handle.cached_len,
+                ),
+            )
             for n, tokens in sorted(self.tokens.items())
         ]
         order = [node for node, _ in self._nodes()]
@@ -243,9 +271,14 @@ class MiniSglang:
             (tuple(tokens), name(node.value[::size].tolist()), node.ref_count, ranks[id(node)])
             for node, tokens in self._nodes()
         ]
-        flying = () if self.last is None else (
-            self.last[0].batch.phase, tuple(r.uid for r in self.last[0].batch.reqs),
-            tuple(self.last[1][0].tolist()),
+        flying = (
+            ()
+            if self.last is None
+            else (
+                self.last[0].batch.phase,
+                tuple(r.uid for r in self.last[0].batch.reqs),
+                tuple(self.last[1][0].tolist()),
+            )
         )
         inbox = [(type(message).__name__, message.uid) for message in self.inbox]
         waiting = [(r.uid, r.chunked_req is None) for r in scheduler.prefill_manager.pending_list]

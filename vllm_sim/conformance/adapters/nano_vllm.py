@@ -13,8 +13,16 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 from vllm_sim.conformance.adapter import NOTHING, Operation, Pass, Step, Tables
-from vllm_sim.conformance.tools import END, Names, Requests, engine, next_token, served
-from vllm_sim.conformance.tools import slots_of, version_of
+from vllm_sim.conformance.tools import (
+    END,
+    Names,
+    Requests,
+    engine,
+    next_token,
+    served,
+    slots_of,
+    version_of,
+)
 
 
 class NanoVllm:
@@ -22,6 +30,13 @@ class NanoVllm:
 
     worlds: ClassVar = {
         "small": Requests(4, 2, (("aaaab", 3), ("aaaa", 2), ("aab", 4)), max_tokens=4),
+        "wide": Requests(
+            8,
+            2,
+            (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2), ("b", 6), ("aaaabab", 3)),
+            max_tokens=5,
+            max_seqs=3,
+        ),
         "large": Requests(
             6, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2), ("b", 6)), max_tokens=5
         ),
@@ -122,7 +137,9 @@ class NanoVllm:
             (n, seq.status.value, seq.num_tokens, seq.num_cached_tokens, name(seq.block_table))
             for n, seq in sorted(self.requests.items())
         )
-        order = [tuple(map(id, queue)) for queue in (self.scheduler.waiting, self.scheduler.running)]
+        order = [
+            tuple(map(id, queue)) for queue in (self.scheduler.waiting, self.scheduler.running)
+        ]
         numbers = {id(seq): n for n, seq in self.requests.items()}
         queues = tuple(tuple(numbers[one] for one in queue) for queue in order)
         free = name(manager.free_block_ids)

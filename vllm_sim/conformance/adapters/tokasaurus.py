@@ -8,6 +8,7 @@ written.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vllm_sim.conformance.adapter import NOTHING, Fault, Operation, Pass, Step, Tables
-from vllm_sim.conformance.tools import END, Names, Requests, engine, next_token, served
-from vllm_sim.conformance.tools import slots_of, version_of
+from vllm_sim.conformance.tools import (
+    END,
+    Names,
+    Requests,
+    engine,
+    next_token,
+    served,
+    slots_of,
+    version_of,
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Tokasaurus:
     @classmethod
     def source(cls, folder: Path | None) -> str:
         """Its version, once it is found."""
-        stands = dict.fromkeys(("flashinfer", "tokasaurus.core"), {})
+        stands = {"flashinfer": {}, "tokasaurus.core": {}}
         for name in ("manager.manager", "manager.types", "manager.allocator", "server.types"):
             cls.found[name] = engine(f"tokasaurus.{name}", folder, "tokasaurus", stand_ins=stands)
         cls.found["manager.manager"].block_on_queues = one_turn
@@ -100,13 +109,23 @@ class Tokasaurus:
     def start(self, world: World) -> None:
         self.world, types = world, self.found["manager.types"]
         self.config = Config(
-            num_blocks=world.num_blocks, page_size=world.block_size, pp_size=1,
-            max_tokens_per_forward=world.max_tokens, max_seqs_per_forward=world.max_seqs,
-            scheduling_steps_ahead=world.ahead, prefill_round_up_multiple=1, greedy_prefill=True,
-            use_hydragen=False, use_cudagraphs=False, track_early_stopping=False,
-            enable_precise_onboard=True, precise_onboard_batch_size=4,
-            bump_city_population_me=world.bumps, stop_string_num_token_lookback=5,
-            stats_report_seconds=1e9, allocator_sanity_checks=False,
+            num_blocks=world.num_blocks,
+            page_size=world.block_size,
+            pp_size=1,
+            max_tokens_per_forward=world.max_tokens,
+            max_seqs_per_forward=world.max_seqs,
+            scheduling_steps_ahead=world.ahead,
+            prefill_round_up_multiple=1,
+            greedy_prefill=True,
+            use_hydragen=False,
+            use_cudagraphs=False,
+            track_early_stopping=False,
+            enable_precise_onboard=True,
+            precise_onboard_batch_size=4,
+            bump_city_population_me=world.bumps,
+            stop_string_num_token_lookback=5,
+            stats_report_seconds=1e9,
+            allocator_sanity_checks=False,
         )
         blocks = {"num_blocks": world.num_blocks, "page_size": world.block_size}
         state = self.state = object.__new__(types.ManagerState)
@@ -129,7 +148,11 @@ class Tokasaurus:
 
     def operations(self) -> list[Operation]:
         state = self.state
-        live = [n for n in self.submitted if n not in self.cancelled and f"{n}" in state.req_id_to_seq_ids]
+        live = [
+            n
+            for n in self.submitted
+            if n not in self.cancelled and f"{n}" in state.req_id_to_seq_ids
+        ]
         queued = bool(state.q_server_to_manager or state.scheduling_queue.num_unfinished_seqs())
         busy = queued or bool(self.answers or state.req_ids_to_cancel)
         found = served(self.world, self.submitted, live, busy, *["cancel"] * self.world.aborts)
@@ -152,10 +175,8 @@ class Tokasaurus:
         if name != "step before an answer":
             state.q_model_to_manager += self.answers
             self.answers = []
-        try:
+        with contextlib.suppress(Turned):
             self.found["manager.manager"].manager_loop(self.config, state)
-        except Turned:
-            pass
         sent, state.q_manager_to_model[:] = [*state.q_manager_to_model], []
         state.q_manager_to_server.clear()
         steps = [self._forward(one, name) for one in sent if hasattr(one, "position_ids")]
@@ -165,7 +186,10 @@ class Tokasaurus:
 
     def _forward(self, sent: Any, name: str) -> Step:
         """What the model does with what the manager sent: prompts first, then a token of each."""
-        decision, size = self.state.inflight_schedule_decisions[sent.schedule_id], self.world.block_size
+        decision, size = (
+            self.state.inflight_schedule_decisions[sent.schedule_id],
+            self.world.block_size,
+        )
         builder = sent.attention_info_builder
         first, passes, chosen = 0, [], []
         parts = [(seq, n, True) for seq, n in decision.prefill_seqs]
@@ -189,7 +213,10 @@ class Tokasaurus:
                     tokens.append(chosen[-1])
             first += count
         tensors = SimpleNamespace(
-            output_ids=np.array(chosen, dtype=int), chosen_logprobs=None, topk_indices=None, topk_logprobs=None
+            output_ids=np.array(chosen, dtype=int),
+            chosen_logprobs=None,
+            topk_indices=None,
+            topk_logprobs=None,
         )
         self.answers.append(SimpleNamespace(schedule_id=sent.schedule_id, tensors=tensors))
         return Step((), passes)
@@ -228,7 +255,9 @@ class Tokasaurus:
         """But what a sequence is still computing: whoever finds it computes later."""
         prefilling = self.state.scheduling_queue.prefilling_seqs
         blocks = self.state.block_allocator.all_blocks
-        return {b: t for b, t in self._tree().items() if prefilling.keys().isdisjoint(blocks[b].seq_ids)}
+        return {
+            b: t for b, t in self._tree().items() if prefilling.keys().isdisjoint(blocks[b].seq_ids)
+        }
 
     def key(self) -> tuple:
         name, state = Names(), self.state
@@ -248,7 +277,9 @@ class Tokasaurus:
         ranks = {block.idx: rank for rank, block in enumerate(used)}
         tree = sorted((tuple(t), name([b])[0], ranks[b]) for b, t in self._tree().items())
         answers = tuple(tuple(one.tensors.output_ids.tolist()) for one in self.answers)
-        inbox = tuple((type(one).__name__, getattr(one, "id", "")) for one in state.q_server_to_manager)
+        inbox = tuple(
+            (type(one).__name__, getattr(one, "id", "")) for one in state.q_server_to_manager
+        )
         floating = name(block.idx for block in allocator.floating_blocks)
         alive = tuple(sorted((r, tuple(sorted(ids))) for r, ids in state.req_id_to_seq_ids.items()))
         more = tuple(self.submitted), tuple(sorted(state.req_ids_to_cancel)), inbox, answers

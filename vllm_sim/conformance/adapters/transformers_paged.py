@@ -2,8 +2,8 @@
 
 Searches de-duplicated blocks, forks of a prompt, chunked prefill, requests that are reset when the
 cache is full, cancelled ones, and batches that are scheduled before the last has answered. What is
-stood in for is the model and the tensors of a batch: which slots it reads and writes is asked of the
-library's cache.
+stood in for is the model and the tensors of a batch: which slots it reads and writes is asked of
+the library's cache.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from vllm_sim.conformance.adapter import NOTHING, Fault, Operation, Pass, Step, Tables
-from vllm_sim.conformance.tools import END, Names, Requests, engine, next_token, served
-from vllm_sim.conformance.tools import slot_pairs, version_of
+from vllm_sim.conformance.tools import (
+    END,
+    Names,
+    Requests,
+    engine,
+    next_token,
+    served,
+    slot_pairs,
+    version_of,
+)
 
 NOT_YET = -1  # in place of a token that the batch before is still computing
 PARTS = "cache continuous_api distributed offloading_manager requests scheduler"
@@ -57,18 +65,37 @@ class TransformersPaged:
             6, 2, (("aaaab", 3), ("aaaa", 3), ("aab", 2)), 5, children=(0, 1, 0), late=True
         ),
         "late, no cancels": World(
-            6, 2, (("aaaab", 3), ("aaaa", 3), ("aab", 2)), 5, 4, False, ("cancel",),
-            children=(0, 1, 0), late=True,
+            6,
+            2,
+            (("aaaab", 3), ("aaaa", 3), ("aab", 2)),
+            5,
+            4,
+            False,
+            ("cancel",),
+            children=(0, 1, 0),
+            late=True,
         ),
         "large": World(
             8, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)), 6, children=(0, 2, 0, 1)
         ),
         "large late, no cancels": World(
-            8, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)), 6, 4, False, ("cancel",),
-            children=(0, 2, 0, 1), late=True,
+            8,
+            2,
+            (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)),
+            6,
+            4,
+            False,
+            ("cancel",),
+            children=(0, 2, 0, 1),
+            late=True,
         ),
         "prefill first": World(
-            6, 2, (("aaaab", 3), ("aaaa", 3), ("aab", 2)), 5, children=(0, 1, 0), order="prefill_first"
+            6,
+            2,
+            (("aaaab", 3), ("aaaa", 3), ("aab", 2)),
+            5,
+            children=(0, 1, 0),
+            order="prefill_first",
         ),
     }
     required = ("submit", "step", "cancel", "prefix hit", "copy", "part of a prompt", "preemption")
@@ -92,13 +119,22 @@ class TransformersPaged:
     def start(self, world: World) -> None:
         self.world, found, torch = world, self.found, self.found["torch"]
         model = SimpleNamespace(
-            num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8,
-            hidden_size=8, vocab_size=8, _attn_implementation="eager",
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=8,
+            hidden_size=8,
+            vocab_size=8,
+            _attn_implementation="eager",
         )
         config = found["config"](
-            page_size=world.block_size, num_blocks=world.num_blocks, use_async_batching=world.late,
-            max_batch_tokens=world.max_tokens, max_requests_per_batch=world.max_seqs,
-            max_blocks_per_request=0, max_memory_percent=0.9,
+            page_size=world.block_size,
+            num_blocks=world.num_blocks,
+            use_async_batching=world.late,
+            max_batch_tokens=world.max_tokens,
+            max_requests_per_batch=world.max_seqs,
+            max_blocks_per_request=0,
+            max_memory_percent=0.9,
         )
         helper = found["distributed"].DistributedHelper(None, None)
         cache = found["cache"].PagedAttentionCache(model, config, "cpu", helper, torch.float16)
@@ -109,16 +145,23 @@ class TransformersPaged:
                     setattr(holder, name, None)
         self.first = self.allocator.blocks_per_sector * cache.pool.num_reserved_sectors
         self.cache, cache.perform_cache_copy = cache, self.copied
-        self.scheduler = found["scheduler"].SCHEDULER_MAPPING[world.order](cache, None, world.max_seqs)
+        self.scheduler = found["scheduler"].SCHEDULER_MAPPING[world.order](
+            cache, None, world.max_seqs
+        )
         offloading = object.__new__(found["offloading_manager"].OffloadingManager)
         offloading.cache, offloading.scheduler = cache, self.scheduler
         offloading._cpu_pool, offloading._request_id_to_cpu_blocks = None, {}
-        self.processor = processor = object.__new__(found["continuous_api"].ContinuousBatchProcessor)
+        self.processor = processor = object.__new__(
+            found["continuous_api"].ContinuousBatchProcessor
+        )
         processor.cache, processor.scheduler, processor.cb_config = cache, self.scheduler, config
         processor.offloading_manager, processor.distributed_helper = offloading, helper
         processor.input_queue, processor.cancel_queue = Queue(), Queue()
         processor.background_thread_status = found["continuous_api"].BackgroundThreadStatus()
-        processor.use_async_batching, processor.max_batch_tokens = world.late, cache.max_batch_tokens
+        processor.use_async_batching, processor.max_batch_tokens = (
+            world.late,
+            cache.max_batch_tokens,
+        )
         for name in ("inputs_and_outputs", "logit_processor", "output_router", "model_runner"):
             setattr(processor, name, self)
         self.submitted: list[int] = []
@@ -192,7 +235,9 @@ class TransformersPaged:
     def operations(self) -> list[Operation]:
         scheduler, processor = self.scheduler, self.processor
         names = [*scheduler.active_requests, *scheduler.waiting_requests]
-        there = {name.split("__")[0] for name in [*names, *(r.request_id for r in processor.input_queue)]}
+        there = {
+            name.split("__")[0] for name in [*names, *(r.request_id for r in processor.input_queue)]
+        }
         live = [n for n in self.submitted if f"{n}" in there and n not in self.cancelled]
         busy = bool(there or processor.cancel_queue or scheduler._requests_to_cancel)
         return served(self.world, self.submitted, live, busy, *["cancel"] * self.world.aborts)
@@ -212,7 +257,7 @@ class TransformersPaged:
             processor.cancel_queue.put(f"{args[0]}")
             return NOTHING
         self.ending, self.steps = name != "step", []
-        before = {n for n in scheduler.active_requests}
+        before = {*scheduler.active_requests}
         loop = SimpleNamespace(_generation_step=lambda: None, current_batch=0)
         loop.background_thread_status = processor.background_thread_status
         loop._wake_up_loop = SimpleNamespace(wait=lambda timeout: None, clear=lambda: None)
@@ -267,11 +312,16 @@ class TransformersPaged:
                 blocks = name(self.allocator.block_table.get(n, ()))
                 rows.append((n, tuple(map(tuple, tokens)), told, blocks))
         left = {n: name(b) for n, b in self.allocator.block_table.items() if self._state(n) is None}
-        trees = [(name([r * 1000]), name(t)) for r, t in self.cache.pool._free_blocks[0].trees.items()]
+        trees = [
+            (name([r * 1000]), name(t)) for r, t in self.cache.pool._free_blocks[0].trees.items()
+        ]
         hashes = sorted((name([b]), code) for b, code in ledger.block_to_hash.items())
         free = name(s * 1000 for s in self.cache.pool.free_sectors), tuple(trees)
         flying = [
-            tuple((f.state.request_id, f.state.status, tuple(sorted(f.complete_blocks.items()))) for f in batch)
+            tuple(
+                (f.state.request_id, f.state.status, tuple(sorted(f.complete_blocks.items())))
+                for f in batch
+            )
             + tuple(answers)
             for batch, answers in self.batches
         ]

@@ -18,8 +18,16 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from vllm_sim.conformance.adapter import NOTHING, Operation, Pass, Step, Tables
-from vllm_sim.conformance.tools import END, Names, Requests, engine, next_token, served
-from vllm_sim.conformance.tools import slots_of, version_of
+from vllm_sim.conformance.tools import (
+    END,
+    Names,
+    Requests,
+    engine,
+    next_token,
+    served,
+    slots_of,
+    version_of,
+)
 
 MODULES = {
     "core": "vllm.v1.engine.core", "scheduler": "vllm.v1.core.sched.scheduler",
@@ -102,9 +110,13 @@ class VllmV1:
         whole = world.num_blocks + 1  # block 0 stands for none
         config = Fields(
             scheduler_config=Fields(
-                max_num_seqs=world.max_seqs, max_num_batched_tokens=world.max_tokens,
-                policy="fcfs", watermark=0.0, prefill_schedule_interval=1,
-                long_prefill_token_threshold=0, enable_chunked_prefill=True,
+                max_num_seqs=world.max_seqs,
+                max_num_batched_tokens=world.max_tokens,
+                policy="fcfs",
+                watermark=0.0,
+                prefill_schedule_interval=1,
+                long_prefill_token_threshold=0,
+                enable_chunked_prefill=True,
                 async_scheduling=world.late,
             ),
             cache_config=Fields(
@@ -112,20 +124,30 @@ class VllmV1:
             ),
             model_config=Fields(max_model_len=longest + world.block_size, runner_type="generate"),
             parallel_config=Fields(
-                data_parallel_index=0, decode_context_parallel_size=1, data_parallel_size=1,
-                prefill_context_parallel_size=1, pipeline_parallel_size=1,
+                data_parallel_index=0,
+                decode_context_parallel_size=1,
+                data_parallel_size=1,
+                prefill_context_parallel_size=1,
+                pipeline_parallel_size=1,
             ),
-            observability_config=Fields(), aux_output_config=Fields(enabled=False),
+            observability_config=Fields(),
+            aux_output_config=Fields(enabled=False),
             ec_manager_config=Fields(get_encoder_cache_manager_obj=lambda: None),
-            num_speculative_tokens=0, num_lookahead_tokens=0, num_prefill_lookahead_tokens=0,
-            num_hash_lookahead_tokens=0, max_in_flight_tokens=world.max_tokens * (1 + world.late),
-            max_concurrent_batches=1 + world.late, use_v2_model_runner=False,
+            num_speculative_tokens=0,
+            num_lookahead_tokens=0,
+            num_prefill_lookahead_tokens=0,
+            num_hash_lookahead_tokens=0,
+            max_in_flight_tokens=world.max_tokens * (1 + world.late),
+            max_concurrent_batches=1 + world.late,
+            use_v2_model_runner=False,
         )
         spec = found["kv"].FullAttentionSpec(
             block_size=world.block_size, num_kv_heads=1, head_size=8, dtype=torch.float16
         )
         groups = [found["kv"].KVCacheGroupSpec(["layer"], spec)]
-        kv = found["kv"].KVCacheConfig(num_blocks=whole, kv_cache_tensors=[], kv_cache_groups=groups)
+        kv = found["kv"].KVCacheConfig(
+            num_blocks=whole, kv_cache_tensors=[], kv_cache_groups=groups
+        )
         kind = found["late"].AsyncScheduler if world.late else found["scheduler"].Scheduler
         texts = Fields(accept_tokens=lambda *_: True)  # no output is structured
         self.scheduler = kind(config, kv, texts, world.block_size)
@@ -158,9 +180,14 @@ class VllmV1:
             self.worker.pop(name, None)
         starts = {}
         for new in told.scheduled_new_reqs:
-            self.worker[new.req_id], starts[new.req_id] = [*new.block_ids[0]], new.num_computed_tokens
+            self.worker[new.req_id], starts[new.req_id] = (
+                [*new.block_ids[0]],
+                new.num_computed_tokens,
+            )
         known = told.scheduled_cached_reqs
-        for name, blocks, start in zip(known.req_ids, known.new_block_ids, known.num_computed_tokens):
+        for name, blocks, start in zip(
+            known.req_ids, known.new_block_ids, known.num_computed_tokens
+        ):
             if name in known.resumed_req_ids:
                 self.worker[name] = []
             self.worker[name] += blocks[0] if blocks else []
@@ -191,7 +218,9 @@ class VllmV1:
     def operations(self) -> list[Operation]:
         there = self.scheduler.requests
         live = [n for n in self.submitted if f"{n}" in there and n not in self.gone]
-        busy = bool(self.scheduler.has_requests() or self.core.batch_queue or self.core.aborts_queue)
+        busy = bool(
+            self.scheduler.has_requests() or self.core.batch_queue or self.core.aborts_queue
+        )
         names = ["abort", "abort during a step"] * self.world.aborts
         return served(self.world, self.submitted, live, busy, *names)
 
@@ -219,7 +248,9 @@ class VllmV1:
         before = {r.request_id: r.num_preemptions for r in self.scheduler.running}
         (self.core.step if self.core.batch_queue is None else self.core.step_with_batch_queue)()
         found = self.scheduler.requests
-        again = [n for n, count in before.items() if n in found and found[n].num_preemptions > count]
+        again = [
+            n for n, count in before.items() if n in found and found[n].num_preemptions > count
+        ]
         return [*self.steps, Step((), (), ["preemption"] * len(again))]
 
     @property
@@ -256,11 +287,18 @@ class VllmV1:
         name, scheduler = Names(), self.scheduler
         rows = tuple(
             (
-                n, r.status.value, tuple(r.all_token_ids), r.num_computed_tokens,
-                r.num_output_placeholders, r.num_in_flight_tokens, r.num_stale_output_tokens,
-                r.num_preemptions > 0, r.is_prefill_chunk,
+                n,
+                r.status.value,
+                tuple(r.all_token_ids),
+                r.num_computed_tokens,
+                r.num_output_placeholders,
+                r.num_in_flight_tokens,
+                r.num_stale_output_tokens,
+                r.num_preemptions > 0,
+                r.is_prefill_chunk,
                 name(b.block_id for b in self.manager.req_to_blocks.get(n, ())),
-                name(self.worker.get(n, ())), self.manager.num_cached_block.get(n),
+                name(self.worker.get(n, ())),
+                self.manager.num_cached_block.get(n),
             )
             for n, r in scheduler.requests.items()
         )
@@ -268,7 +306,9 @@ class VllmV1:
         order = tuple(tuple(r.request_id for r in queue) for queue in queues)
         pool = scheduler.kv_cache_manager.block_pool
         free = name(b.block_id for b in pool.free_block_queue.get_all_free_blocks())
-        hashes = tuple(sorted((name([b.block_id]), b.block_hash) for b in pool.blocks if b.block_hash))
+        hashes = tuple(
+            sorted((name([b.block_id]), b.block_hash) for b in pool.blocks if b.block_hash)
+        )
         flying = tuple(
             (tuple(told.num_scheduled_tokens.items()), str(answer.output.sampled_token_ids))
             for answer, told, _ in self.core.batch_queue or ()
