@@ -284,15 +284,11 @@ class Search:
                 if key in way:
                     told = "progress leads from a state to itself, and never ends"
                     self.found.fault = Fault("no end", told)
-                    step = next(o for o in self._offered(key) if o.progress)
-                    self.found.history = (*self._path(key), step)
+                    self.found.history = tuple(self._path(key))
                     return
                 way[key] = None
                 key = self._leads[key]
             fine.update(way)
-
-    def _offered(self, key: Any) -> Sequence[Operation]:
-        return self._again(self._path(key)).operations()
 
     # -- at random --------------------------------------------------------------------------
 
