@@ -70,7 +70,7 @@ def hits_one_too_many(engine, tokens):
     hits = SmallEngine.hits(engine, tokens)
     if hits * engine.size + engine.size < len(tokens) and engine.cache:
         engine.cache.setdefault(
-            tuple(tokens[: (hits + 1) * engine.size]), [*engine.cache.values()][0]
+            tuple(tokens[: (hits + 1) * engine.size]), min(engine.cache.values())
         )
     return SmallEngine.hits(engine, tokens)
 

@@ -154,7 +154,7 @@ def test_a_fault_is_exit_code_1_and_a_history(monkeypatch, capfd):
 @pytest.mark.parametrize(
     "given",
     [["nobody"], ["ours", "--world", "none"], ["ours", "--from", "."], ["ours", "--seconds", "0"]]
-    + [[], ["ours", "--seed", "x"], ["ours", "--without", "contents"], ["ours", "--from", ""]],
+    + [["ours", "--seed", "x"], ["ours", "--without", "contents"], ["ours", "--from", ""]],
 )
 def test_what_cannot_be_used_takes_one_line(given, capfd):
     assert command.main(given) == 2

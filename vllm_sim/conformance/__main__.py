@@ -37,7 +37,8 @@ NAME = "conformance"
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
     add, names = parser.add_argument, ", ".join(TARGETS)
-    add("target", choices=TARGETS, metavar="TARGET", help=f"one of {names}")
+    help = f"one of {names} (default ours)"
+    add("target", nargs="?", choices=TARGETS, default="ours", metavar="TARGET", help=help)
     add("--world", metavar="NAME", help="what is searched (default: the target's first)")
     help = "of search; a world that is closed sooner ends it (default 60)"
     add("--seconds", type=positive, default=60, metavar="N", help=help)

@@ -93,7 +93,7 @@ class Search:
         self._seconds, self._begin = seconds, time.monotonic()
         self._parents: dict[Any, tuple[Any, Operation] | None] = {}
         self._leads: dict[Any, Any] = {}  # where the operation that makes progress leads
-        self._drives = False  # whether there is one
+        self._drives = self._replayed = False  # whether there is one; whether states are copied
 
     def run(self) -> Found:
         found, cpu = self.found, time.process_time()
@@ -182,16 +182,20 @@ class Search:
         state, found = self.begin(), self.found
         key = state.adapter.key()
         self._parents[key] = None
-        level, collected = [(key, self._kept(state))], time.monotonic()
+        self._replayed = getattr(state.adapter, "replayed", False)
+        level, collected = [(key, self._kept(state, ()))], time.monotonic()
         while level:
             following: list[tuple[Any, State]] = []
             for key, kept in level:
                 at: list[Operation] = []
                 try:
-                    self._visit(key, self._revived(kept), following, at)
+                    if kept.adapter is None:
+                        kept.adapter = self._again(kept.history)
+                    self._visit(key, kept, following, at)
                 except Exception as error:  # the engine's own too
-                    found.fault = _fault(error, at)
-                    found.history = (*self._path(key), *at)
+                    found.fault, found.history = _fault(error, at), (*self._path(key), *at)
+                    if len(at) > 1:  # one of these was refused, and changed something
+                        found.history = self._smaller(found.history, found.fault.check)
                     return
                 now = time.monotonic()
                 if now - collected > COLLECT_S:
@@ -208,7 +212,7 @@ class Search:
 
     def _visit(self, key: Any, state: State, following: list, at: list[Operation]) -> None:
         """All operations in one state; `at` is the one that is being called."""
-        parents, again = self._parents, []
+        parents = self._parents
         offered = self.operations(state)
         refused = [operation for operation in offered if operation.refusal is not None]
         if refused:
@@ -217,46 +221,34 @@ class Search:
                 at[:] = [operation]
                 self._refuse(state.adapter, operation)
             self.found.transitions += len(refused)
-            at[:] = refused[:1] if len(refused) == 1 else refused
+            at[:] = refused
             _same(frozen, state.adapter, refused)
         for operation in offered:
             if operation.refusal is not None:
                 continue
             at[:] = [operation]
             trial = self._branch(state)
-            if not self.take(trial, operation):
-                if trial.adapter.key() != key:
-                    again.append(operation)
+            taken, new = self.take(trial, operation), trial.adapter.key()
+            if not taken:
+                if new != key:
+                    raise Fault("refusal", f"{operation} is forbidden, and changed something")
                 continue
-            new = trial.adapter.key()
             if operation.progress:
                 self._leads[key] = new
             if new not in parents:
                 parents[new] = key, operation
-                trial.history = (*state.history, operation)
-                following.append((new, self._kept(trial)))
-        if again:
-            at[:] = again[:1]
-            raise Fault("refusal", f"{again[0]} is forbidden, and changed something")
+                following.append((new, self._kept(trial, (*state.history, operation))))
 
     def _branch(self, state: State) -> State:
-        if getattr(state.adapter, "replayed", False):
-            trial = State(self._again(state.history), state.slots.copy(), state.history)
-        else:
-            trial = State(copy.deepcopy(state.adapter), state.slots.copy())
+        again = self._again(state.history) if self._replayed else copy.deepcopy(state.adapter)
+        trial = State(again, state.slots.copy())
         trial.num_free, trial.tables, trial.cached = state.num_free, state.tables, state.cached
         return trial
 
-    def _kept(self, state: State) -> State:
-        if getattr(state.adapter, "replayed", False):
-            state.adapter = None
-        else:
-            state.history = ()
-        return state
-
-    def _revived(self, state: State) -> State:
-        if state.adapter is None:
-            state.adapter = self._again(state.history)
+    def _kept(self, state: State, history: tuple) -> State:
+        """As it is, or if it cannot be copied what leads to it."""
+        if self._replayed:
+            state.adapter, state.history = None, history
         return state
 
     def _again(self, history: Iterable[Operation]) -> Adapter:

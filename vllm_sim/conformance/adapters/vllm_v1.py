@@ -30,11 +30,16 @@ from vllm_sim.conformance.tools import (
 )
 
 MODULES = {
-    "core": "vllm.v1.engine.core", "scheduler": "vllm.v1.core.sched.scheduler",
-    "late": "vllm.v1.core.sched.async_scheduler", "kv": "vllm.v1.kv_cache_interface",
-    "hashes": "vllm.v1.core.kv_cache_utils", "hashing": "vllm.utils.hashing",
-    "outputs": "vllm.v1.outputs", "request": "vllm.v1.request", "sampling": "vllm.sampling_params",
-}  # fmt: skip
+    "core": "vllm.v1.engine.core",
+    "scheduler": "vllm.v1.core.sched.scheduler",
+    "late": "vllm.v1.core.sched.async_scheduler",
+    "kv": "vllm.v1.kv_cache_interface",
+    "hashes": "vllm.v1.core.kv_cache_utils",
+    "hashing": "vllm.utils.hashing",
+    "outputs": "vllm.v1.outputs",
+    "request": "vllm.v1.request",
+    "sampling": "vllm.sampling_params",
+}
 
 
 @dataclass(frozen=True)
