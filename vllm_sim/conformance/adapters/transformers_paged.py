@@ -40,6 +40,7 @@ class World(Requests):
     children: tuple[int, ...] = (0, 0, 0, 0, 0)
     late: bool = False
     order: str = "fifo"
+    sharing: bool = True
 
 
 class Queue(list):
@@ -89,6 +90,7 @@ class TransformersPaged:
             children=(0, 2, 0, 1),
             late=True,
         ),
+        "pressed": World(6, 2, (("aaaab", 6), ("bbab", 7)), 5, never=("prefix hit", "copy")),
         "prefill first": World(
             6,
             2,
@@ -134,6 +136,7 @@ class TransformersPaged:
             max_batch_tokens=world.max_tokens,
             max_requests_per_batch=world.max_seqs,
             max_blocks_per_request=0,
+            allow_block_sharing=world.sharing,
             max_memory_percent=0.9,
         )
         helper = found["distributed"].DistributedHelper(None, None)
