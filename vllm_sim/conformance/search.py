@@ -93,7 +93,9 @@ class Search:
         self._seconds, self._begin = seconds, time.monotonic()
         self._parents: dict[Any, tuple[Any, Operation] | None] = {}
         self._leads: dict[Any, Any] = {}  # where the operation that makes progress leads
-        self._drives = self._replayed = False  # whether there is one; whether states are copied
+        self._drives = False  # whether there is one
+        self._first: State | None = None  # the empty engine
+        self._replayed = False  # whether states cannot be copied
 
     def run(self) -> Found:
         found, cpu = self.found, time.process_time()
@@ -114,12 +116,14 @@ class Search:
     # -- one operation ----------------------------------------------------------------------
 
     def begin(self) -> State:
-        """An empty engine. Raises what the adapter raises where there is none to be had."""
-        state = State(self.new(), {})
-        if step := state.adapter.start(self.world):
-            self.shadow.run(step, state.slots, Counter())
-        self._look(state, Counter())
-        return state
+        """An empty engine, built once if it can be copied. Raises what the adapter raises."""
+        if self._first is None or self._replayed:
+            self._first = state = State(self.new(), {})
+            self._replayed = getattr(state.adapter, "replayed", False)
+            if step := state.adapter.start(self.world):
+                self.shadow.run(step, state.slots, Counter())
+            self._look(state, Counter())
+        return self._first if self._replayed else self._branch(self._first)
 
     def _look(self, state: State, events: Counter) -> None:
         state.tables, free, state.cached = self.shadow.holds(state.adapter, state.slots, events)
@@ -182,8 +186,7 @@ class Search:
         state, found = self.begin(), self.found
         key = state.adapter.key()
         self._parents[key] = None
-        self._replayed = getattr(state.adapter, "replayed", False)
-        level, collected = [(key, self._kept(state, ()))], time.monotonic()
+        level, collect = [(key, self._kept(state, ()))], time.monotonic() + COLLECT_S
         while level:
             following: list[tuple[Any, State]] = []
             for key, kept in level:
@@ -198,9 +201,9 @@ class Search:
                         found.history = self._smaller(found.history, found.fault.check)
                     return
                 now = time.monotonic()
-                if now - collected > COLLECT_S:
+                if now > collect:  # at most a twentieth of the time
                     gc.collect()
-                    collected = now
+                    collect = time.monotonic() + max(COLLECT_S, 20 * (time.monotonic() - now))
                 seconds = now - self._begin
                 if seconds > self._seconds / 2 or len(self._parents) > MOST_STATES:
                     return
