@@ -134,8 +134,8 @@ class SmallAdapter:
     """The adapter; `engine` is the class that is searched."""
 
     worlds = {  # noqa: RUF012
-        "small": Requests(5, 2, (("aab", 3), ("aabb", 2), ("b", 2))),
-        "tight": Requests(3, 2, (("aab", 3), ("aabb", 2))),
+        "small": Requests(5, 2, "aab+3 aabb+2 b+2"),
+        "tight": Requests(3, 2, "aab+3 aabb+2"),
     }
     required = ("submit", "fork", "step", "copy", "prefix hit", "eviction", "submit: NoRoomError")
     engine = SmallEngine
@@ -146,7 +146,7 @@ class SmallAdapter:
 
     def operations(self) -> list[Operation]:
         found, small = [], self.small
-        for n in range(len(self.world.requests)):
+        for n in self.world.numbers:
             if n not in self.submitted:
                 tokens = self.world.prompt(n)
                 ends = range(2, len(tokens), 2)
@@ -163,9 +163,7 @@ class SmallAdapter:
     def apply(self, operation: Operation) -> Step:
         name, args, *_ = operation
         if name == "submit":
-            self.small.submit(
-                f"{args[0]}", self.world.prompt(args[0]), self.world.requests[args[0]][1]
-            )
+            self.small.submit(f"{args[0]}", self.world.prompt(args[0]), self.world.count(args[0]))
             self.submitted.append(args[0])
             hit = self.small.live[f"{args[0]}"].stored
             return Step((), (), ["prefix hit"] * bool(hit))

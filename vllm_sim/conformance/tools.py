@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import marshal
+import queue
 import subprocess
 import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -12,7 +13,8 @@ from importlib import metadata
 from importlib.machinery import PathFinder
 from itertools import permutations, product
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType, ModuleType, SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 from vllm_sim.conformance.adapter import NotInstalledError, Operation
@@ -25,25 +27,61 @@ END = 0  # the token that ends a sequence
 class Requests:
     """A world of engines: requests, each a prompt and how many tokens it generates at most.
 
-    A prompt of letters is one token a letter, so that prompts share what they begin with. Each is
+    "aaaab+3 b+5" are two, a token a letter, so that prompts share what they begin with. Each is
     submitted at most once, in any order and at any time.
     """
 
     num_blocks: int
     block_size: int
-    requests: tuple[tuple[str, int], ...]
+    requests: str
     max_tokens: int = 8  # of an iteration
     max_seqs: int = 4
     aborts: bool = True  # whether a request may be given up
     never: tuple[str, ...] = ()  # what is required and cannot happen here
 
     def __str__(self) -> str:
-        asked = ", ".join(f"{prompt}+{count}" for prompt, count in self.requests)
         told = "" if self.aborts else ", no aborts"
-        return f"{self.num_blocks} blocks of {self.block_size}, requests {asked}{told}"
+        return f"{self.num_blocks} blocks of {self.block_size}, requests {self.requests}{told}"
+
+    @property
+    def numbers(self) -> range:
+        return range(len(self.requests.split()))
 
     def prompt(self, number: int) -> list[int]:
-        return [ord(letter) for letter in self.requests[number][0]]
+        return [ord(letter) for letter in self.requests.split()[number].split("+")[0]]
+
+    def count(self, number: int) -> int:
+        """Tokens that it generates at most."""
+        return int(self.requests.split()[number].split("+")[1])
+
+    @property
+    def longest(self) -> int:
+        return max(len(self.prompt(number)) + self.count(number) for number in self.numbers)
+
+
+class Queue(list):
+    """Between two threads or processes of an engine, in one."""
+
+    put = list.append
+
+    def empty(self) -> bool:
+        return not self
+
+    def get_nowait(self) -> Any:
+        if not self:
+            raise queue.Empty
+        return self.pop(0)
+
+
+class Fields(SimpleNamespace):
+    """A part of an engine's configuration: what is not set is None. Never copied."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __deepcopy__(self, _: dict) -> Fields:
+        return self
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -58,7 +96,7 @@ def served(
     """Submit what was not yet; one iteration, one in which all that generate end, while the engine
     is busy; and `more` for each request that lives."""
     there = {*submitted}
-    new = [n for n in range(len(world.requests)) if n not in there]
+    new = [n for n in world.numbers if n not in there]
     found = [Operation("submit", (n,)) for n in new]
     if busy:
         found += [Operation("step", (), progress=True), Operation("step that ends them")]

@@ -87,20 +87,10 @@ class MiniSglang:
     """The adapter; `source` says where the engine is, once for all searches of a process."""
 
     worlds: ClassVar = {
-        "small": Requests(8, 2, (("aaaab", 2), ("aaaa", 3), ("aab", 2)), max_tokens=4),
-        "large": Requests(9, 2, (("aaaab", 2), ("aaaa", 3), ("aabaaab", 1), ("b", 4)), 5, 3),
-        "apart": Requests(
-            7,
-            2,
-            (("aaaab", 2), ("bbb", 3), ("cab", 2), ("d", 4)),
-            4,
-            3,
-            False,
-            ("prefix hit", *ABORTS),
-        ),
-        "without aborts": Requests(
-            9, 2, (("aaaab", 2), ("aaaa", 3), ("aabaaab", 1), ("b", 4)), 5, 3, False, ABORTS
-        ),
+        "small": Requests(8, 2, "aaaab+2 aaaa+3 aab+2", 4),
+        "large": Requests(9, 2, "aaaab+2 aaaa+3 aabaaab+1 b+4", 5, 3),
+        "without aborts": Requests(9, 2, "aaaab+2 aaaa+3 aabaaab+1 b+4", 5, 3, False, ABORTS),
+        "apart": Requests(7, 2, "aaaab+2 bbb+3 cab+2 d+4", 4, 3, False, ("prefix hit", *ABORTS)),
     }
     required = ("submit", "step", "prefix hit", "abort", "abort in flight", "eviction")
     required += ("part of a prompt",)
@@ -143,8 +133,7 @@ class MiniSglang:
     def start(self, world: Requests) -> None:
         self.world, found, torch = world, self.found, self.found["torch"]
         found["core"]._GLOBAL_CTX = found["core"].Context(world.block_size)
-        room = max(len(prompt) + count for prompt, count in world.requests) + world.block_size
-        room = -(-room // world.block_size) * world.block_size
+        room = (world.longest // world.block_size + 2) * world.block_size
         pages = torch.zeros((world.max_seqs + 1, room), dtype=torch.int32)
         self.tokens: dict[int, list[int]] = {}
         self.inbox: list[Any] = []
@@ -181,7 +170,7 @@ class MiniSglang:
         if name == "submit":
             self.tokens[args[0]] = prompt = self.world.prompt(args[0])
             ids = self.found["torch"].tensor(prompt, dtype=self.found["torch"].int32)
-            limits = self.found["core"].SamplingParams(max_tokens=self.world.requests[args[0]][1])
+            limits = self.found["core"].SamplingParams(max_tokens=self.world.count(args[0]))
             self.inbox.append(self.found["message"].UserMsg(args[0], ids, limits))
             return NOTHING
         if name == "abort":

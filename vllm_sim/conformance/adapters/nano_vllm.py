@@ -29,17 +29,9 @@ class NanoVllm:
     """The adapter; `source` says where the engine is, once for all searches of a process."""
 
     worlds: ClassVar = {
-        "small": Requests(4, 2, (("aaaab", 3), ("aaaa", 2), ("aab", 4)), max_tokens=4),
-        "wide": Requests(
-            8,
-            2,
-            (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2), ("b", 6), ("aaaabab", 3)),
-            max_tokens=5,
-            max_seqs=3,
-        ),
-        "large": Requests(
-            6, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2), ("b", 6)), max_tokens=5
-        ),
+        "small": Requests(4, 2, "aaaab+3 aaaa+2 aab+4", 4),
+        "large": Requests(6, 2, "aaaab+4 aaaa+3 aab+5 aaaaba+2 b+6", 5),
+        "wide": Requests(8, 2, "aaaab+4 aaaa+3 aab+5 aaaaba+2 b+6 aaaabab+3", 5, 3),
     }
     required = ("submit", "step", "prefix hit", "preemption", "eviction", "part of a prompt")
     found: ClassVar[dict[str, object]] = {}
@@ -86,7 +78,7 @@ class NanoVllm:
         if operation.name == "submit":
             (number,) = operation.arguments
             limits = SimpleNamespace(
-                temperature=1.0, max_tokens=self.world.requests[number][1], ignore_eos=False
+                temperature=1.0, max_tokens=self.world.count(number), ignore_eos=False
             )
             prompt = self.world.prompt(number)
             self.requests[number] = self.found["sequence"].Sequence(prompt, limits)

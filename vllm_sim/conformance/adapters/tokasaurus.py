@@ -9,7 +9,6 @@ written.
 from __future__ import annotations
 
 import contextlib
-import queue
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from vllm_sim.conformance.adapter import NOTHING, Fault, Operation, Pass, Step, 
 from vllm_sim.conformance.tools import (
     END,
     Names,
+    Queue,
     Requests,
     engine,
     next_token,
@@ -55,21 +55,9 @@ class Turned(Exception):
     """One turn of the loop is over."""
 
 
-class Queue(list):
-    """Between two processes, in one."""
-
-    begun = False
-    put = list.append
-
-    def get_nowait(self) -> Any:
-        if not self:
-            raise queue.Empty
-        return self.pop(0)
-
-
 def one_turn(queues: list[Queue]) -> None:
     """In place of waiting for messages: the second time ends the loop."""
-    queues[0].begun = not queues[0].begun
+    queues[0].begun = not getattr(queues[0], "begun", False)
     if not queues[0].begun:
         raise Turned
 
@@ -87,12 +75,10 @@ class Tokasaurus:
     """The adapter; `source` says where the engine is, once for all searches of a process."""
 
     worlds: ClassVar = {
-        "small": World(6, 2, (("aaaab", 3), ("aaaa", 4), ("aab", 2)), 5),
-        "bumps": World(5, 2, (("aaaab", 3), ("aaaa", 4), ("aab", 4)), 5, bumps=True),
-        "large": World(8, 2, (("aaaab", 3), ("aaaab", 2), ("aaaaba", 4), ("b", 5)), 5),
-        "large bumps": World(
-            6, 2, (("aaaab", 3), ("aaaab", 4), ("aaaaba", 4), ("b", 5)), 5, bumps=True
-        ),
+        "small": World(6, 2, "aaaab+3 aaaa+4 aab+2", 5),
+        "bumps": World(5, 2, "aaaab+3 aaaa+4 aab+4", 5, bumps=True),
+        "large": World(8, 2, "aaaab+3 aaaab+2 aaaaba+4 b+5", 5),
+        "large bumps": World(6, 2, "aaaab+3 aaaab+4 aaaaba+4 b+5", 5, bumps=True),
     }
     required = ("submit", "step", "step before an answer", "cancel", "prefix hit", "eviction")
     found: ClassVar[dict[str, Any]] = {}
@@ -164,7 +150,7 @@ class Tokasaurus:
         if name == "submit":
             self.submitted.append(args[0])
             sampling = server.SamplingParams(temperature=0.0, top_p=1.0)
-            ids, count = self.world.prompt(args[0]), self.world.requests[args[0]][1]
+            ids, count = self.world.prompt(args[0]), self.world.count(args[0])
             asked = server.TokasaurusRequest(f"{args[0]}", ids, count, sampling, None, 1, False)
             state.q_server_to_manager.put(asked)
             return NOTHING

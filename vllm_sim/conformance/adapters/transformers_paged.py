@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import queue
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from vllm_sim.conformance.adapter import NOTHING, Fault, Operation, Pass, Step, 
 from vllm_sim.conformance.tools import (
     END,
     Names,
+    Queue,
     Requests,
     engine,
     next_token,
@@ -29,6 +29,7 @@ from vllm_sim.conformance.tools import (
 )
 
 NOT_YET = -1  # in place of a token that the batch before is still computing
+THREE, FOUR, NONE = "aaaab+3 aaaa+3 aab+2", "aaaab+4 aaaa+3 aab+5 aaaaba+2", ("cancel",)
 PARTS = "cache continuous_api distributed offloading_manager requests scheduler"
 
 
@@ -40,65 +41,19 @@ class World(Requests):
     children: tuple[int, ...] = (0, 0, 0, 0, 0)
     late: bool = False
     order: str = "fifo"
-    sharing: bool = True
-
-
-class Queue(list):
-    """Between two threads, in one."""
-
-    put = list.append
-
-    def empty(self) -> bool:
-        return not self
-
-    def get_nowait(self) -> Any:
-        if not self:
-            raise queue.Empty
-        return self.pop(0)
 
 
 class TransformersPaged:
     """The adapter; `source` says where the library is, once for all searches of a process."""
 
     worlds: ClassVar = {
-        "small": World(6, 2, (("aaaab", 3), ("aaaa", 3), ("aab", 2)), 5, children=(0, 1, 0)),
-        "late": World(
-            6, 2, (("aaaab", 3), ("aaaa", 3), ("aab", 2)), 5, children=(0, 1, 0), late=True
-        ),
-        "late, no cancels": World(
-            6,
-            2,
-            (("aaaab", 3), ("aaaa", 3), ("aab", 2)),
-            5,
-            4,
-            False,
-            ("cancel",),
-            children=(0, 1, 0),
-            late=True,
-        ),
-        "large": World(
-            8, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)), 6, children=(0, 2, 0, 1)
-        ),
-        "large late, no cancels": World(
-            8,
-            2,
-            (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)),
-            6,
-            4,
-            False,
-            ("cancel",),
-            children=(0, 2, 0, 1),
-            late=True,
-        ),
-        "pressed": World(6, 2, (("aaaab", 6), ("bbab", 7)), 5, never=("prefix hit", "copy")),
-        "prefill first": World(
-            6,
-            2,
-            (("aaaab", 3), ("aaaa", 3), ("aab", 2)),
-            5,
-            children=(0, 1, 0),
-            order="prefill_first",
-        ),
+        "small": World(6, 2, THREE, 5, children=(0, 1, 0)),
+        "late": World(6, 2, THREE, 5, children=(0, 1, 0), late=True),
+        "late, no cancels": World(6, 2, THREE, 5, 4, False, NONE, (0, 1, 0), True),
+        "large": World(8, 2, FOUR, 6, children=(0, 2, 0, 1)),
+        "large late, no cancels": World(8, 2, FOUR, 6, 4, False, NONE, (0, 2, 0, 1), True),
+        "pressed": World(6, 2, "aaaab+6 bbab+7", 5, never=("prefix hit", "copy")),
+        "prefill first": World(6, 2, THREE, 5, children=(0, 1, 0), order="prefill_first"),
     }
     required = ("submit", "step", "cancel", "prefix hit", "copy", "part of a prompt", "preemption")
     required += ("eviction", "shared block")
@@ -136,7 +91,6 @@ class TransformersPaged:
             max_batch_tokens=world.max_tokens,
             max_requests_per_batch=world.max_seqs,
             max_blocks_per_request=0,
-            allow_block_sharing=world.sharing,
             max_memory_percent=0.9,
         )
         helper = found["distributed"].DistributedHelper(None, None)
@@ -250,7 +204,7 @@ class TransformersPaged:
         processor, scheduler = self.processor, self.scheduler
         if name == "submit":
             self.submitted.append(args[0])
-            limits = {"max_new_tokens": self.world.requests[args[0]][1], "eos_token_id": END}
+            limits = {"max_new_tokens": self.world.count(args[0]), "eos_token_id": END}
             limits["num_children"] = self.world.children[args[0]]
             prompt, state = self.world.prompt(args[0]), self.found["requests"].RequestState
             processor.input_queue.put(state(f"{args[0]}", prompt, **limits))

@@ -14,13 +14,14 @@ import os
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from vllm_sim.conformance.adapter import NOTHING, Operation, Pass, Step, Tables
 from vllm_sim.conformance.tools import (
     END,
+    Fields,
     Names,
+    Queue,
     Requests,
     engine,
     next_token,
@@ -49,29 +50,6 @@ class World(Requests):
     late: bool = False
 
 
-class Fields(SimpleNamespace):
-    """A part of the configuration: what is not set is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-    def __deepcopy__(self, _: dict) -> Fields:
-        return self
-
-
-class Queue(list):
-    """Between two threads, in one."""
-
-    put = list.append
-
-    def empty(self) -> bool:
-        return not self
-
-    def get_nowait(self) -> Any:
-        return self.pop(0)
-
-
 class Answer:
     """What a batch gives, once it is asked for."""
 
@@ -86,12 +64,10 @@ class VllmV1:
     """The adapter; `source` says where the engine is, once for all searches of a process."""
 
     worlds: ClassVar = {
-        "small": World(5, 2, (("aaaab", 3), ("aaaa", 3), ("aab", 2)), 4),
-        "late": World(5, 2, (("aaaab", 3), ("aaaa", 3), ("aab", 2)), 4, late=True),
-        "large": World(6, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)), 5),
-        "large late": World(
-            6, 2, (("aaaab", 4), ("aaaa", 3), ("aab", 5), ("aaaaba", 2)), 5, late=True
-        ),
+        "small": World(5, 2, "aaaab+3 aaaa+3 aab+2", 4),
+        "late": World(5, 2, "aaaab+3 aaaa+3 aab+2", 4, late=True),
+        "large": World(6, 2, "aaaab+4 aaaa+3 aab+5 aaaaba+2", 5),
+        "large late": World(6, 2, "aaaab+4 aaaa+3 aab+5 aaaaba+2", 5, late=True),
     }
     required = ("submit", "step", "abort", "prefix hit", "eviction", "preemption", "shared block")
     required += ("part of a prompt", "abort during a step")
@@ -108,7 +84,6 @@ class VllmV1:
 
     def start(self, world: World) -> None:
         self.world, found, torch = world, self.found, self.found["torch"]
-        longest = max(len(prompt) + count for prompt, count in world.requests)
         hashing = found["hashing"].sha256
         found["hashes"].init_none_hash(hashing)
         self.hasher = found["hashes"].get_request_block_hasher(world.block_size, hashing)
@@ -127,7 +102,9 @@ class VllmV1:
             cache_config=Fields(
                 num_gpu_blocks=whole, enable_prefix_caching=True, block_size=world.block_size
             ),
-            model_config=Fields(max_model_len=longest + world.block_size, runner_type="generate"),
+            model_config=Fields(
+                max_model_len=world.longest + world.block_size, runner_type="generate"
+            ),
             parallel_config=Fields(
                 data_parallel_index=0,
                 decode_context_parallel_size=1,
@@ -233,7 +210,7 @@ class VllmV1:
         name, args, *_ = operation
         if name == "submit":
             self.submitted.append(args[0])
-            prompt, count = self.world.prompt(args[0]), self.world.requests[args[0]][1]
+            prompt, count = self.world.prompt(args[0]), self.world.count(args[0])
             limits = self.found["sampling"].SamplingParams(temperature=0.0, max_tokens=count)
             limits._eos_token_id = END
             asked = self.found["request"].Request(
