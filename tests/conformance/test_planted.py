@@ -163,6 +163,7 @@ def test_what_is_planted_is_found(check, told, planted):
     search = searched(**planted)
     found = search.found
     assert found.fault.check == check and told in str(found.fault), found.fault
+    transitions = found.transitions
     # It is replayed from nothing, and no operation of it can be left out.
     fault, done = search.replay(found.history, check == "no end")
     assert (fault.check, done) == (check, len(found.history))
@@ -170,6 +171,7 @@ def test_what_is_planted_is_found(check, told, planted):
     shown = "\n".join(lines("small", "small", search, "plain"))
     assert shown.isascii() and f"{done}. {found.history[-1]}" in shown and f"=> {check}" in shown
     assert max(map(len, shown.splitlines())) <= 100
+    assert search.found.transitions == transitions, "what is replayed counts nowhere"
 
 
 def test_a_refusal_that_does_not_come_is_a_fault():

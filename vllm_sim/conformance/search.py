@@ -351,6 +351,7 @@ class Search:
     ) -> tuple[Fault | None, int]:
         """Call these in turn: (what did not hold, operations until then); (None, 0) if all did, or
         one is not offered. `seen(operation, state)` is called after each, also after the last."""
+        kept, self.found = self.found, Found()  # what is replayed counts nowhere
         state, done, operation = self.begin(), 0, None
         try:
             for wanted in history:
@@ -369,6 +370,8 @@ class Search:
             if operation:
                 seen(operation, state)
             return fault, done
+        finally:
+            self.found = kept
         return None, 0
 
 
