@@ -1,17 +1,7 @@
 """What a manager of KV-cache blocks shows to be searched: an adapter of at most eight methods.
 
 Makes sections 4.2-4.5 of the paper testable in any engine. An adapter drives one engine in one
-small world. It calls the engine, copies no line of it, and says what each call did to the slots:
-
-    start(world)   build the engine; a Step if that writes a slot
-    operations()   what may be called now: a list of Operation
-    apply(op)      call it: a Step, or several, says which slots were copied, written and read
-    tables()       {sequence: (its blocks in order, the tokens whose K and V they hold)}
-    free()         the free blocks
-    key()          a value that two states share if and only if they behave alike
-    ref_counts()   {block: references}, or None if there are none to compare
-    cached()       {block: all tokens up to its end, which it stands for}, if prefixes are kept
-
+small world. It calls the engine, copies no line of it, and says what each call did to the slots.
 docs/conformance.md has a complete one. Blocks are numbers 0 to `world.num_blocks` - 1, a slot is
 `block * world.block_size + offset`. States are copied (`copy.deepcopy`, so `__deepcopy__` makes it
 quick); a class with `replayed = True` is called again from the start instead.
@@ -89,11 +79,7 @@ class Step:
 NOTHING = Step()
 
 
-class World(Protocol):
-    """The size of what is searched; an adapter's own have more fields."""
-
-    num_blocks: int
-    block_size: int
+World = Any  # whatever has num_blocks and block_size
 
 
 class Adapter(Protocol):
@@ -102,11 +88,26 @@ class Adapter(Protocol):
     worlds: ClassVar[dict[str, World]]
     required: ClassVar[tuple[str, ...]]
 
+    # Build the engine; a Step if that writes a slot.
     def start(self, world: World) -> Step | None: ...
+
+    # What may be called now.
     def operations(self) -> Sequence[Operation]: ...
+
+    # Call it: a Step, or several, says which slots were copied, written and read.
     def apply(self, operation: Operation) -> Step | list[Step]: ...
+
+    # {sequence: (its blocks in order, the tokens whose K and V they hold)}
     def tables(self) -> Tables: ...
+
+    # The free blocks.
     def free(self) -> Sequence[int]: ...
+
+    # A value that two states share if and only if they behave alike.
     def key(self) -> Any: ...
+
+    # {block: references}, or None if there are none to compare.
     def ref_counts(self) -> dict[int, int] | None: ...
+
+    # {block: all tokens up to its end, which it stands for}, if prefixes are kept.
     def cached(self) -> dict[int, Sequence[int]]: ...
