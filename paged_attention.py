@@ -488,25 +488,18 @@ def choose_kernel(
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
-    *,
-    window: int | None = None,
-    soft_cap: float | None = None,
 ) -> tuple[str, str]:
     """GATHER or TRITON, and why not the latter ("" if nobody would expect it).
 
-    A model with a window or a cap of its scores needs GATHER: TRITON has neither. `auto`: Triton
-    on a CUDA device if it runs there, gathering elsewhere. Raises KernelError if TRITON was asked
-    for and cannot be had.
+    `auto`: Triton on a CUDA device if it runs there, gathering elsewhere. Raises KernelError if
+    TRITON was asked for and cannot be had.
     """
     assert asked in CHOICES
     if asked == GATHER:
         return GATHER, ""
     if asked == "auto" and device.type != "cuda":
         return GATHER, "triton needs a GPU"
-    if window is not None or soft_cap is not None:
-        problem = "triton's kernel has no " + ("window" if window is not None else "soft cap")
-    else:
-        problem = _problem(device, num_heads // num_kv_heads, head_size)
+    problem = _problem(device, num_heads // num_kv_heads, head_size)
     if problem is None:
         return TRITON, ""
     if asked == TRITON:

@@ -1,14 +1,16 @@
-"""The Triton kernels: decode attention over scattered blocks, block writes and block copies.
+"""The Triton kernels: attention over scattered blocks, block writes and block copies.
 
 Reproduces the three fused kernels of section 5 of the paper. `paged_attention_kernel` (section
 4.1, Eq. 4) reads the blocks where they lie and gathers nothing. It has what came after the paper:
-grouped queries on tensor cores, and sequences split over thread blocks (split-KV) whose partial
-results merge by their log-sum-exp. `write_slots` writes K and V through a slot mapping and
-`copy_blocks` copies blocks by a list of pairs, in one launch each. `move_blocks` also gathers and
-scatters the blocks of a swap (section 4.5).
+grouped queries on tensor cores, several query tokens a sequence, and sequences cut into parts
+(split-KV) whose results merge by their log-sum-exp, in the same launch. `write_slots` writes K and
+V through a slot mapping and `copy_blocks` copies blocks by a list of pairs, in one launch each.
+`move_blocks` also gathers and scatters the blocks of a swap (section 4.5).
 
 How to use it: attention as in paged_attention.py, whose cache uses the others on CUDA by itself.
-    out, lse = paged_attention_kernel(q, cache.k_pool(0), cache.v_pool(0), block_tables, seq_lens)
+    plan = Plan(q, k_pool, v_pool, [17, 1200])                # once an iteration, for all layers
+    out, lse = paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens, plan=plan)
+    out, lse = paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens)    # without one
     write_slots(cache.pool[layer], slots, k, v)
     for part in ordered(pairs):
         copy_blocks(cache.pool, torch.tensor(part, device="cuda"))
@@ -17,19 +19,25 @@ Needs Triton, which comes with torch on a GPU. With TRITON_INTERPRET=1 in the en
 import, the kernels run on CPU tensors, slowly: for tests. Block and slot numbers are not checked,
 as that would wait for the device.
 
-Shapes: B sequences, L layers, H query heads, H_kv K/V heads, G = H / H_kv, D head size, N blocks,
-S slots per block, T tokens, P splits. An *item* is what one program of the attention computes:
-(sequence, split, K/V head). The other kernels move bytes, whatever the dtype: as words of 8 bytes
-where sizes and strides allow, two in one access of a thread. Rows need no power of two: a program
-takes BLOCK words of the concatenated rows, wherever one ends.
+Shapes: B sequences, L layers, H query heads, H_kv K/V heads, G = H / H_kv, D head size (D_V that of
+V), N blocks, S slots per block, T tokens. How the attention is cut: an *item* is a few query tokens
+of one sequence, QT at most (one in decoding); a *part* is an item and one K/V head (or, of a large
+G, some of its query heads); its slots are read a *tile* at a time. The tiles of all parts, one
+behind the other, are shared out evenly among as many programs as the GPU runs at once. The other
+kernels move bytes, whatever the dtype: as words of 8 bytes where sizes and strides allow, two in
+one access of a thread. Rows need no power of two: a program takes BLOCK words of the concatenated
+rows, wherever one ends.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -39,74 +47,253 @@ from attention import check_lengths, check_shape, check_tensors
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels below were decorated
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234e38)  # where -inf - -inf, which is NaN, must not be
-MAX_GROUP = 16  # rows of one tensor-core product
-MAX_HEAD_SIZE = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_SPLITS = 64  # parts of a sequence: its last program reads them all
-MIN_CHUNK, MAX_CHUNK = 256, 4096  # slots of an item, where a sequence is split
-SHARED_SPARE = 12 << 10  # bytes of shared memory beside the tiles
+SMALL_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # of the pools alone, with scales
+MAX_HEAD_SIZE = 1024
+RANGE, ITEM = 16, 8  # numbers that a range and an item have in a plan
+UNPLANNED, LEAST_TILES = 2, 4  # ranges where there is no plan: times as many, and their tiles
+PART_SLOTS = 64  # what a part costs beside its own slots, as so many
+SHARED_SPARE = 7 << 10  # bytes of shared memory beside the tiles of a program
+REGISTERS, SCHEDULERS = 1 << 16, 4  # of a multiprocessor
 MANY_WORDS = 1 << 19  # from here on there are programs enough for 4 accesses a thread
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the work is cut: `tile` slots are read at a time, `chunk` slots are an item at most."""
+    """`tile` slots are read at a time; on a multiprocessor run `programs` programs at once."""
 
     tile: int
-    chunk: int
     num_warps: int
     num_stages: int
+    programs: int
 
     def __post_init__(self) -> None:
-        if self.tile < 16 or self.tile & (self.tile - 1) or self.chunk < 1 or self.num_stages < 1:
-            raise ValueError(f"a tile is a power of two from 16, a chunk at least 1: {self}")
+        if self.tile < 16 or self.tile & (self.tile - 1) or self.num_stages < 1:
+            raise ValueError(f"a tile is a power of two from 16, in at least one stage: {self}")
+        if self.num_warps not in (1, 2, 4, 8) or self.programs < 1:
+            raise ValueError(f"a program has 1, 2, 4 or 8 warps, and there is at least one: {self}")
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most, so that as many programs run at once."""
+        warps = -(-self.num_warps * self.programs // SCHEDULERS)  # each has registers of its own
+        return min(255, REGISTERS // SCHEDULERS // (32 * warps) // 8 * 8)
 
 
-def choose_tuning(
-    num_items: int, max_len: int, row_bytes: int, multiprocessors: int, shared_bytes: int
-) -> Tuning:
-    """A cut that suits an H100: chosen by trying others on shapes like bench_attention.py's.
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a GPU is to this kernel: its memory, in bytes a second; its multiprocessors; its L2."""
 
-    num_items: sequences times K/V heads; max_len: slots of the widest block table; row_bytes: of
-    one head of one slot, padded to a power of two; shared_bytes: that a program can have.
+    bandwidth: float
+    multiprocessors: int
+    cache_bytes: int
 
-    Up to two items for a multiprocessor are split into parts, two of which it then has. More are
-    whole up to MAX_CHUNK, as every part costs a merge: up to four in three stages, beyond that
-    in two, with small tiles where the table is short. Lengths are on the device, so it is not known
-    whether many long items end together; large tiles, fewer at a time, lost least where they
-    do not.
-    """
-    splits = 1
-    if num_items <= 2 * multiprocessors:
-        splits, shape = 2 * multiprocessors // max(1, num_items), (64, 4, 3)
-    elif num_items <= 4 * multiprocessors:
-        shape = (32, 4, 3)
-    else:
-        shape = (128, 8, 2) if max_len > 1536 else (32, 4, 2)
-    tile, num_warps, num_stages = shape
-    tile = max(16, tile * 256 // max(256, row_bytes))  # as many bytes, where rows are longer
-    # K and V of all stages but one lie in shared memory, beside some that the kernel itself needs.
-    while tile > 16 and 2 * (num_stages - 1) * tile * row_bytes + SHARED_SPARE > shared_bytes:
-        tile //= 2
-    splits = min(splits, -(-max_len // MIN_CHUNK))
-    splits = max(1, splits, -(-max_len // MAX_CHUNK))
-    chunk = -(-max_len // min(splits, MAX_SPLITS))
-    return Tuning(tile, max(tile, -(-chunk // tile) * tile), num_warps, num_stages)
+    def distance(self, other: Card) -> float:
+        """How unlike two cards are: by factors, whatever their names."""
+        mine, theirs = (
+            (card.bandwidth, card.multiprocessors, card.cache_bytes) for card in (self, other)
+        )
+        return sum(abs(math.log(a / b)) for a, b in zip(mine, theirs))
+
+
+# By benchmarks/tune_attention.py on 2026-11-29, one H200: of the cuts that win on some shape, the
+# three that lose least on the others. For more heads than MANY_HEADS; for fewer; and for fewer
+# where a program has less than LITTLE_WORK slots to read.
+TUNINGS = {
+    Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 7), Tuning(32, 4, 3, 4), Tuning(32, 4, 3, 3))
+}
+MANY_HEADS, LITTLE_WORK = 16, 750
 
 
 @functools.cache
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program can have on one."""
+def device_limits(device: torch.device) -> tuple[Card, int]:
+    """What the card is, and bytes of shared memory that programs can have on a multiprocessor."""
     if device.type != "cuda":
-        return 1, 1 << 20  # the interpreter's programs run one after another
+        return Card(1e11, 1, 1 << 20), 1 << 20  # the interpreter's programs run one by one
     found = torch.cuda.get_device_properties(device)
+    clock, width = found.memory_clock_rate * 1e3, found.memory_bus_width / 8
+    card = Card(2 * clock * width, found.multi_processor_count, found.L2_cache_size)
     # All but a KiB that the driver keeps for itself.
-    return found.multi_processor_count, found.shared_memory_per_multiprocessor - 1024
+    return card, found.shared_memory_per_multiprocessor - 1024
+
+
+def choose_tuning(
+    card: Card, shared_bytes: int, rows: Rows, num_slots: int, slot_bytes: int, row_bytes: int
+) -> Tuning:
+    """That of the card most like this one, cut down to what its shared memory holds.
+
+    num_slots: to read, of all heads; slot_bytes: K and V of one head of one slot, padded;
+    row_bytes: one query row. Many query rows (several tokens, or a wide group) need more warps, and
+    fewer programs at once.
+    """
+    many, few, little = TUNINGS[min(TUNINGS, key=card.distance)]
+    if rows.padded > 16:
+        wide = rows.padded * slot_bytes > 16384
+        chosen = Tuning(64 if wide else 32, 8 if wide else 4, 2, 1 if wide else 2)
+    elif rows.num_heads > MANY_HEADS:
+        chosen = many
+    else:
+        scarce = num_slots < LITTLE_WORK * few.programs * card.multiprocessors
+        chosen = little if scarce else few
+
+    def too_large(one: Tuning) -> bool:
+        tiles = max(1, one.num_stages - 1) * one.tile * slot_bytes
+        each = tiles + SHARED_SPARE + 2 * rows.padded * row_bytes
+        return one.programs * each > shared_bytes
+
+    while too_large(chosen) and chosen.tile > 16:
+        chosen = replace(chosen, tile=chosen.tile // 2)
+    while too_large(chosen) and chosen.programs > 1:
+        chosen = replace(chosen, programs=chosen.programs - 1)
+    while too_large(chosen) and chosen.num_stages > 1:
+        chosen = replace(chosen, num_stages=chosen.num_stages - 1)
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which query rows a program takes: `queries` tokens times `heads` query heads of a group.
+
+    A program has a power of two of rows, at least 16, which is what a tensor core multiplies.
+    """
+
+    kv_heads: int  # H_kv
+    group: int  # G
+    heads: int
+    queries: int
+
+    @classmethod
+    def of(cls, num_heads: int, kv_heads: int, value_size: int, most_queries: int) -> Rows:
+        """For H query heads of V's size, and so many query tokens of a sequence at most."""
+        most = max(16, min(128, 16384 // triton.next_power_of_2(value_size)))  # by registers
+        group = num_heads // kv_heads
+        heads = min(group, most)
+        queries = 1 if heads < group else max(1, min(most_queries, most // heads))
+        return cls(kv_heads, group, heads, queries)
+
+    @property
+    def padded(self) -> int:
+        return max(16, triton.next_power_of_2(self.heads * self.queries))
+
+    @property
+    def num_heads(self) -> int:
+        """K/V heads, each as often as programs share its group."""
+        return self.kv_heads * -(-self.group // self.heads)
+
+
+class Plan:
+    """How a batch's slots are shared out among programs: made on the host, which knows the lengths.
+
+    Made once an iteration and used by all layers. It says where the work is cut and not what it is:
+    lengths that have changed since cost time, and give the same result. `update` writes a later
+    iteration into the same tensor, which a CUDA graph can hold.
+    """
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        seq_lens: Sequence[int],
+        query_lens: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        tuning: Tuning | None = None,
+    ) -> None:
+        """For tensors like these, of paged_attention_kernel; the lengths are numbers.
+
+        query_lens: the query tokens of each sequence, its newest; None: one each. Raises
+        ShapeError.
+        """
+        self.device, self.window, self.one_each = q.device, window, query_lens is None
+        queries = 1 if query_lens is None else max(query_lens, default=1)
+        self.rows = Rows.of(q.shape[1], k_pool.shape[2], v_pool.shape[3], queries)
+        num_slots = sum(map(int, seq_lens)) * self.rows.num_heads
+        self.tuning = tuning or _tuning_for(q, k_pool, v_pool, self.rows, num_slots)
+        self.at_once = _ranges_at_once(q.device, self.tuning, self.rows)
+        self.table = torch.empty(0, dtype=torch.int32, device=q.device)
+        self.num_tokens = self.num_seqs = 0
+        self.update(seq_lens, query_lens)
+
+    def update(self, seq_lens: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
+        """The same for other lengths; of as many sequences at most if a graph holds the tensor."""
+        lens = np.asarray(seq_lens, dtype=np.int64)
+        counts = np.ones_like(lens) if query_lens is None else np.asarray(query_lens, np.int64)
+        check_shape(
+            lens.ndim == 1 and lens.shape == counts.shape and bool((counts >= 0).all()),
+            f"need B lengths and B numbers of queries, got {lens.shape} and {counts.shape}",
+        )
+        tuning = self.tuning
+        self.num_ranges, cut = cut_evenly(
+            *(lens, counts, self.at_once, tuning.tile),
+            *(self.rows.queries, self.window),
+        )
+        self.num_seqs, self.num_tokens = len(lens), int(counts.sum())
+        found = torch.from_numpy(cut)
+        if self.device.type == "cuda":
+            found = found.pin_memory()  # from pageable memory the transfer would wait
+        if found.numel() > self.table.numel():
+            self.table = torch.empty_like(found, device=self.device)
+        self.table[: found.numel()].copy_(found, non_blocking=True)
+
+
+def cut_points(tiles: np.ndarray, most: int, tile: int) -> np.ndarray:
+    """Where ranges begin and end: (n + 1,), increasing, n <= most; tiles: of each item.
+
+    A part costs something beside its tiles, so ranges with more parts have fewer; a cut one tile
+    from an item's begin is moved there. Where all items are alike and equal parts of them are at
+    least three quarters of the ranges, no range has two.
+    """
+    ends = np.cumsum(tiles)
+    num_tiles = int(ends[-1])
+    ranges = min(most, num_tiles)
+    if tiles.min() == tiles.max():
+        whole = ranges // len(tiles) * len(tiles)
+        if 4 * whole >= 3 * ranges:
+            return np.arange(whole + 1) * num_tiles // whole
+    costs = np.cumsum(tiles + PART_SLOTS / tile)
+    marks = np.arange(1, ranges) * (costs[-1] / ranges)
+    at = np.searchsorted(costs, marks, side="right")
+    own = tiles[at]
+    inside = np.clip(np.rint(marks - (costs[at] - own)), 0, own).astype(np.int64)
+    inside = np.where(inside <= 1, 0, np.where(inside >= own - 1, own, inside))
+    return np.unique(np.concatenate([[0], ends[at] - own + inside, [num_tiles]]))
+
+
+def cut_evenly(lens, counts, most, tile, queries, window):
+    """How many ranges, and the numbers of a plan, (ranges * 16 + items * 8,) int32: see `_attend`.
+
+    lens, counts: (B,) int64, slots and query tokens of each sequence.
+    """
+    num_items = -(-counts // queries)
+    seqs = np.repeat(np.arange(len(lens)), num_items)  # (items,)
+    nth = np.arange(len(seqs)) - np.repeat(np.cumsum(num_items) - num_items, num_items)
+    tokens = np.repeat(np.cumsum(counts) - counts, num_items) + nth * queries
+    after = counts[seqs] - nth * queries
+    end = lens[seqs] - after + np.minimum(queries, after)
+    begin = np.zeros_like(end) if window is None else lens[seqs] - after + 1 - window
+    first_tile = np.maximum(begin, 0) // tile
+    tiles = np.maximum(-(-end // tile) - first_tile, 1)
+    starts = np.cumsum(tiles) - tiles
+    edges = cut_points(tiles, most, tile)
+    check_shape(edges[-1] < 1 << 31, f"{edges[-1]} tiles are too many for one launch")
+    first, last = (
+        np.searchsorted(edges, at, side="right") - 1 for at in (starts, starts + tiles - 1)
+    )
+    items = np.stack([starts, tiles, first_tile, seqs, tokens, after, first, last], axis=1)
+    first, last = (
+        np.searchsorted(starts, at, side="right") - 1 for at in (edges[:-1], edges[1:] - 1)
+    )
+    heads = [first, last - first + 1, edges[:-1], edges[1:], *items[first].T]
+    table = np.zeros((2 * (len(edges) - 1) + len(items) + 1, ITEM), dtype=np.int32)
+    table[: 2 * (len(edges) - 1)].reshape(-1, RANGE)[:, : len(heads)] = np.stack(heads, axis=1)
+    table[2 * (len(edges) - 1) : -1] = items
+    return len(edges) - 1, table.ravel()
 
 
 class Workspace:
-    """Partial results of split sequences, kept from call to call so that nothing is cleared.
+    """Partial results of parts cut in two, kept from call to call so that nothing is cleared.
 
     Not to be shared by streams that run at the same time. A CUDA graph goes on using what it was
     captured with, so call once before a capture, with the largest shape: while one is captured
@@ -120,10 +307,10 @@ class Workspace:
         self.device = self.out.device  # with its index
         self._before: list[torch.Tensor] = []  # smaller ones, which a graph may still use
 
-    def reserve(self, num_items: int, num_heads: int, group: int, head_size: int) -> None:
-        """Room for `num_items` partial results of G query heads, and `num_heads` counters."""
-        rows = num_items * group
-        sizes = rows * head_size, rows, num_heads
+    def reserve(self, num_programs: int, rows: int, value_size: int) -> None:
+        """Room for two partial results of each program, of `rows` query rows each."""
+        places = 2 * num_programs * rows
+        sizes = places * value_size, places, num_programs
         have = self.out.numel(), self.lse.numel(), self.arrived.numel()
         if all(size <= room for size, room in zip(sizes, have)):
             return
@@ -149,59 +336,81 @@ def paged_attention_kernel(
     *,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    plan: Plan | None = None,
     workspace: Workspace | None = None,
     tuning: Tuning | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode attention over scattered blocks (paper, Eq. 4), read where they lie.
+    """Attention over scattered blocks (paper, Eq. 4), read where they lie.
 
-    q: (B, H, D), the newest token's queries; k_pool, v_pool: (N, S, H_kv, D), the last two
-    dimensions dense; block_tables: (B, max_blocks) int32; seq_lens: (B,) integers, tokens in
-    the cache, the newest included. H / H_kv from 1 to 16, D up to 256.
-    workspace: to keep from call to call; tuning: another cut than choose_tuning's.
-    Returns out (B, H, D) in q's dtype and lse (B, H) float32; a sequence of length 0 gives
-    0 and -inf. Slots at or beyond a sequence's length are never read, nor what its table does
-    not hold; the work is cut by the table's width, so trim it to the longest sequence.
-    Raises ShapeError, also for a window or a cap of the scores, which this kernel does not have.
-    Block numbers are not checked: see paged_attention.py.
+    q: (B, H, D), the newest token's queries, or (T, H, D) of several tokens a sequence, its newest,
+    one sequence behind the other, as the plan says; k_pool: (N, S, H_kv, D), v_pool: (N, S, H_kv,
+    D_V), the last two dimensions dense, in q's dtype or in one of 8 bits, which k_scale and v_scale
+    multiply; block_tables: (B, max_blocks) int32; seq_lens: (B,) integers, tokens in the cache, the
+    newest included. window: a query attends to the newest so many tokens, its own included;
+    soft_cap: see `attention`. plan: how the work is cut; without one it is cut by the table's
+    width, for one query token a sequence. workspace: to keep from call to call; tuning: another
+    than choose_tuning's, where there is no plan.
+    Returns out (T, H, D_V) in q's dtype and lse (T, H) float32; a query with nothing to attend to
+    gives 0 and -inf. Slots that no query of a sequence attends to are never read, nor what its
+    table does not hold. Raises ShapeError. Block numbers are not checked: see paged_attention.py.
     """
-    check_shape(window is None and soft_cap is None, "this kernel has no window and no soft cap")
-    _check_inputs(q, k_pool, v_pool, block_tables, seq_lens)
-    batch, num_heads, head_size = q.shape
-    num_kv_heads, block_size = k_pool.shape[2], k_pool.shape[1]
-    group = num_heads // num_kv_heads
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(batch, num_heads, dtype=torch.float32, device=q.device)
+    _check_inputs(q, k_pool, v_pool, block_tables, seq_lens, window, plan)
+    _check_options(window, soft_cap)
+    num_tokens, num_heads, head_size = q.shape
+    block_size, num_kv_heads = k_pool.shape[1:3]
+    value_size = v_pool.shape[3]
+    out = q.new_empty(num_tokens, num_heads, value_size)
+    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return out, lse
-    max_len = block_tables.shape[1] * block_size
-    head_pad = max(16, triton.next_power_of_2(head_size))  # a tensor core multiplies no less
-    if tuning is None:
-        row_bytes = head_pad * q.element_size()
-        tuning = choose_tuning(batch * num_kv_heads, max_len, row_bytes, *device_limits(q.device))
-    num_splits = max(1, -(-max_len // tuning.chunk))
+    max_slots = block_tables.shape[1] * block_size
+    if plan is None:
+        rows = Rows.of(num_heads, num_kv_heads, value_size, 1)
+        num_slots = num_tokens * max_slots * rows.num_heads
+        tuning = tuning or _tuning_for(q, k_pool, v_pool, rows, num_slots)
+        num_tiles = len(q) * max(1, -(-max_slots // tuning.tile))
+        # Where some sequences are shorter than the table is wide, small ranges even that out.
+        ranges = UNPLANNED * _ranges_at_once(q.device, tuning, rows)
+        ranges = max(1, min(ranges, num_tiles // LEAST_TILES))
+        table = seq_lens  # which is not read
+    else:
+        rows, tuning, ranges, table = plan.rows, plan.tuning, plan.num_ranges, plan.table
+        num_tiles = 0  # the plan has it
+    num_programs = ranges * rows.num_heads
     workspace = workspace or Workspace(q.device)
     check_shape(workspace.device == q.device, f"the workspace is on {workspace.device}")
-    num_items = batch * num_splits * num_kv_heads
-    if num_splits > 1:
-        workspace.reserve(num_items, batch * num_kv_heads, group, head_size)
+    workspace.reserve(num_programs, rows.heads * rows.queries, value_size)
     scale = head_size**-0.5 if scale is None else scale
-    arguments = q, k_pool, v_pool, block_tables, seq_lens, out, lse
+    value_pad = max(16, triton.next_power_of_2(value_size))
+    rest = max(0, head_size - value_pad)
+    arguments = q, k_pool, v_pool, block_tables, seq_lens, table, out, lse
     arguments += workspace.out, workspace.lse, workspace.arrived
-    arguments += scale, num_splits, tuning.chunk, max_len
+    arguments += scale * k_scale, v_scale, soft_cap or 0.0, window or 0, num_tiles, max_slots
     arguments += *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2], block_tables.stride(0)
     with torch.cuda.device_of(q):  # triton launches on the current device
-        _decode[(num_items,)](
+        _attend[(num_programs,)](
             *arguments,
             H_KV=num_kv_heads,
-            G=group,
+            G=rows.group,
+            HG=rows.heads,
+            QT=rows.queries,
+            ROWS=rows.padded,
             D=head_size,
+            D_V=value_size,
+            D_PAD=value_pad,
+            D_REST=max(16, triton.next_power_of_2(rest)) if rest else 0,
             S=block_size,
-            D_PAD=head_pad,
             TILE=tuning.tile,
-            SPLIT=num_splits > 1,
-            SAME=k_pool.stride() == v_pool.stride(),
+            PLANNED=plan is not None,
+            ONE_EACH=plan is None or plan.one_each,
+            WINDOW=window is not None,
+            CAP=soft_cap is not None,
+            SAME=k_pool.stride() == v_pool.stride() and head_size == value_size,
             STAGES=tuning.num_stages,
             num_warps=tuning.num_warps,
+            maxnreg=tuning.registers,
         )
     return out, lse
 
@@ -214,28 +423,59 @@ def try_launch(device: torch.device, group: int, head_size: int) -> None:
     paged_attention_kernel(q, pool, pool, table, table[0] + 1)
 
 
-def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
+def _ranges_at_once(device, tuning, rows) -> int:
+    """How many ranges the programs that run at once can have."""
+    card, _ = device_limits(device)
+    return max(1, card.multiprocessors * tuning.programs // rows.num_heads)
+
+
+def _tuning_for(q, k_pool, v_pool, rows, num_slots) -> Tuning:
+    """`choose_tuning` for these tensors."""
+    key, value = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k_pool, v_pool))
+    slot_bytes, row_bytes = (key + value) * k_pool.element_size(), key * q.element_size()
+    return choose_tuning(*device_limits(q.device), rows, num_slots, slot_bytes, row_bytes)
+
+
+def _check_options(window, soft_cap) -> None:
+    """ShapeError unless a window and a cap make sense."""
+    check_shape(
+        window is None or (isinstance(window, int) and not isinstance(window, bool) and window > 0),
+        f"a window is a number of tokens, at least 1, not {window}",
+    )
+    check_shape(
+        soft_cap is None or (isinstance(soft_cap, int | float) and 0 < soft_cap < math.inf),
+        f"a cap of scores is a number above 0, not {soft_cap}",
+    )
+
+
+def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens, window, plan) -> None:
     """ShapeError unless the kernel can run on these."""
     check_tensors(q=q, k_pool=k_pool, v_pool=v_pool, block_tables=block_tables)
     check_lengths(seq_lens)
-    check_shape(q.dim() == 3, f"q must be (B, H, D), not {tuple(q.shape)}")
+    check_shape(q.dim() == 3, f"q must be (T, H, D), not {tuple(q.shape)}")
     check_shape(
-        k_pool.dim() == 4 and k_pool.shape == v_pool.shape and k_pool.shape[3] == q.shape[2],
+        k_pool.dim() == v_pool.dim() == 4
+        and k_pool.shape[:3] == v_pool.shape[:3]
+        and k_pool.shape[3] == q.shape[2],
         f"need pools (N, S, H_kv, D) with D = {q.shape[2]}, got {tuple(k_pool.shape)} and "
         f"{tuple(v_pool.shape)}",
     )
     num_kv_heads = k_pool.shape[2]
     check_shape(
-        num_kv_heads > 0
-        and q.shape[1] % num_kv_heads == 0
-        and q.shape[1] // num_kv_heads <= MAX_GROUP
-        and q.shape[2] <= MAX_HEAD_SIZE,
-        f"{q.shape[1]} query heads over {num_kv_heads} K/V heads of size {q.shape[2]}: need a "
-        f"multiple, up to {MAX_GROUP}, and at most {MAX_HEAD_SIZE}",
+        num_kv_heads > 0 and q.shape[1] % num_kv_heads == 0,
+        f"{q.shape[1]} query heads are no multiple of {num_kv_heads} K/V heads",
+    )
+    sizes = q.shape[2], v_pool.shape[3]
+    check_shape(
+        min(sizes) > 0 and max(sizes) <= MAX_HEAD_SIZE,
+        f"heads of {sizes}: need 1 to {MAX_HEAD_SIZE}",
     )
     check_shape(
-        q.dtype == k_pool.dtype == v_pool.dtype and q.dtype in DTYPES,
-        f"q and the pools must have one dtype of {DTYPES}, not {q.dtype}, {k_pool.dtype}",
+        q.dtype in DTYPES
+        and k_pool.dtype == v_pool.dtype
+        and (k_pool.dtype == q.dtype or k_pool.dtype in SMALL_DTYPES),
+        f"q must have a dtype of {DTYPES} and both pools the same or one of {SMALL_DTYPES}, not "
+        f"{q.dtype}, {k_pool.dtype} and {v_pool.dtype}",
     )
     for pool in (k_pool, v_pool):
         dense = _steps(pool, 2, pool.shape[3]) and _steps(pool, 3, 1)
@@ -249,8 +489,9 @@ def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
         and _steps(block_tables, 1, 1),
         "block_tables must be (B, max_blocks), int32 or int64, its rows dense",
     )
+    batch = len(q) if plan is None else plan.num_seqs
     check_shape(
-        block_tables.shape[:1] == seq_lens.shape == q.shape[:1] and seq_lens.is_contiguous(),
+        block_tables.shape[:1] == seq_lens.shape == (batch,) and seq_lens.is_contiguous(),
         f"need (B,) integers; B differs: q {tuple(q.shape)}, "
         f"block_tables {tuple(block_tables.shape)}, seq_lens {tuple(seq_lens.shape)}",
     )
@@ -258,6 +499,14 @@ def _check_inputs(q, k_pool, v_pool, block_tables, seq_lens) -> None:
         q.device == k_pool.device == v_pool.device == block_tables.device == seq_lens.device,
         "all tensors must be on one device",
     )
+    if plan is not None:
+        given = len(q), q.shape[1] // num_kv_heads, num_kv_heads, window, q.device
+        made = plan.num_tokens, plan.rows.group, plan.rows.kv_heads, plan.window, plan.device
+        check_shape(
+            made == given,
+            "the plan is for another (query tokens, group, K/V heads, window, device): "
+            f"{made}, not {given}",
+        )
 
 
 def _steps(x, dim, stride) -> bool:
@@ -265,23 +514,26 @@ def _steps(x, dim, stride) -> bool:
     return x.shape[dim] <= 1 or x.stride(dim) == stride
 
 
-@triton.jit(do_not_specialize=["num_splits", "chunk", "max_slots", "table_stride"])
-def _decode(
+@triton.jit(do_not_specialize=["window", "num_tiles", "max_slots", "table_stride"])
+def _attend(
     q_ptr,
     k_ptr,
     v_ptr,
     tables_ptr,
     lens_ptr,
+    plan_ptr,
     out_ptr,
     lse_ptr,
     part_out_ptr,
     part_lse_ptr,
     arrived_ptr,
     scale,
-    num_splits,
-    chunk,
+    v_scale,
+    soft_cap,
+    window,
+    num_tiles,
     max_slots,
-    q_stride_b,
+    q_stride_t,
     q_stride_h,
     k_stride_n,
     k_stride_s,
@@ -290,101 +542,240 @@ def _decode(
     table_stride,
     H_KV: tl.constexpr,
     G: tl.constexpr,
+    HG: tl.constexpr,
+    QT: tl.constexpr,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
-    S: tl.constexpr,
+    D_V: tl.constexpr,
     D_PAD: tl.constexpr,
+    D_REST: tl.constexpr,
+    S: tl.constexpr,
     TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PLANNED: tl.constexpr,
+    ONE_EACH: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
     SAME: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One item: G query heads over the slots of one split of one sequence."""
-    item = tl.program_id(0)
+    """The tiles of one range, item by item, for one head."""
+    RANGE: tl.constexpr = 16
+    ITEM: tl.constexpr = 8
+    HEAD_BLOCKS: tl.constexpr = (G + HG - 1) // HG
+    HEADS: tl.constexpr = H_KV * HEAD_BLOCKS
+    D_K: tl.constexpr = D if D < D_PAD else D_PAD  # of K, beside the rest
     # Heads run fastest: programs that run together read neighbouring bytes of the same slots.
-    head = item % H_KV
-    split = (item // H_KV) % num_splits
-    seq = item // H_KV // num_splits
-    first = split * chunk
-    # What does not depend on the length is read before it: from a cold cache each costs a
-    # microsecond, and so they wait together.
-    rows = tl.arange(0, 16)  # the least that a tensor core multiplies
+    head = tl.program_id(0) % HEADS
+    this_range = tl.program_id(0) // HEADS
+    ranges = tl.num_programs(0) // HEADS
+    if PLANNED:
+        numbers = plan_ptr + this_range * RANGE
+        item = tl.load(numbers)
+        num_parts = tl.load(numbers + 1)
+        range_start = tl.load(numbers + 2)
+        range_end = tl.load(numbers + 3)
+        start = tl.load(numbers + 4)
+        tiles = tl.load(numbers + 5)
+        first_tile = tl.load(numbers + 6)
+        first_range = tl.load(numbers + 10)
+        last_range = tl.load(numbers + 11)
+        if not ONE_EACH:
+            seq = tl.load(numbers + 7)
+            token = tl.load(numbers + 8)
+            after = tl.load(numbers + 9)
+    else:
+        least = num_tiles // ranges
+        more = num_tiles - least * ranges  # so many ranges have one tile more
+        range_start = this_range * least + tl.minimum(this_range, more)
+        range_end = range_start + least + (this_range < more).to(tl.int32)
+        tiles = tl.maximum(tl.cdiv(max_slots, TILE), 1)
+        item = range_start // tiles
+        num_parts = tl.cdiv(range_end, tiles) - item
+        start = item * tiles
+        first_tile = 0
+        first_range = 0
+        last_range = 0
+    if ONE_EACH:  # an item is a sequence
+        seq = item
+        token = item
+        after = 1
+    kv_head = head // HEAD_BLOCKS
+    rows = tl.arange(0, ROWS)
     cols = tl.arange(0, D_PAD)
     offsets = tl.arange(0, TILE)
-    table = tables_ptr + seq.to(tl.int64) * table_stride
-    q_at = q_ptr + seq.to(tl.int64) * q_stride_b + (head * G + rows)[:, None] * q_stride_h
-    q_mask = (rows < G)[:, None] & (cols < D)[None, :]
-    q = tl.load(q_at + cols[None, :], mask=q_mask, other=0.0)
-    k_at = k_ptr + head * D + cols[:, None]
-    v_at = v_ptr + head * D + cols[None, :]
-    # Block numbers are read a tile ahead, so that K and V never wait for them; masked by the
-    # table's width and not by the length.
-    slots = first + offsets
-    block = tl.load(table + slots // S, mask=slots < max_slots, other=0)
-    # No more than the table holds: a longer one would wait for parts that nobody computes.
-    seq_len = tl.minimum(tl.load(lens_ptr + seq).to(tl.int32), max_slots)
-    end = tl.minimum(first + chunk, seq_len)
-    if (first < end) | (split == 0):
+    query = rows // HG
+    for _ in tl.range(0, num_parts):
+        # What does not depend on the length is read before it: from a cold cache each costs a
+        # microsecond, and so they wait together.
+        length = tl.load(lens_ptr + seq).to(tl.int32)
+        of_group = head % HEAD_BLOCKS * HG + rows % HG
+        row_live = (rows < QT * HG) & (query < after) & (of_group < G)
+        q_row = (token + query).to(tl.int64) * q_stride_t + (kv_head * G + of_group) * q_stride_h
+        q_at = q_ptr + q_row[:, None]
+        q_mask = row_live[:, None] & (cols < D_K)[None, :]
+        q = tl.load(q_at + cols[None, :], mask=q_mask, other=0.0)
+        if D_REST:
+            rest = D_PAD + tl.arange(0, D_REST)
+            q_rest = tl.load(
+                q_at + rest[None, :], mask=row_live[:, None] & (rest < D)[None, :], other=0.0
+            )
+        table = tables_ptr + seq.to(tl.int64) * table_stride
+        k_at = k_ptr + kv_head * D + cols[:, None]
+        v_at = v_ptr + kv_head * D_V + cols[None, :]
+
+        # Which tiles of the part are live, and which of them this program's. What the plan says
+        # only cuts: the first program has all from the live begin on, the last all to the end.
+        # No more than the table holds: of a longer one nobody has computed the rest.
+        length = tl.minimum(length, max_slots)
+        end = length - after + tl.minimum(after, QT)
+        if WINDOW:
+            begin = tl.maximum(length - after + 1 - window, 0)
+        else:
+            begin = 0
+        if not PLANNED:  # of the ranges of a whole row of the table, those with live tiles
+            live_first = tl.minimum(begin // TILE, tiles - 1)
+            live_end = tl.minimum(tl.maximum(tl.cdiv(end, TILE), live_first + 1), tiles)
+            first_range = _range_of(start + live_first, least, more)
+            last_range = _range_of(start + live_end - 1, least, more)
+        taken = tl.maximum(range_start - start, 0)
+        slot = (first_tile + taken) * TILE
+        stop = (first_tile + tl.minimum(range_end - start, tiles)) * TILE
+        if WINDOW:
+            slot = tl.where(this_range == first_range, begin // TILE * TILE, slot)
+        else:
+            slot = tl.where(this_range == first_range, 0, slot)
+        stop = tl.where(this_range == last_range, end, tl.minimum(stop, end))
+        mine = (this_range >= first_range) & (this_range <= last_range)
+        stop = tl.where(mine, stop, slot)
+
+        # Block numbers are read a tile ahead, so that K and V never wait for them; masked by the
+        # table's width and not by the length.
+        slots = slot + offsets
+        block = tl.load(table + slots // S, mask=slots < max_slots, other=0)
         scale2 = scale * LOG2_E
-        top = tl.full([16], LOWEST, tl.float32)
-        total = tl.zeros([16], tl.float32)
-        acc = tl.zeros([16, D_PAD], tl.float32)
-        for start in tl.range(first, end, TILE, num_stages=STAGES):
-            slots = start + offsets
+        top = tl.full([ROWS], LOWEST, tl.float32)
+        totals = tl.zeros([ROWS, TILE], tl.float32)  # of each column: added up behind the loop
+        acc = tl.zeros([ROWS, D_PAD], tl.float32)
+        for tile_slot in tl.range(slot, stop, TILE, num_stages=STAGES):
+            slots = tile_slot + offsets
             live = slots < end
+            if WINDOW:
+                live = live & (slots >= begin)
             this = block.to(tl.int64)
             ahead = slots + TILE
             block = tl.load(table + ahead // S, mask=ahead < max_slots, other=0)
-            if D == D_PAD:
-                k_mask, v_mask = live[None, :], live[:, None]
-            else:
-                k_mask = live[None, :] & (cols < D)[:, None]
-                v_mask = live[:, None] & (cols < D)[None, :]
             inside = slots % S
             at = this * k_stride_n + inside * k_stride_s
-            k = tl.load(k_at + at[None, :], mask=k_mask, other=0.0)  # (D, TILE)
-            scores = tl.dot(q, k, input_precision="ieee") * scale2  # (16, TILE)
-            scores = tl.where(live[None, :], scores, -float("inf"))
+            if D_K == D_PAD:
+                k = tl.load(k_at + at[None, :], mask=live[None, :], other=0.0)  # (D, TILE)
+            else:
+                k_mask = live[None, :] & (cols < D_K)[:, None]
+                k = tl.load(k_at + at[None, :], mask=k_mask, other=0.0)
+            scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")  # (ROWS, TILE)
+            if D_REST:
+                k_rest = tl.load(
+                    k_ptr + kv_head * D + rest[:, None] + at[None, :],
+                    mask=live[None, :] & (rest < D)[:, None],
+                    other=0.0,
+                )
+                scores = tl.dot(q_rest, k_rest.to(q.dtype), scores, input_precision="ieee")
+            if CAP:
+                # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+                x = scores * (scale / soft_cap)
+                scores = (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)) * (soft_cap * LOG2_E)
+            else:
+                scores = scores * scale2
+            seen = live[None, :]
+            if QT > 1:
+                position = length - after + query
+                seen = seen & (slots[None, :] <= position[:, None])
+                if WINDOW:
+                    seen = seen & (slots[None, :] > (position - window)[:, None])
+            scores = tl.where(seen, scores, -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             fade = tl.exp2(top - new_top)
             weight = tl.exp2(scores - new_top[:, None])
-            total = total * fade + tl.sum(weight, axis=1)
+            totals = totals * fade[:, None] + weight
             if not SAME:
                 at = this * v_stride_n + inside * v_stride_s
-            v = tl.load(v_at + at[:, None], mask=v_mask, other=0.0)  # (TILE, D)
-            acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+            if D_V == D_PAD:
+                v = tl.load(v_at + at[:, None], mask=live[:, None], other=0.0)  # (TILE, D_V)
+            else:
+                v_mask = live[:, None] & (cols < D_V)[None, :]
+                v = tl.load(v_at + at[:, None], mask=v_mask, other=0.0)
+            acc = tl.dot(
+                weight.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee"
+            )
             top = new_top
-        some = total != 0.0  # not where there is no slot at all; a NaN stays one
-        total = tl.where(some, total, 1.0)
-        acc = acc / total[:, None]
-        lse2 = tl.where(some, top + tl.log2(total), -float("inf"))  # to base 2
-        first_row = (seq.to(tl.int64) * H_KV + head) * G
-        num_parts = tl.cdiv(seq_len, chunk)
-        if SPLIT and num_parts > 1:
-            place = item.to(tl.int64) * G + rows
-            tl.store(part_out_ptr + place[:, None] * D + cols[None, :], acc, mask=q_mask)
-            tl.store(part_lse_ptr + place, lse2, mask=rows < G)
-            # The last to arrive merges: what the others have stored is there by then.
-            tl.debug_barrier()
-            counter = arrived_ptr + seq * H_KV + head
-            if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
-                _merge(
-                    part_out_ptr,
-                    part_lse_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    seq * num_splits * H_KV + head,
-                    first_row,
-                    num_parts,
-                    H_KV,
-                    G,
-                    D,
-                    D_PAD,
-                )
-                tl.store(counter, 0)
+        if mine:
+            total = tl.sum(totals, axis=1)
+            some = total != 0.0  # not where there is no slot at all; a NaN stays one
+            total = tl.where(some, total, 1.0)
+            acc = acc * (v_scale / total)[:, None]
+            lse2 = tl.where(some, top + tl.log2(total), -float("inf"))  # to base 2
+            out_row = (token + query).to(tl.int64) * (H_KV * G) + kv_head * G + of_group
+            out_mask = row_live[:, None] & (cols < D_V)[None, :]
+            if first_range == last_range:
+                tl.store(out_ptr + out_row[:, None] * D_V + cols[None, :], acc, mask=out_mask)
+                tl.store(lse_ptr + out_row, lse2 / LOG2_E, mask=row_live)
+            else:
+                # A program's last part goes on in the next program, its first one came from the
+                # one before: it has a place for each.
+                place = this_range + tl.where(this_range == first_range, ranges, 0)
+                place = (place * HEADS + head).to(tl.int64) * (QT * HG) + rows
+                part_at = part_out_ptr + place[:, None] * D_V + cols[None, :]
+                tl.store(part_at, acc, mask=out_mask)
+                tl.store(part_lse_ptr + place, lse2, mask=row_live)
+                # The last to arrive merges: what the others have stored is there by then.
+                tl.debug_barrier()
+                counter = arrived_ptr + first_range * HEADS + head
+                others = last_range - first_range
+                if tl.atomic_add(counter, 1, sem="acq_rel") == others:
+                    _merge(
+                        part_out_ptr,
+                        part_lse_ptr,
+                        out_ptr,
+                        lse_ptr,
+                        first_range * HEADS + head,
+                        others + 1,
+                        ranges * HEADS,
+                        token.to(tl.int64) * (H_KV * G) + kv_head * G + head % HEAD_BLOCKS * HG,
+                        tl.minimum(after, QT) * HG,
+                        G - head % HEAD_BLOCKS * HG,
+                        H_KV * G,
+                        HG,
+                        QT * HG,
+                        HEADS,
+                        D_V,
+                        D_PAD,
+                    )
+                    tl.store(counter, 0)
+        item += 1
+        if PLANNED:
+            numbers = plan_ptr + ranges * RANGE + item * ITEM
+            start = tl.load(numbers)
+            tiles = tl.load(numbers + 1)
+            first_tile = tl.load(numbers + 2)
+            first_range = tl.load(numbers + 6)
+            last_range = tl.load(numbers + 7)
+            if not ONE_EACH:
+                seq = tl.load(numbers + 3)
+                token = tl.load(numbers + 4)
+                after = tl.load(numbers + 5)
         else:
-            at = first_row + rows
-            tl.store(out_ptr + at[:, None] * D + cols[None, :], acc, mask=q_mask)
-            tl.store(lse_ptr + at, lse2 / LOG2_E, mask=rows < G)
+            start += tiles
+        if ONE_EACH:
+            seq = item
+            token = item
+
+
+@triton.jit
+def _range_of(tile, least, more):
+    """Which range has this tile: the first `more` have one more than the others."""
+    longer = more * (least + 1)
+    return tl.where(
+        tile < longer, tile // (least + 1), more + (tile - longer) // tl.maximum(least, 1)
+    )
 
 
 @triton.jit
@@ -393,28 +784,39 @@ def _merge(
     part_lse_ptr,
     out_ptr,
     lse_ptr,
-    item,
-    first_row,
+    first_place,
     num_parts,
-    H_KV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
+    num_programs,
+    first_row,
+    live_rows,
+    live_heads,
+    H: tl.constexpr,
+    HG: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    D_V: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """Attention over a sequence from that over each of its parts (attention.merge_attention)."""
-    ROWS: tl.constexpr = triton.next_power_of_2(G)
+    """Attention over all of a part from that of each program over its own (merge_attention).
+
+    Row r is query r // HG and head r % HG from `first_row` on, of HG heads out of H.
+    """
+    ROWS: tl.constexpr = triton.next_power_of_2(NUM_ROWS)
+    UNROLL: tl.constexpr = 16 if ROWS * D_PAD <= 512 else 8 if ROWS * D_PAD <= 1024 else 2
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, D_PAD)
-    mask = (rows < G)[:, None] & (cols < D)[None, :]
+    live = (rows < live_rows) & (rows % HG < live_heads)
+    mask = live[:, None] & (cols < D_V)[None, :]
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     # Loads wait for no other step, so that several parts are under way at once; .cg: from the L2
     # cache, where other multiprocessors' stores are.
-    for part in tl.range(0, num_parts, loop_unroll_factor=8):
-        place = (item + part * H_KV).to(tl.int64) * G + rows
-        lse_at, out_at = part_lse_ptr + place, part_out_ptr + place[:, None] * D + cols[None, :]
-        lse2 = tl.load(lse_at, mask=rows < G, other=-float("inf"), cache_modifier=".cg")
+    for nth in tl.range(0, num_parts, loop_unroll_factor=UNROLL):
+        place = first_place + tl.where(nth == 0, num_programs, nth * HEADS)
+        at = place.to(tl.int64) * NUM_ROWS + rows
+        lse2 = tl.load(part_lse_ptr + at, mask=live, other=-float("inf"), cache_modifier=".cg")
+        out_at = part_out_ptr + at[:, None] * D_V + cols[None, :]
         out = tl.load(out_at, mask=mask, other=0.0, cache_modifier=".cg")
         new_top = tl.maximum(top, lse2)
         fade = tl.exp2(top - new_top)
@@ -424,10 +826,10 @@ def _merge(
         top = new_top
     some = total != 0.0
     total = tl.where(some, total, 1.0)
-    at = first_row + rows
-    tl.store(out_ptr + at[:, None] * D + cols[None, :], acc / total[:, None], mask=mask)
+    at = first_row + (rows // HG) * H + rows % HG
+    tl.store(out_ptr + at[:, None] * D_V + cols[None, :], acc / total[:, None], mask=mask)
     lse2 = tl.where(some, top + tl.log2(total), -float("inf"))
-    tl.store(lse_ptr + at, lse2 / LOG2_E, mask=rows < G)
+    tl.store(lse_ptr + at, lse2 / LOG2_E, mask=live)
 
 
 def write_slots(pool, slots, k, v):

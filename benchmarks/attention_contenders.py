@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -29,12 +30,11 @@ Run = Callable[[], torch.Tensor]  # returns out (B, H, D)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """H query heads over H_kv K/V heads, for B sequences of these lengths; `aim`: ours / floor."""
+    """H query heads over H_kv K/V heads, for B sequences of these lengths."""
 
     heads: int
     kv_heads: int
     lens: tuple[int, ...]
-    aim: float
 
     @property
     def ragged(self) -> bool:
@@ -51,14 +51,14 @@ def ragged(batch: int) -> tuple[int, ...]:
 
 
 SHAPES = {
-    "OPT-13B 32 x 1024": Shape(40, 40, (1024,) * 32, 1.045),
-    "OPT-13B 64 x 128..2048": Shape(40, 40, ragged(64), 1.03),
-    "OPT-13B 8 x 2000": Shape(40, 40, (2000,) * 8, 1.12),
-    "OPT-13B 32 x 256": Shape(40, 40, (256,) * 32, 1.25),
-    "Llama-3-8B 64 x 1024": Shape(32, 8, (1024,) * 64, 1.15),
-    "Llama-3-8B 128 x 128..2048": Shape(32, 8, ragged(128), 1.08),
-    "Llama-3-70B 64 x 4096": Shape(64, 8, (4096,) * 64, 1.025),
-    "32/8 heads 1 x 32768": Shape(32, 8, (32768,), 1.35),
+    "OPT-13B 32 x 1024": Shape(40, 40, (1024,) * 32),
+    "OPT-13B 64 x 128..2048": Shape(40, 40, ragged(64)),
+    "OPT-13B 8 x 2000": Shape(40, 40, (2000,) * 8),
+    "OPT-13B 32 x 256": Shape(40, 40, (256,) * 32),
+    "Llama-3-8B 64 x 1024": Shape(32, 8, (1024,) * 64),
+    "Llama-3-8B 128 x 128..2048": Shape(32, 8, ragged(128)),
+    "Llama-3-70B 64 x 4096": Shape(64, 8, (4096,) * 64),
+    "32/8 heads 1 x 32768": Shape(32, 8, (32768,)),
 }
 CAT_SHAPE = "OPT-13B 32 x 1024"
 
@@ -121,19 +121,62 @@ class Data:
         return torch.stack(rows)
 
 
-def flashinfer_run(data: Data, tensor_cores: bool) -> Run:
+def flashinfer_run(data: Data, tensor_cores: bool, backend: str = "auto") -> Run:
     """FlashInfer's batch decode over the same pools; ImportError where it is not installed."""
     import flashinfer
 
     buffer = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper
-    wrapper = decode(buffer, "NHD", use_tensor_cores=tensor_cores)
+    wrapper = decode(buffer, "NHD", use_tensor_cores=tensor_cores, backend=backend)
     shape = data.shape
     last = torch.tensor([(n - 1) % S + 1 for n in shape.lens], dtype=torch.int32, device="cuda")
     sizes = shape.heads, shape.kv_heads, D, S
     types = {"q_data_type": torch.float16, "kv_data_type": torch.float16}
     wrapper.plan(data.starts // S, data.flat, last, *sizes, pos_encoding_mode="NONE", **types)
-    return lambda: wrapper.run(data.q, (data.k, data.v))
+    out = torch.empty_like(data.q)
+    return lambda: wrapper.run(data.q, (data.k, data.v), out=out)
+
+
+def xqa_run(data: Data) -> Run:
+    """TensorRT-LLM's XQA, which FlashInfer has as well."""
+    from flashinfer.decode import trtllm_batch_decode_with_kv_cache as decode
+
+    buffer = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    longest, out = data.padded.shape[1] * S, torch.empty_like(data.q)
+    inputs = data.q, (data.k, data.v), buffer, data.padded, data.lens, longest
+    options = {"bmm1_scale": D**-0.5, "bmm2_scale": 1.0, "kv_layout": "NHD", "backend": "xqa"}
+    return lambda: decode(*inputs, out=out, **options)
+
+
+def flash_attention_run(data: Data) -> Run:
+    """FlashAttention-3's paged decode, as vLLM's extension has it: see `load_flash_attention`."""
+    library, shape = torch.ops._vllm_fa3_C, data.shape
+    batch, longest = len(shape.lens), max(shape.lens)
+    sizes = batch, 1, longest, shape.heads, shape.kv_heads, D, D
+    nothing = (None,) * 4
+    plan = library.get_scheduler_metadata(
+        *(*sizes, torch.float16, data.lens, data.one_each, *nothing),
+        *(S, 0, True, -1, -1, False, 0, None, 0),
+    )
+    out = torch.empty_like(data.q)
+    arguments = (data.q, data.k, data.v, None, None, None, out, data.one_each, None, None, None)
+    arguments += (data.lens, 1, longest, data.padded, None, None, None, None, None)
+    arguments += (None, None, None, D**-0.5, True, -1, -1, 0.0, True, plan, 0, None, 0)
+    arguments += (None, 1, 0, None)
+
+    def run() -> torch.Tensor:
+        library.fwd(*arguments)
+        return out
+
+    return run
+
+
+def load_flash_attention(file: str | None) -> None:
+    """The extension `_vllm_fa3_C`: that of an installed vLLM, or this file."""
+    if file:
+        torch.ops.load_library(file)
+    else:
+        import vllm.vllm_flash_attn  # noqa: F401
 
 
 def contenders(name: str, data: Data) -> Iterator[tuple[str, Run]]:
@@ -142,7 +185,10 @@ def contenders(name: str, data: Data) -> Iterator[tuple[str, Run]]:
 
     arguments = data.q, data.k, data.v, data.padded, data.lens
     workspace = kernels.Workspace(data.device)
-    yield "triton", lambda: kernels.paged_attention_kernel(*arguments, workspace=workspace)[0]
+    plan = kernels.Plan(*arguments[:3], data.shape.lens)
+    attend = partial(kernels.paged_attention_kernel, *arguments, workspace=workspace)
+    yield "triton", lambda: attend(plan=plan)[0]
+    yield "unplanned", lambda: attend()[0]
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     if data.shape.ragged:
         yield "gather", data.packed
@@ -152,9 +198,15 @@ def contenders(name: str, data: Data) -> Iterator[tuple[str, Run]]:
         k, v = (part.contiguous() for part in data.copied())
         for key, backend in backends.items():
             yield key, lambda backend=backend: data.sdpa(k, v, backend)
-    for key, tensor_cores in (("flashinfer", False), ("flashinfer_tc", True)):
+    peers = {
+        "flashinfer": lambda: flashinfer_run(data, tensor_cores=False),
+        "flashinfer_tc": lambda: flashinfer_run(data, tensor_cores=True),
+        "flash_attention": lambda: flash_attention_run(data),
+        "xqa": lambda: xqa_run(data),
+    }
+    for key, prepare in peers.items():
         try:
-            yield key, flashinfer_run(data, tensor_cores)
+            yield key, prepare()
         except Exception as error:  # what it raises where it cannot be built is its own
             print(f"{name}: {key}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
     yield "plain", lambda: paged_attention.paged_attention_kernel(*arguments)[0]

@@ -5,18 +5,21 @@
     floor_us = num_bytes / copy_bandwidth() * 1e6
     us = cold_median_us(lambda: kernel(q, k, v), repeats=50)
     us = cold_median_us([lambda x=x: kernel(x) for x in batches], graph=True)  # data in turn
+    us = heated_medians_us({"a": replay_of(run_a), "b": replay_of(run_b)})  # in turn
 
 Events on the device around each run, so that no host clock takes part. Before each run a buffer of
 several times the L2 cache is written, which drops what the last run left there, and another is
 read, which has the written lines out of the cache too: else their way to memory would be charged to
 the run. While the device does this the host issues the run, so a launch costs the device no
-waiting. In a CUDA graph the gaps between the launches of one run go as well.
+waiting. In a CUDA graph the gaps between the launches of one run go as well. What is compared runs
+in turn, each after a while of nothing but itself: a card that has just been idle takes up to 3.5
+times as long for a moment.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -26,6 +29,7 @@ GRAPH_BELOW_US = 200.0  # a run this short is timed as a CUDA graph, unless told
 FLUSH_BYTES = 256 << 20  # at least; four times the L2 cache if that is more
 COPY_BYTES, PINNED_BYTES = 2 << 30, 512 << 20
 WARM_UP = 3
+HEAT_S = 0.05
 
 Run = Callable[[], object]
 
@@ -48,33 +52,28 @@ class CacheFlush:
         self._sum = torch.zeros((), dtype=torch.float32, device="cuda")
 
     def __call__(self) -> None:
-        self.write()
-        torch.sum(self._read, dim=0, out=self._sum)
-
-    def write(self) -> None:
-        """The first half: the cache is left full of lines that are still to be written back."""
         self._written.zero_()
+        torch.sum(self._read, dim=0, out=self._sum)
 
 
 def cold_median_us(
-    run: Run | Sequence[Run], repeats: int = 50, *, graph: bool | None = None, dirty: bool = False
+    run: Run | Sequence[Run], repeats: int = 50, *, graph: bool | None = None
 ) -> float:
     """Median microseconds of `run` on the device, the L2 cache cold; see `cold_times_us`."""
-    return median(cold_times_us(run, repeats, graph=graph, dirty=dirty))
+    return median(cold_times_us(run, repeats, graph=graph))
 
 
 def cold_times_us(
-    run: Run | Sequence[Run], repeats: int = 50, *, graph: bool | None = None, dirty: bool = False
+    run: Run | Sequence[Run], repeats: int = 50, *, graph: bool | None = None
 ) -> list[float]:
     """Microseconds of each of `repeats` runs on the device, the L2 cache cold before each.
 
     run: a function that issues work on the current stream, or several that take turns (the same
     work on other data). graph: whether to replay it from a CUDA graph; it must then not wait for
     the device nor send anything from the host. None: if it takes less than GRAPH_BELOW_US.
-    dirty: flush by writing alone, as many benchmarks do, so that a run pays for lines of others.
     """
     runs = [run] if callable(run) else list(run)
-    flush = CacheFlush().write if dirty else CacheFlush()
+    flush = CacheFlush()
     for i in range(max(WARM_UP, len(runs))):
         runs[i % len(runs)]()
     torch.cuda.synchronize()
@@ -86,6 +85,31 @@ def cold_times_us(
         for one in runs:  # the first replay of a graph uploads it
             one()
     return _times_us(runs, repeats, flush)
+
+
+def heated_medians_us(
+    runs: Mapping[str, Run], repeats: int = 30, *, rounds: int = 3, heat_s: float = HEAT_S
+) -> dict[str, float]:
+    """Microseconds of each of these, in turn, `rounds` times: the median of the rounds' medians.
+
+    Each is first repeated for `heat_s` seconds, then timed as in `cold_times_us`, as it is.
+    """
+    flush = CacheFlush()
+    medians: dict[str, list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            end = time.perf_counter() + heat_s
+            while time.perf_counter() < end:
+                run()
+                torch.cuda.synchronize()
+            medians[key].append(median(_times_us([run], repeats, flush)))
+    return {key: median(found) for key, found in medians.items()}
+
+
+def replay_of(run: Run) -> Run:
+    """`run` as the replay of a CUDA graph; it keeps what `run` holds, which the graph points to."""
+    graph = captured(run)
+    return lambda held=run: graph.replay()
 
 
 def captured(run: Run) -> torch.cuda.CUDAGraph:

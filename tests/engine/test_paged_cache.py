@@ -348,7 +348,3 @@ def test_attention_sinks_are_refused_by_name():
         PagedCache(AutoModelForCausalLM.from_config(config), 4)
 
 
-def test_gemma_2_has_no_triton_kernel():
-    pytest.importorskip("triton", exc_type=ImportError)
-    with pytest.raises(ValueError, match="triton's kernel has no window"):
-        PagedCache(small("gemma2"), 4, kernel="triton")

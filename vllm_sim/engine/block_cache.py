@@ -1,8 +1,9 @@
 """The attention of a transformers model, over blocks: what its layers call, and one forward's work.
 
 Reproduces: sections 4.1 and 4.3 on a real model. The K and V of new tokens are written to the slots
-that a manager gave them; a prompt's attention is the ordinary one over contiguous K and V, that of
-a generated token the paged kernel over its sequence's block table.
+that a manager gave them. With Triton's kernel all tokens attend over their sequence's blocks in
+place. Without it those of a prompt do so over contiguous K and V, and a generated one over K and V
+that the paged kernel gathers.
 
 A subclass decides where tokens go, once a forward: `make_step` returns a Step. It is used by the
 caches of paged_cache.py (transformers' generate()) and engine.py (continuous batching).
@@ -27,13 +28,14 @@ from transformers.masking_utils import create_causal_mask
 from attention import attention, causal_mask
 from kv_cache_manager import PagedKVCacheManager
 from paged_attention import (
+    TRITON,
     PagedKVCache,
-    attention_kernel,
     choose_kernel,
     gather_blocks,
     pad_block_tables,
+    paged_attention_kernel,
 )
-from vllm_sim.engine.support import UnsupportedModelError, check_call, check_model, heads, needs
+from vllm_sim.engine.support import UnsupportedModelError, check_call, check_model, heads, window_of
 
 NAME = "block_tables"  # of the attention and mask functions, for transformers
 # What generate() and forwards call a cache: one or the other, by version (5.24 renamed it).
@@ -65,11 +67,12 @@ class Step:
     written: torch.Tensor | None  # (written,) int64: the tokens stored there; None: all of them
     tables: torch.Tensor  # (num_decodes, max_blocks) int32
     lens: torch.Tensor  # (num_decodes,) int64
+    seq_lens: tuple[int, ...]  # the same as numbers
     segments: tuple[Segment, ...] = ()
 
     @property
     def num_decodes(self) -> int:
-        return len(self.lens)
+        return len(self.seq_lens)
 
 
 class BlockCache(Cache):
@@ -89,17 +92,20 @@ class BlockCache(Cache):
         """
         check_model(model)
         super().__init__(layers=[])
-        window, soft_cap = needs(model.config)
-        wanted = {"window": window, "soft_cap": soft_cap}
-        self.kernel, self.why_not_triton = choose_kernel(
-            kernel, model.device, *heads(model.config), **wanted
-        )
+        found = choose_kernel(kernel, model.device, *heads(model.config))
+        self.kernel, self.why_not_triton = found
+        self._attend = self._gathered
+        if self.kernel == TRITON:
+            from vllm_sim.engine.in_place import InPlace  # triton may be missing
+
+            self._attend = InPlace(model.device)
         self.manager, self._poison = manager, poison
-        self._decode = attention_kernel(self.kernel)
         self._config = model.config.get_text_config(decoder=True)
         self.num_layers = self._config.num_hidden_layers
         # Of every layer, where they are not told apart.
-        self._window = None if getattr(self._config, "layer_types", None) else window
+        self._window = (
+            None if getattr(self._config, "layer_types", None) else window_of(model.config)
+        )
         self.pool: PagedKVCache | None = None  # made by the first forward: its K has all sizes
         self._step: Step | None = None
         self._layer = 0  # the last one that attended
@@ -206,16 +212,17 @@ class BlockCache(Cache):
         else:
             pool.write(layer, step.slots, k[step.written], v[step.written])
         keys, values = pool.k_pool(layer), pool.v_pool(layer)
-        count = step.num_decodes
-        out = torch.zeros_like(q) if count < len(q) else q
         options = {"window": window, "soft_cap": soft_cap}
-        if count:
-            tables, lens = step.tables, step.lens
-            decoded, _ = self._decode(q[:count], keys, values, tables, lens, scale, **options)
-            if count == len(q):
-                out = decoded
-            else:
-                out[:count] = decoded
+        out = self._attend(step, q, k, v, keys, values, scale, **options)
+        return out.unflatten(0, (rows, -1))
+
+    def _gathered(self, step, q, k, v, keys, values, scale, *, window, soft_cap) -> torch.Tensor:
+        """Attention of all tokens, q (T, H, D), new K and V (T, H_kv, D), pools; (T, H, D)."""
+        out = torch.zeros_like(q)
+        options = {"window": window, "soft_cap": soft_cap}
+        if count := step.num_decodes:
+            inputs = q[:count], keys, values, step.tables, step.lens
+            out[:count] = paged_attention_kernel(*inputs, scale, **options)[0]
         for part in step.segments:
             length, first = part.num_tokens, part.num_tokens - (part.end - part.start)
             if first == 0:  # the whole sequence is here, contiguous
@@ -230,13 +237,13 @@ class BlockCache(Cache):
                 context = key[:, :seen], value[:, :seen]
                 attended, _ = attention(queries, *context, seen_by, scale, soft_cap=soft_cap)
                 out[start : start + queries.shape[1]] = attended[0]
-        return out.unflatten(0, (rows, -1))
+        return out
 
 
 def decode_part(tables: list[list[int]], lens: list[int], device) -> tuple:
     """Padded block tables and lengths of sequences that compute one token each, for a Step."""
     padded = pad_block_tables(tables, device)
-    return padded, torch.tensor(lens, dtype=torch.int64, device=device)
+    return padded, torch.tensor(lens, dtype=torch.int64, device=device), tuple(lens)
 
 
 def attend(module: nn.Module, query, key, value, attention_mask, scaling=None, **options):

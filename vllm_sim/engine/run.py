@@ -27,7 +27,7 @@ from paged_attention import (
 from vllm_sim.engine.block_cache import CACHE
 from vllm_sim.engine.paged_cache import PagedCache
 from vllm_sim.engine.report import Generated, lines, tables
-from vllm_sim.engine.support import UnsupportedModelError, heads, needs
+from vllm_sim.engine.support import UnsupportedModelError, heads
 from vllm_sim.engine.weights import Tokenizer, dtype_on, find_source, first_line
 from vllm_sim.playback import timeline
 from vllm_sim.playback.recorder import Recorder
@@ -86,8 +86,7 @@ def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
         check_writable(args.json)
     device = choose_device(args.device)
     source = find_source(args.model)
-    options = dict(zip(("window", "soft_cap"), needs(source.config)))
-    choose_kernel(args.kernel, device, *heads(source.config), **options)
+    choose_kernel(args.kernel, device, *heads(source.config))
     progress.at(0, 1, "tokenizer")
     tokenizer = source.tokenizer()
     prompt = tokenizer.encode(args.prompt)

@@ -4,7 +4,7 @@ Reproduces nothing: it refuses, by name and before a token is generated, a model
 not that of section 2.1 of the paper: causal, over K and V of one head size, stored layer by layer.
 
     check_model(model)                      # UnsupportedModelError, or nothing
-    window, soft_cap = needs(model.config)  # what the kernels must have for it
+    window = window_of(model.config)        # of its layers, or of some
 """
 
 from __future__ import annotations
@@ -67,14 +67,15 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} has attention that is not causal")
 
 
-def needs(config: PretrainedConfig) -> tuple[int | None, float | None]:
-    """The sliding window in tokens and the cap of the scores that some layer has, or None."""
+def window_of(config: PretrainedConfig) -> int | None:
+    """The sliding window in tokens that some layer has, or None."""
     text = config.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None)
-    if types and "sliding_attention" not in types:
-        window = None
-    return window, getattr(text, "attn_logit_softcapping", None)
+    return (
+        None
+        if types and "sliding_attention" not in types
+        else getattr(text, "sliding_window", None)
+    )
 
 
 def heads(config: PretrainedConfig) -> tuple[int, int, int]:
