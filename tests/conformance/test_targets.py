@@ -1,6 +1,7 @@
 """The targets: our scheduler, transformers if it is installed, the page's example, the command."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -132,6 +133,18 @@ def test_the_pages_example_finds_its_leak(capfd):
 def test_the_page_names_every_target():
     text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
     assert {name for name in TARGETS if f"`{name}`" not in text} == set()
+
+
+def test_the_pages_figures_are_those_of_the_results():
+    text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    for name in ("ours", "transformers", "nano_vllm", "mini_sglang", "tokasaurus", "vllm"):
+        result = json.loads((ROOT / "results" / f"conformance_{name}.json").read_text())
+        tables = {table["id"]: table for table in result["output"]["tables"]}
+        (row,) = tables["search"]["rows"]
+        version = result["output"]["setting"]["version"].removeprefix("commit ")
+        version = "here" if version.startswith("as it is") else version
+        assert f"| {version} | {row['states']:,} | {row['transitions']:,} |" in text, name
+        assert not result["output"]["exit_code"], name
 
 
 def test_the_command_tells_what_it_went_through(tmp_path, capfd):

@@ -346,5 +346,3 @@ def test_attention_sinks_are_refused_by_name():
     config.layer_types = ["full_attention"] * 2
     with pytest.raises(UnsupportedModelError, match="attention sinks"):
         PagedCache(AutoModelForCausalLM.from_config(config), 4)
-
-
