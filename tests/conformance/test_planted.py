@@ -8,7 +8,7 @@ import pytest
 from small_engine import NoRoomError, SmallAdapter, SmallEngine
 
 from vllm_sim.conformance import search as searching
-from vllm_sim.conformance.adapter import Operation, Pass, Step
+from vllm_sim.conformance.adapter import Forbidden, Operation, Pass, Step
 from vllm_sim.conformance.report import lines
 from vllm_sim.conformance.search import Search
 
@@ -188,6 +188,21 @@ def test_at_random_the_same_is_found_in_as_few_operations(planted, monkeypatch):
     found = searched(**planted).found
     assert not found.closed and found.fault.check == least.fault.check
     assert len(found.history) <= len(least.history) + 2
+
+
+def test_what_an_engine_forbids_is_told_by_where_it_says_so():
+    def told(adapter, operation, where="its README", change=False):
+        if operation.name == "fork":
+            adapter.submitted.append(len(adapter.submitted)) if change else None
+            raise Forbidden("it has no forks", where)
+        return SmallAdapter.apply(adapter, operation)
+
+    found = searched(adapter_apply=told).found
+    assert found.fault is None and "fork: it has no forks" in found.happened and not found.silent
+    found = searched(adapter_apply=lambda adapter, one: told(adapter, one, "")).found
+    assert found.silent.keys() == {"fork: it has no forks"} and "fork" in found.missing
+    found = searched(adapter_apply=lambda adapter, one: told(adapter, one, "", True)).found
+    assert found.fault.check == "refusal" and "forbidden, and changed" in str(found.fault)
 
 
 def test_checks_can_be_left_out_to_see_what_a_fault_leads_to():
