@@ -10,7 +10,7 @@ import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from itertools import permutations, product
 from pathlib import Path
 from types import MappingProxyType, ModuleType, SimpleNamespace
@@ -114,8 +114,6 @@ def engine(
     if source is not None and str(source.resolve()) not in sys.path:
         sys.path.insert(0, str(source.resolve()))
     try:
-        for module, real in stand_ins.items():
-            sys.modules.setdefault(module, MagicMock(name=module, **real))
         for package in bare:
             if package not in sys.modules:
                 parent, _, last = package.rpartition(".")
@@ -125,6 +123,9 @@ def engine(
                     raise ModuleNotFoundError(f"No module named {package!r}")
                 sys.modules[package] = ModuleType(package)
                 sys.modules[package].__path__ = [*spec.submodule_search_locations]
+        for module, real in stand_ins.items():  # only where the engine is found
+            stand_in = MagicMock(name=module, __spec__=ModuleSpec(module, None), **real)
+            sys.modules.setdefault(module, stand_in)
         return importlib.import_module(name)
     except Exception as error:
         told = f"{type(error).__name__}: {error}".splitlines()[0]
