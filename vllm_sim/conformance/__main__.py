@@ -31,11 +31,11 @@ from vllm_sim.reporting.documents import document
 from vllm_sim.reporting.files import add_output_options, check_writable, print_then, write_json
 from vllm_sim.reporting.progress import Progress
 
-NAME = "conformance"
+PROGRAM = "conformance"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(prog=PROGRAM, description=__doc__.split("\n")[0], allow_abbrev=False)
     add, names = parser.add_argument, ", ".join(TARGETS)
     help = f"one of {names} (default ours)"
     add("target", nargs="?", choices=TARGETS, default="ours", metavar="TARGET", help=help)
@@ -67,7 +67,7 @@ def parse_and_run(argv: list[str] | None) -> int:
     begun = time.monotonic()
     try:
         version = source(args.source) if source else "as it is here"
-        with Progress.on(sys.stderr, NAME, quiet=args.quiet) as progress:
+        with Progress.on(sys.stderr, PROGRAM, quiet=args.quiet) as progress:
             limits = {"seconds": args.seconds, "seed": args.seed, "without": args.without}
             search = Search(target, target.worlds[world_name], **limits, progress=progress)
             found = search.run()
@@ -84,14 +84,14 @@ def parse_and_run(argv: list[str] | None) -> int:
             rows = [table.to_json() for table in tables(world_name, search)]
             what = {"seeds": [args.seed], "setting": setting, "tables": rows, "checks": [held]}
             what |= {"exit_code": code, "elapsed_s": time.monotonic() - begun}
-            write_json(args.json, document(NAME, vars(args), **what))
+            write_json(args.json, document(PROGRAM, vars(args), **what))
 
     print_then(keep, lambda: print("\n".join(shown)))
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(NAME, partial(parse_and_run, argv))
+    return exit_code(PROGRAM, partial(parse_and_run, argv))
 
 
 if __name__ == "__main__":
