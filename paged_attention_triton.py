@@ -101,7 +101,7 @@ class Card:
 # three that lose least on the others. For more heads than MANY_HEADS; for fewer; and for fewer
 # where a program has less than LITTLE_WORK slots to read.
 TUNINGS = {
-    Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 7), Tuning(32, 4, 3, 4), Tuning(32, 4, 3, 3))
+    Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 7), Tuning(16, 2, 4, 4), Tuning(32, 4, 3, 3))
 }
 MANY_HEADS, LITTLE_WORK = 16, 750
 
@@ -575,7 +575,6 @@ def _attend(
         range_start = tl.load(numbers + 2)
         range_end = tl.load(numbers + 3)
         start = tl.load(numbers + 4)
-        tiles = tl.load(numbers + 5)
         first_tile = tl.load(numbers + 6)
         first_range = tl.load(numbers + 10)
         last_range = tl.load(numbers + 11)
@@ -637,9 +636,8 @@ def _attend(
             live_end = tl.minimum(tl.maximum(tl.cdiv(end, TILE), live_first + 1), tiles)
             first_range = _range_of(start + live_first, least, more)
             last_range = _range_of(start + live_end - 1, least, more)
-        taken = tl.maximum(range_start - start, 0)
-        slot = (first_tile + taken) * TILE
-        stop = (first_tile + tl.minimum(range_end - start, tiles)) * TILE
+        slot = (first_tile + tl.maximum(range_start - start, 0)) * TILE
+        stop = (first_tile + range_end - start) * TILE  # where the item goes on in the next range
         if WINDOW:
             slot = tl.where(this_range == first_range, begin // TILE * TILE, slot)
         else:
@@ -754,7 +752,6 @@ def _attend(
         if PLANNED:
             numbers = plan_ptr + ranges * RANGE + item * ITEM
             start = tl.load(numbers)
-            tiles = tl.load(numbers + 1)
             first_tile = tl.load(numbers + 2)
             first_range = tl.load(numbers + 6)
             last_range = tl.load(numbers + 7)

@@ -10,6 +10,7 @@ as large again. bench_attention.py times them, profile_attention.py reads the co
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -172,10 +173,10 @@ def flash_attention_run(data: Data) -> Run:
 
 
 def load_flash_attention(file: str | None) -> None:
-    """The extension `_vllm_fa3_C`: that of an installed vLLM, or this file."""
+    """The extension `_vllm_fa3_C`: this file, or that of an installed vLLM. Raises OSError."""
     if file:
         torch.ops.load_library(file)
-    else:
+    elif importlib.util.find_spec("vllm"):
         import vllm.vllm_flash_attn  # noqa: F401
 
 

@@ -52,6 +52,7 @@ from script import Script, entry, options, show, table
 
 import paged_attention
 from paged_attention import gather_blocks
+from vllm_sim.reporting.command_line import UsageError, first_line
 from vllm_sim.reporting.drawing import check_folder
 from vllm_sim.reporting.tables import Table
 
@@ -158,8 +159,8 @@ def run(argv: list[str] | None) -> int:
         check_folder(args.figures, [pictures.FLOOR])
     try:
         load_flash_attention(args.fa3)
-    except (ImportError, OSError) as error:
-        print(f"FlashAttention-3: {error}".partition("\n")[0][:200], file=sys.stderr)
+    except OSError as error:
+        raise UsageError(f"--fa3 {args.fa3}: {first_line(error)}") from None
     bandwidth = copy_bandwidth()
     found = {"bandwidth_bytes_per_s": bandwidth, "repeats": args.repeats, "head_size": D}
     found |= {"block_size": S, "dtype": "float16", "shapes": []}

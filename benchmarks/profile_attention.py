@@ -45,7 +45,7 @@ METRICS = {
 }
 # ncu chooses units by size unless told to print base units.
 NCU = ("ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none")
-NCU += ("--kernel-name", "regex:^_(decode|read)$", "--metrics", ",".join(METRICS.values()))
+NCU += ("--kernel-name", "regex:^_(attend|read)$", "--metrics", ",".join(METRICS.values()))
 COLUMNS = [
     ("shape", "shape"),
     ("blocks", "case"),
@@ -68,16 +68,17 @@ def launch(name: str) -> None:
     """The three kernels of a shape, once each: what ncu watches."""
     from read_only import read_bytes
 
-    from paged_attention_triton import paged_attention_kernel
+    from paged_attention_triton import Plan, paged_attention_kernel
 
     data = Data(SHAPES[name])
+    plan = Plan(data.q, data.k, data.v, data.shape.lens)
     counts = [len(table) for table in data.tables]
     ordered = torch.zeros_like(data.padded)
     for row, (count, start) in enumerate(zip(counts, data.starts.tolist())):
         ordered[row, :count] = torch.arange(start // S, start // S + count)
     source = torch.randn(SHAPES[name].live_bytes // 2, dtype=torch.float16, device=data.device)
     for tables in (data.padded, ordered):
-        paged_attention_kernel(data.q, data.k, data.v, tables, data.lens)
+        paged_attention_kernel(data.q, data.k, data.v, tables, data.lens, plan=plan)
     read_bytes(source, 4224, 8192)
     torch.cuda.synchronize()
 

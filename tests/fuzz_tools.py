@@ -29,6 +29,7 @@ import make_length_tables
 import measured_servers
 import profile_attention
 import pytest
+import tune_attention
 from tiny_models import TINY, VISION
 
 import capacity
@@ -278,7 +279,7 @@ BAD_FOLDERS = ("", "old.json", "old.json/x", "pipe", "loop", "full", "/proc/none
 BAD_FOLDERS += ("x" * 300,)
 SCRIPTS = (main, capacity, reproduce, sweep, fit_latency, make_length_tables, bench_serving)
 SCRIPTS += (lengths_from_pickle, bench_manager, bench_beam_step, bench_attention)
-SCRIPTS += (bench_paging_cost, profile_attention, measured_servers)
+SCRIPTS += (bench_paging_cost, profile_attention, measured_servers, tune_attention)
 SCRIPTS += (conformance,)
 if importlib.util.find_spec("transformers"):
     SCRIPTS += (generate,)

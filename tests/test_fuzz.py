@@ -506,6 +506,7 @@ WITH_TORCH = (
     "benchmarks/bench_beam_step.py",
     "benchmarks/bench_paging_cost.py",
     "benchmarks/profile_attention.py",
+    "benchmarks/tune_attention.py",
     *(["generate.py"] if importlib.util.find_spec("transformers") else []),
 )
 ALL_SCRIPTS = [*SCRIPTS, *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_TORCH)]

@@ -112,3 +112,12 @@ def test_under_pressure_100_mixed_requests_give_what_each_gives_alone(alone, pre
     assert seen.copies > 50
     assert (seen.swaps > 5) == (preemption != "recompute")
     assert (seen.recomputations > 5) == (preemption != "swap")
+
+
+def test_triton_serves_prompts_behind_a_prefix_as_the_gather_kernel_does():
+    pytest.importorskip("triton", exc_type=ImportError)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = copy.deepcopy(small("llama")).to(device)
+    requests = [(prompt, 3, kind, True) for prompt, _, kind, _ in mixed(4)[::3]]
+    found = [serve(model, requests, prefix=PREFIX, kernel=k)[0] for k in ("gather", "triton")]
+    assert found[0] == found[1]

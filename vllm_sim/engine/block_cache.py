@@ -35,6 +35,7 @@ from paged_attention import (
     pad_block_tables,
     paged_attention_kernel,
 )
+from vllm_sim.engine.in_place import InPlace
 from vllm_sim.engine.support import UnsupportedModelError, check_call, check_model, heads, window_of
 
 NAME = "block_tables"  # of the attention and mask functions, for transformers
@@ -96,8 +97,6 @@ class BlockCache(Cache):
         self.kernel, self.why_not_triton = found
         self._attend = self._gathered
         if self.kernel == TRITON:
-            from vllm_sim.engine.in_place import InPlace  # triton may be missing
-
             self._attend = InPlace(model.device)
         self.manager, self._poison = manager, poison
         self._config = model.config.get_text_config(decoder=True)

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
-from paged_attention_triton import Plan, Workspace, paged_attention_kernel
-
 if TYPE_CHECKING:
+    from paged_attention_triton import Plan
     from vllm_sim.engine.block_cache import Step
 
 
@@ -27,7 +26,9 @@ class InPlace:
     """The attention of a BlockCache: in each layer a launch for decodes and one for prompts."""
 
     def __init__(self, device: torch.device) -> None:
-        self._workspace = Workspace(device)
+        import paged_attention_triton as kernels  # triton may be missing
+
+        self._kernels, self._workspace = kernels, kernels.Workspace(device)
         self._step: Step | None = None
         self._plans: dict[tuple[bool, int | None], Plan] = {}
 
@@ -42,16 +43,17 @@ class InPlace:
             self._begin(step)
         options = {"scale": scale, "window": window, "soft_cap": soft_cap}
         options["workspace"] = self._workspace
+        attend = self._kernels.paged_attention_kernel
         count, out = step.num_decodes, torch.zeros_like(q)
         if count:
             plan = self._plan(q[:count], keys, values, step.seq_lens, None, window)
             inputs = q[:count], keys, values, step.tables, step.lens
-            out[:count] = paged_attention_kernel(*inputs, plan=plan, **options)[0]
+            out[:count] = attend(*inputs, plan=plan, **options)[0]
         if step.segments:
             queries = q[self._rows]
             plan = self._plan(queries, keys, values, self._lens, self._counts, window)
             inputs = queries, keys, values, self._tables, self._device_lens
-            out[self._rows] = paged_attention_kernel(*inputs, plan=plan, **options)[0]
+            out[self._rows] = attend(*inputs, plan=plan, **options)[0]
         return out
 
     def _begin(self, step: Step) -> None:
@@ -71,5 +73,5 @@ class InPlace:
         """How this batch is cut: made by the first layer with this window, for all of them."""
         key = counts is None, window
         if key not in self._plans:
-            self._plans[key] = Plan(q, keys, values, lens, counts, window=window)
+            self._plans[key] = self._kernels.Plan(q, keys, values, lens, counts, window=window)
         return self._plans[key]
