@@ -70,7 +70,8 @@ def refused(capfd):
         code = script.main([*map(str, args)])
         printed, errors = capfd.readouterr()
         told, _, reason = errors.partition(": error: ")
-        assert (code, printed, told) == (2, "", f"{script.__name__}.py"), errors
+        name = getattr(script, "PROGRAM", f"{script.__name__}.py")  # of a package, run by -m
+        assert (code, printed, told) == (2, "", name), errors
         assert errors.count("\n") == 1 and errors.isascii()
         return reason
 

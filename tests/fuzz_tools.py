@@ -37,6 +37,7 @@ import generate
 import main
 import reproduce
 import sweep
+from vllm_sim.conformance import __main__ as conformance
 from vllm_sim.models.config_file import ConfigError, read_config
 from vllm_sim.reporting import sweep_cells
 from vllm_sim.reporting.arguments import FileName, OneLineParser, positive, seed
@@ -279,6 +280,7 @@ BAD_FOLDERS += ("x" * 300,)
 SCRIPTS = (main, capacity, reproduce, sweep, fit_latency, make_length_tables, bench_serving)
 SCRIPTS += (lengths_from_pickle, bench_manager, bench_beam_step, bench_attention)
 SCRIPTS += (bench_paging_cost, profile_attention, measured_servers, tune_attention)
+SCRIPTS += (conformance,)
 if importlib.util.find_spec("transformers"):
     SCRIPTS += (generate,)
 
@@ -309,7 +311,7 @@ def kind_of(action):
 
 PARSERS = {script: parser_of(script) for script in SCRIPTS}
 ACTIONS = {
-    script: {a.option_strings[-1]: a for a in parser._actions if a.dest != "help"}
+    script: {a.option_strings[-1]: a for a in parser._actions if a.dest not in ("help", "target")}
     for script, parser in PARSERS.items()
 }
 OPTIONS = {script: {o: kind_of(a) for o, a in found.items()} for script, found in ACTIONS.items()}
@@ -318,6 +320,7 @@ HARMLESS = dict.fromkeys(OPTIONS, ()) | {
     main: ("--model", "opt-125m", "--num-blocks", "140", "--device", "cpu"),
     reproduce: ("--figure", "table1"),
     measured_servers: ("--configs", str(ROOT / "docs")),  # has none
+    conformance: ("ours-buddy", "--world", "1 in 1"),
 }
 
 

@@ -32,6 +32,7 @@ BELOW = {
     "engine": CORE | TENSORS | GROUND | {"serving", "playback"},
     "evaluation": CORE | GROUND | {"serving"},
     "sizing": CORE | GROUND | {"serving"},
+    "conformance": CORE | GROUND | {"serving"},
 }
 LATE = {"torch", "transformers", "triton", "matplotlib"}  # may be imported in a function
 README = ROOT / "README.md"

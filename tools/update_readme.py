@@ -53,6 +53,27 @@ PAGES = {  # page: its title, one sentence, the results
         "What each number means: [how many requests fit](../capacity.md).",
         ("measured_servers", "replay"),
     ),
+    "conformance": (
+        "Managers searched",
+        "What is searched, how, and which faults are reported: "
+        "[Bring your own manager](../conformance.md).",
+        (
+            "conformance_ours",
+            "conformance_ours_manager",
+            "conformance_transformers",
+            "conformance_transformers_pressed",
+            "conformance_transformers_late",
+            "conformance_transformers_late_no_cancels",
+            "conformance_nano_vllm",
+            "conformance_nano_vllm_wide",
+            "conformance_mini_sglang",
+            "conformance_mini_sglang_aborts",
+            "conformance_mini_sglang_prefixes",
+            "conformance_mini_sglang_contents",
+            "conformance_tokasaurus",
+            "conformance_vllm",
+        ),
+    ),
     "sweep": (
         "A sweep: three block sizes, three seeds",
         "How to run one: [Sweeps](../sweeps.md).",

@@ -10,8 +10,15 @@ above it succeeds and takes exactly the need.
 import random
 
 import pytest
-from manager_tools import fill, group_of, prefix_ids, random_manager, refused, swapped_ids
-from search_tools import copy_paged, frozen_paged
+from manager_tools import (
+    fill,
+    group_of,
+    observable,
+    prefix_ids,
+    random_manager,
+    refused,
+    swapped_ids,
+)
 
 from kv_cache_manager import (
     BaselineCacheManager,
@@ -20,6 +27,7 @@ from kv_cache_manager import (
     PagedKVCacheManager,
 )
 from sequence import Sequence, SequenceGroup, SequenceStatus
+from vllm_sim.conformance.adapters.paged_manager import copied
 
 SIZE = 4
 NEW = (500, 501, 502)  # ids that nobody has
@@ -165,7 +173,7 @@ def some_operations(manager, rng):
 
 
 def with_free(manager, free):
-    trial = copy_paged(manager)
+    trial = copied(manager)
     fill(trial, free)
     return trial
 
@@ -184,11 +192,11 @@ def test_random_states_with_every_number_of_free_blocks(seed):
                 operation(trial)
                 assert trial.num_free_blocks == free - need
                 break
-            before = frozen_paged(trial)
+            before = observable(trial)
             try:
                 operation(trial)
             except OutOfBlocksError as error:
-                assert type(error) is OutOfBlocksError and frozen_paged(trial) == before
+                assert type(error) is OutOfBlocksError and observable(trial) == before
                 trial.check_invariants()
             else:
                 need = free

@@ -1,0 +1,90 @@
+"""What a search found, as it is shown: the answer, what happened, a fault's history step by step.
+
+Reproduces nothing: the presentation only.
+
+    for line in lines("ours", "small", search):
+        print(line)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_sim.conformance.adapter import Operation
+from vllm_sim.conformance.search import Search, State
+from vllm_sim.reporting.tables import Table, counted, render, wrapped
+
+
+def answer(name: str, search: Search) -> str:
+    """The first line."""
+    found = search.found
+    where = f"{counted(found.states, 'state')} and {counted(found.transitions, 'transition')}"
+    if found.fault is not None:
+        steps = counted(len(found.history), "operation")
+        return f"{name}: a fault after {steps}, found in {where}. {found.fault}"
+    told = "all that the world can reach" if found.closed else "as far as time allowed"
+    if found.missing:
+        return f"{name}: no fault in {where}, but not all that it must have met: it proves little"
+    return f"{name}: no fault in {where}, {told}"
+
+
+def tables(world_name: str, search: Search) -> list[Table]:
+    """What was searched, what happened, what is forbidden and nowhere said, and the history."""
+    found = search.found
+    rate = round(found.transitions / max(found.seconds, 1e-9))
+    headers = ("world", "states", "transitions", "a second", "deep", "closed", "random histories")
+    depth, closed = found.depth, "yes" if found.closed else "no"
+    row = (world_name, found.states, found.transitions, rate, depth, closed, found.histories)
+    shown = [Table("Search", headers, [row], str(search.world), name="search")]
+    rows = [(name, "done", count) for name, count in sorted(found.done.items())]
+    refused = ((f"{name}: {why}", count) for (name, why), count in sorted(found.refused.items()))
+    rows += [(name, "refused", count) for name, count in refused]
+    rows += [(name, "event", count) for name, count in sorted(found.events.items()) if count]
+    rows += [(name, "NOT SEEN", 0) for name in found.missing]
+    shown.append(Table("What happened", ("what", "kind", "times"), rows, name="events", index=2))
+    if found.silent:
+        rows = [*sorted(found.silent.items())]
+        title = "Forbidden, and nowhere said: no faults"
+        shown.append(Table(title, ("what", "times"), rows, name="forbidden"))
+    if found.fault is not None:
+        rows = [(number, str(one)) for number, one in enumerate(found.history, 1)]
+        shown.append(Table("Smallest history", ("step", "operation"), rows, name="history"))
+    return shown
+
+
+def replayed(search: Search) -> list[str]:
+    """The history of a fault, each table and what its slots hold: who wrote it, and at what
+    position of its own."""
+    shadow, size, shown = search.shadow, search.world.block_size, []
+    shadow.labels = {}
+
+    def seen(operation: Operation, state: State) -> None:
+        shown.append(f"{len(shown) + 1}. {operation}")
+        slots, lines = state.slots, []
+        for who, (blocks, tokens) in state.adapter.tables().items():
+            held = [
+                f"{block}[{' '.join(shadow.label(slots, block * size + at) for at in range(size))}]"
+                for block in blocks
+            ]
+            lines.append(f"{who}: {counted(len(tokens), 'token')}, blocks {' '.join(held)}")
+        lines.append(f"free: {' '.join(map(str, state.adapter.free()))}")
+        lines += [
+            f"cached: {block} stands for {[*tokens]}"
+            for block, tokens in state.adapter.cached().items()
+        ]
+        shown[-1] += "".join(f"\n{wrapped(line, '   ')}" for line in lines)
+
+    found = search.found
+    fault, _ = search.replay(found.history, found.fault.check == "no end", seen)
+    return [*shown, f"=> {fault or found.fault}"]
+
+
+def lines(name: str, world_name: str, search: Search, fmt: str) -> Sequence[str]:
+    """All that is printed, in order; ASCII."""
+    shown = [wrapped(answer(name, search)), ""]
+    for table in tables(world_name, search):
+        shown += [render(table, fmt), ""]
+    if search.found.fault is not None:
+        shown += ["Step by step: sequence:position of who wrote a slot, - if nobody did", ""]
+        shown += [*replayed(search), ""]
+    return [line.encode("ascii", "backslashreplace").decode("ascii") for line in shown]
