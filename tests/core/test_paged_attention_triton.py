@@ -702,6 +702,15 @@ def test_of_a_gpus_shared_memory_the_drivers_kib_is_not_ours(monkeypatch):
     assert card == Card(pytest.approx(4.9e12, rel=0.01), 132, 60 << 20) and shared == 227 << 10
 
 
+def test_the_compiler_keeps_all_that_the_loop_over_items_carries(run_script):
+    """For a GPU it once did not, and a part behind a shorter sequence ended too early."""
+    done = run_script("tests/core/carried.py", env={"TRITON_INTERPRET": None})
+    assert done.returncode == 0, done.stderr
+    cases = [line.split(" | ") for line in done.stdout.splitlines()]
+    assert len(cases) == 3
+    assert all(before == after and "item" in before for before, after in cases)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
 class TestOnTheDevice:
