@@ -189,32 +189,34 @@ CUTS = [(4, False), (1, True), (6, True)]  # programs a head, and whether there 
 
 @pytest.mark.parametrize("turn", range(len(SHAPES)))
 def test_every_number_of_queries_head_size_and_block_size(turn):
-    """With each dtype and cut on a device; through the interpreter each shape with one."""
+    """In each dtype on a device, and there as the card is tuned too; else each shape in one."""
     heads, size, block_size = SHAPES[turn]
     lens = [block_size, block_size + 1, 0, 61]
-    for dtype in FLOATS if ON_CUDA else [FLOATS[turn % 2]]:
+    for i, dtype in enumerate(FLOATS if ON_CUDA else [FLOATS[turn % 2]]):
         case = Case(heads, size, block_size, lens, dtype, seed=turn)
-        for programs, planned in CUTS if ON_CUDA else [CUTS[turn % 3]]:
-            case.check(case.run(programs * heads[1], LARGE_TILES, planned=planned))
+        programs, planned = CUTS[(turn + i) % 3]
+        tuning = SMALL_TILES if case.v.shape[3] > 256 else LARGE_TILES
+        case.check(case.run(programs * heads[1], tuning, planned=planned))
         if ON_CUDA:
-            for plan in (None, Plan(*case.arguments()[:3], case.lens)):
-                case.check(kernel(*case.arguments(), plan=plan))
+            plan = None if planned else Plan(*case.arguments()[:3], lens)
+            case.check(kernel(*case.arguments(), plan=plan))
 
 
-@settings(max_examples=200 if ON_CUDA else 30, deadline=None, derandomize=True)
+@settings(max_examples=80 if ON_CUDA else 30, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shape_any_cut_any_option(data):
     """All together: lengths, query tokens, window, cap, widths, 8 bits, plans that are stale."""
-    # Each block size and number of heads is compiled anew on a device: a few stand for all.
+    # Each of these sizes is compiled anew on a device: a few stand for all.
     draw = data.draw
-    block_size = draw(st.sampled_from([1, 3, 16, 29]) if ON_CUDA else st.integers(1, 40))
+    block_size = draw(st.sampled_from([3, 16]) if ON_CUDA else st.integers(1, 40))
     heads = draw(st.sampled_from([(6, 2), (24, 1)] if ON_CUDA else HEADS + WIDE))
-    size = draw(st.sampled_from([64, (80, 64), (64, 128), (24, 256)]))
+    size = draw(st.sampled_from([64, (80, 64), (64, 128), (24, 256)][: 2 if ON_CUDA else 4]))
     longest, most = (130, 5) if ON_CUDA else (70, 2)
     lens = draw(st.lists(st.integers(0, longest), min_size=1, max_size=most))
     counts = None
     if draw(st.booleans()):
-        counts = [draw(st.integers(0, min(length, 20))) for length in lens]
+        some = st.sampled_from([0, 1, 20]) if ON_CUDA else st.integers(0, 20)
+        counts = [draw(some) for _ in lens]
     case = Case(
         *(heads, size, block_size, lens, draw(st.sampled_from(FLOATS))),
         seed=draw(st.integers(0, 99)),
