@@ -52,6 +52,7 @@ from script import Script, entry, options, show, table
 
 import paged_attention
 from paged_attention import gather_blocks
+from vllm_sim.reporting.arguments import file_name
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.drawing import check_folder
 from vllm_sim.reporting.tables import Table
@@ -152,7 +153,7 @@ def run(argv: list[str] | None) -> int:
     told = "only this one; may be given again"
     parser.add_argument("--shape", action="append", choices=SHAPES, help=told)
     told = "FlashAttention-3's extension, _vllm_fa3_C.abi3.so of vLLM's wheel"
-    parser.add_argument("--fa3", metavar="FILE", help=told)
+    parser.add_argument("--fa3", type=file_name, metavar="FILE", help=told)
     script = Script(__file__, parser, argv)
     args = script.args
     if args.figures:

@@ -35,7 +35,7 @@ def figures(*found):
     [
         ("max", 2_238, 103_872),
         ("pow2", 7_833, 306_265),
-        ("oracle", 27_230, 1_310_324),
+        pytest.param("oracle", 27_230, 1_310_324, marks=SLOW),
         pytest.param("large-max", 29_688, 1_447_104, marks=SLOW),
         pytest.param("large-pow2", 193_020, 9_538_020, marks=SLOW),
         pytest.param("large-oracle", 51_737, 2_513_892, marks=SLOW),

