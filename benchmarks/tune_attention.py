@@ -32,7 +32,7 @@ import paged_attention
 if TYPE_CHECKING:
     from paged_attention_triton import Tuning
 
-TILES, WARPS, STAGES = (16, 32, 64, 128), (2, 4), (2, 3, 4, 5, 6)
+TILES, WARPS, STAGES = (16, 32, 64, 128), (1, 2, 4), (2, 3, 4, 5, 6)
 PROGRAMS = (2, 3, 4, 5, 6, 7, 8, 10)
 LEAST_BYTES, LEAST_REGISTERS = 1 << 16, 96  # under way in a multiprocessor; of a thread
 SLOT_BYTES = 2 * 128 * 2  # K and V of one head, as in all shapes
