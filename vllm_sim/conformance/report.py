@@ -39,7 +39,7 @@ def tables(world_name: str, search: Search) -> list[Table]:
     rows = [(name, "done", count) for name, count in sorted(found.done.items())]
     refused = ((f"{name}: {why}", count) for (name, why), count in sorted(found.refused.items()))
     rows += [(name, "refused", count) for name, count in refused]
-    rows += [(name, "event", count) for name, count in sorted(found.events.items()) if count]
+    rows += [(name, "event", count) for name, count in sorted(found.events.items())]
     rows += [(name, "NOT SEEN", 0) for name in found.missing]
     shown.append(Table("What happened", ("what", "kind", "times"), rows, name="events", index=2))
     if found.silent:
@@ -76,7 +76,8 @@ def replayed(search: Search) -> list[str]:
 
     found = search.found
     fault, _ = search.replay(found.history, found.fault.check == "no end", seen)
-    return [*shown, f"=> {fault or found.fault}"]
+    told = fault or f"nothing this time; when it was found: {found.fault}"
+    return [*shown, *wrapped(f"=> {told}").splitlines()]
 
 
 def lines(name: str, world_name: str, search: Search, fmt: str) -> Sequence[str]:
@@ -85,6 +86,9 @@ def lines(name: str, world_name: str, search: Search, fmt: str) -> Sequence[str]
     for table in tables(world_name, search):
         shown += [render(table, fmt), ""]
     if search.found.fault is not None:
-        shown += ["Step by step: sequence:position of who wrote a slot, - if nobody did", ""]
+        shown += [
+            "Step by step: who first computed what a slot holds, as sequence:position; - nobody",
+            "",
+        ]
         shown += [*replayed(search), ""]
     return [line.encode("ascii", "backslashreplace").decode("ascii") for line in shown]
