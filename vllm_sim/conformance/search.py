@@ -103,6 +103,8 @@ class Search:
         try:
             self._breadth_first()
             found.states = len(self._parents)
+            if not found.fault:
+                self._all_end()
             if not (found.closed or found.fault):
                 self._at_random()
         finally:
@@ -221,7 +223,6 @@ class Search:
                 found.history = self._smaller(found.history, found.fault.check)
             return
         found.closed = True
-        self._all_end()
 
     def _visit(self, key: Any, state: State, following: list, at: list[Operation]) -> None:
         """All operations in one state; `at` is the one that is being called."""
@@ -274,14 +275,14 @@ class Search:
         return path[::-1]
 
     def _all_end(self) -> None:
-        """In a closed world progress leads from every state to one without any."""
+        """As far as states are known, progress leads from none of them in a circle."""
         fine: set[Any] = set()
         for start in self._leads:
             way: dict[Any, None] = {}
             key = start
             while key in self._leads and key not in fine:
                 if key in way:
-                    told = "progress leads to a state again and again, and never ends"
+                    told = "progress leads in a circle, and never ends"
                     self.found.fault = Fault("no end", told)
                     self.found.history = tuple(self._path(start))
                     return
