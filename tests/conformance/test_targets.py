@@ -8,6 +8,7 @@ from collections import Counter, deque
 from pathlib import Path
 
 import pytest
+from searches import search
 
 from vllm_sim.conformance import __main__ as command
 from vllm_sim.conformance.search import Search
@@ -22,7 +23,7 @@ OTHERS = sorted(set(TARGETS) - OURS - {"transformers"})
 
 def closed(name, world):
     target = TARGETS[name]
-    found = Search(target, target.worlds[world], seconds=10**6).run()
+    found = search(target, target.worlds[world])
     assert found.closed and found.fault is None and found.missing == ()
     return found.states, found.transitions
 
@@ -31,14 +32,14 @@ def alike(name, world, share):
     """Holds a share of the states that were taken for one against each other: whatever may be
     called in them leads to the same."""
     target, rng, again = TARGETS[name], random.Random(0), []
-    search = Search(target, target.worlds[world])
-    first = search.begin()
+    engines = Search(target, target.worlds[world])
+    first = engines.begin()
     left, known = deque([(first.adapter.key(), first)]), {first.adapter.key(): None}
 
     def outcomes(state):
-        for operation in search.operations(state):
-            trial = search._branch(state)
-            search.take(trial, operation)
+        for operation in engines.operations(state):
+            trial = engines._branch(state)
+            engines.take(trial, operation)
             yield operation.name, trial.adapter.key(), trial
 
     while left:
@@ -123,7 +124,7 @@ def nobody_is_admitted_while_another_runs(monkeypatch):
 def test_what_is_broken_between_scheduler_and_manager_is_found(breaks, checks, monkeypatch):
     breaks(monkeypatch)
     target = TARGETS["ours"]
-    found = Search(target, target.worlds["swap"], seconds=10**6).run()
+    found = search(target, target.worlds["swap"])
     assert found.fault.check in checks, found.fault
 
 
