@@ -9,7 +9,7 @@ from small_engine import NoRoomError, SmallAdapter, SmallEngine
 
 from vllm_sim.conformance import search as searching
 from vllm_sim.conformance.adapter import Forbidden, Operation, Pass, Step
-from vllm_sim.conformance.report import lines
+from vllm_sim.conformance.report import lines, replayed
 from vllm_sim.conformance.search import Search
 
 
@@ -195,8 +195,10 @@ def test_what_is_planted_is_found(check, told, planted):
     fault, done = search.replay(found.history, check == "no end")
     assert (fault.check, done) == (check, len(found.history))
     assert search._smaller(found.history, check) == found.history
+    steps = [line.split("\n")[0] for line in replayed(search)[:done]]
+    assert steps == [f"{at}. {one}" for at, one in enumerate(found.history, 1)]
     shown = "\n".join(lines("small", "small", search, "plain"))
-    assert shown.isascii() and f"{done}. {found.history[-1]}" in shown and f"=> {check}" in shown
+    assert shown.isascii() and f"{done + 1}. " not in shown and f"=> {check}" in shown
     assert max(map(len, shown.splitlines())) <= 100
     assert search.found.transitions == transitions, "what is replayed counts nowhere"
 
@@ -209,6 +211,18 @@ def test_what_does_not_hold_at_the_start_is_a_fault_of_no_operations():
     search = searched(adapter_start=starts)
     assert (search.found.fault.check, search.found.history) == ("partition", ())
     assert "=> partition: a block is free twice" in "\n".join(lines("s", "small", search, "plain"))
+
+
+def test_an_engine_that_tells_no_tables_any_more_is_a_fault_with_a_history():
+    def tables(adapter):
+        if any(request.stored for request in adapter.small.live.values()):
+            raise KeyError("a block")
+        return SmallAdapter.tables(adapter)
+
+    search = searched(adapter_tables=tables)
+    assert search.found.fault.check == "exception"
+    told = "\n".join(lines("small", "small", search, "plain"))
+    assert "2. step()\n   tables cannot be told: KeyError('a block')" in told
 
 
 def test_a_fault_that_does_not_come_again_is_told_so():

@@ -356,25 +356,23 @@ class Search:
         """Call these in turn: (what did not hold, operations until then); (None, 0) if all did, or
         one is not offered. `seen(operation, state)` is called after each, also after the last."""
         kept, self.found = self.found, Found()  # what is replayed counts nowhere
-        done, operation = 0, None
+        done = 0
         try:
             state = self.begin()
             for wanted in history:
-                done += 1
                 same = [one for one in self.operations(state) if one[:2] == wanted[:2]]
                 if not same:
                     return None, 0
-                operation = same[0]
-                self.take(state, operation)
-                seen(operation, state)
+                done += 1
+                try:
+                    self.take(state, same[0])
+                finally:
+                    seen(same[0], state)
             self.operations(state)
             if drain:
                 self._drain(state, [])
         except Exception as error:
-            fault = _fault(error, [operation] if operation else [])
-            if operation:
-                seen(operation, state)
-            return fault, done
+            return _fault(error, history[max(0, done - 1) : done]), done
         finally:
             self.found = kept
         return None, 0
