@@ -249,8 +249,8 @@ class Tokasaurus:
         }
 
     def key(self) -> tuple:
-        """Without the numbers of blocks, although the engine goes through sets of them in that order:
-        of a thousand states that are taken for one some two go on otherwise."""
+        """Without the numbers of blocks, in whose order the engine goes through sets of them: of a
+        thousand states that are taken for one, two go on otherwise."""
         name, state = Names(), self.state
         rows = []
         for queued in ("decoding_seqs", "prefilling_seqs", "queued_seqs"):
