@@ -11,7 +11,8 @@ from searches import figures, search
 
 from allocators import BuddyAllocator
 from kv_cache_manager import BaselineCacheManager
-from vllm_sim.conformance.adapters.contiguous import Buddy, Chunks, ContiguousManager, World
+from vllm_sim.conformance.adapters.buddy import Buddy, Chunks
+from vllm_sim.conformance.adapters.contiguous import ContiguousManager, World
 
 SLOW = pytest.mark.slow
 
