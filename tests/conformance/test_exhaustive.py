@@ -13,27 +13,13 @@ import random
 
 import pytest
 from manager_tools import observable, random_manager
+from searches import figures, search
 
 from allocators import BlockAllocator
 from kv_cache_manager import OutOfBlocksError, PagedKVCacheManager
 from vllm_sim.conformance.adapters.paged_manager import PagedManager, World, copied
-from vllm_sim.conformance.search import Search
 
 SLOW = pytest.mark.slow
-
-
-def search(adapter, world):
-    return Search(adapter, world, seconds=10**6).run()
-
-
-def figures(*found):
-    """What several searches went through together, each to its end."""
-    assert all(one.closed and one.fault is None for one in found)
-    sums = {
-        "states": sum(f.states for f in found),
-        "transitions": sum(f.transitions for f in found),
-    }
-    return sums | {"seconds": round(sum(f.seconds for f in found), 1)}
 
 
 @pytest.mark.parametrize(

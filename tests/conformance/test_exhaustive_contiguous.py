@@ -7,27 +7,14 @@ state, then the buddy allocator alone, over pools of every size up to 10 blocks.
 """
 
 import pytest
+from searches import figures, search
 
 from allocators import BuddyAllocator
 from kv_cache_manager import BaselineCacheManager
-from vllm_sim.conformance.adapters.contiguous import Buddy, Chunks, ContiguousManager, World
-from vllm_sim.conformance.search import Search
+from vllm_sim.conformance.adapters.buddy import Buddy, Chunks
+from vllm_sim.conformance.adapters.contiguous import ContiguousManager, World
 
 SLOW = pytest.mark.slow
-
-
-def search(adapter, world):
-    return Search(adapter, world, seconds=10**6).run()
-
-
-def figures(*found):
-    """What several searches went through together, each to its end."""
-    assert all(one.closed and one.fault is None for one in found)
-    sums = {
-        "states": sum(f.states for f in found),
-        "transitions": sum(f.transitions for f in found),
-    }
-    return sums | {"seconds": round(sum(f.seconds for f in found), 1)}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from small_engine import NoRoomError, SmallAdapter, SmallEngine
 
 from vllm_sim.conformance import search as searching
 from vllm_sim.conformance.adapter import Forbidden, Operation, Pass, Step
-from vllm_sim.conformance.report import lines
+from vllm_sim.conformance.report import lines, replayed
 from vllm_sim.conformance.search import Search
 
 
@@ -50,6 +50,11 @@ def frees_what_others_hold(engine, block):
     engine.refs[block] -= 1
     if block not in engine.free:
         engine.free.append(block)
+
+
+def frees_what_is_not_there(engine, name):
+    SmallEngine.release(engine, name)
+    engine.free.append(9)
 
 
 def counts_one_too_few(engine, name, child):
@@ -93,6 +98,14 @@ def half_done(engine, name, tokens, count):
         raise
 
 
+def counted_all_the_same(engine, name, tokens, count):
+    try:
+        SmallEngine.submit(engine, name, tokens, count)
+    except NoRoomError:
+        engine.refs[0] += 1
+        raise
+
+
 def wrong_error(engine, name, tokens, count):
     try:
         SmallEngine.submit(engine, name, tokens, count)
@@ -125,6 +138,15 @@ def leaves_its_table(adapter):
     return [one for one in offered if live or one.name != "step"]
 
 
+def submits_what_has_no_room(adapter, operation):
+    return SmallAdapter.apply(adapter, operation) if operation.refusal is None else Step()
+
+
+def tells_more_tokens(adapter):
+    told = SmallAdapter.tables(adapter)
+    return {who: (held, [1] * (2 * len(held) + 1)) for who, (held, _) in told.items()}
+
+
 def tells_other_slots(adapter, operation):
     step = SmallAdapter.apply(adapter, operation)
     cut = [Pass(*one[:3], one.slots[:-1]) for one in step.passes]
@@ -143,6 +165,8 @@ def copies_into_one_slot(adapter, operation):
         ("partition", "blocks lost", {"release": forgets_a_block}),
         ("partition", "free twice", {"release": frees_twice}),
         ("partition", "free and in use", {"drop": frees_what_others_hold}),
+        ("partition", "free and cached", {"adapter_cache_holds": True}),
+        ("partition", "no such blocks: [9]", {"release": frees_what_is_not_there}),
         ("references", "tables that hold it", {"fork": counts_one_too_few}),
         ("unwritten", "nobody has written", {"copy_on_write": copies_backwards}),
         ("contents", "which holds", {"hits": hits_one_too_many}),
@@ -151,7 +175,10 @@ def copies_into_one_slot(adapter, operation):
         ("overwrite", "written twice", {"copy_on_write": copies_nothing}),
         ("overwrite", "two copies", {"adapter_apply": copies_into_one_slot}),
         ("slots", "in other slots", {"adapter_apply": tells_other_slots}),
+        ("slots", "tokens in", {"adapter_tables": tells_more_tokens}),
         ("refusal", "changed something", {"submit": half_done}),
+        ("refusal", "changed something", {"submit": counted_all_the_same}),
+        ("refusal", "no NoRoomError", {"adapter_apply": submits_what_has_no_room}),
         ("refusal", "not NoRoomError", {"submit": wrong_error}),
         ("blocks taken", "blocks, not", {"grow": takes_one_more}),
         ("exception", "KeyError", {"finish": releases_twice}),
@@ -168,15 +195,49 @@ def test_what_is_planted_is_found(check, told, planted):
     fault, done = search.replay(found.history, check == "no end")
     assert (fault.check, done) == (check, len(found.history))
     assert search._smaller(found.history, check) == found.history
+    steps = [line.split("\n")[0] for line in replayed(search)[:done]]
+    assert steps == [f"{at}. {one}" for at, one in enumerate(found.history, 1)]
     shown = "\n".join(lines("small", "small", search, "plain"))
-    assert shown.isascii() and f"{done}. {found.history[-1]}" in shown and f"=> {check}" in shown
+    assert shown.isascii() and f"{done + 1}. " not in shown and f"=> {check}" in shown
     assert max(map(len, shown.splitlines())) <= 100
     assert search.found.transitions == transitions, "what is replayed counts nowhere"
 
 
-def test_a_refusal_that_does_not_come_is_a_fault():
-    found = searched("tight", submit=lambda engine, name, tokens, count: None).found
-    assert found.fault.check in ("blocks taken", "exception")
+def test_what_does_not_hold_at_the_start_is_a_fault_of_no_operations():
+    def starts(adapter, world):
+        SmallAdapter.start(adapter, world)
+        adapter.small.free.append(0)
+
+    search = searched(adapter_start=starts)
+    assert (search.found.fault.check, search.found.history) == ("partition", ())
+    assert "=> partition: a block is free twice" in "\n".join(lines("s", "small", search, "plain"))
+
+
+def test_an_engine_that_tells_no_tables_any_more_is_a_fault_with_a_history():
+    def tables(adapter):
+        if any(request.stored for request in adapter.small.live.values()):
+            raise KeyError("a block")
+        return SmallAdapter.tables(adapter)
+
+    search = searched(adapter_tables=tables)
+    assert search.found.fault.check == "exception"
+    told = "\n".join(lines("small", "small", search, "plain"))
+    assert "2. step()\n   tables cannot be told: KeyError('a block')" in told
+
+
+def test_a_fault_that_does_not_come_again_is_told_so():
+    """Whoever calls an engine once more may find another one: clocks, orders of sets."""
+    once = iter([True])
+
+    def step(engine):
+        if len(engine.live) > 1 and next(once, False):
+            raise RuntimeError("now and then")
+        return SmallEngine.step(engine)
+
+    search = searched(step=step)
+    assert search.found.fault.check == "exception"
+    told = lines("small", "small", search, "plain")
+    assert "=> nothing this time; when it was found: exception: step()" in "\n".join(told)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +249,12 @@ def test_at_random_the_same_is_found_in_as_few_operations(planted, monkeypatch):
     found = searched(**planted).found
     assert not found.closed and found.fault.check == least.fault.check
     assert len(found.history) <= len(least.history) + 2
+
+
+def test_at_random_what_never_ends_is_told_by_what_leads_there(monkeypatch):
+    monkeypatch.setattr(searching, "MOST_STATES", 0)
+    found = searched(step=never_ends).found
+    assert not found.closed and found.fault.check == "no end" and len(found.history) == 2
 
 
 def test_what_an_engine_forbids_is_told_by_where_it_says_so():

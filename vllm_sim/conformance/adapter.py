@@ -10,7 +10,7 @@ quick); a class with `replayed = True` is called again from the start instead.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 Tables = dict[Any, tuple[Sequence[int], Sequence[int]]]
@@ -73,17 +73,16 @@ class Step:
 
     copies: Iterable[Iterable[tuple[int, int]]] = ()
     passes: Sequence[Pass] = ()
-    events: Sequence[str] = field(default=())
+    events: Sequence[str] = ()
 
 
 NOTHING = Step()
-
-
-World = Any  # whatever has num_blocks and block_size
+World = Any  # has num_blocks and block_size, and may have `never`: required, and not here
 
 
 class Adapter(Protocol):
-    """The eight methods, what the search must have met, and the worlds by name."""
+    """The eight methods, what the search must have met, and the worlds by name; with
+    `cache_holds = True` a cached block that nobody uses is not free."""
 
     worlds: ClassVar[dict[str, World]]
     required: ClassVar[tuple[str, ...]]

@@ -39,7 +39,7 @@ def tables(world_name: str, search: Search) -> list[Table]:
     rows = [(name, "done", count) for name, count in sorted(found.done.items())]
     refused = ((f"{name}: {why}", count) for (name, why), count in sorted(found.refused.items()))
     rows += [(name, "refused", count) for name, count in refused]
-    rows += [(name, "event", count) for name, count in sorted(found.events.items()) if count]
+    rows += [(name, "event", count) for name, count in sorted(found.events.items())]
     rows += [(name, "NOT SEEN", 0) for name in found.missing]
     shown.append(Table("What happened", ("what", "kind", "times"), rows, name="events", index=2))
     if found.silent:
@@ -52,31 +52,36 @@ def tables(world_name: str, search: Search) -> list[Table]:
     return shown
 
 
+def held(search: Search, state: State) -> list[str]:
+    """Each table and what its slots hold: who computed it first, and at what position."""
+    shadow, size, adapter, told = search.shadow, search.world.block_size, state.adapter, []
+    for who, (blocks, tokens) in adapter.tables().items():
+        slots = [range(block * size, block * size + size) for block in blocks]
+        names = [" ".join(shadow.label(state.slots, slot) for slot in row) for row in slots]
+        blocks = " ".join(f"{block}[{row}]" for block, row in zip(blocks, names))
+        told.append(f"{who}: {counted(len(tokens), 'token')}, blocks {blocks}")
+    told.append(f"free: {' '.join(map(str, adapter.free()))}")
+    cached = adapter.cached().items()
+    return told + [f"cached: {block} stands for {[*tokens]}" for block, tokens in cached]
+
+
 def replayed(search: Search) -> list[str]:
-    """The history of a fault, each table and what its slots hold: who wrote it, and at what
-    position of its own."""
-    shadow, size, shown = search.shadow, search.world.block_size, []
-    shadow.labels = {}
+    """The history of a fault, step by step, and what comes of it."""
+    shown: list[str] = []
+    search.shadow.labels = {}
 
     def seen(operation: Operation, state: State) -> None:
-        shown.append(f"{len(shown) + 1}. {operation}")
-        slots, lines = state.slots, []
-        for who, (blocks, tokens) in state.adapter.tables().items():
-            held = [
-                f"{block}[{' '.join(shadow.label(slots, block * size + at) for at in range(size))}]"
-                for block in blocks
-            ]
-            lines.append(f"{who}: {counted(len(tokens), 'token')}, blocks {' '.join(held)}")
-        lines.append(f"free: {' '.join(map(str, state.adapter.free()))}")
-        lines += [
-            f"cached: {block} stands for {[*tokens]}"
-            for block, tokens in state.adapter.cached().items()
-        ]
-        shown[-1] += "".join(f"\n{wrapped(line, '   ')}" for line in lines)
+        try:
+            told = held(search, state)
+        except Exception as error:  # an engine in which something does not hold
+            told = [f"tables cannot be told: {error!r}"]
+        told = [wrapped(line, "   ") for line in told]
+        shown.append("\n".join([f"{len(shown) + 1}. {operation}", *told]))
 
     found = search.found
     fault, _ = search.replay(found.history, found.fault.check == "no end", seen)
-    return [*shown, f"=> {fault or found.fault}"]
+    told = fault or f"nothing this time; when it was found: {found.fault}"
+    return [*shown, *wrapped(f"=> {told}").splitlines()]
 
 
 def lines(name: str, world_name: str, search: Search, fmt: str) -> Sequence[str]:
@@ -85,6 +90,9 @@ def lines(name: str, world_name: str, search: Search, fmt: str) -> Sequence[str]
     for table in tables(world_name, search):
         shown += [render(table, fmt), ""]
     if search.found.fault is not None:
-        shown += ["Step by step: sequence:position of who wrote a slot, - if nobody did", ""]
+        shown += [
+            "Step by step: who first computed what a slot holds, as sequence:position; - nobody",
+            "",
+        ]
         shown += [*replayed(search), ""]
     return [line.encode("ascii", "backslashreplace").decode("ascii") for line in shown]

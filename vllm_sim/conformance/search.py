@@ -56,7 +56,7 @@ class Found:
     def happened(self) -> set[str]:
         """Names of operations done, 'name: Error' of those refused, and of events."""
         names = {f"{name}: {error}" for name, error in self.refused}
-        return names | self.done.keys() | {event for event, count in self.events.items() if count}
+        return names | self.done.keys() | self.events.keys()
 
     @property
     def clean(self) -> bool:
@@ -103,6 +103,8 @@ class Search:
         try:
             self._breadth_first()
             found.states = len(self._parents)
+            if not found.fault:
+                self._all_end()
             if not (found.closed or found.fault):
                 self._at_random()
         finally:
@@ -118,11 +120,12 @@ class Search:
     def begin(self) -> State:
         """An empty engine, built once if it can be copied. Raises what the adapter raises."""
         if self._first is None or self._replayed:
-            self._first = state = State(self.new(), {})
+            state = State(self.new(), {})
             self._replayed = getattr(state.adapter, "replayed", False)
             if step := state.adapter.start(self.world):
                 self.shadow.run(step, state.slots, Counter())
             self._look(state, Counter())
+            self._first = state
         return self._first if self._replayed else self._branch(self._first)
 
     def _look(self, state: State, events: Counter) -> None:
@@ -132,12 +135,10 @@ class Search:
     def take(self, state: State, operation: Operation) -> bool:
         """Call it, and hold all that it did against the rules; False if the engine forbids it."""
         found, adapter, before = self.found, state.adapter, state.num_free
-        found.transitions += 1
         if operation.refusal is not None:
-            frozen = _frozen(adapter)
-            self._refuse(adapter, operation)
-            _same(frozen, adapter, [operation])
+            self._refuse(adapter, [operation], [])
             return False
+        found.transitions += 1
         try:
             step = adapter.apply(operation)
         except Forbidden as refusal:
@@ -159,17 +160,26 @@ class Search:
         found.done[operation.name] += 1
         return True
 
-    def _refuse(self, adapter: Adapter, operation: Operation) -> None:
-        wanted = operation.refusal
-        try:
-            adapter.apply(operation)
-        except Exception as error:
-            if type(error) is not wanted:
-                told = f"{operation}: {error!r}, not {wanted.__name__}"
-                raise Fault("refusal", told) from error
+    def _refuse(self, adapter: Adapter, refused: Sequence[Operation], at: list[Operation]) -> None:
+        """Call these in turn; `at` is the one that is being called, or all: they change nothing."""
+        frozen = _frozen(adapter)
+        for operation in refused:
+            at[:] = [operation]
+            self.found.transitions += 1
+            wanted = operation.refusal
+            try:
+                adapter.apply(operation)
+            except Exception as error:
+                if type(error) is not wanted:
+                    told = f"{operation}: {error!r}, not {wanted.__name__}"
+                    raise Fault("refusal", told) from error
+            else:
+                raise Fault("refusal", f"{operation}: no {wanted.__name__}")
             self.found.refused[operation.name, wanted.__name__] += 1
-            return
-        raise Fault("refusal", f"{operation}: no {wanted.__name__}")
+        at[:] = refused
+        if _frozen(adapter) != frozen:
+            told = "one of " * (len(refused) > 1) + ", ".join(map(str, refused))
+            raise Fault("refusal", f"refused, and changed something: {told}")
 
     def operations(self, state: State) -> Sequence[Operation]:
         """What may be called; where nothing makes progress, all must have ended."""
@@ -183,35 +193,36 @@ class Search:
     # -- in breadth -------------------------------------------------------------------------
 
     def _breadth_first(self) -> None:
-        state, found = self.begin(), self.found
-        key = state.adapter.key()
-        self._parents[key] = None
-        level, collect = [(key, self._kept(state, ()))], time.monotonic() + COLLECT_S
-        while level:
-            following: list[tuple[Any, State]] = []
-            for key, kept in level:
-                at: list[Operation] = []
-                try:
+        found, key, at = self.found, None, []  # of `key` what is being called
+        try:
+            state = self.begin()
+            key = state.adapter.key()
+            self._parents[key] = None
+            level, collect = [(key, self._kept(state, ()))], time.monotonic() + COLLECT_S
+            while level:
+                following: list[tuple[Any, State]] = []
+                while level:
+                    key, kept = level.pop()  # once it was visited, nobody keeps it
+                    at.clear()
                     if kept.adapter is None:
                         kept.adapter = self._again(kept.history)
                     self._visit(key, kept, following, at)
-                except Exception as error:  # the engine's own too
-                    found.fault, found.history = _fault(error, at), (*self._path(key), *at)
-                    if len(at) > 1:  # one of these was refused, and changed something
-                        found.history = self._smaller(found.history, found.fault.check)
-                    return
-                now = time.monotonic()
-                if now > collect:  # at most a twentieth of the time
-                    gc.collect()
-                    collect = time.monotonic() + max(COLLECT_S, 20 * (time.monotonic() - now))
-                seconds = now - self._begin
-                if seconds > self._seconds / 2 or len(self._parents) > MOST_STATES:
-                    return
-                self.progress.at(seconds, self._seconds, f"{len(self._parents):,} states")
-            level = following
-            found.depth += bool(level)
+                    now = time.monotonic()
+                    if now > collect:  # at most a twentieth of the time
+                        gc.collect()
+                        collect = time.monotonic() + max(COLLECT_S, 20 * (time.monotonic() - now))
+                    seconds = now - self._begin
+                    if seconds > self._seconds / 2 or len(self._parents) > MOST_STATES:
+                        return
+                    self.progress.at(seconds, self._seconds, f"{len(self._parents):,} states")
+                level = following[::-1]
+                found.depth += bool(level)
+        except Exception as error:  # the engine's own too
+            found.fault, found.history = _fault(error, at), (*self._path(key), *at)
+            if len(at) > 1:  # one of these was refused, and changed something
+                found.history = self._smaller(found.history, found.fault.check)
+            return
         found.closed = True
-        self._all_end()
 
     def _visit(self, key: Any, state: State, following: list, at: list[Operation]) -> None:
         """All operations in one state; `at` is the one that is being called."""
@@ -219,13 +230,7 @@ class Search:
         offered = self.operations(state)
         refused = [operation for operation in offered if operation.refusal is not None]
         if refused:
-            frozen = _frozen(state.adapter)
-            for operation in refused:
-                at[:] = [operation]
-                self._refuse(state.adapter, operation)
-            self.found.transitions += len(refused)
-            at[:] = refused
-            _same(frozen, state.adapter, refused)
+            self._refuse(state.adapter, refused, at)
         for operation in offered:
             if operation.refusal is not None:
                 continue
@@ -264,22 +269,22 @@ class Search:
     def _path(self, key: Any) -> list[Operation]:
         """The operations from the start to a state."""
         path = []
-        while (parent := self._parents[key]) is not None:
+        while (parent := self._parents.get(key)) is not None:
             key, operation = parent
             path.append(operation)
         return path[::-1]
 
     def _all_end(self) -> None:
-        """In a closed world progress leads from every state to one without any."""
+        """As far as states are known, progress leads from none of them in a circle."""
         fine: set[Any] = set()
         for start in self._leads:
             way: dict[Any, None] = {}
             key = start
             while key in self._leads and key not in fine:
                 if key in way:
-                    told = "progress leads from a state to itself, and never ends"
+                    told = "progress leads in a circle, and never ends"
                     self.found.fault = Fault("no end", told)
-                    self.found.history = tuple(self._path(key))
+                    self.found.history = tuple(self._path(start))
                     return
                 way[key] = None
                 key = self._leads[key]
@@ -306,8 +311,6 @@ class Search:
                     history.append(rng.choice(by_name[rng.choice([*by_name])]))
                     if self.take(state, history[-1]):
                         states.add(hash(state.adapter.key()))
-                    else:
-                        history.pop()
                 self._drain(state, history)
             except Exception as error:
                 found.fault = _fault(error, history[-1:])
@@ -326,6 +329,7 @@ class Search:
                 return
             history.append(step[0])
             self.take(state, step[0])
+        del history[-MOST_STEPS:]  # as `replay` takes them again
         raise Fault("no end", f"requests are left after {MOST_STEPS} steps")
 
     def _smaller(self, history: Sequence[Operation], check: str) -> tuple[Operation, ...]:
@@ -352,24 +356,23 @@ class Search:
         """Call these in turn: (what did not hold, operations until then); (None, 0) if all did, or
         one is not offered. `seen(operation, state)` is called after each, also after the last."""
         kept, self.found = self.found, Found()  # what is replayed counts nowhere
-        state, done, operation = self.begin(), 0, None
+        done = 0
         try:
+            state = self.begin()
             for wanted in history:
-                done += 1
                 same = [one for one in self.operations(state) if one[:2] == wanted[:2]]
                 if not same:
                     return None, 0
-                operation = same[0]
-                self.take(state, operation)
-                seen(operation, state)
+                done += 1
+                try:
+                    self.take(state, same[0])
+                finally:
+                    seen(same[0], state)
             self.operations(state)
             if drain:
                 self._drain(state, [])
         except Exception as error:
-            fault = _fault(error, [operation] if operation else [])
-            if operation:
-                seen(operation, state)
-            return fault, done
+            return _fault(error, history[max(0, done - 1) : done]), done
         finally:
             self.found = kept
         return None, 0
@@ -378,13 +381,8 @@ class Search:
 def _frozen(adapter: Adapter) -> tuple:
     """All of a state, as a value; `frozen` is what an adapter has whose key knows a memory too."""
     tables = {who: (tuple(held), tuple(tokens)) for who, (held, tokens) in adapter.tables().items()}
-    return tables, list(adapter.free()), getattr(adapter, "frozen", adapter.key)()
-
-
-def _same(before: tuple, adapter: Adapter, refused: Sequence[Operation]) -> None:
-    if _frozen(adapter) != before:
-        names = ", ".join(map(str, refused))
-        raise Fault("refusal", f"refused, and changed something: one of {names}")
+    shown = list(adapter.free()), dict(adapter.ref_counts() or ()), dict(adapter.cached())
+    return tables, shown, getattr(adapter, "frozen", adapter.key)()
 
 
 def _fault(error: Exception, at: Sequence[Operation]) -> Fault:

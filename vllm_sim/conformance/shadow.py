@@ -73,15 +73,16 @@ class Shadow:
                 slots.pop(slot, None)
             else:
                 slots[slot] = content
-        events["copy"] += bool(pairs)
+        if pairs:
+            events["copy"] += 1
 
     def _compare(self, slots: Slots, slot: int, content: int, who: Any) -> None:
-        if slots.get(slot) != content:
-            if slot not in slots:
-                raise Fault("unwritten", f"{who} reads slot {slot}, which nobody has written")
-            raise Fault(
-                "contents", f"{who} reads slot {slot}, which holds {self.label(slots, slot)}"
-            )
+        if slots.get(slot) == content:
+            return
+        if slot not in slots:
+            raise Fault("unwritten", f"{who} reads slot {slot}, which nobody has written")
+        told = f"{who} reads slot {slot}, which holds {self.label(slots, slot)}"
+        raise Fault("contents", told)
 
     def holds(self, adapter: Adapter, slots: Slots, events: Counter) -> tuple:
         """All that must hold between two operations. The tables, free blocks and what is cached."""
@@ -100,7 +101,9 @@ class Shadow:
         for block, tokens in cached.items():
             whole = self.contents(tokens)
             for at in range(size):
-                self._compare(slots, block * size + at, whole[at - size], f"cached block {block}")
+                self._compare(
+                    slots, block * size + at, whole[at - size], f"who finds cached block {block}"
+                )
         kept = cached if getattr(adapter, "cache_holds", False) else ()
         if "partition" not in self.without:
             self._partition(used, free, kept)
@@ -117,13 +120,9 @@ class Shadow:
         free_set = set(free)
         if len(free_set) < len(free):
             raise Fault("partition", f"a block is free twice: {free}")
-        if not free_set.isdisjoint(used):
-            raise Fault(
-                "partition", f"blocks are free and in use: {sorted(free_set & used.keys())}"
-            )
-        if not free_set.isdisjoint(kept):
-            both = sorted(free_set & set(kept))
-            raise Fault("partition", f"blocks are free and cached: {both}")
+        for what, blocks in ("in use", used), ("cached", kept):
+            if both := sorted(free_set.intersection(blocks)):
+                raise Fault("partition", f"blocks are free and {what}: {both}")
         there = free_set.union(used, kept)
         if there != self.blocks:
             lost, new = sorted(self.blocks - there), sorted(there - self.blocks)

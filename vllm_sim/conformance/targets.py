@@ -6,7 +6,8 @@ user names or from where Python finds it, and nothing of it is kept here.
 
 from __future__ import annotations
 
-from vllm_sim.conformance.adapters.contiguous import Buddy, ContiguousManager
+from vllm_sim.conformance.adapters.buddy import Buddy
+from vllm_sim.conformance.adapters.contiguous import ContiguousManager
 from vllm_sim.conformance.adapters.mini_sglang import MiniSglang
 from vllm_sim.conformance.adapters.nano_vllm import NanoVllm
 from vllm_sim.conformance.adapters.our_scheduler import OurScheduler

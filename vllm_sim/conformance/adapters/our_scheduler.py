@@ -225,7 +225,7 @@ class OurScheduler:
                     for seq in group.seqs
                 ),
             )
-            for number, group in sorted(self.groups.items())
+            for number, group in self.groups.items()  # by arrival, which decides
             if not group.finished
         )
         done = frozenset(number for number, group in self.groups.items() if group.finished)

@@ -9,6 +9,7 @@ written.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,8 @@ class Tokasaurus:
         for name in ("manager.manager", "manager.types", "manager.allocator", "server.types"):
             cls.found[name] = engine(f"tokasaurus.{name}", folder, "tokasaurus", stand_ins=stands)
         cls.found["manager.manager"].block_on_queues = one_turn
+        # A block's last use is a time of the clock, and two uses may fall on the same.
+        cls.found["manager.allocator"].time = SimpleNamespace(time=itertools.count(1).__next__)
         return version_of("tokasaurus", folder)
 
     def start(self, world: World) -> None:
@@ -246,6 +249,8 @@ class Tokasaurus:
         }
 
     def key(self) -> tuple:
+        """Without the numbers of blocks, in whose order the engine goes through sets of them: of a
+        thousand states that are taken for one, two go on otherwise."""
         name, state = Names(), self.state
         rows = []
         for queued in ("decoding_seqs", "prefilling_seqs", "queued_seqs"):
@@ -259,9 +264,9 @@ class Tokasaurus:
             for d in state.inflight_schedule_decisions.values()
         )
         allocator = state.block_allocator
-        used = sorted(allocator.all_blocks, key=lambda block: block.last_used_at)
-        ranks = {block.idx: rank for rank, block in enumerate(used)}
-        tree = sorted((tuple(t), name([b])[0], ranks[b]) for b, t in self._tree().items())
+        tree = sorted((tuple(t), name([b])[0]) for b, t in self._tree().items())
+        kept = [block for block in allocator.all_blocks if block.seq_ids or block.parent]
+        used = name(b.idx for b in sorted(kept, key=lambda block: block.last_used_at))
         answers = tuple(tuple(one.tensors.output_ids.tolist()) for one in self.answers)
         inbox = tuple(
             (type(one).__name__, getattr(one, "id", "")) for one in state.q_server_to_manager
@@ -270,5 +275,5 @@ class Tokasaurus:
         alive = tuple(sorted((r, tuple(sorted(ids))) for r, ids in state.req_id_to_seq_ids.items()))
         more = tuple(self.submitted), tuple(sorted(state.req_ids_to_cancel)), inbox, answers
         late = tuple(sorted(state.finished_seq_ids)), state.last_step_num_prefill, alive
-        free = floating, tuple(state.batch_index_allocator.available_indices)
+        free = floating, used, tuple(state.batch_index_allocator.available_indices)
         return tuple(rows), flying, tuple(tree), more, late, free, tuple(sorted(self.cancelled))

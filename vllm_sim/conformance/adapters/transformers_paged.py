@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,14 +190,16 @@ class TransformersPaged:
 
     # -- the adapter ----------------------------------------------------------------------------
 
+    def _there(self) -> set[str]:
+        """Requests that have not ended, or a child of theirs has not."""
+        names = [*self.scheduler.active_requests, *self.scheduler.waiting_requests]
+        names += [request.request_id for request in self.processor.input_queue]
+        return {name.split("__")[0] for name in names}
+
     def operations(self) -> list[Operation]:
-        scheduler, processor = self.scheduler, self.processor
-        names = [*scheduler.active_requests, *scheduler.waiting_requests]
-        there = {
-            name.split("__")[0] for name in [*names, *(r.request_id for r in processor.input_queue)]
-        }
+        there, cancels = self._there(), self.processor.cancel_queue
         live = [n for n in self.submitted if f"{n}" in there and n not in self.cancelled]
-        busy = bool(there or processor.cancel_queue or scheduler._requests_to_cancel)
+        busy = bool(there or cancels or self.scheduler._requests_to_cancel)
         return served(self.world, self.submitted, live, busy, *["cancel"] * self.world.aborts)
 
     def apply(self, operation: Operation) -> Step | list[Step]:
@@ -259,21 +262,26 @@ class TransformersPaged:
         return {b - self.first: self.prefixes[code] for b, code in ledger.block_to_hash.items()}
 
     def key(self) -> tuple:
-        name, scheduler, ledger = Names(), self.scheduler, self.allocator.ledger
+        blocks, sectors, per = Names(), Names(), self.allocator.blocks_per_sector
+
+        def name(found: Iterable[int]) -> tuple:
+            """Blocks, each with its sector: that one is free once all its blocks are."""
+            return tuple((*blocks([b]), *sectors([b // per])) for b in found)
+
+        scheduler, ledger = self.scheduler, self.allocator.ledger
         rows = []
         for queued in (scheduler.active_requests, scheduler.waiting_requests):
             for n, state in queued.items():
                 tokens = state.initial_tokens, state.generated_tokens, state.tokens_to_process
                 tokens += (state.remaining_prefill_tokens,)
                 told = state.status, state.position_offset, state.num_children, state.max_new_tokens
-                blocks = name(self.allocator.block_table.get(n, ()))
-                rows.append((n, tuple(map(tuple, tokens)), told, blocks))
+                held = name(self.allocator.block_table.get(n, ()))
+                rows.append((n, tuple(map(tuple, tokens)), told, held))
         left = {n: name(b) for n, b in self.allocator.block_table.items() if self._state(n) is None}
-        trees = [
-            (name([r * 1000]), name(t)) for r, t in self.cache.pool._free_blocks[0].trees.items()
-        ]
-        hashes = sorted((name([b]), code) for b, code in ledger.block_to_hash.items())
-        free = name(s * 1000 for s in self.cache.pool.free_sectors), tuple(trees)
+        trees = [(sectors([r]), name(t)) for r, t in self.cache.pool._free_blocks[0].trees.items()]
+        known = sorted(ledger.block_to_hash.items(), key=lambda item: item[1])
+        hashes = tuple((name([b]), code) for b, code in known)
+        free = sectors(self.cache.pool.free_sectors), tuple(trees)
         flying = [
             tuple(
                 (f.state.request_id, f.state.status, tuple(sorted(f.complete_blocks.items())))
@@ -285,5 +293,7 @@ class TransformersPaged:
         inbox = tuple(r.request_id for r in self.processor.input_queue)
         more = tuple(self.submitted), inbox, tuple(self.processor.cancel_queue)
         more += tuple(scheduler.waiting_requests_order), scheduler.block_new_requests
-        kept = name(ledger.cached_blocks), tuple(sorted(left.items()))
-        return tuple(rows), free, tuple(hashes), tuple(flying), more, kept
+        there = self._there()
+        gone = tuple(n for n in self.submitted if n in self.cancelled and f"{n}" in there)
+        kept = name(ledger.cached_blocks), tuple(sorted(left.items())), gone
+        return tuple(rows), free, hashes, tuple(flying), more, kept
