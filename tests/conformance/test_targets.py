@@ -163,14 +163,40 @@ def test_an_engine_that_is_not_there_takes_one_line(name, tmp_path, capfd):
 # ---- the page, and the command ------------------------------------------------------------------
 
 
-def test_the_pages_example_finds_its_leak(capfd):
+def test_the_pages_example_finds_its_leak(capfd, tmp_path, monkeypatch):
     text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 60
-    exec(code, {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.py").write_text(code)
+    assert command.main(["toy.py:ToyAdapter", "--seconds", "10"]) == 1
     printed = capfd.readouterr().out
-    (told,) = re.findall(r"It prints `(.*?)`", text)
+    (told,) = re.findall(r"Saved as toy.py it gives `(.*?)`", text)
     assert printed.startswith(told) and printed.strip().endswith("blocks lost: [1]")
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "told"),
+    [
+        ("1 / 0", "bad.py:Mine", "bad.py: ZeroDivisionError: division by zero"),
+        (
+            "class Mine: worlds = {}",
+            "bad.py:Mine",
+            "Mine of bad.py has no required, start, operations",
+        ),
+        ("Mine = None", "bad.py:Mine", "Mine of bad.py is no class with worlds"),
+        ("", "none.py:Mine", "none.py: FileNotFoundError"),
+        ("", "no-such-engine", "or FILE.py:CLASS, not 'no-such-engine'"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_takes_one_line(
+    code, name, told, capfd, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.py").write_text(code)
+    assert command.main([name]) == 2
+    printed, errors = capfd.readouterr()
+    assert (printed, errors.count("\n")) == ("", 1) and told in errors
 
 
 def test_the_page_names_every_target():

@@ -3,6 +3,7 @@
     python -m vllm_sim.conformance ours                     # our scheduler and manager, 60 seconds
     python -m vllm_sim.conformance ours-manager --world large
     python -m vllm_sim.conformance nano-vllm --from DIR --seconds 600 --json out.json
+    python -m vllm_sim.conformance mine.py:MyAdapter
 
 Reproduces sections 4.2-4.5 of the paper as rules for any engine: docs/conformance.md says which,
 and how to write an adapter for your own. Exit code 0 if no fault was found, 1 for a fault or a
@@ -25,7 +26,7 @@ from vllm_sim.conformance.adapter import NotInstalledError
 from vllm_sim.conformance.report import answer, lines, tables
 from vllm_sim.conformance.search import Search
 from vllm_sim.conformance.shadow import CHECKS
-from vllm_sim.conformance.targets import TARGETS
+from vllm_sim.conformance.targets import TARGETS, find
 from vllm_sim.reporting.arguments import OneLineParser, folder, positive, seed
 from vllm_sim.reporting.documents import document
 from vllm_sim.reporting.files import add_output_options, check_writable, print_then, write_json
@@ -37,8 +38,8 @@ PROGRAM = "conformance"
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=PROGRAM, description=__doc__.split("\n")[0], allow_abbrev=False)
     add, names = parser.add_argument, ", ".join(TARGETS)
-    help = f"one of {names} (default ours)"
-    add("target", nargs="?", choices=TARGETS, default="ours", metavar="TARGET", help=help)
+    help = f"one of {names} (default ours), or an adapter of your own, mine.py:MyAdapter"
+    add("target", nargs="?", default="ours", metavar="TARGET", help=help)
     add("--world", metavar="NAME", help="what is searched (default: the target's first)")
     help = "of search; a world that is closed sooner ends it (default 60)"
     add("--seconds", type=positive, default=60, metavar="N", help=help)
@@ -55,7 +56,10 @@ def parse_and_run(argv: list[str] | None) -> int:
     """The exit code. Raises UsageError for what cannot be used, before anything is written."""
     args = build_parser().parse_args(argv)
     raise_on_interrupt()
-    target = TARGETS[args.target]
+    try:
+        target = find(args.target)
+    except ValueError as error:
+        raise UsageError(f"argument TARGET: {error}") from None
     world_name = args.world or next(iter(target.worlds))
     if world_name not in target.worlds:
         raise UsageError(f"--world {world_name}: {args.target} has {', '.join(target.worlds)}")
