@@ -94,7 +94,8 @@ class Card:
         mine, theirs = (
             (card.bandwidth, card.multiprocessors, card.cache_bytes) for card in (self, other)
         )
-        return sum(abs(math.log(a / b)) for a, b in zip(mine, theirs))
+        # A driver that does not tell a number says 0.
+        return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(mine, theirs))
 
 
 # By benchmarks/tune_attention.py on 2026-11-29, one H200: of the cuts that win on some shape, the
@@ -104,6 +105,7 @@ TUNINGS = {
     Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 7), Tuning(16, 2, 4, 4), Tuning(32, 4, 3, 3))
 }
 MANY_HEADS, LITTLE_WORK = 16, 750
+WIDE_SLOT = 2048  # bytes of K and V of one head, from which on two warps spill registers
 
 
 @functools.cache
@@ -124,13 +126,15 @@ def choose_tuning(
     """That of the card most like this one, cut down to what its shared memory holds.
 
     num_slots: to read, of all heads; slot_bytes: K and V of one head of one slot, padded;
-    row_bytes: one query row. Many query rows (several tokens, or a wide group) need more warps, and
-    fewer programs at once.
+    row_bytes: one query row. Many query rows (several tokens, or a wide group) and wide heads need
+    more warps, for their registers, and fewer programs at once.
     """
     many, few, little = TUNINGS[min(TUNINGS, key=card.distance)]
     if rows.padded > 16:
         wide = rows.padded * slot_bytes > 16384
         chosen = Tuning(64 if wide else 32, 8 if wide else 4, 2, 1 if wide else 2)
+    elif slot_bytes >= WIDE_SLOT:
+        chosen = Tuning(16, 8 if slot_bytes >= 2 * WIDE_SLOT else 4, 3, 2)
     elif rows.num_heads > MANY_HEADS:
         chosen = many
     else:
@@ -165,16 +169,19 @@ class Rows:
 
     @classmethod
     def of(cls, num_heads: int, kv_heads: int, value_size: int, most_queries: int) -> Rows:
-        """For H query heads of V's size, and so many query tokens of a sequence at most."""
+        """For H query heads of V's size; a sequence has so many query tokens at most."""
         most = max(16, min(128, 16384 // triton.next_power_of_2(value_size)))  # by registers
         group = num_heads // kv_heads
         heads = min(group, most)
-        queries = 1 if heads < group else max(1, min(most_queries, most // heads))
-        return cls(kv_heads, group, heads, queries)
+        if heads < group or most_queries <= 1:
+            return cls(kv_heads, group, heads, 1)
+        # As many as the padded rows hold: each number of them is a kernel to compile.
+        padded = min(most, _padded(heads * most_queries))
+        return cls(kv_heads, group, heads, padded // heads)
 
     @property
     def padded(self) -> int:
-        return max(16, triton.next_power_of_2(self.heads * self.queries))
+        return _padded(self.heads * self.queries)
 
     @property
     def num_heads(self) -> int:
@@ -218,7 +225,8 @@ class Plan:
         self.update(seq_lens, query_lens)
 
     def update(self, seq_lens: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
-        """The same for other lengths; of as many sequences at most if a graph holds the tensor."""
+        """The same for other lengths; of no more sequences and query tokens than at first if a
+        graph holds the tensor."""
         lens = np.asarray(seq_lens, dtype=np.int64)
         counts = np.ones_like(lens) if query_lens is None else np.asarray(query_lens, np.int64)
         check_shape(
@@ -239,7 +247,9 @@ class Plan:
         if self.device.type == "cuda":
             found = found.pin_memory()  # from pageable memory the transfer would wait
         if found.numel() > self.table.numel():
-            self.table = torch.empty_like(found, device=self.device)
+            # As many sequences and query tokens are at most so many items more, cut otherwise.
+            room = found.numel() + ITEM * len(lens)
+            self.table = torch.empty(room, dtype=torch.int32, device=self.device)
         self.table[: found.numel()].copy_(found, non_blocking=True)
 
 
@@ -267,10 +277,15 @@ def cut_points(tiles: np.ndarray, most: int, tile: int) -> np.ndarray:
 
 
 def cut_evenly(lens, counts, most, tile, queries, window, least=0):
-    """How many ranges, and the numbers of a plan, (ranges * 16 + items * 8,) int32: see `_attend`.
+    """How many ranges, and the numbers of a plan as `_attend` reads them, int32.
 
     lens, counts: (B,) int64, slots and query tokens of each sequence. Of `least` ranges some may be
-    empty.
+    empty. Tiles are counted through all items, ranges and items each from 0.
+    A range (16 numbers): its first item; of how many it has a part; its tiles, from and to; then
+    the 8 of its first item. An item (8): its first tile; how many; how many tiles of its sequence
+    come before them; the sequence; its first query token, in q; how many the sequence has from this
+    one on; the first and the last range that have a part of it. Behind the last item comes one that
+    is read and not used.
     """
     num_items = -(-counts // queries)
     if not num_items.any():
@@ -330,7 +345,10 @@ class Workspace:
             "the workspace is too small for this shape and cannot grow while a graph is captured",
         )
         self._before += [self.out, self.lse, self.arrived]
-        out, lse, arrived = (max(size, room) for size, room in zip(sizes, have))
+        # At least twice as large: so all that are kept are together no larger than the last.
+        out, lse, arrived = (
+            room if size <= room else max(size, 2 * room) for size, room in zip(sizes, have)
+        )
         self.out = torch.empty(out, device=self.device)
         self.lse = torch.empty(lse, device=self.device)
         self.arrived = torch.zeros(arrived, dtype=torch.int32, device=self.device)
@@ -393,8 +411,7 @@ def paged_attention_kernel(
     check_shape(workspace.device == q.device, f"the workspace is on {workspace.device}")
     workspace.reserve(num_programs, rows.heads * rows.queries, value_size)
     scale = head_size**-0.5 if scale is None else scale
-    value_pad = max(16, triton.next_power_of_2(value_size))
-    rest = max(0, head_size - value_pad)
+    value_pad, rest_pad = _padded_sizes(head_size, value_size)
     arguments = q, k_pool, v_pool, block_tables, seq_lens, table, out, lse
     arguments += workspace.out, workspace.lse, workspace.arrived
     arguments += scale * k_scale, v_scale, soft_cap or 0.0, window or 0, num_tiles, max_slots
@@ -410,7 +427,7 @@ def paged_attention_kernel(
             D=head_size,
             D_V=value_size,
             D_PAD=value_pad,
-            D_REST=max(16, triton.next_power_of_2(rest)) if rest else 0,
+            D_REST=rest_pad,
             S=block_size,
             TILE=tuning.tile,
             PLANNED=plan is not None,
@@ -441,9 +458,23 @@ def _ranges_at_once(device, tuning, rows) -> int:
 
 def _tuning_for(q, k_pool, v_pool, rows, num_slots) -> Tuning:
     """`choose_tuning` for these tensors."""
-    key, value = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k_pool, v_pool))
+    value, rest = _padded_sizes(q.shape[2], v_pool.shape[3])
+    key = value + rest
     slot_bytes, row_bytes = (key + value) * k_pool.element_size(), key * q.element_size()
-    return choose_tuning(*device_limits(q.device), rows, num_slots, slot_bytes, row_bytes)
+    found = choose_tuning(*device_limits(q.device), rows, num_slots, slot_bytes, row_bytes)
+    # Tensor cores do not multiply float32 exactly: a larger tile spills registers.
+    return replace(found, tile=16) if q.dtype == torch.float32 else found
+
+
+def _padded(size: int) -> int:
+    """A power of two, at least 16: what a tensor core multiplies."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _padded_sizes(head_size: int, value_size: int) -> tuple[int, int]:
+    """The columns of V that a program reads, and of K as many and these beside them."""
+    value = _padded(value_size)
+    return value, _padded(head_size - value) if head_size > value else 0
 
 
 def _check_options(window, soft_cap) -> None:
@@ -619,7 +650,8 @@ def _attend(
         length = tl.load(lens_ptr + seq).to(tl.int32)
         of_group = head % HEAD_BLOCKS * HG + rows % HG
         row_live = (rows < QT * HG) & (query < after) & (of_group < G)
-        q_row = (token + query).to(tl.int64) * q_stride_t + (kv_head * G + of_group) * q_stride_h
+        q_row = (token + query).to(tl.int64) * q_stride_t
+        q_row += (kv_head * G + of_group).to(tl.int64) * q_stride_h
         q_at = q_ptr + q_row[:, None]
         q_mask = row_live[:, None] & (cols < D_K)[None, :]
         q = tl.load(q_at + cols[None, :], mask=q_mask, other=0.0)
