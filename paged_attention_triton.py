@@ -53,7 +53,7 @@ MAX_HEAD_SIZE = 1024
 RANGE, ITEM = 16, 8  # numbers that a range and an item have in a plan
 UNPLANNED, LEAST_TILES = 2, 4  # ranges where there is no plan: times as many, and their tiles
 PART_SLOTS = 64  # what a part costs beside its own slots, as so many
-SHARED_SPARE = 7 << 10  # bytes of shared memory beside the tiles of a program
+SHARED_SPARE = 2 << 10  # bytes of shared memory of a program beside its tiles and queries
 REGISTERS, SCHEDULERS = 1 << 16, 4  # of a multiprocessor
 MANY_WORDS = 1 << 19  # from here on there are programs enough for 4 accesses a thread
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -79,6 +79,11 @@ class Tuning:
         """Of a thread, at most, so that as many programs run at once."""
         warps = -(-self.num_warps * self.programs // SCHEDULERS)  # each has registers of its own
         return min(255, REGISTERS // SCHEDULERS // (32 * warps) // 8 * 8)
+
+    def shared_bytes(self, num_rows: int, slot_bytes: int, row_bytes: int) -> int:
+        """Of a multiprocessor: the tiles under way and the query rows, which some cards copy."""
+        tiles = max(1, self.num_stages - 1) * self.tile * slot_bytes
+        return self.programs * (tiles + 2 * num_rows * row_bytes + SHARED_SPARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +147,7 @@ def choose_tuning(
         chosen = little if scarce else few
 
     def too_large(one: Tuning) -> bool:
-        tiles = max(1, one.num_stages - 1) * one.tile * slot_bytes
-        each = tiles + SHARED_SPARE + 2 * rows.padded * row_bytes
-        return one.programs * each > shared_bytes
+        return one.shared_bytes(rows.padded, slot_bytes, row_bytes) > shared_bytes
 
     while too_large(chosen) and chosen.tile > 16:
         chosen = replace(chosen, tile=chosen.tile // 2)

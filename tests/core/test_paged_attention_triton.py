@@ -337,6 +337,32 @@ def test_a_workspace_grows_in_every_direction():
         assert workspace.lse.numel() >= places and workspace.out.numel() >= places * size
 
 
+def test_a_workspace_that_grows_a_little_at_each_call_keeps_few_smaller_ones():
+    workspace = Workspace(DEVICE)
+    sizes = set()
+    for programs in range(1, 300):
+        workspace.reserve(programs, 16, 64)
+        sizes.add(workspace.out.numel())
+    assert len(sizes) < 12 and max(sizes) < 4 * programs * 16 * 64 * 2
+
+
+@pytest.mark.parametrize(("heads", "sizes"), [((4, 1), (64, 64)), ((7, 1), (128, 128))])
+def test_prompts_of_any_length_take_few_kernels(heads, sizes):
+    """What a kernel is compiled for, beside what a model has: its query tokens and rows."""
+    rows = [Rows.of(*heads, sizes[1], most) for most in range(1, 500)]
+    assert len({(one.queries, one.padded) for one in rows}) <= 5
+    assert all(one.queries >= min(most, 128 // heads[0]) for most, one in enumerate(rows, 1))
+
+
+def test_a_graphs_plan_stays_where_it_is_however_its_query_tokens_are_shared_out():
+    q, pool = torch.zeros(40, 1, 64, device=DEVICE), torch.zeros(3, 16, 1, 64, device=DEVICE)
+    plan = Plan(q, pool, pool, [40, 5, 5, 5], [20, 0, 0, 20])
+    where = plan.table.data_ptr()
+    for counts in ([10] * 4, [40, 0, 0, 0], [1, 1, 19, 19], [33, 1, 3, 3]):
+        plan.update([40] * 4, counts)
+        assert plan.table.data_ptr() == where
+
+
 def test_a_length_beyond_the_table_is_cut_and_harms_no_later_call():
     workspace = Workspace(DEVICE)
     case = Case((2, 1), 64, 16, [80, 61], torch.float16)
