@@ -335,8 +335,11 @@ class Workspace:
         self.device = self.out.device  # with its index
         self._before: list[torch.Tensor] = []  # smaller ones, which a graph may still use
 
-    def reserve(self, num_programs: int, rows: int, value_size: int) -> None:
-        """Room for two partial results of each program, of `rows` query rows each."""
+    def reserve(self, num_programs: int, rows: int, value_size: int, *, own: bool = False) -> None:
+        """Room for two partial results of each program, of `rows` query rows each.
+
+        own: of one call alone, so that it may be made while a graph is captured.
+        """
         places = 2 * num_programs * rows
         sizes = places * value_size, places, num_programs
         have = self.out.numel(), self.lse.numel(), self.arrived.numel()
@@ -344,7 +347,7 @@ class Workspace:
             return
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         check_shape(
-            not (capturing and self.lse.numel()),
+            own or not capturing,  # a graph clears what it has made when it runs, and not before
             "the workspace is too small for this shape and cannot grow while a graph is captured",
         )
         self._before += [self.out, self.lse, self.arrived]
@@ -410,9 +413,10 @@ def paged_attention_kernel(
         rows, tuning, ranges, table = plan.rows, plan.tuning, plan.num_ranges, plan.table
         num_tiles = 0  # the plan has it
     num_programs = ranges * rows.num_heads
+    own = workspace is None
     workspace = workspace or Workspace(q.device)
     check_shape(workspace.device == q.device, f"the workspace is on {workspace.device}")
-    workspace.reserve(num_programs, rows.heads * rows.queries, value_size)
+    workspace.reserve(num_programs, rows.heads * rows.queries, value_size, own=own)
     scale = head_size**-0.5 if scale is None else scale
     value_pad, rest_pad = _padded_sizes(head_size, value_size)
     arguments = q, k_pool, v_pool, block_tables, seq_lens, table, out, lse
@@ -602,7 +606,7 @@ def _attend(
     SAME: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The tiles of one range, item by item, for one head."""
+    """The tiles of one range, item by item, for one head; a plan's numbers: see cut_evenly."""
     RANGE: tl.constexpr = 16
     ITEM: tl.constexpr = 8
     HEAD_BLOCKS: tl.constexpr = (G + HG - 1) // HG

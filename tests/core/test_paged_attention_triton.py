@@ -838,10 +838,11 @@ class TestOnTheDevice:
         kernel(*small.arguments(), workspace=workspace, tuning=SMALL_TILES)
         arguments = case.arguments()
         kernel(*arguments, tuning=SMALL_TILES)
-        graph = torch.cuda.CUDAGraph()
-        with pytest.raises(ShapeError, match="cannot grow"), torch.cuda.graph(graph):
-            arguments[0].clone()  # torch warns of a graph with nothing in it
-            module.paged_attention_kernel(*arguments, workspace=workspace, tuning=SMALL_TILES)
+        for one in (workspace, Workspace("cuda")):
+            graph, options = torch.cuda.CUDAGraph(), {"workspace": one, "tuning": SMALL_TILES}
+            with pytest.raises(ShapeError, match="cannot grow"), torch.cuda.graph(graph):
+                arguments[0].clone()  # torch warns of a graph with nothing in it
+                module.paged_attention_kernel(*arguments, **options)
 
     def test_agrees_with_the_gather_kernel_at_the_models_shapes(self):
         for heads, head_size in (((40, 40), 128), ((64, 8), 128), ((32, 8), 96), ((71, 1), 64)):

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
+from paged_attention import upload
+
 if TYPE_CHECKING:
     from paged_attention_triton import Plan
     from vllm_sim.engine.block_cache import Step
@@ -75,6 +77,5 @@ class InPlace:
             tables = [pad(part.table, (0, width - part.table.shape[1])) for part in parts]
             lens = [part.num_tokens for part in parts]
             counts = [part.end - part.start for part in parts]
-            inputs = torch.cat(tables), torch.tensor(lens, dtype=torch.int32, device=device)
             rows = together if whole else rows.to(device)
-            self._batches.append((rows, lens, counts, *inputs))
+            self._batches.append((rows, lens, counts, torch.cat(tables), upload(lens, device)))
