@@ -220,7 +220,8 @@ class Plan:
         self.device, self.window, self.one_each = q.device, window, query_lens is None
         queries = 1 if query_lens is None else max(query_lens, default=1)
         self.rows = Rows.of(q.shape[1], k_pool.shape[2], v_pool.shape[3], queries)
-        num_slots = sum(map(int, seq_lens)) * self.rows.num_heads
+        read = sum(min(n, window or n) for n in map(int, seq_lens))
+        num_slots = read * self.rows.num_heads
         self.tuning = tuning or _tuning_for(q, k_pool, v_pool, self.rows, num_slots)
         self.at_once = _ranges_at_once(q.device, self.tuning, self.rows)
         self.table = torch.empty(0, dtype=torch.int32, device=q.device)
@@ -402,7 +403,7 @@ def paged_attention_kernel(
     max_slots = block_tables.shape[1] * block_size
     if plan is None:
         rows = Rows.of(num_heads, num_kv_heads, value_size, 1)
-        num_slots = num_tokens * max_slots * rows.num_heads
+        num_slots = num_tokens * min(max_slots, window or max_slots) * rows.num_heads
         tuning = tuning or _tuning_for(q, k_pool, v_pool, rows, num_slots)
         num_tiles = len(q) * max(1, -(-max_slots // tuning.tile))
         # Where some sequences are shorter than the table is wide, small ranges even that out.
