@@ -53,7 +53,7 @@ MAX_HEAD_SIZE = 1024
 RANGE, ITEM = 16, 8  # numbers that a range and an item have in a plan
 UNPLANNED, LEAST_TILES = 2, 4  # ranges where there is no plan: times as many, and their tiles
 PART_SLOTS = 64  # what a part costs beside its own slots, as so many
-SHARED_SPARE = 7 << 10  # bytes of shared memory beside the tiles of a program
+SHARED_SPARE = 2 << 10  # bytes of shared memory of a program beside its tiles and queries
 REGISTERS, SCHEDULERS = 1 << 16, 4  # of a multiprocessor
 MANY_WORDS = 1 << 19  # from here on there are programs enough for 4 accesses a thread
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -80,6 +80,11 @@ class Tuning:
         warps = -(-self.num_warps * self.programs // SCHEDULERS)  # each has registers of its own
         return min(255, REGISTERS // SCHEDULERS // (32 * warps) // 8 * 8)
 
+    def shared_bytes(self, num_rows: int, slot_bytes: int, row_bytes: int) -> int:
+        """Of a multiprocessor: the tiles under way and the query rows, which some cards copy."""
+        tiles = max(1, self.num_stages - 1) * self.tile * slot_bytes
+        return self.programs * (tiles + 2 * num_rows * row_bytes + SHARED_SPARE)
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -94,7 +99,8 @@ class Card:
         mine, theirs = (
             (card.bandwidth, card.multiprocessors, card.cache_bytes) for card in (self, other)
         )
-        return sum(abs(math.log(a / b)) for a, b in zip(mine, theirs))
+        # A driver that does not tell a number says 0.
+        return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(mine, theirs))
 
 
 # By benchmarks/tune_attention.py on 2026-11-29, one H200: of the cuts that win on some shape, the
@@ -104,6 +110,7 @@ TUNINGS = {
     Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 7), Tuning(16, 2, 4, 4), Tuning(32, 4, 3, 3))
 }
 MANY_HEADS, LITTLE_WORK = 16, 750
+WIDE_SLOT = 2048  # bytes of K and V of one head, from which on two warps spill registers
 
 
 @functools.cache
@@ -124,13 +131,15 @@ def choose_tuning(
     """That of the card most like this one, cut down to what its shared memory holds.
 
     num_slots: to read, of all heads; slot_bytes: K and V of one head of one slot, padded;
-    row_bytes: one query row. Many query rows (several tokens, or a wide group) need more warps, and
-    fewer programs at once.
+    row_bytes: one query row. Many query rows (several tokens, or a wide group) and wide heads need
+    more warps, for their registers, and fewer programs at once.
     """
     many, few, little = TUNINGS[min(TUNINGS, key=card.distance)]
     if rows.padded > 16:
         wide = rows.padded * slot_bytes > 16384
         chosen = Tuning(64 if wide else 32, 8 if wide else 4, 2, 1 if wide else 2)
+    elif slot_bytes >= WIDE_SLOT:
+        chosen = Tuning(16, 8 if slot_bytes >= 2 * WIDE_SLOT else 4, 3, 2)
     elif rows.num_heads > MANY_HEADS:
         chosen = many
     else:
@@ -138,9 +147,7 @@ def choose_tuning(
         chosen = little if scarce else few
 
     def too_large(one: Tuning) -> bool:
-        tiles = max(1, one.num_stages - 1) * one.tile * slot_bytes
-        each = tiles + SHARED_SPARE + 2 * rows.padded * row_bytes
-        return one.programs * each > shared_bytes
+        return one.shared_bytes(rows.padded, slot_bytes, row_bytes) > shared_bytes
 
     while too_large(chosen) and chosen.tile > 16:
         chosen = replace(chosen, tile=chosen.tile // 2)
@@ -165,16 +172,19 @@ class Rows:
 
     @classmethod
     def of(cls, num_heads: int, kv_heads: int, value_size: int, most_queries: int) -> Rows:
-        """For H query heads of V's size, and so many query tokens of a sequence at most."""
+        """For H query heads of V's size; a sequence has so many query tokens at most."""
         most = max(16, min(128, 16384 // triton.next_power_of_2(value_size)))  # by registers
         group = num_heads // kv_heads
         heads = min(group, most)
-        queries = 1 if heads < group else max(1, min(most_queries, most // heads))
-        return cls(kv_heads, group, heads, queries)
+        if heads < group or most_queries <= 1:
+            return cls(kv_heads, group, heads, 1)
+        # As many as the padded rows hold: each number of them is a kernel to compile.
+        padded = min(most, _padded(heads * most_queries))
+        return cls(kv_heads, group, heads, padded // heads)
 
     @property
     def padded(self) -> int:
-        return max(16, triton.next_power_of_2(self.heads * self.queries))
+        return _padded(self.heads * self.queries)
 
     @property
     def num_heads(self) -> int:
@@ -210,7 +220,8 @@ class Plan:
         self.device, self.window, self.one_each = q.device, window, query_lens is None
         queries = 1 if query_lens is None else max(query_lens, default=1)
         self.rows = Rows.of(q.shape[1], k_pool.shape[2], v_pool.shape[3], queries)
-        num_slots = sum(map(int, seq_lens)) * self.rows.num_heads
+        read = sum(min(n, window or n) for n in map(int, seq_lens))
+        num_slots = read * self.rows.num_heads
         self.tuning = tuning or _tuning_for(q, k_pool, v_pool, self.rows, num_slots)
         self.at_once = _ranges_at_once(q.device, self.tuning, self.rows)
         self.table = torch.empty(0, dtype=torch.int32, device=q.device)
@@ -218,7 +229,8 @@ class Plan:
         self.update(seq_lens, query_lens)
 
     def update(self, seq_lens: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
-        """The same for other lengths; of as many sequences at most if a graph holds the tensor."""
+        """The same for other lengths; of no more sequences and query tokens than at first if a
+        graph holds the tensor."""
         lens = np.asarray(seq_lens, dtype=np.int64)
         counts = np.ones_like(lens) if query_lens is None else np.asarray(query_lens, np.int64)
         check_shape(
@@ -239,7 +251,9 @@ class Plan:
         if self.device.type == "cuda":
             found = found.pin_memory()  # from pageable memory the transfer would wait
         if found.numel() > self.table.numel():
-            self.table = torch.empty_like(found, device=self.device)
+            # As many sequences and query tokens are at most so many items more, cut otherwise.
+            room = found.numel() + ITEM * len(lens)
+            self.table = torch.empty(room, dtype=torch.int32, device=self.device)
         self.table[: found.numel()].copy_(found, non_blocking=True)
 
 
@@ -267,10 +281,15 @@ def cut_points(tiles: np.ndarray, most: int, tile: int) -> np.ndarray:
 
 
 def cut_evenly(lens, counts, most, tile, queries, window, least=0):
-    """How many ranges, and the numbers of a plan, (ranges * 16 + items * 8,) int32: see `_attend`.
+    """How many ranges, and the numbers of a plan as `_attend` reads them, int32.
 
     lens, counts: (B,) int64, slots and query tokens of each sequence. Of `least` ranges some may be
-    empty.
+    empty. Tiles are counted through all items, ranges and items each from 0.
+    A range (16 numbers): its first item; of how many it has a part; its tiles, from and to; then
+    the 8 of its first item. An item (8): its first tile; how many; how many tiles of its sequence
+    come before them; the sequence; its first query token, in q; how many the sequence has from this
+    one on; the first and the last range that have a part of it. Behind the last item comes one that
+    is read and not used.
     """
     num_items = -(-counts // queries)
     if not num_items.any():
@@ -317,8 +336,11 @@ class Workspace:
         self.device = self.out.device  # with its index
         self._before: list[torch.Tensor] = []  # smaller ones, which a graph may still use
 
-    def reserve(self, num_programs: int, rows: int, value_size: int) -> None:
-        """Room for two partial results of each program, of `rows` query rows each."""
+    def reserve(self, num_programs: int, rows: int, value_size: int, *, own: bool = False) -> None:
+        """Room for two partial results of each program, of `rows` query rows each.
+
+        own: of one call alone, so that it may be made while a graph is captured.
+        """
         places = 2 * num_programs * rows
         sizes = places * value_size, places, num_programs
         have = self.out.numel(), self.lse.numel(), self.arrived.numel()
@@ -326,11 +348,14 @@ class Workspace:
             return
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         check_shape(
-            not (capturing and self.lse.numel()),
+            own or not capturing,  # a graph clears what it has made when it runs, and not before
             "the workspace is too small for this shape and cannot grow while a graph is captured",
         )
         self._before += [self.out, self.lse, self.arrived]
-        out, lse, arrived = (max(size, room) for size, room in zip(sizes, have))
+        # At least twice as large: so all that are kept are together no larger than the last.
+        out, lse, arrived = (
+            room if size <= room else max(size, 2 * room) for size, room in zip(sizes, have)
+        )
         self.out = torch.empty(out, device=self.device)
         self.lse = torch.empty(lse, device=self.device)
         self.arrived = torch.zeros(arrived, dtype=torch.int32, device=self.device)
@@ -378,7 +403,7 @@ def paged_attention_kernel(
     max_slots = block_tables.shape[1] * block_size
     if plan is None:
         rows = Rows.of(num_heads, num_kv_heads, value_size, 1)
-        num_slots = num_tokens * max_slots * rows.num_heads
+        num_slots = num_tokens * min(max_slots, window or max_slots) * rows.num_heads
         tuning = tuning or _tuning_for(q, k_pool, v_pool, rows, num_slots)
         num_tiles = len(q) * max(1, -(-max_slots // tuning.tile))
         # Where some sequences are shorter than the table is wide, small ranges even that out.
@@ -389,12 +414,12 @@ def paged_attention_kernel(
         rows, tuning, ranges, table = plan.rows, plan.tuning, plan.num_ranges, plan.table
         num_tiles = 0  # the plan has it
     num_programs = ranges * rows.num_heads
+    own = workspace is None
     workspace = workspace or Workspace(q.device)
     check_shape(workspace.device == q.device, f"the workspace is on {workspace.device}")
-    workspace.reserve(num_programs, rows.heads * rows.queries, value_size)
+    workspace.reserve(num_programs, rows.heads * rows.queries, value_size, own=own)
     scale = head_size**-0.5 if scale is None else scale
-    value_pad = max(16, triton.next_power_of_2(value_size))
-    rest = max(0, head_size - value_pad)
+    value_pad, rest_pad = _padded_sizes(head_size, value_size)
     arguments = q, k_pool, v_pool, block_tables, seq_lens, table, out, lse
     arguments += workspace.out, workspace.lse, workspace.arrived
     arguments += scale * k_scale, v_scale, soft_cap or 0.0, window or 0, num_tiles, max_slots
@@ -410,7 +435,7 @@ def paged_attention_kernel(
             D=head_size,
             D_V=value_size,
             D_PAD=value_pad,
-            D_REST=max(16, triton.next_power_of_2(rest)) if rest else 0,
+            D_REST=rest_pad,
             S=block_size,
             TILE=tuning.tile,
             PLANNED=plan is not None,
@@ -441,9 +466,23 @@ def _ranges_at_once(device, tuning, rows) -> int:
 
 def _tuning_for(q, k_pool, v_pool, rows, num_slots) -> Tuning:
     """`choose_tuning` for these tensors."""
-    key, value = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k_pool, v_pool))
+    value, rest = _padded_sizes(q.shape[2], v_pool.shape[3])
+    key = value + rest
     slot_bytes, row_bytes = (key + value) * k_pool.element_size(), key * q.element_size()
-    return choose_tuning(*device_limits(q.device), rows, num_slots, slot_bytes, row_bytes)
+    found = choose_tuning(*device_limits(q.device), rows, num_slots, slot_bytes, row_bytes)
+    # Tensor cores do not multiply float32 exactly: a larger tile spills registers.
+    return replace(found, tile=16) if q.dtype == torch.float32 else found
+
+
+def _padded(size: int) -> int:
+    """A power of two, at least 16: what a tensor core multiplies."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _padded_sizes(head_size: int, value_size: int) -> tuple[int, int]:
+    """The columns of V that a program reads, and of K as many and these beside them."""
+    value = _padded(value_size)
+    return value, _padded(head_size - value) if head_size > value else 0
 
 
 def _check_options(window, soft_cap) -> None:
@@ -568,7 +607,7 @@ def _attend(
     SAME: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The tiles of one range, item by item, for one head."""
+    """The tiles of one range, item by item, for one head; a plan's numbers: see cut_evenly."""
     RANGE: tl.constexpr = 16
     ITEM: tl.constexpr = 8
     HEAD_BLOCKS: tl.constexpr = (G + HG - 1) // HG
@@ -619,7 +658,8 @@ def _attend(
         length = tl.load(lens_ptr + seq).to(tl.int32)
         of_group = head % HEAD_BLOCKS * HG + rows % HG
         row_live = (rows < QT * HG) & (query < after) & (of_group < G)
-        q_row = (token + query).to(tl.int64) * q_stride_t + (kv_head * G + of_group) * q_stride_h
+        q_row = (token + query).to(tl.int64) * q_stride_t
+        q_row += (kv_head * G + of_group).to(tl.int64) * q_stride_h
         q_at = q_ptr + q_row[:, None]
         q_mask = row_live[:, None] & (cols < D_K)[None, :]
         q = tl.load(q_at + cols[None, :], mask=q_mask, other=0.0)

@@ -134,13 +134,18 @@ def against(row: Row, columns: Iterable[str]) -> float | None:
     return None if best is None else 100 * (over_floor(row, ["triton"]) / best - 1)
 
 
-def times_table(rows: list[Row], where: str) -> Table:
-    """Time over floor, and ours against the best paged kernel and the best contiguous one."""
-    times = [(name, partial(over_floor, columns=[name])) for name in COLUMNS]
-    columns = [("shape", "shape"), ("floor us", "floor_us"), *times]
-    columns.append(("over paged %", partial(against, columns=PAGED)))
-    columns.append(("over cuDNN %", partial(against, columns=["cuDNN"])))
-    return table("Time over floor, cold L2", columns, rows, where, decimals=3)
+def times_tables(rows: list[Row], where: str) -> list[Table]:
+    """Time over floor: ours against its peers, in % the best paged and cuDNN's; and the others."""
+    peers = "triton", *PAGED, "cuDNN", "Flash"
+    times = {name: (name, partial(over_floor, columns=[name])) for name in COLUMNS}
+    ours = [("shape", "shape"), *(times.pop(name) for name in peers)]
+    ours.append(("over paged %", partial(against, columns=PAGED)))
+    ours.append(("over cuDNN %", partial(against, columns=["cuDNN"])))
+    others = [("shape", "shape"), ("floor us", "floor_us"), *times.values()]
+    return [
+        table("Time over floor, cold L2", ours, rows, where, decimals=3),
+        table("Without a plan, gathered, and a pure read", others, rows, where, decimals=3),
+    ]
 
 
 def wrong_keys(row: Row) -> list[str]:
@@ -172,7 +177,8 @@ def run(argv: list[str] | None) -> int:
         # After each shape: time on a GPU is dear.
         code = script.write(found, {"shapes": 1}, int(any(wrong_keys(row) for row in rows)))
     where = f"{torch.cuda.get_device_name()}, large copy {bandwidth / 1e9:,.0f} GB/s"
-    show(times_table(rows, f"{where}, median of {args.repeats}"))
+    for shown in times_tables(rows, f"{where}, median of {args.repeats}"):
+        show(shown)
     print("what making a plan costs, once for all layers, us:")
     print("  " + ", ".join(f"{row['shape']} {row['plan_us']:.0f}" for row in rows))
     print("gather_blocks, share of the copy bandwidth:")

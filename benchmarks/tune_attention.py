@@ -42,13 +42,13 @@ Row = dict[str, object]
 
 def candidates(shared_bytes: int) -> list[Tuning]:
     """Those that fit a multiprocessor, with bytes enough under way and registers to hold them."""
-    from paged_attention_triton import SHARED_SPARE, Tuning
+    from paged_attention_triton import Tuning
 
     def fits(one: Tuning) -> bool:
-        tiles = (one.num_stages - 1) * one.tile * SLOT_BYTES
-        if one.programs * (tiles + SHARED_SPARE) > shared_bytes:
-            return False
-        enough = one.programs * tiles >= LEAST_BYTES and one.registers >= LEAST_REGISTERS
+        if one.shared_bytes(16, SLOT_BYTES, SLOT_BYTES // 2) > shared_bytes:
+            return False  # and choose_tuning would cut it down
+        under_way = one.programs * (one.num_stages - 1) * one.tile * SLOT_BYTES
+        enough = under_way >= LEAST_BYTES and one.registers >= LEAST_REGISTERS
         return enough and 8 <= one.tile // one.num_warps <= 16
 
     return [

@@ -5,6 +5,8 @@ import pytest
 import torch
 from attention_contenders import CAT_SHAPE
 
+from vllm_sim.reporting.tables import render
+
 ON_CUDA = torch.cuda.is_available()
 ROW = {"shape": "one", "floor_us": 100.0, "triton_us": 110.0, "unplanned_us": 115.0}
 ROW |= {"read_0_us": 103.0, "read_1_us": 101.0, "gather_us": 340.0, "plain_us": 900.0}
@@ -12,14 +14,29 @@ ROW |= {"flashinfer_us": 150.0, "flashinfer_tc_us": 125.0, "xqa_us": 160.0}
 
 
 def test_the_better_of_a_family_counts_and_the_missing_show_as_missing():
-    found = bench.times_table([ROW], "where")
+    found = bench.times_tables([ROW], "where")
     times = {"triton": 1.1, "no plan": 1.15, "read": 1.01, "FlashInfer": 1.25, "XQA": 1.6}
     times |= {"gather": 3.4, "plain": 9.0, "over paged %": pytest.approx(-12)}
     missing = dict.fromkeys(("FA3", "cuDNN", "Flash", "cat", "over cuDNN %"))
     shape = {"shape": "one", "floor us": 100.0}
-    assert dict(zip(found.headers, found.rows[0])) == shape | times | missing
-    (cell,) = bench.times_table([ROW | {"cudnn_us": 100.0}], "where").rows[0][-1:]
+    cells = {}
+    for table in found:
+        cells |= dict(zip(table.headers, table.rows[0]))
+    assert cells == shape | times | missing
+    (cell,) = bench.times_tables([ROW | {"cudnn_us": 100.0}], "where")[0].rows[0][-1:]
     assert cell == pytest.approx(10)
+
+
+def test_the_tables_fit_a_line():
+    keys = {key for keys in bench.COLUMNS.values() for key in keys}
+    rows = [
+        {"shape": name, "floor_us": 1234.5} | {f"{key}_us": 12345.0 for key in keys}
+        for name in bench.SHAPES
+    ]
+    for row in rows:
+        row["triton_us"], row["cat_us"] = 4321.0, 200_000.0
+    for table in bench.times_tables(rows, "NVIDIA H200"):
+        assert max(map(len, render(table, "plain").splitlines())) <= 100
 
 
 def test_the_shapes_are_those_of_the_models():

@@ -337,6 +337,32 @@ def test_a_workspace_grows_in_every_direction():
         assert workspace.lse.numel() >= places and workspace.out.numel() >= places * size
 
 
+def test_a_workspace_that_grows_a_little_at_each_call_keeps_few_smaller_ones():
+    workspace = Workspace(DEVICE)
+    sizes = set()
+    for programs in range(1, 300):
+        workspace.reserve(programs, 16, 64)
+        sizes.add(workspace.out.numel())
+    assert len(sizes) < 12 and max(sizes) < 4 * programs * 16 * 64 * 2
+
+
+@pytest.mark.parametrize(("heads", "sizes"), [((4, 1), (64, 64)), ((7, 1), (128, 128))])
+def test_prompts_of_any_length_take_few_kernels(heads, sizes):
+    """What a kernel is compiled for, beside what a model has: its query tokens and rows."""
+    rows = [Rows.of(*heads, sizes[1], most) for most in range(1, 500)]
+    assert len({(one.queries, one.padded) for one in rows}) <= 5
+    assert all(one.queries >= min(most, 128 // heads[0]) for most, one in enumerate(rows, 1))
+
+
+def test_a_graphs_plan_stays_where_it_is_however_its_query_tokens_are_shared_out():
+    q, pool = torch.zeros(40, 1, 64, device=DEVICE), torch.zeros(3, 16, 1, 64, device=DEVICE)
+    plan = Plan(q, pool, pool, [40, 5, 5, 5], [20, 0, 0, 20])
+    where = plan.table.data_ptr()
+    for counts in ([10] * 4, [40, 0, 0, 0], [1, 1, 19, 19], [33, 1, 3, 3]):
+        plan.update([40] * 4, counts)
+        assert plan.table.data_ptr() == where
+
+
 def test_a_length_beyond_the_table_is_cut_and_harms_no_later_call():
     workspace = Workspace(DEVICE)
     case = Case((2, 1), 64, 16, [80, 61], torch.float16)
@@ -668,7 +694,9 @@ def test_what_is_picked_fits_the_shared_memory(card, shared, rows, slots, slot_b
 def test_a_programs_rows_hold_a_group_or_share_it(kv_heads, group, size, most):
     rows = Rows.of(kv_heads * group, kv_heads, size, most)
     assert rows.heads * rows.queries <= rows.padded <= 128
-    assert rows.padded in (16, 32, 64, 128) and rows.queries <= most
+    assert rows.padded in (16, 32, 64, 128)
+    # So many tokens or all that fit; a few more take no other kernel than so many do.
+    assert rows.queries in (1, rows.padded // rows.heads) and (rows.queries == 1 or most > 1)
     if rows.heads < group:
         assert rows.queries == 1 and rows.num_heads * rows.heads >= kv_heads * group
     else:
@@ -810,10 +838,11 @@ class TestOnTheDevice:
         kernel(*small.arguments(), workspace=workspace, tuning=SMALL_TILES)
         arguments = case.arguments()
         kernel(*arguments, tuning=SMALL_TILES)
-        graph = torch.cuda.CUDAGraph()
-        with pytest.raises(ShapeError, match="cannot grow"), torch.cuda.graph(graph):
-            arguments[0].clone()  # torch warns of a graph with nothing in it
-            module.paged_attention_kernel(*arguments, workspace=workspace, tuning=SMALL_TILES)
+        for one in (workspace, Workspace("cuda")):
+            graph, options = torch.cuda.CUDAGraph(), {"workspace": one, "tuning": SMALL_TILES}
+            with pytest.raises(ShapeError, match="cannot grow"), torch.cuda.graph(graph):
+                arguments[0].clone()  # torch warns of a graph with nothing in it
+                module.paged_attention_kernel(*arguments, **options)
 
     def test_agrees_with_the_gather_kernel_at_the_models_shapes(self):
         for heads, head_size in (((40, 40), 128), ((64, 8), 128), ((32, 8), 96), ((71, 1), 64)):

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
+from paged_attention import upload
+
 if TYPE_CHECKING:
     from paged_attention_triton import Plan
     from vllm_sim.engine.block_cache import Step
@@ -30,7 +32,8 @@ class InPlace:
 
         self._kernels, self._workspace = kernels, kernels.Workspace(device)
         self._step: Step | None = None
-        self._plans: dict[tuple[bool, int | None], Plan] = {}
+        self._batches: list[tuple] = []
+        self._plans: dict[tuple[int | None, ...], Plan] = {}
 
     def __call__(
         self, step, q, k, v, keys, values, scale, *, window=None, soft_cap=None
@@ -43,35 +46,36 @@ class InPlace:
             self._begin(step)
         options = {"scale": scale, "window": window, "soft_cap": soft_cap}
         options["workspace"] = self._workspace
-        attend = self._kernels.paged_attention_kernel
-        count, out = step.num_decodes, torch.zeros_like(q)
-        if count:
-            plan = self._plan(q[:count], keys, values, step.seq_lens, None, window)
-            inputs = q[:count], keys, values, step.tables, step.lens
-            out[:count] = attend(*inputs, plan=plan, **options)[0]
-        if step.segments:
-            queries = q[self._rows]
-            plan = self._plan(queries, keys, values, self._lens, self._counts, window)
-            inputs = queries, keys, values, self._tables, self._device_lens
-            out[self._rows] = attend(*inputs, plan=plan, **options)[0]
-        return out
+        out = None
+        for nth, (rows, lens, counts, *inputs) in enumerate(self._batches):
+            part = q[rows], keys, values
+            key = nth, window, q.shape[1]
+            if key not in self._plans:  # the first layer with this window makes it for all
+                self._plans[key] = self._kernels.Plan(*part, lens, counts, window=window)
+            plan = self._plans[key]
+            found = self._kernels.paged_attention_kernel(*part, *inputs, plan=plan, **options)[0]
+            if rows == slice(0, len(q)):
+                return found
+            out = torch.zeros_like(q) if out is None else out
+            out[rows] = found
+        return torch.zeros_like(q) if out is None else out
 
     def _begin(self, step: Step) -> None:
-        """Another forward: the inputs of its prompts, and no plan yet."""
-        self._step, self._plans = step, {}
-        parts, device = step.segments, step.lens.device
+        """Another forward: of its decodes and its prompts the inputs, and no plan yet.
+
+        Inputs: which rows of q, lengths and numbers of query tokens as numbers, tables, lengths.
+        """
+        self._step, self._plans, self._batches = step, {}, []
+        parts, device, count = step.segments, step.lens.device, step.num_decodes
+        if count:
+            self._batches.append((slice(0, count), step.seq_lens, None, step.tables, step.lens))
         if parts:
             rows = torch.cat([torch.arange(part.start, part.end) for part in parts])
-            self._rows = rows.to(device)  # of the prompts' tokens
+            together = slice(parts[0].start, parts[-1].end)  # without padding between them
+            whole = rows.equal(torch.arange(together.start, together.stop))
             width = max(part.table.shape[1] for part in parts)
             tables = [pad(part.table, (0, width - part.table.shape[1])) for part in parts]
-            self._tables, self._lens = torch.cat(tables), [part.num_tokens for part in parts]
-            self._counts = [part.end - part.start for part in parts]
-            self._device_lens = torch.tensor(self._lens, dtype=torch.int32, device=device)
-
-    def _plan(self, q, keys, values, lens, counts, window) -> Plan:
-        """How this batch is cut: made by the first layer with this window, for all of them."""
-        key = counts is None, window
-        if key not in self._plans:
-            self._plans[key] = self._kernels.Plan(q, keys, values, lens, counts, window=window)
-        return self._plans[key]
+            lens = [part.num_tokens for part in parts]
+            counts = [part.end - part.start for part in parts]
+            rows = together if whole else rows.to(device)
+            self._batches.append((rows, lens, counts, torch.cat(tables), upload(lens, device)))
