@@ -101,10 +101,8 @@ class BlockCache(Cache):
         self.manager, self._poison = manager, poison
         self._config = model.config.get_text_config(decoder=True)
         self.num_layers = self._config.num_hidden_layers
-        # Of every layer, where they are not told apart.
-        self._window = (
-            None if getattr(self._config, "layer_types", None) else window_of(model.config)
-        )
+        told_apart = getattr(self._config, "layer_types", None)
+        self._window = None if told_apart else window_of(model.config)  # of every layer
         self.pool: PagedKVCache | None = None  # made by the first forward: its K has all sizes
         self._step: Step | None = None
         self._layer = 0  # the last one that attended
@@ -217,11 +215,16 @@ class BlockCache(Cache):
 
     def _gathered(self, step, q, k, v, keys, values, scale, *, window, soft_cap) -> torch.Tensor:
         """Attention of all tokens, q (T, H, D), new K and V (T, H_kv, D), pools; (T, H, D)."""
-        out = torch.zeros_like(q)
         options = {"window": window, "soft_cap": soft_cap}
-        if count := step.num_decodes:
+        count = step.num_decodes
+        if count:
             inputs = q[:count], keys, values, step.tables, step.lens
-            out[:count] = paged_attention_kernel(*inputs, scale, **options)[0]
+            decoded, _ = paged_attention_kernel(*inputs, scale, **options)
+            if count == len(q):
+                return decoded
+        out = torch.zeros_like(q)
+        if count:
+            out[:count] = decoded
         for part in step.segments:
             length, first = part.num_tokens, part.num_tokens - (part.end - part.start)
             if first == 0:  # the whole sequence is here, contiguous

@@ -71,11 +71,9 @@ def window_of(config: PretrainedConfig) -> int | None:
     """The sliding window in tokens that some layer has, or None."""
     text = config.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None)
-    return (
-        None
-        if types and "sliding_attention" not in types
-        else getattr(text, "sliding_window", None)
-    )
+    if types and "sliding_attention" not in types:
+        return None
+    return getattr(text, "sliding_window", None)
 
 
 def heads(config: PretrainedConfig) -> tuple[int, int, int]:
