@@ -18,7 +18,8 @@ Shapes: B rows of T tokens in a forward, flattened in that order; S slots per bl
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -35,8 +36,11 @@ from paged_attention import (
     pad_block_tables,
     paged_attention_kernel,
 )
-from vllm_sim.engine.in_place import InPlace
+from vllm_sim.engine.in_place import Batch, InPlace
 from vllm_sim.engine.support import UnsupportedModelError, check_call, check_model, heads, window_of
+
+if TYPE_CHECKING:
+    from paged_attention_triton import Plan
 
 NAME = "block_tables"  # of the attention and mask functions, for transformers
 # What generate() and forwards call a cache: one or the other, by version (5.24 renamed it).
@@ -70,6 +74,10 @@ class Step:
     lens: torch.Tensor  # (num_decodes,) int64
     seq_lens: tuple[int, ...]  # the same as numbers
     segments: tuple[Segment, ...] = ()
+    # For Triton's kernel: the same batch by batch, if known before, and how each is cut, once the
+    # first layer has attended. Who gives both may run the same step again, on other numbers.
+    batches: tuple[Batch, ...] = ()
+    plans: dict[tuple[int | None, ...], Plan] = field(default_factory=dict)
 
     @property
     def num_decodes(self) -> int:

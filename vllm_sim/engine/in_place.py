@@ -12,6 +12,7 @@ Shapes: T tokens of a forward, H heads, D head size; pools (N, S, H_kv, D).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +21,22 @@ from torch.nn.functional import pad
 from paged_attention import upload
 
 if TYPE_CHECKING:
-    from paged_attention_triton import Plan
     from vllm_sim.engine.block_cache import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tokens of a forward that attend in one launch; of B sequences, or parts of them.
+
+    `seq_lens` and `query_lens` (None: one token each) are `lens` and its counterpart as numbers,
+    for the plan.
+    """
+
+    rows: slice | torch.Tensor  # which of the forward's tokens
+    seq_lens: list[int] | tuple[int, ...]
+    query_lens: list[int] | None
+    tables: torch.Tensor  # (B, max_blocks) int32
+    lens: torch.Tensor  # (B,) integers
 
 
 class InPlace:
@@ -32,8 +47,7 @@ class InPlace:
 
         self._kernels, self._workspace = kernels, kernels.Workspace(device)
         self._step: Step | None = None
-        self._batches: list[tuple] = []
-        self._plans: dict[tuple[int | None, ...], Plan] = {}
+        self._batches: tuple[Batch, ...] = ()
 
     def __call__(
         self, step, q, k, v, keys, values, scale, *, window=None, soft_cap=None
@@ -43,39 +57,40 @@ class InPlace:
         Their own k and v are in the pools already.
         """
         if step is not self._step:
-            self._begin(step)
+            self._step, self._batches = step, step.batches or batches_of(step)
         options = {"scale": scale, "window": window, "soft_cap": soft_cap}
         options["workspace"] = self._workspace
         out = None
-        for nth, (rows, lens, counts, *inputs) in enumerate(self._batches):
-            part = q[rows], keys, values
+        for nth, batch in enumerate(self._batches):
+            part = q[batch.rows], keys, values
             key = nth, window, q.shape[1]
-            if key not in self._plans:  # the first layer with this window makes it for all
-                self._plans[key] = self._kernels.Plan(*part, lens, counts, window=window)
-            plan = self._plans[key]
-            found = self._kernels.paged_attention_kernel(*part, *inputs, plan=plan, **options)[0]
-            if rows == slice(0, len(q)):
+            if key not in step.plans:  # the first layer with this window makes it for all
+                lengths = batch.seq_lens, batch.query_lens
+                step.plans[key] = self._kernels.Plan(*part, *lengths, window=window)
+            options["plan"] = step.plans[key]
+            inputs = *part, batch.tables, batch.lens
+            found = self._kernels.paged_attention_kernel(*inputs, **options)[0]
+            if batch.rows == slice(0, len(q)):
                 return found
             out = torch.zeros_like(q) if out is None else out
-            out[rows] = found
+            out[batch.rows] = found
         return torch.zeros_like(q) if out is None else out
 
-    def _begin(self, step: Step) -> None:
-        """Another forward: of its decodes and its prompts the inputs, and no plan yet.
 
-        Inputs: which rows of q, lengths and numbers of query tokens as numbers, tables, lengths.
-        """
-        self._step, self._plans, self._batches = step, {}, []
-        parts, device, count = step.segments, step.lens.device, step.num_decodes
-        if count:
-            self._batches.append((slice(0, count), step.seq_lens, None, step.tables, step.lens))
-        if parts:
-            rows = torch.cat([torch.arange(part.start, part.end) for part in parts])
-            together = slice(parts[0].start, parts[-1].end)  # without padding between them
-            whole = rows.equal(torch.arange(together.start, together.stop))
-            width = max(part.table.shape[1] for part in parts)
-            tables = [pad(part.table, (0, width - part.table.shape[1])) for part in parts]
-            lens = [part.num_tokens for part in parts]
-            counts = [part.end - part.start for part in parts]
-            rows = together if whole else rows.to(device)
-            self._batches.append((rows, lens, counts, torch.cat(tables), upload(lens, device)))
+def batches_of(step: Step) -> tuple[Batch, ...]:
+    """A forward's decodes, and its prompts."""
+    parts, device, count = step.segments, step.lens.device, step.num_decodes
+    found = []
+    if count:
+        found.append(Batch(slice(0, count), step.seq_lens, None, step.tables, step.lens))
+    if parts:
+        rows = torch.cat([torch.arange(part.start, part.end) for part in parts])
+        together = slice(parts[0].start, parts[-1].end)  # without padding between them
+        whole = rows.equal(torch.arange(together.start, together.stop))
+        width = max(part.table.shape[1] for part in parts)
+        tables = [pad(part.table, (0, width - part.table.shape[1])) for part in parts]
+        lens = [part.num_tokens for part in parts]
+        counts = [part.end - part.start for part in parts]
+        rows = together if whole else rows.to(device)
+        found.append(Batch(rows, lens, counts, torch.cat(tables), upload(lens, device)))
+    return tuple(found)
