@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import socket
 import sys
 import threading
 import time
@@ -51,7 +53,7 @@ BY_COLUMNS = {"out_proj", "o_proj", "fc2", "down_proj"}
 ROOM = 1 << 16  # bytes of a message that take one collective; a longer one takes two
 SILENT_S = 300.0  # until a rank that says nothing, and is there, is given up
 GRACE_S = 5.0  # for a rank to end by itself once another is gone
-BYE = 1  # the one thing that a watching thread is told
+BYE = b"."  # the one thing that a watching thread is told
 
 
 class RankLostError(RuntimeError):
@@ -128,26 +130,29 @@ def join(device_asked: str, silent_s: float = SILENT_S) -> Iterator[Ranks]:
     try:
         silent = timedelta(seconds=silent_s)
         dist.init_process_group("gloo", timeout=silent, rank=rank, world_size=size)
-        sums = dist.new_group(backend=backend, timeout=silent)
-        watched = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-        ranks = Ranks(rank, size, device, sums)
+        ranks = Ranks(rank, size, device, dist.new_group(backend=backend, timeout=silent))
         ranks.sum(torch.zeros(1, device=device))  # NCCL connects now, and not in a graph
-    except (RuntimeError, ValueError) as error:
+        peers = _connections(ranks, silent_s)
+    except (RuntimeError, ValueError, OSError) as error:
         raise UsageError(f"rank {rank} cannot meet the others: {first_line(error)}") from None
-    peers, leaving = ([0] if rank else range(1, size)), threading.Event()
+    leaving = threading.Event()
     options = {"target": _watch, "daemon": True}
-    threads = [threading.Thread(args=(peer, watched, leaving), **options) for peer in peers]
+    threads = [threading.Thread(args=(*peer, leaving), **options) for peer in peers.items()]
     for thread in threads:
         thread.start()
     try:
         yield ranks
-        with _or_lost():
-            for peer in peers:
-                dist.send(torch.tensor([BYE]), peer, group=watched)
+        for peer in peers.values():
+            peer.sendall(BYE)
         for thread in threads:
             thread.join()
-    finally:
+    except RankLostError:
+        raise  # it is watched on until this process has ended
+    except BaseException:
         leaving.set()
+        for peer in peers.values():
+            peer.shutdown(socket.SHUT_RDWR)  # it need not wait until this process has ended
+        raise
     dist.destroy_process_group()
 
 
@@ -169,18 +174,36 @@ def _or_lost() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise RankLostError(f"another rank has ended: {first_line(error)}") from None
+        told = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # gloo adds advice
+        raise RankLostError(f"another rank has ended: {told}") from None
 
 
-def _watch(peer: int, group: dist.ProcessGroup, leaving: threading.Event) -> None:
-    """In a thread: return when the peer says good-bye. If it is gone without one, this process
-    ends: its main thread may wait for a GPU that waits for the peer's."""
+def _connections(ranks: Ranks, seconds: float) -> dict[int, socket.socket]:
+    """Between rank 0 and each other, by the other's rank: a process that ends closes its own."""
+    if ranks.rank:
+        place = os.environ["MASTER_ADDR"], ranks.hear()
+        connection = socket.create_connection(place, timeout=seconds)
+        connection.settimeout(None)
+        connection.sendall(ranks.rank.to_bytes(4, "little"))
+        return {0: connection}
+    with socket.create_server(("", 0), backlog=ranks.size) as server:
+        server.settimeout(seconds)
+        ranks.tell(server.getsockname()[1])
+        found = [server.accept()[0] for _ in range(1, ranks.size)]
+    return {int.from_bytes(peer.recv(4), "little"): peer for peer in found}
+
+
+def _watch(rank: int, peer: socket.socket, leaving: threading.Event) -> None:
+    """In a thread: return when the peer says good-bye. If it is gone without, this process has
+    a moment to end by itself: its main thread may wait for a GPU that waits for the peer's."""
     try:
-        dist.recv(torch.zeros(1, dtype=torch.int64), peer, group=group)
-    except RuntimeError:
-        if not leaving.wait(GRACE_S):
-            print(f"error: rank {peer} has ended", file=sys.stderr, flush=True)
-            os._exit(2)
+        if peer.recv(1) == BYE:
+            return
+    except OSError:
+        pass  # reset
+    if not leaving.wait(GRACE_S):
+        print(f"error: rank {rank} has ended", file=sys.stderr, flush=True)
+        os._exit(2)
 
 
 # -- a rank's share of a model --------------------------------------------------------------

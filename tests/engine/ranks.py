@@ -1,0 +1,132 @@
+"""What test_tensor_parallel.py runs on every rank: small models served, and ranks that end early.
+
+    RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=29500 python ranks.py serve
+"""
+
+import json
+import os
+import sys
+import time
+
+import torch
+from small_models import VOCAB, small
+
+import generate as command
+from vllm_sim.engine import tensor_parallel, weights
+from vllm_sim.engine.server import Server
+from vllm_sim.engine.tensor_parallel import Leader, RankLostError, follow, join, shard
+from vllm_sim.engine.worker import Worker
+from vllm_sim.serving.scheduler import Limits
+from vllm_sim.serving.simulator import make_groups
+from vllm_sim.serving.systems import new_manager
+from vllm_sim.workload.requests import Request
+
+BLOCKS, HOST_BLOCKS, SIZE = 24, 12, 4
+FAMILIES = {"opt": 0.0, "llama": 0.0, "opt, drawn": 0.8}  # temperatures
+
+
+def to_few(text):
+    """Tokens that a small model has."""
+    return [3 + byte % (VOCAB - 7) for byte in text.encode()]
+
+
+def requests():
+    """More than the pool holds at a time, a third of them with two samples."""
+    lengths = [(5 + 3 * n % 14, 9 + 5 * n % 17, 1 + (n % 3 == 2)) for n in range(12)]
+    return [Request(n, 0.0, *lengths[n]) for n in range(len(lengths))]
+
+
+def worker_of(name, ranks=None):
+    model = small(name.partition(",")[0])
+    if ranks is not None:
+        shard(model, ranks)
+    sizes = {"max_len": 64, "num_cpu_blocks": HOST_BLOCKS, "most_rows": 40}
+    return Worker(model, BLOCKS, SIZE, temperature=FAMILIES[name], **sizes)
+
+
+def serve(worker):
+    """The texts, swaps and recomputations."""
+    manager = new_manager("paged", BLOCKS, SIZE, num_cpu_blocks=HOST_BLOCKS)
+    server = Server(worker, manager, Limits(200, 20))
+    result = server.serve(make_groups(requests()), keep=True).result
+    return {
+        "texts": [server.outputs[group] for group in sorted(server.outputs)],
+        "preemptions": [result.num_swaps, result.num_recomputations],
+        "iterations": result.num_iterations,
+    }
+
+
+def serve_all():
+    """Each family, all numbers compared after each order."""
+    with join("cpu") as ranks:
+        found = {}
+        for name in FAMILIES:
+            small.cache_clear()  # the last one's was parted
+            torch.manual_seed(7 + ranks.rank)  # the leader's counts
+            worker = worker_of(name, ranks)
+            if ranks.rank:
+                follow(worker, ranks)
+                continue
+            leader = Leader(worker, ranks, check=True)
+            found[name] = serve(leader)
+            leader.close()
+            found[name] |= {"messages": leader.messages, "bytes": leader.bytes}
+            assert 0 < leader.seconds < 60
+        if not ranks.rank:
+            print(json.dumps(found))
+
+
+def lose(who, where):
+    """A rank ends after some orders; another waits for it on the host, or on a device."""
+    tensor_parallel.GRACE_S = 0.1 if where == "device" else 20.0
+    with join("cpu") as ranks:
+        worker, told = worker_of("opt", ranks), 0
+        run = worker.run
+
+        def until(order):
+            nonlocal told
+            told += 1
+            if told == 4 and ranks.rank == who:
+                os._exit(3)
+            if told == 4 and where == "device":
+                time.sleep(60)
+            return run(order)
+
+        worker.run = until
+        if ranks.rank:
+            follow(worker, ranks)
+        else:
+            serve(Leader(worker, ranks))
+
+
+def differ():
+    """A rank whose device holds another number."""
+    with join("cpu") as ranks:
+        worker = worker_of("opt", ranks)
+        worker.newest[-2] = ranks.rank  # of a row that nobody needs
+        if ranks.rank:
+            follow(worker, ranks)
+        else:
+            serve(Leader(worker, ranks, check=True))
+
+
+def generate(*args):
+    """generate.py with a tokenizer that a small model can use."""
+    few = weights.Tokenizer(to_few, to_few, str)
+    weights.Source.tokenizer = lambda source: few
+    sys.exit(command.main([*args]))
+
+
+if __name__ == "__main__":
+    part, *arguments = sys.argv[1:]
+    try:
+        if part == "serve":
+            serve_all()
+        elif part == "lose":
+            lose(int(arguments[0]), arguments[1])
+        elif part == "differ":
+            differ()
+        else:
+            generate(*arguments)
+    except (RankLostError, tensor_parallel.RanksDifferError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
