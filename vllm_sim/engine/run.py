@@ -28,16 +28,10 @@ from paged_attention import (
 )
 from vllm_sim.engine.block_cache import CACHE
 from vllm_sim.engine.paged_cache import PagedCache
+from vllm_sim.engine.ranks import RankLostError, Ranks, RanksDifferError, join
 from vllm_sim.engine.report import Generated, lines, tables
 from vllm_sim.engine.support import UnsupportedModelError, heads
-from vllm_sim.engine.tensor_parallel import (
-    RankLostError,
-    Ranks,
-    RanksCache,
-    RanksDifferError,
-    join,
-    shard,
-)
+from vllm_sim.engine.tensor_parallel import RanksCache, shard
 from vllm_sim.engine.weights import Tokenizer, dtype_on, find_source, first_line
 from vllm_sim.playback import timeline
 from vllm_sim.playback.recorder import Recorder

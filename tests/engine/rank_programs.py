@@ -1,6 +1,8 @@
 """What test_tensor_parallel.py runs on every rank: small models served, and ranks that end early.
 
-    RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=29500 python ranks.py serve
+    torchrun --nproc-per-node 2 tests/engine/rank_programs.py serve
+
+Tests fork most ranks from a process that has imported this.
 """
 
 import json
@@ -12,9 +14,11 @@ import torch
 from small_models import VOCAB, small
 
 import generate as command
-from vllm_sim.engine import tensor_parallel, weights
+from vllm_sim.engine import ranks as ranks_module
+from vllm_sim.engine import weights
+from vllm_sim.engine.ranks import RankLostError, RanksDifferError, join
 from vllm_sim.engine.server import Server
-from vllm_sim.engine.tensor_parallel import Leader, RankLostError, follow, join, shard
+from vllm_sim.engine.tensor_parallel import Leader, follow, shard
 from vllm_sim.engine.worker import Worker
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import make_groups
@@ -58,7 +62,9 @@ def serve(worker):
 
 def serve_all():
     """Each family, all numbers compared after each order."""
+    long = list(range(50_000))  # takes two collectives
     with join("cpu") as ranks:
+        assert ranks.hear() == long if ranks.rank else ranks.tell(long) > 10**5
         found = {}
         for name in FAMILIES:
             small.cache_clear()  # the last one's was parted
@@ -78,7 +84,7 @@ def serve_all():
 
 def lose(who, where):
     """A rank ends after some orders; another waits for it on the host, or on a device."""
-    tensor_parallel.GRACE_S = 0.1 if where == "device" else 20.0
+    ranks_module.GRACE_S = 0.1 if where == "device" else 20.0
     with join("cpu") as ranks:
         worker, told = worker_of("opt", ranks), 0
         run = worker.run
@@ -86,7 +92,7 @@ def lose(who, where):
         def until(order):
             nonlocal told
             told += 1
-            if told == 4 and ranks.rank == who:
+            if told == 4 and ranks.rank == int(who):
                 os._exit(3)
             if told == 4 and where == "device":
                 time.sleep(60)
@@ -117,16 +123,22 @@ def generate(*args):
     sys.exit(command.main([*args]))
 
 
-if __name__ == "__main__":
-    part, *arguments = sys.argv[1:]
+def main(part, *args):
+    parts = {"serve": serve_all, "lose": lose, "differ": differ, "generate": generate}
     try:
-        if part == "serve":
-            serve_all()
-        elif part == "lose":
-            lose(int(arguments[0]), arguments[1])
-        elif part == "differ":
-            differ()
-        else:
-            generate(*arguments)
-    except (RankLostError, tensor_parallel.RanksDifferError) as error:
+        parts[part](*args)
+    except (RankLostError, RanksDifferError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+def forked(variables, out, errors, *args):
+    """main() in a process that has everything imported; what it prints goes to files."""
+    os.environ |= variables
+    for descriptor, path in ((1, out), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    torch.set_num_threads(1)
+    main(*args)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
