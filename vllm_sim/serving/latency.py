@@ -140,6 +140,25 @@ class LatencyModel:
         return steps
 
 
+@dataclass(frozen=True, slots=True)
+class ApartLatency(LatencyModel):
+    """A server that computes prompts and decodes apart, each of them reading the weights, as
+    vllm_sim/engine/worker.py does: constants are fitted to what it took (benchmarks/serve.py)."""
+
+    prompt_s: float = 0.0  # each iteration with prompts, beside the weights or the tokens' time
+
+    def iteration(self, it: Iteration) -> float:
+        """One iteration, as scheduled."""
+        seconds = 0.0
+        if it.num_decodes:
+            seconds += self._decode_step(it.num_decodes, it.context_tokens)
+        if it.prompt_tokens:
+            seconds += self.prompt_s + max(self.weights_s, self.token_s * it.prompt_tokens)
+        seconds += self.copy_s * self.block_size * len(it.copies)
+        swaps = self.swap_out_s * len(it.swapped_out) + self.swap_in_s * len(it.swapped_in)
+        return seconds + swaps or self.step_s
+
+
 UNIT = LatencyModel(step_s=1.0)  # time counted in iterations
 
 

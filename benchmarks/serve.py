@@ -1,0 +1,460 @@
+"""Figs. 12, 13 and 14 by a model that runs, beside the simulator on the very same requests.
+
+    python benchmarks/serve.py                        # all but poisson; OPT-13B, 48 GB of a GPU
+    python benchmarks/serve.py --part saturated --systems paged,oracle --seconds 30
+    python benchmarks/serve.py --part poisson --rates paged=5,6 --rates max=1.5 --trace-seconds 60
+    python benchmarks/serve.py --model tiny --dataset Alpaca --part saturated --seconds 3    # a CPU
+    torchrun --nproc-per-node 2 benchmarks/serve.py --tensor-parallel --part saturated
+
+Reproduces: section 6.2 and 6.3 as measured. Weights are random, output lengths forced as in the
+paper, the K/V memory is Table 1's. The paper's four systems have the same memory, model, kernel and
+worker (vllm_sim/engine/server.py).
+
+    steps      a decode step over its floor (weights and live K/V at the rate of a large copy),
+               and what scattered blocks cost over consecutive ones
+    saturated  a full queue for a fixed time: requests and tokens a second, the mean batch (Fig.
+               13), slots by part (Fig. 2), the share of the time that the device computes
+    poisson    seconds per token at the given rates, and the rate at two latencies (Fig. 12)
+    samples    2, 4 and 6 samples a request at one rate (Fig. 14); Alpaca, as there
+    peer       transformers' own continuous batching: the same model, requests and memory
+
+The simulator's constants are fitted at the start of each run, to batches that no memory holds up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from script import Row, Script, entry, options, show, table
+from serve_fit import calibrate, decode_steps, fit
+
+from vllm_sim import paper
+from vllm_sim.engine.server import Served, Server
+from vllm_sim.engine.weights import be_quiet
+from vllm_sim.engine.worker import DECODE_SIZES, Worker
+from vllm_sim.models import DEPLOYMENTS, MODELS, Model, kv_blocks, opt
+from vllm_sim.reporting.arguments import file_name, positive
+from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.serving.latency import ApartLatency
+from vllm_sim.serving.scheduler import Iteration
+from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
+from vllm_sim.serving.systems import CONTIGUOUS, PAGED, POLICIES, limits_of, new_manager
+from vllm_sim.workload.data_sets import Lengths, find_lengths
+from vllm_sim.workload.requests import Request
+
+PARTS = ("steps", "saturated", "poisson", "samples", "peer")
+TINY = opt("tiny", 2, 64, 4, vocab_size=512)
+SHAPES = {name: MODELS[name] for name in ("opt-13b", "opt-66b", "llama-13b")} | {"tiny": TINY}
+TINY_BLOCKS = 160
+BATCHES = (7, 15, 30, 60)  # of `steps`: what the four systems run
+LONE = 13.5  # times a lone request's seconds per token: what 0.5 s is on the paper's A100
+EVERY = 16  # iterations between two looks at where the memory is
+PEER_REQUESTS, PEER_PROMPT, PEER_NEW = 64, 160, 128
+SAMPLES = (2, 4, 6)
+WARM_UP_SHARE = 0.2  # of a saturated run, before its window
+BATCH = (("batch", "batch"), ("simulated", "simulated_batch"))
+LATENCY = (("s/token", "s_per_token"), ("simulated", "simulated_s_per_token"))
+RATE = (("system", "system"), ("req/s", "rate"), ("requests", "requests"), *LATENCY, *BATCH)
+EVENTS = (("recomputed", "recomputed"), ("swapped", "swapped"))
+COLUMNS = {
+    "steps": (
+        *(("batch", "batch"), ("context", "context"), ("step ms", "step_ms")),
+        *(("floor ms", "floor_ms"), ("over floor", "over_floor"), ("paging %", "paging_percent")),
+    ),
+    "saturated": (
+        *(("system", "system"), ("req/s", "requests_per_s")),
+        *(("simulated", "simulated_requests_per_s"), ("tokens/s", "tokens_per_s"), *BATCH),
+        *(("device busy %", "busy_percent"), ("recomputed", "recomputed")),
+    ),
+    "memory": (
+        *(("system", "system"), ("tokens %", "tokens_percent")),
+        *(("simulated", "simulated_tokens_percent"), ("reserved %", "reserved_percent")),
+        ("internal %", "internal_percent"),
+    ),
+    "poisson": (*RATE, *EVENTS),
+    "samples": (
+        *(("samples", "samples"), *RATE, ("saved %", "saved_percent")),
+        ("simulated", "simulated_saved_percent"),
+    ),
+    "peer": (
+        *(("server", "server"), ("seconds", "seconds"), ("tokens", "tokens")),
+        ("tokens/s", "tokens_per_s"),
+    ),
+    "rates_at": (
+        *(("system", "system"), ("s/token", "s_per_token"), ("req/s", "rate")),
+        ("simulated", "simulated_rate"),
+    ),
+}
+TITLES = {
+    "steps": "A decode step over its floor, and what paging costs it",
+    "saturated": "A full queue (Fig. 13)",
+    "memory": "Where the K/V memory is then (Fig. 2)",
+    "poisson": "Poisson arrivals (Fig. 12)",
+    "samples": "Several samples a request, Alpaca (Fig. 14)",
+    "peer": f"{PEER_REQUESTS} requests of {PEER_PROMPT} + {PEER_NEW} tokens at once",
+    "rates_at": "Requests/s at a latency",
+}
+
+
+@dataclass
+class Bench:
+    """What the parts share: the worker, the memory, the requests' lengths, the constants."""
+
+    script: Script
+    worker: Worker
+    num_blocks: int
+    lengths: Lengths
+    latency: ApartLatency
+    bandwidth: float
+
+    @property
+    def args(self) -> argparse.Namespace:
+        return self.script.args
+
+    def manager(self, policy: str):
+        """An empty pool of that system."""
+        counts = self.num_blocks, self.worker.block_size
+        num_cpu_blocks = self.args.cpu_blocks if policy == PAGED else 0
+        return new_manager(policy, *counts, num_cpu_blocks=num_cpu_blocks)
+
+    def limits(self, policy: str):
+        return limits_of(CONTIGUOUS.get(policy, paper.VLLM))
+
+    def requests(self, rate: float, seconds: float, dataset: str, samples: int = 1):
+        columns = self.lengths.columns(dataset, rate, seconds, self.args.seed)
+        return [
+            Request(nth, arrival, prompt, output, num_samples=samples)
+            for nth, (arrival, prompt, output) in enumerate(zip(*columns))
+        ]
+
+    def both(self, policy: str, requests: Sequence[Request], **window):
+        """The same requests served and simulated: totals, and where the memory was."""
+        limits, parts = self.limits(policy), (Parts(), Parts())
+        manager = self.manager(policy)
+        parts[0].manager = manager
+        server = Server(self.worker, manager, limits, observers=[parts[0]], seed=self.args.seed)
+        progress = self.script.progress.part(0, 1, f"{policy}, {len(requests)} requests")
+        served = server.serve(make_groups(requests), **window, progress=progress)
+        self.script.progress.clear()
+        parts[1].manager = manager = self.manager(policy)
+        told = dict(latency=self.latency, observers=[parts[1]], **window)
+        return served, simulate(requests, manager, limits, **told), *parts
+
+
+class Parts(Observer):
+    """Where the slots of a manager are, in the mean over some iterations: %."""
+
+    def __init__(self) -> None:
+        self.manager = None
+        self._seen, self._sums = 0, dict.fromkeys(("tokens", "reserved", "internal"), 0.0)
+        self._saved = 0.0
+
+    def on_iteration(self, iteration: Iteration) -> None:
+        if iteration.index % EVERY or not iteration.num_groups:
+            return
+        usage = self.manager.usage()
+        self._seen += 1
+        self._saved += 100 * usage.saved
+        for part in self._sums:
+            self._sums[part] += 100 * usage.share(part)
+
+    def shares(self) -> dict[str, float]:
+        return {part: total / max(1, self._seen) for part, total in self._sums.items()}
+
+    @property
+    def saved(self) -> float:
+        """% of blocks that sharing saves (Fig. 15)."""
+        return self._saved / max(1, self._seen)
+
+
+def in_window(result: ServingResult, window_s: tuple[float, float]) -> int:
+    """Requests that end in it."""
+    return sum(window_s[0] <= at < window_s[1] for at in result.finish_s.values())
+
+
+def saturated(bench: Bench) -> list[Row]:
+    """A full queue for so many seconds, system by system."""
+    seconds, rows = bench.args.seconds, []
+    window = (WARM_UP_SHARE * seconds, float(seconds))
+    count = max(64, bench.args.queue)
+    requests = bench.requests(count / 10.0, 10.0, bench.args.dataset)
+    requests = [replace(request, arrival_s=0.0) for request in requests]
+    for policy in bench.args.systems:
+        served, simulated, parts, parts_simulated = bench.both(
+            policy, requests, window_s=window, until_s=seconds
+        )
+        length = window[1] - window[0]
+        rows.append(
+            {
+                "system": policy,
+                "requests_per_s": in_window(served.result, window) / length,
+                "simulated_requests_per_s": in_window(simulated, window) / length,
+                "tokens_per_s": served.num_tokens / length,
+                "batch": served.result.mean_window_batch,
+                "simulated_batch": simulated.mean_window_batch,
+                "busy_percent": 100 * served.busy_share(),
+                "recomputed": served.result.num_recomputations,
+                **{f"{part}_percent": share for part, share in parts.shares().items()},
+                "simulated_tokens_percent": parts_simulated.shares()["tokens"],
+            }
+        )
+        if len(served.result.finish_s) == len(requests):
+            raise UsageError(f"the queue of {count} requests ran empty: raise --queue")
+    return rows
+
+
+def lone_s(bench: Bench) -> float:
+    """Seconds per token of a request alone, of the data set's mean lengths."""
+    requests = bench.requests(20.0, 100.0, bench.args.dataset)
+    prompt, output = (
+        round(float(np.mean([getattr(one, name) for one in requests])))
+        for name in ("prompt_len", "output_len")
+    )
+    server = Server(bench.worker, bench.manager(PAGED), bench.limits(PAGED))
+    served = server.serve(make_groups([Request(0, 0.0, prompt, output)]))
+    return served.result.normalized_latency
+
+
+def poisson(bench: Bench) -> list[Row]:
+    """Seconds per token of each system at each of its rates."""
+    rows = []
+    for policy in bench.args.systems:
+        for rate in bench.args.rates.get(policy, ()):
+            requests = bench.requests(rate, bench.args.trace_seconds, bench.args.dataset)
+            served, simulated, *_ = bench.both(policy, requests)
+            rows.append(poisson_row(policy, rate, served, simulated))
+    return rows
+
+
+def poisson_row(policy: str, rate: float, served: Served, simulated: ServingResult) -> Row:
+    return {
+        "system": policy,
+        "rate": rate,
+        "requests": len(served.result.finish_s),
+        "s_per_token": served.result.normalized_latency,
+        "simulated_s_per_token": simulated.normalized_latency,
+        "batch": served.result.mean_batch,
+        "simulated_batch": simulated.mean_batch,
+        "recomputed": served.result.num_recomputations,
+        "swapped": served.result.num_swaps,
+        "simulated_recomputed": simulated.num_recomputations,
+        "busy_percent": 100 * served.busy_share(),
+    }
+
+
+def samples(bench: Bench) -> list[Row]:
+    """Parallel sampling on Alpaca's lengths at one rate, by number of samples."""
+    rows = []
+    for count in SAMPLES:
+        for policy in bench.args.systems:
+            rate = bench.args.sample_rate
+            requests = bench.requests(rate, bench.args.trace_seconds, "Alpaca", count)
+            served, simulated, parts, parts_simulated = bench.both(policy, requests)
+            row = {"samples": count} | poisson_row(policy, rate, served, simulated)
+            row |= {"saved_percent": parts.saved, "simulated_saved_percent": parts_simulated.saved}
+            rows.append(row)
+    return rows
+
+
+def peer(bench: Bench) -> list[Row]:
+    """Ours and transformers' continuous batching, the same requests all there from the start."""
+    from serve_peer import transformers_batching
+
+    worker, kept = bench.worker, bench.worker.model.config._attn_implementation
+    batch = [Request(one, 0.0, PEER_PROMPT, PEER_NEW) for one in range(PEER_REQUESTS)]
+    server = Server(worker, bench.manager(PAGED), bench.limits(PAGED))
+    served = server.serve(make_groups(batch))
+    found = {"ours": (served.end_s, PEER_REQUESTS * PEER_NEW)}
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(0, 500, (PEER_REQUESTS, PEER_PROMPT)).tolist()
+    memory = bench.num_blocks, worker.block_size
+    found["transformers"] = transformers_batching(worker.model, prompts, PEER_NEW, *memory)
+    worker.model.set_attn_implementation(kept)
+    return [
+        {"server": name, "seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds}
+        for name, (seconds, tokens) in found.items()
+    ]
+
+
+def rates_at(rows: Sequence[Row], latencies: Sequence[float]) -> list[Row]:
+    """The rate at which each system's line reaches each latency, measured and simulated."""
+    found = []
+    for policy in dict.fromkeys(row["system"] for row in rows):
+        for latency in latencies:
+            row: Row = {"system": policy, "s_per_token": latency}
+            for name, key in (("rate", "s_per_token"), ("simulated_rate", "simulated_s_per_token")):
+                points = sorted((r["rate"], r[key]) for r in rows if r["system"] == policy)
+                row[name] = rate_at(points, latency)
+            found.append(row)
+    return found
+
+
+def rate_at(points: Iterable[tuple[float, float]], latency: float) -> float | None:
+    """Where straight lines between these points reach it first; None if they do not."""
+    for (low, before), (high, after) in pairwise(points):
+        if before < latency <= after:
+            return low + (latency - before) / (after - before) * (high - low)
+    return None
+
+
+# -- the command line ---------------------------------------------------------------------------
+
+
+def rates_of(text: str) -> tuple[str | None, tuple[float, ...]]:
+    """'paged=5,6' or '5,6': whose, and requests a second."""
+    name, _, numbers = text.rpartition("=")
+    try:
+        rates = tuple(sorted(map(float, numbers.split(","))))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < rate < math.inf for rate in rates) or name not in ("", *POLICIES):
+        told = f"{', '.join(POLICIES)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of rates, of {told}: paged=5,6")
+    return name or None, rates
+
+
+def systems_of(text: str) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(text.split(",")))
+    if not set(chosen) <= {*POLICIES}:
+        raise argparse.ArgumentTypeError(f"{text!r}: systems are {', '.join(POLICIES)}")
+    return chosen
+
+
+def build_parser():
+    parser = options(__doc__)
+    add = parser.add_argument
+    add("--part", choices=PARTS, action="append", help="only this one (repeatable)")
+    add("--model", choices=SHAPES, default="opt-13b", help="its shape (default opt-13b)")
+    add("--layers", type=positive, metavar="N", help="only so many of its layers")
+    add("--blocks", type=positive, metavar="N", help="K/V blocks (default: Table 1's)")
+    add("--cpu-blocks", type=positive, default=512, metavar="N", help="for swapping (default 512)")
+    text = f"of {', '.join(POLICIES)} (default: all)"
+    add("--systems", type=systems_of, default=POLICIES, metavar="A,B", help=text)
+    add("--dataset", choices=("ShareGPT", "Alpaca"), default="ShareGPT", help="whose lengths")
+    text = "a full length file (repeatable; default: compact tables)"
+    add("--lengths", type=file_name, action="append", default=[], metavar="FILE", help=text)
+    text = "requests/s of poisson, for all systems or one: paged=5,6 (repeatable)"
+    add("--rates", type=rates_of, action="append", default=[], metavar="R,R", help=text)
+    add("--sample-rate", type=float, default=20.0, metavar="R", help="requests/s of samples")
+    add("--trace-seconds", type=positive, default=60, metavar="N", help="of arrivals (default 60)")
+    add("--seconds", type=positive, default=30, metavar="N", help="of saturated (default 30)")
+    add("--queue", type=positive, default=600, metavar="N", help="requests of saturated")
+    add("--seed", type=int, default=0, metavar="N", help="of lengths, arrivals and weights")
+    return parser
+
+
+def config_of(model: Model, layers: int | None):
+    """transformers' configuration of that shape."""
+    h, count = model.hidden_size, layers or model.num_layers
+    sizes = {"vocab_size": model.vocab_size, "hidden_size": h, "num_hidden_layers": count}
+    sizes |= {"num_attention_heads": model.num_heads, "max_position_embeddings": model.max_len}
+    if model.family == "opt":
+        sizes |= {"ffn_dim": model.widest, "word_embed_proj_dim": h, "dropout": 0.0}
+    else:
+        sizes["intermediate_size"] = model.widest // 2
+    return AutoConfig.for_model(model.family, **sizes)
+
+
+def make_model(model: Model, layers: int | None, device: torch.device) -> PreTrainedModel:
+    """Random weights, made where they are used; float16 on a GPU."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config_of(model, layers), dtype=dtype).eval()
+
+
+def set_up(script: Script) -> Bench:
+    """The model, the worker with its graphs, and the constants. Raises UsageError."""
+    args, device = script.args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = dict.fromkeys(POLICIES, ())
+    for name, rates in args.rates:
+        for policy in [name] if name else POLICIES:
+            chosen[policy] = tuple(sorted({*chosen[policy], *rates}))
+    args.rates = chosen
+    args.part = args.part or [part for part in PARTS if part != "poisson" or any(chosen.values())]
+    if "poisson" in args.part and not any(chosen[policy] for policy in args.systems):
+        raise UsageError("poisson needs --rates of the systems that run")
+    lengths, shape = find_lengths(args.lengths, None), SHAPES[args.model]
+    num_blocks = args.blocks
+    if num_blocks is None:
+        known = args.model in DEPLOYMENTS
+        num_blocks = kv_blocks(DEPLOYMENTS[args.model]) if known else TINY_BLOCKS
+    if num_blocks * paper.BLOCK_SIZE < paper.MAX_MODEL_LEN:
+        raise UsageError(f"--blocks {num_blocks}: a sequence of {shape.max_len} tokens needs more")
+    be_quiet()
+    torch.manual_seed(args.seed)
+    script.progress.at(0, 3, "weights")
+    model = make_model(shape, args.layers, device).requires_grad_(False)
+    worker = Worker(
+        model,
+        num_blocks,
+        paper.BLOCK_SIZE,
+        max_len=paper.MAX_MODEL_LEN,
+        num_cpu_blocks=args.cpu_blocks,
+        most_rows=max(DECODE_SIZES[-1], num_blocks),
+    )
+    script.progress.at(1, 3, "graphs")
+    if worker.graphs:
+        worker.prepare(num_blocks)
+    bandwidth = copy_rate(device)
+    script.progress.at(2, 3, "constants")
+    latency = fit(calibrate(worker, num_blocks), worker, bandwidth)
+    script.progress.clear()
+    return Bench(script, worker, num_blocks, lengths, latency, bandwidth)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of a large copy on the device."""
+    if device.type == "cuda":
+        from gpu_timing import copy_bandwidth
+
+        return copy_bandwidth()
+    return 1e10  # of a CPU nothing here is held against the memory
+
+
+def run(argv: list[str] | None) -> int:
+    script = Script(__file__, build_parser(), argv, on_gpu=False)
+    bench = set_up(script)
+    args, worker = script.args, bench.worker
+    where = f"{args.model}, {worker.cache.num_layers} layers, {bench.num_blocks} blocks, "
+    where += torch.cuda.get_device_name() if worker.on_gpu else "CPU"
+    found: dict[str, object] = {"blocks": bench.num_blocks, "kernel": worker.cache.kernel}
+    found |= {"copy_gb_per_s": bench.bandwidth / 1e9, "lengths": bench.lengths.source(args.dataset)}
+    names = ApartLatency.__dataclass_fields__
+    found["constants"] = {name: getattr(bench.latency, name) for name in names}
+    index = {}
+    measures = {"saturated": saturated, "poisson": poisson, "samples": samples, "peer": peer}
+    for part in args.part:
+        if part == "steps":
+            rows = decode_steps(worker, bench.num_blocks, bench.bandwidth, BATCHES)
+        else:
+            rows = measures[part](bench)
+        found[part], index[part] = rows, 2 if part in ("poisson", "samples") else 1
+        shown = {part: rows}
+        if part == "saturated":
+            shown["memory"] = rows
+        if part == "poisson":
+            found["lone_s_per_token"] = lone_s(bench)
+            latencies = paper.RATE_AT_LATENCY, LONE * found["lone_s_per_token"]
+            found["rates_at"] = shown["rates_at"] = rates_at(rows, latencies)
+            index["rates_at"] = 2
+        for name, part_rows in shown.items():
+            show(table(TITLES[name], COLUMNS[name], part_rows, where, 3))
+    return script.write(found, index)
+
+
+main = entry(__file__, run)
+
+if __name__ == "__main__":
+    sys.exit(main())
