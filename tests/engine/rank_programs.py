@@ -74,6 +74,7 @@ def serve_all():
                 follow(worker, ranks)
                 continue
             leader = Leader(worker, ranks, check=True)
+            assert leader.prepare(40, 64) == len(leader.worker._lanes)
             found[name] = serve(leader)
             leader.close()
             found[name] |= {"messages": leader.messages, "bytes": leader.bytes}

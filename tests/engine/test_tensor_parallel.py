@@ -194,12 +194,21 @@ def test_generate_prints_the_same_text_on_two_ranks(on_ranks, tmp_path, capsys, 
 
 
 def test_it_runs_under_torchrun_alone(refused, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    told = refused(generate, "--tensor-parallel", "--device", "cpu", "--quiet")
+    """Variables that are missing, or not torchrun's, are refused before anything is waited for."""
+    sound = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    sound["MASTER_PORT"] = str(free_port())
+    for name in sound:
+        for value in (None, "", "first", "-1", "9" * 5000):
+            if name == "MASTER_ADDR" and value:
+                continue  # a name is asked for, however long it takes
+            for other, given in sound.items():
+                monkeypatch.setenv(other, given)
+            monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+            told = refused(generate, "--tensor-parallel", "--device", "cpu", "--quiet")
+            assert name in told or name.startswith("MASTER"), (name, value)
+    monkeypatch.delenv("RANK")
+    told = refused(generate, "--tensor-parallel", "--device", "cpu")
     assert "no RANK from torchrun: torchrun --nproc-per-node 2" in told
-    monkeypatch.setenv("RANK", "first")
-    assert "no RANK from torchrun" in refused(generate, "--tensor-parallel", "--device", "cpu")
 
 
 def test_a_pool_that_is_too_small_ends_all_ranks(on_ranks, tmp_path):

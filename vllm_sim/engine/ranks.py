@@ -106,6 +106,10 @@ def join(device_asked: str, silent_s: float = SILENT_S) -> Iterator[Ranks]:
     that is not there.
     """
     rank, size, local = map(_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not (0 <= rank < size and local >= 0):
+        raise UsageError(
+            f"torchrun gives no RANK {rank} of a WORLD_SIZE of {size}, LOCAL_RANK {local}"
+        )
     device, backend = choose_device(device_asked), "gloo"
     if device.type == "cuda":
         if local >= torch.cuda.device_count():

@@ -88,20 +88,27 @@ def _share(whole: nn.Parameter, dim: int, ranks: Ranks) -> nn.Parameter:
 
 
 class Leader:
-    """Rank 0's worker, for a Server: an order goes to all ranks, and is then run here too.
+    """Rank 0's worker, for whoever commands one: an order goes to all ranks, and is then run here.
 
     `messages`, `bytes` and `seconds` of the orders sent are counted. With `check` all ranks compare
-    after each what their devices hold: RanksDifferError.
+    after each what their devices hold: RanksDifferError. All else is the worker's own.
     """
 
     def __init__(self, worker: Worker, ranks: Ranks, *, check: bool = False) -> None:
-        self.worker, self.model, self.most_rows = worker, worker.model, worker.most_rows
-        self._ranks, self._check = ranks, check
+        self.worker, self._ranks, self._check = worker, ranks, check
         self.messages = self.bytes = 0
         self.seconds = 0.0
         seed = torch.initial_seed()
         ranks.tell((seed, check))
         torch.manual_seed(seed)  # of all ranks: samples are drawn alike
+
+    def __getattr__(self, name: str):
+        return getattr(self.worker, name)
+
+    def prepare(self, *most: int) -> int:
+        """As the worker's, on all ranks: a graph holds all-reduces."""
+        self._ranks.tell(most)
+        return self.worker.prepare(*most)
 
     def run(self, order: Order) -> Flight:
         """As the worker's."""
@@ -117,11 +124,14 @@ class Leader:
 
 
 def follow(worker: Worker, ranks: Ranks) -> None:
-    """Run what the leader orders, until it closes."""
+    """Do what the leader tells, until it closes."""
     seed, check = ranks.hear()
     torch.manual_seed(seed)
-    while (order := ranks.hear()) is not None:
-        _run(worker, order, ranks, check)
+    while (told := ranks.hear()) is not None:
+        if isinstance(told, Order):
+            _run(worker, told, ranks, check)
+        else:
+            worker.prepare(*told)
 
 
 def _run(worker: Worker, order: Order, ranks: Ranks, check: bool) -> Flight:
