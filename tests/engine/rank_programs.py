@@ -16,7 +16,7 @@ from small_models import VOCAB, small
 import generate as command
 from vllm_sim.engine import ranks as ranks_module
 from vllm_sim.engine import weights
-from vllm_sim.engine.ranks import RankLostError, RanksDifferError, join
+from vllm_sim.engine.ranks import ROOM, RankLostError, RanksDifferError, join
 from vllm_sim.engine.server import Server
 from vllm_sim.engine.tensor_parallel import Leader, follow, shard
 from vllm_sim.engine.worker import Worker
@@ -62,9 +62,9 @@ def serve(worker):
 
 def serve_all():
     """Each family, all numbers compared after each order."""
-    long = list(range(50_000))  # takes two collectives
+    long = list(range(200_000))  # takes two collectives
     with join("cpu") as ranks:
-        assert ranks.hear() == long if ranks.rank else ranks.tell(long) > 10**5
+        assert ranks.hear() == long if ranks.rank else ranks.tell(long) > ROOM
         found = {}
         for name in FAMILIES:
             small.cache_clear()  # the last one's was parted
