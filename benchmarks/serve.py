@@ -40,7 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from script import Row, Script, entry, options, show, table
 from serve_fit import calibrate, decode_steps, fit
 
+from kv_cache_manager import RequestTooLargeError
 from vllm_sim import paper
+from vllm_sim.engine.fused import fuse
 from vllm_sim.engine.server import Served, Server
 from vllm_sim.engine.weights import be_quiet
 from vllm_sim.engine.worker import DECODE_SIZES, Worker
@@ -57,8 +59,9 @@ from vllm_sim.workload.requests import Request
 PARTS = ("steps", "saturated", "poisson", "samples", "peer")
 TINY = opt("tiny", 2, 64, 4, vocab_size=512)
 SHAPES = {name: MODELS[name] for name in ("opt-13b", "opt-66b", "llama-13b")} | {"tiny": TINY}
-TINY_BLOCKS = 160
+TINY_BLOCKS = 256
 BATCHES = (7, 15, 30, 60)  # of `steps`: what the four systems run
+TEMPERATURE = 1.0
 LONE = 13.5  # times a lone request's seconds per token: what 0.5 s is on the paper's A100
 EVERY = 16  # iterations between two looks at where the memory is
 PEER_REQUESTS, PEER_PROMPT, PEER_NEW = 64, 160, 128
@@ -146,7 +149,10 @@ class Bench:
         parts[0].manager = manager
         server = Server(self.worker, manager, limits, observers=[parts[0]], seed=self.args.seed)
         progress = self.script.progress.part(0, 1, f"{policy}, {len(requests)} requests")
-        served = server.serve(make_groups(requests), **window, progress=progress)
+        try:
+            served = server.serve(make_groups(requests), **window, progress=progress)
+        except RequestTooLargeError as error:
+            raise UsageError(f"{policy}: {error}; raise --blocks") from None
         self.script.progress.clear()
         parts[1].manager = manager = self.manager(policy)
         told = dict(latency=self.latency, observers=[parts[1]], **window)
@@ -396,6 +402,7 @@ def set_up(script: Script) -> Bench:
     torch.manual_seed(args.seed)
     script.progress.at(0, 3, "weights")
     model = make_model(shape, args.layers, device).requires_grad_(False)
+    fuse(model)
     worker = Worker(
         model,
         num_blocks,
@@ -403,6 +410,7 @@ def set_up(script: Script) -> Bench:
         max_len=paper.MAX_MODEL_LEN,
         num_cpu_blocks=args.cpu_blocks,
         most_rows=max(DECODE_SIZES[-1], num_blocks),
+        temperature=TEMPERATURE,
     )
     script.progress.at(1, 3, "graphs")
     if worker.graphs:

@@ -19,7 +19,7 @@ import numpy as np
 
 from kv_cache_manager import PagedKVCacheManager
 from vllm_sim.engine.server import Server, Took
-from vllm_sim.engine.worker import Order, Worker
+from vllm_sim.engine.worker import Clock, Order, Worker
 from vllm_sim.paper import MAX_BATCHED_TOKENS
 from vllm_sim.serving.latency import ApartLatency
 from vllm_sim.serving.scheduler import Limits
@@ -124,6 +124,7 @@ def fit(took: Sequence[Took], worker: Worker, bandwidth: float) -> ApartLatency:
     long = [(tokens, rest) for tokens, rest in prompts if tokens >= LONG]
     lengths = np.array([(1, tokens) for tokens, _ in long], dtype=float)
     _, token_s = solved(lengths, np.array([rest for _, rest in long]))
+    swap_out_s, swap_in_s = swap_seconds(worker)
     beside = [rest - max(weights_s, token_s * tokens) for tokens, rest in prompts]
     return ApartLatency(
         step_s=max(0.0, base - weights_s),
@@ -131,10 +132,30 @@ def fit(took: Sequence[Took], worker: Worker, bandwidth: float) -> ApartLatency:
         context_s=context_s,
         seq_s=seq_s,
         copy_s=2 * sizes.slot / bandwidth,
+        swap_out_s=swap_out_s,
+        swap_in_s=swap_in_s,
         block_size=worker.block_size,
         weights_s=weights_s,
         prompt_s=max(0.0, median(beside)),
     )
+
+
+def swap_seconds(worker: Worker, blocks: int = 32) -> tuple[float, float]:
+    """Seconds to move a block out to the host, and in, in the mean over so many."""
+    pool, found = worker.cache.pool, []
+    pairs = [(block, block) for block in range(min(blocks, pool.num_cpu_blocks, pool.num_blocks))]
+    if not pairs:
+        return 0.0, 0.0
+    for move in (pool.swap_out, pool.swap_in):
+        times = []
+        for _ in range(WARM_UP):
+            start = Clock(worker.device)
+            move(pairs)
+            end = Clock(worker.device)
+            end.wait()
+            times.append(start.until(end))
+        found.append(median(times) / len(pairs))
+    return tuple(found)
 
 
 def solved(shapes: np.ndarray, seconds: np.ndarray) -> list[float]:
