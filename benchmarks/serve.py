@@ -47,7 +47,7 @@ from vllm_sim.engine.server import Served, Server
 from vllm_sim.engine.weights import be_quiet
 from vllm_sim.engine.worker import DECODE_SIZES, Worker
 from vllm_sim.models import DEPLOYMENTS, MODELS, Model, kv_blocks, opt
-from vllm_sim.reporting.arguments import file_name, positive
+from vllm_sim.reporting.arguments import file_name, positive, seed
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.serving.latency import ApartLatency
 from vllm_sim.serving.scheduler import Iteration
@@ -55,10 +55,13 @@ from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, sim
 from vllm_sim.serving.systems import CONTIGUOUS, PAGED, POLICIES, limits_of, new_manager
 from vllm_sim.workload.data_sets import Lengths, find_lengths
 from vllm_sim.workload.requests import Request
+from vllm_sim.workload.text_files import WorkloadError
 
 PARTS = ("steps", "saturated", "poisson", "samples", "peer")
-TINY = opt("tiny", 2, 64, 4, vocab_size=512)
-SHAPES = {name: MODELS[name] for name in ("opt-13b", "opt-66b", "llama-13b")} | {"tiny": TINY}
+TINY = opt("tiny", 2, 64, 4, vocab_size=512)  # for a CPU; transformers' peer has no OPT
+TINY_LLAMA = Model("tiny-llama", "llama", 2, 64, 4, 4, 16, 512, 2048, widest=160)
+SHAPES = {name: MODELS[name] for name in ("opt-13b", "opt-66b", "llama-13b")}
+SHAPES |= {model.name: model for model in (TINY, TINY_LLAMA)}
 TINY_BLOCKS = 256
 BATCHES = (7, 15, 30, 60)  # of `steps`: what the four systems run
 TEMPERATURE = 1.0
@@ -331,6 +334,13 @@ def rates_of(text: str) -> tuple[str | None, tuple[float, ...]]:
     return name or None, rates
 
 
+def one_rate(text: str) -> float:
+    (_, rates) = rates_of(f"paged={text}")
+    if len(rates) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than one rate")
+    return rates[0]
+
+
 def systems_of(text: str) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(text.split(",")))
     if not set(chosen) <= {*POLICIES}:
@@ -353,11 +363,12 @@ def build_parser():
     add("--lengths", type=file_name, action="append", default=[], metavar="FILE", help=text)
     text = "requests/s of poisson, for all systems or one: paged=5,6 (repeatable)"
     add("--rates", type=rates_of, action="append", default=[], metavar="R,R", help=text)
-    add("--sample-rate", type=float, default=20.0, metavar="R", help="requests/s of samples")
+    text = "requests/s of samples (default 20)"
+    add("--sample-rate", type=one_rate, default=20.0, metavar="R", help=text)
     add("--trace-seconds", type=positive, default=60, metavar="N", help="of arrivals (default 60)")
     add("--seconds", type=positive, default=30, metavar="N", help="of saturated (default 30)")
     add("--queue", type=positive, default=600, metavar="N", help="requests of saturated")
-    add("--seed", type=int, default=0, metavar="N", help="of lengths, arrivals and weights")
+    add("--seed", type=seed, default=0, metavar="N", help="of lengths, arrivals and weights")
     return parser
 
 
@@ -391,7 +402,11 @@ def set_up(script: Script) -> Bench:
     args.part = args.part or [part for part in PARTS if part != "poisson" or any(chosen.values())]
     if "poisson" in args.part and not any(chosen[policy] for policy in args.systems):
         raise UsageError("poisson needs --rates of the systems that run")
-    lengths, shape = find_lengths(args.lengths, None), SHAPES[args.model]
+    shape = SHAPES[args.model]
+    try:
+        lengths = find_lengths(args.lengths, None)
+    except WorkloadError as error:
+        raise UsageError(str(error)) from None
     num_blocks = args.blocks
     if num_blocks is None:
         known = args.model in DEPLOYMENTS

@@ -28,6 +28,7 @@ from vllm_sim.workload.requests import Request
 
 ROUNDS, STEPS, WARM_UP = 3, 20, 5
 SEQUENCES, PROMPTS, NEW = (1, 4, 8, 16, 32, 64, 128), (32, 128, 512, 1024), 24
+ON_CPU = 3  # of SEQUENCES, and steps: a CPU takes long, and nothing is held against it
 LONG = 512  # prompt tokens of an iteration from which on the tokens' own time shows
 Row = dict[str, object]
 
@@ -75,9 +76,10 @@ def decode_steps(
         took: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(ROUNDS):
             for way, order in orders.items():
-                flights = [worker.run(order) for _ in range(WARM_UP + STEPS)]
+                skip, count = (WARM_UP, STEPS) if worker.on_gpu else (0, ON_CPU)
+                flights = [worker.run(order) for _ in range(skip + count)]
                 flights[-1].end.wait()
-                found = [one.start.until(one.end) for one in flights[WARM_UP:]]
+                found = [one.start.until(one.end) for one in flights[skip:]]
                 took[way].append(median(found))
         scattered, in_a_row = (median(took[way]) for way in ways)
         sizes = Sizes.of(worker)
@@ -98,7 +100,8 @@ def decode_steps(
 def calibrate(worker: Worker, num_blocks: int) -> list[Took]:
     """Iterations of batches of equal requests, each of which fits into the pool from the start."""
     took: list[Took] = []
-    for count, prompt in itertools.product(SEQUENCES, PROMPTS):
+    counts = SEQUENCES if worker.on_gpu else SEQUENCES[:ON_CPU]
+    for count, prompt in itertools.product(counts, PROMPTS):
         need = count * -(-(prompt + NEW) // worker.block_size)
         if need > 0.9 * num_blocks or count > worker.most_rows:
             continue
