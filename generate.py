@@ -8,6 +8,7 @@ beams of one prompt share its blocks, and copy one only when they write into it.
     python generate.py --prompt "Name a fruit." --samples 4
     python generate.py --beams 4 --timeline beams.html --json out.json
     python generate.py --model DIR                  # a model of your own, as Hugging Face writes it
+    torchrun --nproc-per-node 2 generate.py --tensor-parallel --model DIR       # section 4.6
 
 Exit code 0 if the text is that of the library's own cache (in float32), 1 if not, 2 for input that
 cannot be used.

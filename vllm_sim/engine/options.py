@@ -43,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     help = "of a generated token: gather copies blocks together, triton reads them in place"
     add("--kernel", choices=("auto", "gather", "triton"), default="auto", help=help)
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
+    help = "part the model over the processes that torchrun started, a GPU each"
+    add("--tensor-parallel", action="store_true", help=help)
     add("--seed", type=seed, default=0, metavar="N", help="of samples and random weights")
     help = "write a page here that plays the blocks back, token by token"
     add("--timeline", type=out_file, metavar="FILE", help=help)

