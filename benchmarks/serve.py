@@ -27,13 +27,15 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,14 +43,19 @@ from script import Row, Script, entry, options, show, table
 from serve_fit import calibrate, decode_steps, fit
 
 from kv_cache_manager import RequestTooLargeError
+from paged_attention import DeviceMemoryError, choose_device
 from vllm_sim import paper
 from vllm_sim.engine.fused import fuse
+from vllm_sim.engine.ranks import RankLostError, Ranks, RanksDifferError, join
 from vllm_sim.engine.server import Served, Server
-from vllm_sim.engine.weights import be_quiet
+from vllm_sim.engine.support import UnsupportedModelError
+from vllm_sim.engine.tensor_parallel import Leader, follow, shard
+from vllm_sim.engine.weights import be_quiet, first_line, random_model
 from vllm_sim.engine.worker import DECODE_SIZES, Worker
 from vllm_sim.models import DEPLOYMENTS, MODELS, Model, kv_blocks, opt
 from vllm_sim.reporting.arguments import file_name, positive, seed
 from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.reporting.progress import SILENT
 from vllm_sim.serving.latency import ApartLatency
 from vllm_sim.serving.scheduler import Iteration
 from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
@@ -368,6 +375,10 @@ def build_parser():
     add("--trace-seconds", type=positive, default=60, metavar="N", help="of arrivals (default 60)")
     add("--seconds", type=positive, default=30, metavar="N", help="of saturated (default 30)")
     add("--queue", type=positive, default=600, metavar="N", help="requests of saturated")
+    text = "one model over the processes of torchrun (Sec. 4.6)"
+    add("--tensor-parallel", action="store_true", help=text)
+    text = "all ranks compare their tables after each iteration"
+    add("--check", action="store_true", help=text)
     add("--seed", type=seed, default=0, metavar="N", help="of lengths, arrivals and weights")
     return parser
 
@@ -384,16 +395,20 @@ def config_of(model: Model, layers: int | None):
     return AutoConfig.for_model(model.family, **sizes)
 
 
-def make_model(model: Model, layers: int | None, device: torch.device) -> PreTrainedModel:
-    """Random weights, made where they are used; float16 on a GPU."""
+def make_model(model: Model, layers: int | None, ranks: Ranks, seed: int) -> PreTrainedModel:
+    """Random weights, made where they are used, a rank's share of them; float16 on a GPU."""
+    device, share = ranks.device, None
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config_of(model, layers), dtype=dtype).eval()
+    if ranks.size > 1:
+        share = partial(shard, ranks=ranks)
+    config = config_of(model, layers)
+    made = random_model(config, device, dtype, seed, share, ranks.rank).requires_grad_(False)
+    fuse(made)
+    return made
 
 
-def set_up(script: Script) -> Bench:
-    """The model, the worker with its graphs, and the constants. Raises UsageError."""
-    args, device = script.args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def check(args: argparse.Namespace) -> None:
+    """Settle which parts, rates and blocks there are; UsageError for what makes no sense."""
     chosen = dict.fromkeys(POLICIES, ())
     for name, rates in args.rates:
         for policy in [name] if name else POLICIES:
@@ -402,22 +417,22 @@ def set_up(script: Script) -> Bench:
     args.part = args.part or [part for part in PARTS if part != "poisson" or any(chosen.values())]
     if "poisson" in args.part and not any(chosen[policy] for policy in args.systems):
         raise UsageError("poisson needs --rates of the systems that run")
-    shape = SHAPES[args.model]
-    try:
-        lengths = find_lengths(args.lengths, None)
-    except WorkloadError as error:
-        raise UsageError(str(error)) from None
-    num_blocks = args.blocks
-    if num_blocks is None:
+    if args.blocks is None:
         known = args.model in DEPLOYMENTS
-        num_blocks = kv_blocks(DEPLOYMENTS[args.model]) if known else TINY_BLOCKS
-    if num_blocks * paper.BLOCK_SIZE < paper.MAX_MODEL_LEN:
-        raise UsageError(f"--blocks {num_blocks}: a sequence of {shape.max_len} tokens needs more")
+        args.blocks = kv_blocks(DEPLOYMENTS[args.model]) if known else TINY_BLOCKS
+    if args.blocks * paper.BLOCK_SIZE < paper.MAX_MODEL_LEN:
+        longest = paper.MAX_MODEL_LEN
+        raise UsageError(f"--blocks {args.blocks}: a sequence of {longest} tokens needs more")
+
+
+def set_up(script: Script, lengths: Lengths, ranks: Ranks) -> Bench | None:
+    """The model, the worker with its graphs, and the constants; None of a rank that has followed
+    another to the end."""
+    args, num_blocks = script.args, script.args.blocks
     be_quiet()
     torch.manual_seed(args.seed)
     script.progress.at(0, 3, "weights")
-    model = make_model(shape, args.layers, device).requires_grad_(False)
-    fuse(model)
+    model = make_model(SHAPES[args.model], args.layers, ranks, args.seed)
     worker = Worker(
         model,
         num_blocks,
@@ -427,10 +442,15 @@ def set_up(script: Script) -> Bench:
         most_rows=max(DECODE_SIZES[-1], num_blocks),
         temperature=TEMPERATURE,
     )
+    if ranks.rank:
+        follow(worker, ranks)
+        return None
+    if ranks.size > 1:
+        worker = Leader(worker, ranks, check=args.check)
     script.progress.at(1, 3, "graphs")
     if worker.graphs:
         worker.prepare(num_blocks)
-    bandwidth = copy_rate(device)
+    bandwidth = copy_rate(ranks.device)
     script.progress.at(2, 3, "constants")
     latency = fit(calibrate(worker, num_blocks), worker, bandwidth)
     script.progress.clear()
@@ -448,10 +468,34 @@ def copy_rate(device: torch.device) -> float:
 
 def run(argv: list[str] | None) -> int:
     script = Script(__file__, build_parser(), argv, on_gpu=False)
-    bench = set_up(script)
-    args, worker = script.args, bench.worker
+    args = script.args
+    check(args)
+    try:
+        lengths = find_lengths(args.lengths, None)
+        with ExitStack() as stack:
+            ranks = Ranks(0, 1, choose_device("auto"))
+            if args.tensor_parallel:
+                ranks = stack.enter_context(join("auto"))
+                script.progress = script.progress if not ranks.rank else SILENT
+            bench = set_up(script, lengths, ranks)
+            code = 0 if bench is None else measure(bench, ranks)
+            if bench is not None and ranks.size > 1:
+                bench.worker.close()
+            return code
+    except (WorkloadError, UnsupportedModelError, RankLostError, RanksDifferError) as error:
+        raise UsageError(str(error)) from None
+    except (DeviceMemoryError, torch.OutOfMemoryError) as error:
+        raise UsageError(
+            f"out of memory: {first_line(error)}; lower --layers or --blocks"
+        ) from None
+
+
+def measure(bench: Bench, ranks: Ranks) -> int:
+    """All parts in turn, shown and written."""
+    args, worker, script = bench.args, bench.worker, bench.script
     where = f"{args.model}, {worker.cache.num_layers} layers, {bench.num_blocks} blocks, "
     where += torch.cuda.get_device_name() if worker.on_gpu else "CPU"
+    where += f", {ranks.size} ranks" if ranks.size > 1 else ""
     found: dict[str, object] = {"blocks": bench.num_blocks, "kernel": worker.cache.kernel}
     found |= {"copy_gb_per_s": bench.bandwidth / 1e9, "lengths": bench.lengths.source(args.dataset)}
     names = ApartLatency.__dataclass_fields__
@@ -474,6 +518,11 @@ def run(argv: list[str] | None) -> int:
             index["rates_at"] = 2
         for name, part_rows in shown.items():
             show(table(TITLES[name], COLUMNS[name], part_rows, where, 3))
+    if ranks.size > 1:
+        sent = {name: getattr(worker, name) for name in ("messages", "bytes", "seconds")}
+        found["orders"] = sent | {"ranks": ranks.size, "checked": args.check}
+        told = "{messages} orders sent, {bytes} bytes, {seconds:.3f} s".format(**sent)
+        print(told + (", all ranks alike after each" if args.check else ""))
     return script.write(found, index)
 
 
