@@ -103,9 +103,9 @@ class Card:
         return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(mine, theirs))
 
 
-# By a sweep of benchmarks/tune_attention.py on 2026-11-29 on one H200: each within 1.1 % of a
-# shape's best. For more heads than MANY_HEADS; for fewer; and for fewer where a program has less
-# than LITTLE_WORK slots to read.
+# By two sweeps of benchmarks/tune_attention.py on 2026-11-29 on one H200: each within 1.3 % of the
+# best on every shape of its kind. For more heads than MANY_HEADS; for fewer; and for fewer where a
+# program has less than LITTLE_WORK slots to read.
 TUNINGS = {
     Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 6), Tuning(16, 2, 4, 4), Tuning(32, 4, 3, 2))
 }

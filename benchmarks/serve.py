@@ -27,38 +27,51 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from script import Row, Script, entry, options, show, table
 from serve_fit import calibrate, decode_steps, fit
 
+from kv_cache_manager import RequestTooLargeError
+from paged_attention import DeviceMemoryError, choose_device
 from vllm_sim import paper
+from vllm_sim.engine.fused import fuse
+from vllm_sim.engine.ranks import RankLostError, Ranks, RanksDifferError, join
 from vllm_sim.engine.server import Served, Server
-from vllm_sim.engine.weights import be_quiet
+from vllm_sim.engine.support import UnsupportedModelError
+from vllm_sim.engine.tensor_parallel import Leader, follow, shard
+from vllm_sim.engine.weights import be_quiet, first_line, random_model
 from vllm_sim.engine.worker import DECODE_SIZES, Worker
 from vllm_sim.models import DEPLOYMENTS, MODELS, Model, kv_blocks, opt
-from vllm_sim.reporting.arguments import file_name, positive
+from vllm_sim.reporting.arguments import file_name, positive, seed
 from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.reporting.progress import SILENT
 from vllm_sim.serving.latency import ApartLatency
 from vllm_sim.serving.scheduler import Iteration
 from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
 from vllm_sim.serving.systems import CONTIGUOUS, PAGED, POLICIES, limits_of, new_manager
 from vllm_sim.workload.data_sets import Lengths, find_lengths
 from vllm_sim.workload.requests import Request
+from vllm_sim.workload.text_files import WorkloadError
 
 PARTS = ("steps", "saturated", "poisson", "samples", "peer")
-TINY = opt("tiny", 2, 64, 4, vocab_size=512)
-SHAPES = {name: MODELS[name] for name in ("opt-13b", "opt-66b", "llama-13b")} | {"tiny": TINY}
-TINY_BLOCKS = 160
+TINY = opt("tiny", 2, 64, 4, vocab_size=512)  # for a CPU; transformers' peer has no OPT
+TINY_LLAMA = Model("tiny-llama", "llama", 2, 64, 4, 4, 16, 512, 2048, widest=160)
+SHAPES = {name: MODELS[name] for name in ("opt-13b", "opt-66b", "llama-13b")}
+SHAPES |= {model.name: model for model in (TINY, TINY_LLAMA)}
+TINY_BLOCKS = 256
 BATCHES = (7, 15, 30, 60)  # of `steps`: what the four systems run
+TEMPERATURE = 1.0
 LONE = 13.5  # times a lone request's seconds per token: what 0.5 s is on the paper's A100
 EVERY = 16  # iterations between two looks at where the memory is
 PEER_REQUESTS, PEER_PROMPT, PEER_NEW = 64, 160, 128
@@ -146,7 +159,10 @@ class Bench:
         parts[0].manager = manager
         server = Server(self.worker, manager, limits, observers=[parts[0]], seed=self.args.seed)
         progress = self.script.progress.part(0, 1, f"{policy}, {len(requests)} requests")
-        served = server.serve(make_groups(requests), **window, progress=progress)
+        try:
+            served = server.serve(make_groups(requests), **window, progress=progress)
+        except RequestTooLargeError as error:
+            raise UsageError(f"{policy}: {error}; raise --blocks") from None
         self.script.progress.clear()
         parts[1].manager = manager = self.manager(policy)
         told = dict(latency=self.latency, observers=[parts[1]], **window)
@@ -325,6 +341,13 @@ def rates_of(text: str) -> tuple[str | None, tuple[float, ...]]:
     return name or None, rates
 
 
+def one_rate(text: str) -> float:
+    (_, rates) = rates_of(f"paged={text}")
+    if len(rates) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than one rate")
+    return rates[0]
+
+
 def systems_of(text: str) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(text.split(",")))
     if not set(chosen) <= {*POLICIES}:
@@ -347,11 +370,16 @@ def build_parser():
     add("--lengths", type=file_name, action="append", default=[], metavar="FILE", help=text)
     text = "requests/s of poisson, for all systems or one: paged=5,6 (repeatable)"
     add("--rates", type=rates_of, action="append", default=[], metavar="R,R", help=text)
-    add("--sample-rate", type=float, default=20.0, metavar="R", help="requests/s of samples")
+    text = "requests/s of samples (default 20)"
+    add("--sample-rate", type=one_rate, default=20.0, metavar="R", help=text)
     add("--trace-seconds", type=positive, default=60, metavar="N", help="of arrivals (default 60)")
     add("--seconds", type=positive, default=30, metavar="N", help="of saturated (default 30)")
     add("--queue", type=positive, default=600, metavar="N", help="requests of saturated")
-    add("--seed", type=int, default=0, metavar="N", help="of lengths, arrivals and weights")
+    text = "one model over the processes of torchrun (Sec. 4.6)"
+    add("--tensor-parallel", action="store_true", help=text)
+    text = "all ranks compare their tables after each iteration"
+    add("--check", action="store_true", help=text)
+    add("--seed", type=seed, default=0, metavar="N", help="of lengths, arrivals and weights")
     return parser
 
 
@@ -367,16 +395,20 @@ def config_of(model: Model, layers: int | None):
     return AutoConfig.for_model(model.family, **sizes)
 
 
-def make_model(model: Model, layers: int | None, device: torch.device) -> PreTrainedModel:
-    """Random weights, made where they are used; float16 on a GPU."""
+def make_model(model: Model, layers: int | None, ranks: Ranks, seed: int) -> PreTrainedModel:
+    """Random weights, made where they are used, a rank's share of them; float16 on a GPU."""
+    device, share = ranks.device, None
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config_of(model, layers), dtype=dtype).eval()
+    if ranks.size > 1:
+        share = partial(shard, ranks=ranks)
+    config = config_of(model, layers)
+    made = random_model(config, device, dtype, seed, share, ranks.rank).requires_grad_(False)
+    fuse(made)
+    return made
 
 
-def set_up(script: Script) -> Bench:
-    """The model, the worker with its graphs, and the constants. Raises UsageError."""
-    args, device = script.args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def check(args: argparse.Namespace) -> None:
+    """Settle which parts, rates and blocks there are; UsageError for what makes no sense."""
     chosen = dict.fromkeys(POLICIES, ())
     for name, rates in args.rates:
         for policy in [name] if name else POLICIES:
@@ -385,17 +417,22 @@ def set_up(script: Script) -> Bench:
     args.part = args.part or [part for part in PARTS if part != "poisson" or any(chosen.values())]
     if "poisson" in args.part and not any(chosen[policy] for policy in args.systems):
         raise UsageError("poisson needs --rates of the systems that run")
-    lengths, shape = find_lengths(args.lengths, None), SHAPES[args.model]
-    num_blocks = args.blocks
-    if num_blocks is None:
+    if args.blocks is None:
         known = args.model in DEPLOYMENTS
-        num_blocks = kv_blocks(DEPLOYMENTS[args.model]) if known else TINY_BLOCKS
-    if num_blocks * paper.BLOCK_SIZE < paper.MAX_MODEL_LEN:
-        raise UsageError(f"--blocks {num_blocks}: a sequence of {shape.max_len} tokens needs more")
+        args.blocks = kv_blocks(DEPLOYMENTS[args.model]) if known else TINY_BLOCKS
+    if args.blocks * paper.BLOCK_SIZE < paper.MAX_MODEL_LEN:
+        longest = paper.MAX_MODEL_LEN
+        raise UsageError(f"--blocks {args.blocks}: a sequence of {longest} tokens needs more")
+
+
+def set_up(script: Script, lengths: Lengths, ranks: Ranks) -> Bench | None:
+    """The model, the worker with its graphs, and the constants; None of a rank that has followed
+    another to the end."""
+    args, num_blocks = script.args, script.args.blocks
     be_quiet()
     torch.manual_seed(args.seed)
     script.progress.at(0, 3, "weights")
-    model = make_model(shape, args.layers, device).requires_grad_(False)
+    model = make_model(SHAPES[args.model], args.layers, ranks, args.seed)
     worker = Worker(
         model,
         num_blocks,
@@ -403,11 +440,17 @@ def set_up(script: Script) -> Bench:
         max_len=paper.MAX_MODEL_LEN,
         num_cpu_blocks=args.cpu_blocks,
         most_rows=max(DECODE_SIZES[-1], num_blocks),
+        temperature=TEMPERATURE,
     )
+    if ranks.rank:
+        follow(worker, ranks)
+        return None
+    if ranks.size > 1:
+        worker = Leader(worker, ranks, check=args.check)
     script.progress.at(1, 3, "graphs")
     if worker.graphs:
         worker.prepare(num_blocks)
-    bandwidth = copy_rate(device)
+    bandwidth = copy_rate(ranks.device)
     script.progress.at(2, 3, "constants")
     latency = fit(calibrate(worker, num_blocks), worker, bandwidth)
     script.progress.clear()
@@ -425,10 +468,34 @@ def copy_rate(device: torch.device) -> float:
 
 def run(argv: list[str] | None) -> int:
     script = Script(__file__, build_parser(), argv, on_gpu=False)
-    bench = set_up(script)
-    args, worker = script.args, bench.worker
+    args = script.args
+    check(args)
+    try:
+        lengths = find_lengths(args.lengths, None)
+        with ExitStack() as stack:
+            ranks = Ranks(0, 1, choose_device("auto"))
+            if args.tensor_parallel:
+                ranks = stack.enter_context(join("auto"))
+                script.progress = script.progress if not ranks.rank else SILENT
+            bench = set_up(script, lengths, ranks)
+            code = 0 if bench is None else measure(bench, ranks)
+            if bench is not None and ranks.size > 1:
+                bench.worker.close()
+            return code
+    except (WorkloadError, UnsupportedModelError, RankLostError, RanksDifferError) as error:
+        raise UsageError(str(error)) from None
+    except (DeviceMemoryError, torch.OutOfMemoryError) as error:
+        raise UsageError(
+            f"out of memory: {first_line(error)}; lower --layers or --blocks"
+        ) from None
+
+
+def measure(bench: Bench, ranks: Ranks) -> int:
+    """All parts in turn, shown and written."""
+    args, worker, script = bench.args, bench.worker, bench.script
     where = f"{args.model}, {worker.cache.num_layers} layers, {bench.num_blocks} blocks, "
     where += torch.cuda.get_device_name() if worker.on_gpu else "CPU"
+    where += f", {ranks.size} ranks" if ranks.size > 1 else ""
     found: dict[str, object] = {"blocks": bench.num_blocks, "kernel": worker.cache.kernel}
     found |= {"copy_gb_per_s": bench.bandwidth / 1e9, "lengths": bench.lengths.source(args.dataset)}
     names = ApartLatency.__dataclass_fields__
@@ -451,6 +518,11 @@ def run(argv: list[str] | None) -> int:
             index["rates_at"] = 2
         for name, part_rows in shown.items():
             show(table(TITLES[name], COLUMNS[name], part_rows, where, 3))
+    if ranks.size > 1:
+        sent = {name: getattr(worker, name) for name in ("messages", "bytes", "seconds")}
+        found["orders"] = sent | {"ranks": ranks.size, "checked": args.check}
+        told = "{messages} orders sent, {bytes} bytes, {seconds:.3f} s".format(**sent)
+        print(told + (", all ranks alike after each" if args.check else ""))
     return script.write(found, index)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from kv_cache_manager import PagedKVCacheManager
 from vllm_sim.engine.server import Server, Took
-from vllm_sim.engine.worker import Order, Worker
+from vllm_sim.engine.worker import Clock, Order, Worker
 from vllm_sim.paper import MAX_BATCHED_TOKENS
 from vllm_sim.serving.latency import ApartLatency
 from vllm_sim.serving.scheduler import Limits
@@ -28,6 +28,7 @@ from vllm_sim.workload.requests import Request
 
 ROUNDS, STEPS, WARM_UP = 3, 20, 5
 SEQUENCES, PROMPTS, NEW = (1, 4, 8, 16, 32, 64, 128), (32, 128, 512, 1024), 24
+ON_CPU = 3  # of SEQUENCES, and steps: a CPU takes long, and nothing is held against it
 LONG = 512  # prompt tokens of an iteration from which on the tokens' own time shows
 Row = dict[str, object]
 
@@ -75,9 +76,10 @@ def decode_steps(
         took: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(ROUNDS):
             for way, order in orders.items():
-                flights = [worker.run(order) for _ in range(WARM_UP + STEPS)]
+                skip, count = (WARM_UP, STEPS) if worker.on_gpu else (0, ON_CPU)
+                flights = [worker.run(order) for _ in range(skip + count)]
                 flights[-1].end.wait()
-                found = [one.start.until(one.end) for one in flights[WARM_UP:]]
+                found = [one.start.until(one.end) for one in flights[skip:]]
                 took[way].append(median(found))
         scattered, in_a_row = (median(took[way]) for way in ways)
         sizes = Sizes.of(worker)
@@ -98,7 +100,8 @@ def decode_steps(
 def calibrate(worker: Worker, num_blocks: int) -> list[Took]:
     """Iterations of batches of equal requests, each of which fits into the pool from the start."""
     took: list[Took] = []
-    for count, prompt in itertools.product(SEQUENCES, PROMPTS):
+    counts = SEQUENCES if worker.on_gpu else SEQUENCES[:ON_CPU]
+    for count, prompt in itertools.product(counts, PROMPTS):
         need = count * -(-(prompt + NEW) // worker.block_size)
         if need > 0.9 * num_blocks or count > worker.most_rows:
             continue
@@ -124,6 +127,7 @@ def fit(took: Sequence[Took], worker: Worker, bandwidth: float) -> ApartLatency:
     long = [(tokens, rest) for tokens, rest in prompts if tokens >= LONG]
     lengths = np.array([(1, tokens) for tokens, _ in long], dtype=float)
     _, token_s = solved(lengths, np.array([rest for _, rest in long]))
+    swap_out_s, swap_in_s = swap_seconds(worker)
     beside = [rest - max(weights_s, token_s * tokens) for tokens, rest in prompts]
     return ApartLatency(
         step_s=max(0.0, base - weights_s),
@@ -131,10 +135,30 @@ def fit(took: Sequence[Took], worker: Worker, bandwidth: float) -> ApartLatency:
         context_s=context_s,
         seq_s=seq_s,
         copy_s=2 * sizes.slot / bandwidth,
+        swap_out_s=swap_out_s,
+        swap_in_s=swap_in_s,
         block_size=worker.block_size,
         weights_s=weights_s,
         prompt_s=max(0.0, median(beside)),
     )
+
+
+def swap_seconds(worker: Worker, blocks: int = 32) -> tuple[float, float]:
+    """Seconds to move a block out to the host, and in, in the mean over so many."""
+    pool, found = worker.cache.pool, []
+    pairs = [(block, block) for block in range(min(blocks, pool.num_cpu_blocks, pool.num_blocks))]
+    if not pairs:
+        return 0.0, 0.0
+    for move in (pool.swap_out, pool.swap_in):
+        times = []
+        for _ in range(WARM_UP):
+            start = Clock(worker.device)
+            move(pairs)
+            end = Clock(worker.device)
+            end.wait()
+            times.append(start.until(end))
+        found.append(median(times) / len(pairs))
+    return tuple(found)
 
 
 def solved(shapes: np.ndarray, seconds: np.ndarray) -> list[float]:

@@ -250,7 +250,7 @@ def test_no_two_outputs_are_one_file_that_is_not_there_yet(written, tmp_path, re
 
 SERVE_THE_REPOSITORY = "record", "update_readme", "what_if", "make_presets", "fit_server_latency"
 # Measured ones; replay.py takes names of files without an option (tests/benchmarks/test_replay.py).
-TESTED_ALONE = "bench_generate", "measure_beams", "replay"
+TESTED_ALONE = "bench_generate", "measure_beams", "replay", "serve"
 
 
 def test_no_script_is_left_out():

@@ -35,8 +35,16 @@ PAGES = {  # page: its title, one sentence, the results
     ),
     "gpu": (
         "Kernels on a GPU",
-        "What each number means, and which aims are missed: [Kernels on a GPU](../gpu.md).",
-        ("bench_attention", "profile_attention", "bench_paging_cost", "bench_beam_step"),
+        "What each number means, and which aims are missed: [Kernels on a GPU](../gpu.md). "
+        "The attention measured on an H100 is the kernel before plans.",
+        (
+            "bench_attention",
+            "tune_attention",
+            "bench_attention_h100",
+            "profile_attention",
+            "bench_paging_cost",
+            "bench_beam_step",
+        ),
     ),
     "speed": (
         "Speed of the bookkeeping and of the simulator",
@@ -104,7 +112,8 @@ def section(name: str) -> str:
         printed = re.sub("^#", "##", printed, flags=re.MULTILINE)
     else:
         printed = f"```\n{printed}\n```"
-    command = re.sub(r"\.\./\S+", "DIR", found["command"])  # a folder of the machine's
+    # A folder of the machine's.
+    command = re.sub(r"(?<= )(\.\./\S+|/\S*(?=/))", "DIR", found["command"])
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     which = " without the authors' lengths" * name.endswith("without_lengths")
     return (

@@ -14,6 +14,7 @@ from vllm_sim.serving.latency import (
     SWAP_IN,
     SWAP_OUT,
     UNIT,
+    ApartLatency,
     LatencyModel,
     Software,
     latency_model,
@@ -303,3 +304,19 @@ def test_swapping_a_block_takes_a_call_and_its_slots():
             of_size[way] = pytest.approx(swap.call_s + size * swap.slot_s, rel=1e-9)
         expected = asdict(one) | of_size  # nothing else depends on the block size
         assert asdict(latency_model(DEPLOYMENTS["opt-13b"], size)) == expected
+
+
+def test_prompts_and_decodes_apart_read_the_weights_twice():
+    model = ApartLatency(
+        1.0, 0.5, 0.01, 0.1, weights_s=4.0, prompt_s=2.0, copy_s=0.25, block_size=2
+    )
+    decodes = model.decode_steps(1, 3, 100)
+    assert decodes == pytest.approx(1.0 + 4.0 + 0.3 + 1.0)
+    both = Iteration(0, 0.0, num_decodes=3, context_tokens=100, prompt_tokens=20)
+    assert model.iteration(both) == pytest.approx(decodes + 2.0 + 10.0)
+    prompts = Iteration(0, 0.0, prompt_tokens=3, copies=[(1, 2)])
+    assert model.iteration(prompts) == pytest.approx(2.0 + 4.0 + 0.5)
+    moved = replace(model, swap_out_s=0.5, swap_in_s=0.25)
+    swaps = Iteration(0, 0.0, swapped_out=[(0, 1)], swapped_in=[(2, 3), (4, 5)])
+    assert moved.iteration(swaps) == pytest.approx(1.0)
+    assert model.iteration(Iteration(0, 0.0)) == model.step_s  # time goes on

@@ -1,0 +1,120 @@
+"""serve.py: what it counts is right, and all of it runs, with two layers of a small model."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+import serve
+import serve_fit
+
+from vllm_sim.engine.server import Took
+from vllm_sim.serving.latency import ApartLatency
+
+SMALL = "--model", "tiny", "--blocks", 200, "--cpu-blocks", 64, "--quiet"
+
+
+def test_every_part_runs(run_script, tmp_path):
+    out = tmp_path / "out.json"
+    options = "--dataset", "Alpaca", "--seconds", 2, "--queue", 2000, "--trace-seconds", 1
+    rates = "--rates", "paged=4,2", "--rates", "pow2=3", "--sample-rate", 4
+    systems = "--systems", "pow2,paged"
+    parts = [
+        word for part in ("steps", "saturated", "poisson", "samples") for word in ("--part", part)
+    ]
+    done = run_script(
+        "benchmarks/serve.py", *SMALL, *options, *rates, *systems, *parts, "--json", out
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Where the K/V memory is then (Fig. 2)" in done.stdout
+    found = json.loads(out.read_text())
+    tables = {table["id"]: table["rows"] for table in found["tables"]}
+    assert [row["batch"] for row in tables["steps"]] == [7, 15, 30, 60]
+    assert all(row["over_floor"] > 1.0 for row in tables["steps"])
+    pow2, paged = tables["saturated"]
+    assert paged["batch"] > 1.5 * pow2["batch"]  # memory decides, whatever the machine's speed
+    assert paged["tokens_percent"] > 60.0 > pow2["tokens_percent"]
+    assert (paged["reserved_percent"], paged["internal_percent"]) == (0.0, 0.0)
+    poisson = [(row["system"], row["rate"]) for row in tables["poisson"]]
+    assert poisson == [("pow2", 3.0), ("paged", 2.0), ("paged", 4.0)]
+    assert all(row["requests"] > 0 and row["s_per_token"] > 0.0 for row in tables["poisson"])
+    assert {(row["samples"], row["system"]) for row in tables["samples"]} == {
+        (count, system) for count in (2, 4, 6) for system in ("pow2", "paged")
+    }
+    for row in tables["samples"]:
+        assert (row["saved_percent"] > 0.0) == (row["system"] == "paged")
+    constants = found["setting"]["constants"]
+    assert ApartLatency(**constants).decode_steps(1, 4, 100) > 0.0
+
+
+def test_the_peer_serves_the_same_requests(run_script, tmp_path):
+    out = tmp_path / "out.json"
+    options = "--model", "tiny-llama", "--blocks", 1300, "--part", "peer", "--quiet", "--json", out
+    done = run_script("benchmarks/serve.py", *options)
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(out.read_text())["tables"]
+    assert [(row["server"], row["tokens"]) for row in table["rows"]] == [
+        ("ours", 64 * 128),
+        ("transformers", 64 * 128),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    {
+        ("--part", "poisson"): "poisson needs --rates",
+        ("--rates", "paged=0"): "'paged=0' is no list of rates",
+        ("--rates", "orca=1"): "'orca=1' is no list of rates",
+        ("--rates", "nan"): "'nan' is no list of rates",
+        ("--sample-rate", "1,2"): "'1,2' is more than one rate",
+        ("--systems", "paged,orca"): "systems are max, pow2, oracle, paged",
+        ("--seed", "-1"): "an integer from 0",
+        ("--blocks", "12"): "a sequence of 2048 tokens needs more",
+        ("--lengths", "no_such.csv"): "no_such.csv",
+        ("--part", "saturated", "--queue", "1", "--seconds", "60"): "raise --queue",
+    }.items(),
+    ids=str,
+)
+def test_what_cannot_be_used_is_one_line(options, told, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "saturated", ran_empty)
+    assert serve.main(["--model", "tiny", "--quiet", *options]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err and len(captured.err.splitlines()) == 1
+
+
+def ran_empty(bench):
+    raise serve.UsageError(f"the queue ran empty: raise --queue {bench.args.queue}")
+
+
+def test_a_rate_is_read_between_two_points():
+    points = [(1.0, 0.1), (2.0, 0.3), (3.0, 1.3)]
+    assert serve.rate_at(points, 0.8) == pytest.approx(2.5)
+    assert serve.rate_at(points, 0.05) is None and serve.rate_at(points, 2.0) is None
+
+
+def test_constants_come_out_of_the_iterations_that_they_made(monkeypatch):
+    """Of iterations with a few pauses of the host in them."""
+    monkeypatch.setattr(serve_fit.Sizes, "of", lambda _: serve_fit.Sizes(26_000_000_000, 800_000))
+    monkeypatch.setattr(serve_fit, "swap_seconds", lambda _: (2e-4, 3e-4))
+    truth = ApartLatency(3e-3, 4e-5, 2e-7, 6e-6, weights_s=6.5e-3, prompt_s=1e-3)
+    took = []
+    for seqs in (1, 8, 30, 60, 128):
+        for context in (100, 400, 900):
+            wall = truth.decode_steps(1, seqs, seqs * context)
+            took.append(Took(seqs, seqs * context, 0, 0.0, wall, wall))
+    took += [Took(8, 800, 0, 0.0, 9e-3, 0.5)] * 2
+    for tokens in (32, 64, 128, 600, 1024, 2048, 2560):
+        seconds = 1e-3 + max(6.5e-3, 4e-5 * tokens)
+        took.append(Took(0, 0, tokens, seconds, 0.0, seconds))
+    found = serve_fit.fit(took, SimpleNamespace(block_size=16), 4e12)
+    for name in "step_s", "token_s", "context_s", "seq_s", "weights_s", "prompt_s":
+        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.02), name
+    assert (found.swap_out_s, found.swap_in_s) == (2e-4, 3e-4)
+
+
+def test_a_least_squares_fit_has_no_negative_constant():
+    shapes = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    assert min(serve_fit.solved(shapes, np.array([3.0, 2.0, 1.0]))) >= 0.0

@@ -1,0 +1,178 @@
+"""Serving for real: the simulator's decisions, and the text of every request alone."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from small_models import VOCAB, on_its_own, small
+
+from vllm_sim.engine.fused import fuse
+from vllm_sim.engine.server import Server
+from vllm_sim.engine.support import UnsupportedModelError
+from vllm_sim.engine.worker import MOST_ROWS, PROMPT_SIZES, Order, Prompt, Worker, _batched
+from vllm_sim.serving.scheduler import Limits
+from vllm_sim.serving.simulator import Observer, make_groups, simulate
+from vllm_sim.serving.systems import POLICIES, new_manager
+from vllm_sim.workload.requests import Request
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NEEDS_CUDA])]
+LIMITS, SIZE, BLOCKS = Limits(128, 32), 4, {"paged": 64}
+
+
+def mixed(count, seed=0):
+    """Requests of one and of three samples, all there at once."""
+    rng = np.random.default_rng(seed)
+    draw = [(int(rng.integers(3, 40)), int(rng.integers(2, 30))) for _ in range(count)]
+    return [
+        Request(nth, 0.0, *lengths, num_samples=1 if nth % 3 else 3)
+        for nth, lengths in enumerate(draw)
+    ]
+
+
+def new_pool(policy):
+    room = {"num_cpu_blocks": 16} if policy == "paged" else {}
+    return new_manager(policy, BLOCKS.get(policy, 160), SIZE, max_len=128, **room)
+
+
+def new_server(model, policy, kernel="gather", observers=(), **options):
+    manager = new_pool(policy)
+    cpu_blocks = getattr(manager, "num_cpu_blocks", 0)
+    sizes = {"max_len": 128, "num_cpu_blocks": cpu_blocks, "most_rows": 64}
+    worker = Worker(model, manager.num_blocks, SIZE, kernel=kernel, **sizes, **options)
+    return Server(worker, manager, LIMITS, observers=observers)
+
+
+def alone(model, request):
+    """What transformers gives for its prompt, on its own."""
+    prompt = np.random.default_rng([0, request.request_id]).integers(0, VOCAB, request.prompt_len)
+    ids, count = torch.tensor(prompt[None], device=model.device), request.output_len
+    lengths = {"max_new_tokens": count, "min_new_tokens": count, "eos_token_id": None}
+    with torch.no_grad():
+        found = on_its_own(model).generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **lengths
+        )
+    return found[0, request.prompt_len :].tolist()
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return {one.request_id: alone(small("opt"), one) for one in mixed(18)}
+
+
+class Invariants(Observer):
+    def __init__(self, manager):
+        self.manager = manager
+
+    def on_iteration(self, iteration):
+        self.manager.check_invariants()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_request_has_its_text_and_the_iterations_are_the_simulators(policy, texts):
+    requests = mixed(18)
+    server = new_server(small("opt"), policy)
+    server.observers = [Invariants(server.manager)]
+    served = server.serve(make_groups(requests), keep=True)
+    for one in requests:
+        assert server.outputs[one.request_id] == [texts[one.request_id]] * one.num_seqs
+    manager = new_pool(policy)
+    expected, found = simulate(requests, manager, LIMITS), served.result
+    for name in "num_iterations", "sum_groups", "num_swaps", "num_recomputations", "num_copies":
+        assert getattr(found, name) == getattr(expected, name), name
+    if policy == "paged":
+        assert min(found.num_swaps, found.num_recomputations, found.num_copies) > 0
+    assert served.num_tokens == sum(one.output_len * one.num_seqs for one in requests)
+    assert server.manager.num_free_blocks == server.manager.num_blocks
+    assert sorted(server._free_rows) == list(range(64)) and not server.tokens
+    assert 0.0 < served.busy_share() <= 1.1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tritons_kernel_gives_the_same(device, texts):
+    pytest.importorskip("triton", exc_type=ImportError)
+    requests = mixed(18)[: 4 if device == "cpu" else 18]
+    requests = [Request(*(r.request_id, 0.0, r.prompt_len, min(r.output_len, 4))) for r in requests]
+    if device == "cpu":
+        server = new_server(small("opt"), "paged", "triton")
+    else:
+        server = new_server(copy.deepcopy(small("opt")).to(device), "paged", "triton")
+        assert server.worker.graphs and server.worker.prepare(16, 128) > 8
+    server.serve(make_groups(requests), keep=True)
+    for one in requests:
+        assert server.outputs[one.request_id] == [texts[one.request_id][: one.output_len]]
+
+
+def test_draws_differ_between_samples_and_runs_are_repeated():
+    requests, found = [Request(0, 0.0, 9, 12, num_samples=4)], []
+    for _ in range(2):
+        torch.manual_seed(3)
+        server = new_server(small("opt"), "paged", temperature=5.0)
+        server.serve(make_groups(requests), keep=True)
+        found.append(server.outputs[0])
+    assert found[0] == found[1]
+    assert len({*map(tuple, found[0])}) == 4
+
+
+def test_a_run_is_cut_and_counts_in_its_window_alone():
+    requests = [Request(nth, 0.0, 5, 100) for nth in range(400)]
+    server = new_server(small("opt"), "paged")
+    served = server.serve(make_groups(requests), window_s=(0.2, 0.6), until_s=0.6)
+    result = served.result
+    assert 0.6 <= served.end_s < 5.0 and len(result.finish_s) < 400
+    assert 0 < result.window_iterations < result.num_iterations
+    assert len(served.took) == result.window_iterations
+    assert 0 < served.num_tokens <= 32 * 3 * result.window_iterations
+
+
+def test_arrivals_are_waited_for():
+    requests = [Request(0, 0.1, 5, 2), Request(1, 0.4, 5, 2)]
+    finished = new_server(small("opt"), "oracle").serve(make_groups(requests)).result.finish_s
+    assert 0.1 < finished[0] < 0.4 < finished[1]
+
+
+def test_prompts_that_fit_go_together():
+    def sizes(*prompts):
+        batches = _batched([Prompt([1] * tokens, 0, [], [0] * rows) for tokens, rows in prompts])
+        return [len(batch) for batch in batches]
+
+    most = PROMPT_SIZES[-1]
+    assert sizes() == []
+    assert sizes((most - 9, 1), (9, 1), (1, 1)) == [2, 1]
+    assert sizes(*[(2, 6)] * 7) == [MOST_ROWS[0] // 6, 2]
+    assert sizes((600, 1), *[(20, 6)] * 30)[0] == 1 + (MOST_ROWS[1] - 1) // 6
+
+
+def test_projections_in_one_product_are_those_of_before():
+    ids = torch.arange(3, 20)[None]
+    for family, count in {"opt": 3, "llama": 6, "gpt2": 0}.items():
+        model = copy.deepcopy(on_its_own(small(family)))
+        before = model(ids).logits
+        names = len(list(model.parameters()))
+        assert fuse(model) == count
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+        assert (len(list(model.parameters())) < names) == (count > 0)
+
+
+def test_padding_is_written_to_the_block_beyond_the_managers():
+    worker = Worker(small("opt"), 8, SIZE, max_len=32, most_rows=4)
+    worker.run(Order(prompts=[Prompt([5, 6, 7], 0, [0], [0])])).tokens()
+    pool = worker.cache.pool
+    assert pool.num_blocks == 9
+    pool.pool[:, :, :8].fill_(torch.nan)
+    flight = worker.run(Order(prompts=[Prompt([5, 6, 7], 0, [3], [1])]))
+    (token,) = flight.tokens().values()
+    assert 0 <= token < VOCAB and not pool.pool[:, :, 3, :3].isnan().any()
+    assert pool.pool[:, :, 3, 3:].isnan().all()  # of its block no slot but its own
+    assert pool.pool[:, :, :3].isnan().all() and pool.pool[:, :, 4:8].isnan().all()
+
+
+def test_a_model_that_computes_all_logits_is_refused(monkeypatch):
+    model = small("opt")
+    monkeypatch.setattr(model, "forward", lambda input_ids: None, raising=False)
+    with pytest.raises(UnsupportedModelError, match="opt computes all logits"):
+        Worker(model, 8, SIZE, max_len=32)

@@ -1,0 +1,70 @@
+"""The projections of a layer as one product: Q, K and V, and a gated layer's two.
+
+Reproduces nothing of the paper: servers do so, as a few long products read weights faster than many
+short ones. The weights are the model's, one below the other, and it calls its projections as
+before. The first computes all, the others hand out their part of it.
+
+    fuse(model)                     # OPT, Llama and models like them; others stay as they are
+
+Shapes: T tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order of their calls
+
+
+class _First(nn.Module):
+    """Several linear layers on one input: called as the first of them, it keeps the others'."""
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        sizes = [part.out_features for part in parts]
+        self.sizes, self.out_features = sizes, sizes[0]
+        self.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+        self.bias = None
+        if parts[0].bias is not None:
+            self.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+        self.rest: list[torch.Tensor] = []
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., T, E)."""
+        first, *self.rest = functional.linear(hidden, self.weight, self.bias).split(self.sizes, -1)
+        return first
+
+
+class _Later(nn.Module):
+    """One of the others."""
+
+    def __init__(self, first: _First) -> None:
+        super().__init__()
+        self._first = [first]  # not a submodule: its weights are named once
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._first[0].rest.pop(0)
+
+
+def fuse(model: PreTrainedModel) -> int:
+    """Put them together, in place; how many products there are now in place of two or three."""
+    count = 0
+    for module in list(model.modules()):
+        for names in TOGETHER:
+            parts = [getattr(module, name, None) for name in names]
+            if not all(type(part) is nn.Linear for part in parts):
+                continue
+            if len({part.bias is None for part in parts}) > 1:
+                continue
+            first = _First(parts)
+            setattr(module, names[0], first)
+            for name in names[1:]:
+                setattr(module, name, _Later(first))
+            del parts
+            count += 1
+    return count
