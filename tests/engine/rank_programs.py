@@ -16,6 +16,7 @@ from small_models import VOCAB, small
 import generate as command
 from vllm_sim.engine import ranks as ranks_module
 from vllm_sim.engine import weights
+from vllm_sim.engine.fused import fuse
 from vllm_sim.engine.ranks import ROOM, RankLostError, RanksDifferError, join
 from vllm_sim.engine.server import Server
 from vllm_sim.engine.tensor_parallel import Leader, follow, shard
@@ -44,6 +45,7 @@ def worker_of(name, ranks=None):
     model = small(name.partition(",")[0])
     if ranks is not None:
         shard(model, ranks)
+        fuse(model)
     sizes = {"max_len": 64, "num_cpu_blocks": HOST_BLOCKS, "most_rows": 40}
     return Worker(model, BLOCKS, SIZE, temperature=FAMILIES[name], **sizes)
 

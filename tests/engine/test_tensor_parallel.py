@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import generate
 from vllm_sim.engine import weights
+from vllm_sim.engine.fused import fuse
 from vllm_sim.engine.ranks import Ranks
 from vllm_sim.engine.support import UnsupportedModelError
 from vllm_sim.engine.tensor_parallel import SummedLinear, shard
@@ -173,6 +174,11 @@ def test_models_that_do_not_part_are_refused_by_name():
         )
     with pytest.raises(UnsupportedModelError, match="81 rows of an MLP are not parted over 2"):
         shard(odd, rank(0))
+    for change in (fuse, partial(shard, ranks=rank(0))):
+        model = AutoModelForCausalLM.from_config(small("llama").config)
+        change(model)
+        with pytest.raises(UnsupportedModelError, match="parted, or its layers fused, already"):
+            shard(model, rank(0))
 
 
 # ---- generate.py ---------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ from paged_attention import choose_device
 from vllm_sim.reporting.command_line import UsageError
 
 ROOM = 1 << 18  # bytes of a message that take one collective; a longer one takes two
-SILENT_S = 300.0  # until a rank that says nothing, and is there, is given up
+# Until a rank that says nothing, and is there, is given up: rank 0 may have something else to do.
+SILENT_S = 1800.0
 GRACE_S = 5.0  # for a rank to end by itself once another is gone
 BYE = b"."  # the one thing that a watching thread is told
 

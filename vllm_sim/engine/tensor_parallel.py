@@ -63,8 +63,10 @@ def shard(model: PreTrainedModel, ranks: Ranks) -> None:
     for what, count in parted.items():
         if count % size:
             raise UnsupportedModelError(f"{name}: {count} {what} are not parted over {size} ranks")
-    for path, layer in model.named_modules():
-        part = path.rpartition(".")[2]
+    layers = [(path.rpartition(".")[2], layer) for path, layer in model.named_modules()]
+    if any(type(one) is not nn.Linear for part, one in layers if part in BY_ROWS | BY_COLUMNS):
+        raise UnsupportedModelError(f"{name}: it is parted, or its layers fused, already")
+    for part, layer in layers:
         if part in BY_ROWS:
             layer.weight = _share(layer.weight, 0, ranks)
             layer.out_features = len(layer.weight)
