@@ -24,7 +24,7 @@ The simulator's constants are fitted at the start of each run, to batches that n
 from __future__ import annotations
 
 import argparse
-import math
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -96,7 +96,7 @@ COLUMNS = {
         *(("simulated", "simulated_tokens_percent"), ("reserved %", "reserved_percent")),
         ("internal %", "internal_percent"),
     ),
-    "poisson": (*RATE, *EVENTS),
+    "poisson": (("trace s", "trace_s"), *RATE, *EVENTS),
     "samples": (
         *(("samples", "samples"), *RATE, ("saved %", "saved_percent")),
         ("simulated", "simulated_saved_percent"),
@@ -106,7 +106,8 @@ COLUMNS = {
         ("tokens/s", "tokens_per_s"),
     ),
     "rates_at": (
-        *(("system", "system"), ("s/token", "s_per_token"), ("req/s", "rate")),
+        *(("system", "system"), ("trace s", "trace_s"), ("s/token", "at_s_per_token")),
+        ("req/s", "rate"),
         ("simulated", "simulated_rate"),
     ),
 }
@@ -231,26 +232,26 @@ def saturated(bench: Bench) -> list[Row]:
     return rows
 
 
-def lone_s(bench: Bench) -> float:
+def request_alone(bench: Bench) -> Row:
     """Seconds per token of a request alone, of the data set's mean lengths."""
     requests = bench.requests(20.0, 100.0, bench.args.dataset)
     prompt, output = (
         round(float(np.mean([getattr(one, name) for one in requests])))
         for name in ("prompt_len", "output_len")
     )
-    server = Server(bench.worker, bench.manager(PAGED), bench.limits(PAGED))
-    served = server.serve(make_groups([Request(0, 0.0, prompt, output)]))
-    return served.result.normalized_latency
+    served, simulated, *_ = bench.both(PAGED, [Request(0, 0.0, prompt, output)])
+    return poisson_row(PAGED, 0.0, served, simulated)
 
 
 def poisson(bench: Bench) -> list[Row]:
     """Seconds per token of each system at each of its rates."""
     rows = []
     for policy in bench.args.systems:
-        for rate in bench.args.rates.get(policy, ()):
-            requests = bench.requests(rate, bench.args.trace_seconds, bench.args.dataset)
+        for rate, seconds in bench.args.rates.get(policy, ()):
+            requests = bench.requests(rate, seconds, bench.args.dataset)
             served, simulated, *_ = bench.both(policy, requests)
-            rows.append(poisson_row(policy, rate, served, simulated))
+            row = poisson_row(policy, rate, served, simulated)
+            rows.append({"trace_s": seconds} | row)
     return rows
 
 
@@ -304,15 +305,20 @@ def peer(bench: Bench) -> list[Row]:
     ]
 
 
-def rates_at(rows: Sequence[Row], latencies: Sequence[float]) -> list[Row]:
-    """The rate at which each system's line reaches each latency, measured and simulated."""
+def rates_at(rows: Sequence[Row], alone: Row, latencies: Sequence[float]) -> list[Row]:
+    """The rate at which a system's line reaches a latency, measured and simulated.
+
+    A line goes through the runs of one length; it begins with a request alone.
+    """
     found = []
-    for policy in dict.fromkeys(row["system"] for row in rows):
-        for latency in latencies:
-            row: Row = {"system": policy, "s_per_token": latency}
-            for name, key in (("rate", "s_per_token"), ("simulated_rate", "simulated_s_per_token")):
-                points = sorted((r["rate"], r[key]) for r in rows if r["system"] == policy)
-                row[name] = rate_at(points, latency)
+    lines = dict.fromkeys((row["system"], row["trace_s"]) for row in rows)
+    for (system, seconds), latency in itertools.product(lines, latencies):
+        row: Row = {"system": system, "trace_s": seconds, "at_s_per_token": latency}
+        for name, key in (("rate", "s_per_token"), ("simulated_rate", "simulated_s_per_token")):
+            line = [r for r in rows if (r["system"], r["trace_s"]) == (system, seconds)]
+            points = sorted((one["rate"], one[key]) for one in line)
+            row[name] = rate_at([(0.0, alone[key]), *points], latency)
+        if row["rate"] is not None:
             found.append(row)
     return found
 
@@ -328,16 +334,20 @@ def rate_at(points: Iterable[tuple[float, float]], latency: float) -> float | No
 # -- the command line ---------------------------------------------------------------------------
 
 
-def rates_of(text: str) -> tuple[str | None, tuple[float, ...]]:
-    """'paged=5,6' or '5,6': whose, and requests a second."""
+def rates_of(text: str) -> tuple[str | None, tuple[tuple[float, int | None], ...]]:
+    """'paged=5,6' or '5,30@15': whose, requests a second, and for how long if it is said."""
     name, _, numbers = text.rpartition("=")
     try:
-        rates = tuple(sorted(map(float, numbers.split(","))))
+        pairs = [one.partition("@") for one in numbers.split(",")]
+        rates = tuple((float(rate), int(seconds) if at else None) for rate, at, seconds in pairs)
     except ValueError:
         rates = ()
-    if not rates or not all(0 < rate < math.inf for rate in rates) or name not in ("", *POLICIES):
+    sound = all(
+        0 < rate < 1e6 and (seconds is None or 0 < seconds < 1e6) for rate, seconds in rates
+    )
+    if not rates or not sound or name not in ("", *POLICIES):
         told = f"{', '.join(POLICIES)}"
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of rates, of {told}: paged=5,6")
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of rates, of {told}: paged=5,30@15")
     return name or None, rates
 
 
@@ -345,7 +355,7 @@ def one_rate(text: str) -> float:
     (_, rates) = rates_of(f"paged={text}")
     if len(rates) > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is more than one rate")
-    return rates[0]
+    return rates[0][0]
 
 
 def systems_of(text: str) -> tuple[str, ...]:
@@ -368,7 +378,7 @@ def build_parser():
     add("--dataset", choices=("ShareGPT", "Alpaca"), default="ShareGPT", help="whose lengths")
     text = "a full length file (repeatable; default: compact tables)"
     add("--lengths", type=file_name, action="append", default=[], metavar="FILE", help=text)
-    text = "requests/s of poisson, for all systems or one: paged=5,6 (repeatable)"
+    text = "requests/s of poisson, for all systems or one, 30@15 for 15 s (repeatable)"
     add("--rates", type=rates_of, action="append", default=[], metavar="R,R", help=text)
     text = "requests/s of samples (default 20)"
     add("--sample-rate", type=one_rate, default=20.0, metavar="R", help=text)
@@ -412,7 +422,8 @@ def check(args: argparse.Namespace) -> None:
     chosen = dict.fromkeys(POLICIES, ())
     for name, rates in args.rates:
         for policy in [name] if name else POLICIES:
-            chosen[policy] = tuple(sorted({*chosen[policy], *rates}))
+            told = {(rate, seconds or args.trace_seconds) for rate, seconds in rates}
+            chosen[policy] = tuple(sorted({*chosen[policy], *told}))
     args.rates = chosen
     args.part = args.part or [part for part in PARTS if part != "poisson" or any(chosen.values())]
     if "poisson" in args.part and not any(chosen[policy] for policy in args.systems):
@@ -512,10 +523,10 @@ def measure(bench: Bench, ranks: Ranks) -> int:
         if part == "saturated":
             shown["memory"] = rows
         if part == "poisson":
-            found["lone_s_per_token"] = lone_s(bench)
-            latencies = paper.RATE_AT_LATENCY, LONE * found["lone_s_per_token"]
-            found["rates_at"] = shown["rates_at"] = rates_at(rows, latencies)
-            index["rates_at"] = 2
+            found["alone"] = alone = request_alone(bench)
+            latencies = paper.RATE_AT_LATENCY, LONE * alone["s_per_token"]
+            found["rates_at"] = shown["rates_at"] = rates_at(rows, alone, latencies)
+            index |= {"poisson": 3, "rates_at": 3}
         for name, part_rows in shown.items():
             show(table(TITLES[name], COLUMNS[name], part_rows, where, 3))
     if ranks.size > 1:

@@ -20,7 +20,7 @@ SMALL = "--model", "tiny", "--blocks", 200, "--cpu-blocks", 64, "--quiet"
 def test_every_part_runs(run_script, tmp_path):
     out = tmp_path / "out.json"
     options = "--dataset", "Alpaca", "--seconds", 2, "--queue", 2000, "--trace-seconds", 1
-    rates = "--rates", "paged=4,2", "--rates", "pow2=3", "--sample-rate", 4
+    rates = "--rates", "paged=4,2", "--rates", "pow2=9@2", "--sample-rate", 4
     systems = "--systems", "pow2,paged"
     parts = [
         word for part in ("steps", "saturated", "poisson", "samples") for word in ("--part", part)
@@ -38,8 +38,8 @@ def test_every_part_runs(run_script, tmp_path):
     assert paged["batch"] > 1.5 * pow2["batch"]  # memory decides, whatever the machine's speed
     assert paged["tokens_percent"] > 60.0 > pow2["tokens_percent"]
     assert (paged["reserved_percent"], paged["internal_percent"]) == (0.0, 0.0)
-    poisson = [(row["system"], row["rate"]) for row in tables["poisson"]]
-    assert poisson == [("pow2", 3.0), ("paged", 2.0), ("paged", 4.0)]
+    poisson = [(row["system"], row["rate"], row["trace_s"]) for row in tables["poisson"]]
+    assert poisson == [("pow2", 9.0, 2), ("paged", 2.0, 1), ("paged", 4.0, 1)]
     assert all(row["requests"] > 0 and row["s_per_token"] > 0.0 for row in tables["poisson"])
     assert {(row["samples"], row["system"]) for row in tables["samples"]} == {
         (count, system) for count in (2, 4, 6) for system in ("pow2", "paged")
@@ -93,6 +93,24 @@ def test_a_rate_is_read_between_two_points():
     points = [(1.0, 0.1), (2.0, 0.3), (3.0, 1.3)]
     assert serve.rate_at(points, 0.8) == pytest.approx(2.5)
     assert serve.rate_at(points, 0.05) is None and serve.rate_at(points, 2.0) is None
+
+
+def test_lines_begin_with_a_request_alone_and_have_traces_of_one_length():
+    def row(system, seconds, rate, measured, simulated):
+        names = "system", "trace_s", "rate", "s_per_token", "simulated_s_per_token"
+        return dict(zip(names, (system, seconds, rate, measured, simulated)))
+
+    rows = [row("paged", 60, 2.0, 0.1, 0.11), row("paged", 60, 3.0, 0.3, 0.31)]
+    rows += [row("paged", 15, 9.0, 0.5, 0.4), row("max", 60, 1.0, 0.09, 0.3)]
+    found = serve.rates_at(rows, row("paged", 0, 0.0, 0.02, 0.02), (0.2, 0.5))
+    shown = [(one["system"], one["trace_s"], one["at_s_per_token"], one["rate"]) for one in found]
+    assert shown == [
+        ("paged", 60, 0.2, pytest.approx(2.5)),
+        ("paged", 15, 0.2, pytest.approx(9 * 0.18 / 0.48)),
+        ("paged", 15, 0.5, pytest.approx(9.0)),
+    ]
+    assert found[0]["simulated_rate"] == pytest.approx(2.45)
+    assert found[2]["simulated_rate"] is None
 
 
 def test_constants_come_out_of_the_iterations_that_they_made(monkeypatch):

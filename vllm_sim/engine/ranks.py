@@ -118,6 +118,8 @@ def join(device_asked: str, silent_s: float = SILENT_S) -> Iterator[Ranks]:
         device, backend = torch.device("cuda", local), "nccl"
         torch.cuda.set_device(device)
     try:
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # all on this host, whatever its name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         silent = timedelta(seconds=silent_s)
         dist.init_process_group("gloo", timeout=silent, rank=rank, world_size=size)
         ranks = Ranks(rank, size, device, dist.new_group(backend=backend, timeout=silent))
