@@ -441,7 +441,6 @@ def set_up(script: Script, lengths: Lengths, ranks: Ranks) -> Bench | None:
     another to the end."""
     args, num_blocks = script.args, script.args.blocks
     be_quiet()
-    torch.manual_seed(args.seed)
     script.progress.at(0, 3, "weights")
     model = make_model(SHAPES[args.model], args.layers, ranks, args.seed)
     worker = Worker(
@@ -452,6 +451,7 @@ def set_up(script: Script, lengths: Lengths, ranks: Ranks) -> Bench | None:
         num_cpu_blocks=args.cpu_blocks,
         most_rows=max(DECODE_SIZES[-1], num_blocks),
         temperature=TEMPERATURE,
+        seed=args.seed,
     )
     if ranks.rank:
         follow(worker, ranks)

@@ -70,7 +70,7 @@ def serve_all():
         found = {}
         for name in FAMILIES:
             small.cache_clear()  # the last one's was parted
-            torch.manual_seed(7 + ranks.rank)  # the leader's counts
+            torch.manual_seed(7 + ranks.rank)  # which no draw depends on
             worker = worker_of(name, ranks)
             if ranks.rank:
                 follow(worker, ranks)

@@ -13,7 +13,7 @@ from small_models import VOCAB, on_its_own, small
 from vllm_sim.engine.fused import fuse
 from vllm_sim.engine.server import Server
 from vllm_sim.engine.support import UnsupportedModelError
-from vllm_sim.engine.worker import MOST_ROWS, PROMPT_SIZES, Order, Prompt, Worker, _batched
+from vllm_sim.engine.worker import MOST_ROWS, PROMPT_SIZES, Order, Prompt, Worker, _batched, _draw
 from vllm_sim.serving.scheduler import Limits
 from vllm_sim.serving.simulator import Observer, make_groups, simulate
 from vllm_sim.serving.systems import POLICIES, new_manager
@@ -107,15 +107,26 @@ def test_tritons_kernel_gives_the_same(device, texts):
         assert server.outputs[one.request_id] == [texts[one.request_id][: one.output_len]]
 
 
-def test_draws_differ_between_samples_and_runs_are_repeated():
+def test_draws_are_a_workers_own_and_differ_between_samples():
     requests, found = [Request(0, 0.0, 9, 12, num_samples=4)], []
-    for _ in range(2):
-        torch.manual_seed(3)
-        server = new_server(small("opt"), "paged", temperature=5.0)
+    for seed, drawn_elsewhere in ((3, 0), (3, 5), (4, 0)):
+        torch.manual_seed(7)
+        server = new_server(small("opt"), "paged", temperature=5.0, seed=seed)
+        torch.rand(drawn_elsewhere)  # of one rank alone, perhaps
         server.serve(make_groups(requests), keep=True)
         found.append(server.outputs[0])
-    assert found[0] == found[1]
+    assert found[0] == found[1] != found[2]
     assert len({*map(tuple, found[0])}) == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_draws_follow_the_weights_of_the_tokens(device):
+    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf], device=device).expand(20_000, 4)
+    generator = torch.Generator(device).manual_seed(1)
+    shares = _draw(logits, 2.0, generator).bincount(minlength=4) / 20_000
+    expected = (logits[0] / 2.0).softmax(dim=-1)
+    assert (shares - expected).abs().max() < 0.02 and shares[3] == 0
+    assert _draw(logits[:1], 0.0, generator).tolist() == [2]
 
 
 def test_a_run_is_cut_and_counts_in_its_window_alone():

@@ -110,7 +110,8 @@ class Server:
         keep: bool = False,
         progress: Progress = SILENT,
     ) -> Served:
-        """Serve all to their end, or until that second; means are over iterations in the window.
+        """Serve all to their end, or until that second; means are over iterations in the window,
+        and observers are told of these.
 
         `keep` the tokens in `outputs`. Raises RequestTooLargeError before anything runs.
         """
@@ -141,12 +142,14 @@ class Server:
     def _step(self, now: float) -> None:
         """Decide an iteration, have it computed, and wait for the one before it."""
         iteration = self.scheduler.schedule(now)
-        for observer in self.observers:
+        in_window = self._window[0] <= now < self._window[1]
+        watching = self.observers if in_window else ()
+        for observer in watching:
             observer.on_iteration(iteration)
         order, rows = self._order(iteration)
         flight = self.worker.run(order)
         completion = self.scheduler.complete()
-        for observer in self.observers:
+        for observer in watching:
             observer.on_completion(completion)
         self._served.result.count(iteration)
         self._flying.append(_Flying(flight, iteration, rows, completion.finished, now))

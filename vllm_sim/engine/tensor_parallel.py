@@ -100,9 +100,7 @@ class Leader:
         self.worker, self._ranks, self._check = worker, ranks, check
         self.messages = self.bytes = 0
         self.seconds = 0.0
-        seed = torch.initial_seed()
-        ranks.tell((seed, check))
-        torch.manual_seed(seed)  # of all ranks: samples are drawn alike
+        ranks.tell(check)
 
     def __getattr__(self, name: str):
         return getattr(self.worker, name)
@@ -127,8 +125,7 @@ class Leader:
 
 def follow(worker: Worker, ranks: Ranks) -> None:
     """Do what the leader tells, until it closes."""
-    seed, check = ranks.hear()
-    torch.manual_seed(seed)
+    check = ranks.hear()
     while (told := ranks.hear()) is not None:
         if isinstance(told, Order):
             _run(worker, told, ranks, check)

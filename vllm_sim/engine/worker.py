@@ -142,11 +142,12 @@ class Worker:
         num_cpu_blocks: int = 0,
         most_rows: int = 512,
         temperature: float = 0.0,
+        seed: int = 0,
         kernel: str = "auto",
     ) -> None:
         """`max_len`: tokens of the longest sequence; `most_rows`: sequences alive at a time;
-        `temperature`: of all tokens, 0 for the most likely ones. The pool has one block more than
-        num_blocks: padding writes there.
+        `temperature`: of all tokens, 0 for the most likely ones; draws are `seed`'s, whatever else
+        draws on the device. The pool has one block more than num_blocks: padding writes there.
 
         Raises UnsupportedModelError, KernelError, DeviceMemoryError.
         """
@@ -154,6 +155,7 @@ class Worker:
             raise UnsupportedModelError(f"{model.config.model_type} computes all logits")
         self.model, self.device = model, model.device
         self.most_rows, self.temperature = most_rows, temperature
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         self.block_size, self.max_blocks = block_size, -(-max_len // block_size)
         self.spare_slot = num_blocks * block_size
         blocks = _Blocks(num_blocks + 1, block_size, num_cpu_blocks)
@@ -320,6 +322,7 @@ class Lane:
         self._forward(tuple(longest), counts, ())
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
+        self._graph.register_generator_state(self.worker.generator)  # each replay draws anew
         # Other threads, NCCL's among them, may ask the device for what a capture forbids.
         options = {"pool": self.worker.memory, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self._graph, **options):
@@ -348,17 +351,18 @@ class Lane:
         row = {"input_ids": ids[None], "position_ids": on_device["positions"].long()[None]}
         row |= {CACHE: worker.cache, "use_cache": True, "logits_to_keep": last}
         logits = worker.model(**row).logits[0]  # (rows, V)
-        self._drawn.copy_(_draw(logits, worker.temperature))
+        self._drawn.copy_(_draw(logits, worker.temperature, worker.generator))
         worker.newest[rows] = self._drawn
 
 
-def _draw(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
     """A token of each row of logits (rows, V)."""
     if not temperature:
         return logits.argmax(dim=-1)
     weights = (logits.float() / temperature).softmax(dim=-1)
     # Of exponential times with these rates the first is the first with the rate's probability.
-    return (weights / torch.empty_like(weights).exponential_()).argmax(dim=-1)
+    times = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / times).argmax(dim=-1)
 
 
 def _batched(prompts: list[Prompt]) -> list[list[Prompt]]:
