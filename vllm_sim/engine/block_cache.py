@@ -5,8 +5,9 @@ that a manager gave them. With Triton's kernel all tokens attend over their sequ
 place. Without it those of a prompt do so over contiguous K and V, and a generated one over K and V
 that the paged kernel gathers.
 
-A subclass decides where tokens go, once a forward: `make_step` returns a Step. It is used by the
-caches of paged_cache.py (transformers' generate()) and engine.py (continuous batching).
+A subclass decides where tokens go, once a forward: `make_step` returns a Step. paged_cache.py has
+that of transformers' generate(); OneRowCache is that of engine.py and worker.py (continuous
+batching).
 
 transformers gives a layer's new K and V to `update`, then calls the attention function that is
 registered under NAME. `update` leaves the cache's mark on the key tensor, and by it the function
@@ -74,8 +75,8 @@ class Step:
     lens: torch.Tensor  # (num_decodes,) int64
     seq_lens: tuple[int, ...]  # the same as numbers
     segments: tuple[Segment, ...] = ()
-    # For Triton's kernel: the same batch by batch, if known before, and how each is cut, once the
-    # first layer has attended. Who gives both may run the same step again, on other numbers.
+    # For Triton's kernel: the same batch by batch (none: made from the above), and how each is cut,
+    # which the first layer adds. Who gives both may replay the forward on other numbers.
     batches: tuple[Batch, ...] = ()
     plans: dict[tuple[int | None, ...], Plan] = field(default_factory=dict)
 
@@ -248,6 +249,23 @@ class BlockCache(Cache):
                 attended, _ = attention(queries, *context, seen_by, scale, soft_cap=soft_cap)
                 out[start : start + queries.shape[1]] = attended[0]
         return out
+
+
+class OneRowCache(BlockCache):
+    """For forwards whose tokens, of many sequences, are all in one row: who runs one says
+    beforehand where they go, in `next_step`."""
+
+    next_step: Step | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # of the row; positions are given
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def make_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> Step:
+        step, self.next_step = self.next_step, None
+        return step
 
 
 def decode_part(tables: list[list[int]], lens: list[int], device) -> tuple:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from kv_cache_manager import PagedKVCacheManager, RequestTooLargeError
 from paged_attention import pad_block_tables, slot_mapping, upload
 from sequence import BeamHistory, Sequence, SequenceGroup, check_count
-from vllm_sim.engine.block_cache import CACHE, BlockCache, Segment, Step, decode_part
+from vllm_sim.engine.block_cache import CACHE, OneRowCache, Segment, Step, decode_part
 from vllm_sim.engine.decoding import BeamSearch, Choice, Decoding, Samples
 from vllm_sim.serving.scheduler import Iteration, Limits, Scheduler
 from vllm_sim.serving.simulator import ARTIFACT_LIMITS, Observer
@@ -51,22 +51,6 @@ class LiveBeams(BeamHistory):
     """The parents of a search that is going on: any step may move a beam."""
 
     def next_move(self, step: int) -> int:
-        return step
-
-
-class EngineCache(BlockCache):
-    """The blocks of all requests. The engine says where a forward's tokens go."""
-
-    next_step: Step | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # of the one row that all tokens are in; their positions are given
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def make_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> Step:
-        step, self.next_step = self.next_step, None
         return step
 
 
@@ -110,7 +94,7 @@ class Forward:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def run(self, model: PreTrainedModel, cache: EngineCache) -> torch.Tensor:
+    def run(self, model: PreTrainedModel, cache: OneRowCache) -> torch.Tensor:
         """Logits (sequences, V) of each sequence's last token, in the order of the calls above."""
         device = self._device
         slots = torch.cat([torch.tensor(self._decode_slots, dtype=torch.int64), *self._slots])
@@ -189,7 +173,7 @@ class Engine:
             num_blocks, block_size, num_cpu_blocks=num_cpu_blocks, watermark=watermark
         )
         self.scheduler = Scheduler(self.manager, limits, preemption)
-        self.cache = EngineCache(model, self.manager, kernel, poison)
+        self.cache = OneRowCache(model, self.manager, kernel, poison)
         self.observers = list(observers)
         self._model, self._device = model, model.device
         eos = model.generation_config.eos_token_id if eos is None else eos

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from kv_cache_manager import BlockPairs
 from paged_attention import TRITON
-from vllm_sim.engine.block_cache import CACHE, BlockCache, Segment, Step
+from vllm_sim.engine.block_cache import CACHE, OneRowCache, Segment, Step
 from vllm_sim.engine.in_place import Batch
 from vllm_sim.engine.support import UnsupportedModelError
 
@@ -105,21 +105,6 @@ class Flight:
         }
 
 
-class _Cache(BlockCache):
-    """The pool, and the step of the forward that runs."""
-
-    next_step: Step | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # of the one row that all tokens are in; their positions are given
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def make_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> Step:
-        return self.next_step
-
-
 @dataclass(frozen=True, slots=True)
 class _Blocks:
     """How many blocks a pool has."""
@@ -159,7 +144,7 @@ class Worker:
         self.block_size, self.max_blocks = block_size, -(-max_len // block_size)
         self.spare_slot = num_blocks * block_size
         blocks = _Blocks(num_blocks + 1, block_size, num_cpu_blocks)
-        self.cache = _Cache(model, blocks, kernel)
+        self.cache = OneRowCache(model, blocks, kernel)
         self.on_gpu = self.device.type == "cuda"
         self.graphs = self.on_gpu and self.cache.kernel == TRITON
         self.memory = torch.cuda.graph_pool_handle() if self.graphs else None
