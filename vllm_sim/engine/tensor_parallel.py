@@ -119,8 +119,9 @@ class Leader:
         return _run(self.worker, order, self._ranks, self._check)
 
     def close(self) -> None:
-        """The others go on behind `follow`."""
+        """The others go on behind `follow`; no rank has graphs any more, as its NCCL ends next."""
         self._ranks.tell(None)
+        self.worker.release()
 
 
 def follow(worker: Worker, ranks: Ranks) -> None:
@@ -131,6 +132,7 @@ def follow(worker: Worker, ranks: Ranks) -> None:
             _run(worker, told, ranks, check)
         else:
             worker.prepare(*told)
+    worker.release()
 
 
 def _run(worker: Worker, order: Order, ranks: Ranks, check: bool) -> Flight:

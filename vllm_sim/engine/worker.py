@@ -191,6 +191,15 @@ class Worker:
         found.update(self.newest[:-1].cpu().numpy())  # padding's tokens are any
         return found.digest()
 
+    def release(self) -> None:
+        """Give up all lanes, once the device is done. NCCL does not end while a graph holds one of
+        its all-reduces: this comes first."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+        for lane in self._lanes.values():
+            lane.release()
+        self._lanes.clear()
+
     def _lane(self, prompts: bool, count: int) -> Lane:
         """That of the next size."""
         sizes = PROMPT_SIZES if prompts else DECODE_SIZES
@@ -265,6 +274,12 @@ class Lane:
         host["rows"][: len(rows)], host["lens"][: len(lens)] = rows, lens
         unused = [0] * (self.num_rows - len(lens))
         return self._run(rows, lens + unused, counts + unused, tuple(segments))
+
+    def release(self) -> None:
+        """End the graph, whoever still holds this lane."""
+        if self._graph:
+            self._graph.reset()
+            self._graph = None
 
     def _clear(self) -> None:
         """All is padding: no token of a sequence, and what is written goes to the spare block."""
