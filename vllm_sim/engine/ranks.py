@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -39,6 +39,7 @@ ROOM = 1 << 18  # bytes of a message that take one collective; a longer one take
 # Until a rank that says nothing, and is there, is given up: rank 0 may have something else to do.
 SILENT_S = 1800.0
 GRACE_S = 5.0  # for a rank to end by itself once another is gone
+LOOPBACK = "lo"  # Linux's name for it
 BYE = b"."  # the one thing that a watching thread is told
 
 
@@ -118,8 +119,9 @@ def join(device_asked: str, silent_s: float = SILENT_S) -> Iterator[Ranks]:
         device, backend = torch.device("cuda", local), "nccl"
         torch.cuda.set_device(device)
     try:
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # all on this host, whatever its name
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size) and LOOPBACK in _interfaces():
+            # All are on this host, and need not look up its name: it may lead nowhere.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         silent = timedelta(seconds=silent_s)
         dist.init_process_group("gloo", timeout=silent, rank=rank, world_size=size)
         ranks = Ranks(rank, size, device, dist.new_group(backend=backend, timeout=silent))
@@ -135,7 +137,8 @@ def join(device_asked: str, silent_s: float = SILENT_S) -> Iterator[Ranks]:
     try:
         yield ranks
         for peer in peers.values():
-            peer.sendall(BYE)
+            with suppress(OSError):  # one that is gone: its thread ends this process
+                peer.sendall(BYE)
         for thread in threads:
             thread.join()
     except RankLostError:
@@ -143,9 +146,15 @@ def join(device_asked: str, silent_s: float = SILENT_S) -> Iterator[Ranks]:
     except BaseException:
         leaving.set()
         for peer in peers.values():
-            peer.shutdown(socket.SHUT_RDWR)  # it need not wait until this process has ended
+            with suppress(OSError):  # gone before
+                peer.shutdown(socket.SHUT_RDWR)  # it need not wait until this process has ended
         raise
     dist.destroy_process_group()
+
+
+def _interfaces() -> set[str]:
+    """Names of this host's network interfaces."""
+    return {name for _, name in socket.if_nameindex()}
 
 
 def _number(name: str) -> int:

@@ -17,6 +17,7 @@ all-reduces. Logits are the same on every rank, and so are the tokens.
 
 from __future__ import annotations
 
+import atexit
 import time
 from dataclasses import replace
 
@@ -100,6 +101,7 @@ class Leader:
         self.worker, self._ranks, self._check = worker, ranks, check
         self.messages = self.bytes = 0
         self.seconds = 0.0
+        _release_at_exit(worker)
         ranks.tell(check)
 
     def __getattr__(self, name: str):
@@ -126,6 +128,7 @@ class Leader:
 
 def follow(worker: Worker, ranks: Ranks) -> None:
     """Do what the leader tells, until it closes."""
+    _release_at_exit(worker)
     check = ranks.hear()
     while (told := ranks.hear()) is not None:
         if isinstance(told, Order):
@@ -133,6 +136,12 @@ def follow(worker: Worker, ranks: Ranks) -> None:
         else:
             worker.prepare(*told)
     worker.release()
+
+
+def _release_at_exit(worker: Worker) -> None:
+    """Also a process that ends by an error ends NCCL, as its last act, and would wait for graphs;
+    it does not wait for a device, which may wait for a rank that is gone."""
+    atexit.register(worker.release, wait=False)
 
 
 def _run(worker: Worker, order: Order, ranks: Ranks, check: bool) -> Flight:

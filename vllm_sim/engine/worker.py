@@ -191,10 +191,10 @@ class Worker:
         found.update(self.newest[:-1].cpu().numpy())  # padding's tokens are any
         return found.digest()
 
-    def release(self) -> None:
-        """Give up all lanes, once the device is done. NCCL does not end while a graph holds one of
-        its all-reduces: this comes first."""
-        if self.on_gpu:
+    def release(self, wait: bool = True) -> None:
+        """Give up all lanes, once the device is done if `wait`. NCCL does not end while a graph
+        holds one of its all-reduces: this comes first."""
+        if self.on_gpu and wait:
             torch.cuda.synchronize(self.device)
         for lane in self._lanes.values():
             lane.release()
