@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 from small_models import VOCAB, on_its_own, small
 
+from kv_cache_manager import RequestTooLargeError
 from vllm_sim.engine.fused import fuse
 from vllm_sim.engine.server import Server
 from vllm_sim.engine.support import UnsupportedModelError
@@ -180,6 +181,41 @@ def test_padding_is_written_to_the_block_beyond_the_managers():
     assert 0 <= token < VOCAB and not pool.pool[:, :, 3, :3].isnan().any()
     assert pool.pool[:, :, 3, 3:].isnan().all()  # of its block no slot but its own
     assert pool.pool[:, :, :3].isnan().all() and pool.pool[:, :, 4:8].isnan().all()
+
+
+def test_many_samples_of_a_short_prompt_draw_in_one_forward():
+    worker = Worker(small("opt"), 8, SIZE, max_len=32, most_rows=100)
+    found = worker.run(Order(prompts=[Prompt([5, 6, 7], 0, [0], [*range(MOST_ROWS[0] + 8)])]))
+    assert len(tokens := found.tokens()) == MOST_ROWS[0] + 8 and len({*tokens.values()}) == 1
+
+
+def test_rows_of_groups_that_have_ended_are_given_again():
+    """Also while their last tokens are on their way: all rows are in use, every time."""
+    sizes = {"max_len": 128, "num_cpu_blocks": 16}
+    requests = [Request(nth, 0.0, 9, 2) for nth in range(12)]
+    worker = Worker(small("opt"), BLOCKS["paged"], SIZE, most_rows=2, **sizes)
+    server = Server(worker, new_pool("paged"), Limits(128, 2))
+    assert len(server.serve(make_groups(requests), keep=True).result.finish_s) == 12
+    assert all(len(text) == 2 for (text,) in server.outputs.values())
+    server = Server(worker, new_pool("paged"), Limits(128, 3))
+    with pytest.raises(ValueError, match="more than 2 sequences: raise most_rows"):
+        server.serve(make_groups(requests))
+
+
+def test_what_is_not_for_a_worker_is_refused_before_it_runs():
+    server = new_server(small("opt"), "paged")
+    for request, error, told in (
+        (Request(0, 0.0, 100, 29), RequestTooLargeError, "129 tokens or 1 sequences exceed"),
+        (Request(0, 0.0, 3, 3, beam_width=2), ValueError, "no beams and no prefix"),
+    ):
+        with pytest.raises(error, match=told):
+            server.serve(make_groups([request]))
+    assert server.scheduler.idle
+    worker = server.worker
+    with pytest.raises(ValueError, match="no chunked limits"):
+        Server(worker, server.manager, Limits(64, 32, chunked=True))
+    with pytest.raises(ValueError, match=f"max_len is 1 to {PROMPT_SIZES[-1]} tokens"):
+        Worker(worker.model, 8, SIZE, max_len=PROMPT_SIZES[-1] + 1)
 
 
 def test_a_model_that_computes_all_logits_is_refused(monkeypatch):

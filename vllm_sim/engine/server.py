@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kv_cache_manager import PagedKVCacheManager
+from kv_cache_manager import PagedKVCacheManager, RequestTooLargeError
 from sequence import Sequence, SequenceGroup
-from vllm_sim.engine.worker import Flight, Order, Prompt, Worker
+from vllm_sim.engine.worker import MOST_ROWS, Flight, Order, Prompt, Worker
 from vllm_sim.reporting.progress import SILENT, Progress
 from vllm_sim.serving.scheduler import ORDER, Iteration, Limits, Manager, Scheduler
 from vllm_sim.serving.simulator import ARTIFACT_LIMITS, Observer, ServingResult
@@ -61,7 +61,8 @@ class Served:
     end_s: float = 0.0
 
     def busy_share(self) -> float:
-        """Seconds that the device computes, over those of the iterations."""
+        """Seconds that the device is at an iteration it was given, over those of all. What it
+        waits for within one, where the host is not ahead, counts as the device's."""
         busy = sum(one.prompt_s + one.decode_s for one in self.took)
         return busy / max(1e-9, sum(one.wall_s for one in self.took))
 
@@ -90,7 +91,10 @@ class Server:
         observers: Seq[Observer] = (),
         seed: int = 0,
     ) -> None:
-        """`seed`: of the prompts' tokens, which are drawn for each request."""
+        """`seed`: of the prompts' tokens, which are drawn for each request. ValueError for limits
+        that compute a prompt part by part."""
+        if limits.chunked:
+            raise ValueError("a worker computes a prompt at once: no chunked limits")
         self.worker, self.manager, self.observers = worker, manager, observers
         self.scheduler = Scheduler(manager, limits, preemption)
         self._vocabulary = worker.model.config.get_text_config(decoder=True).vocab_size
@@ -113,11 +117,12 @@ class Server:
         """Serve all to their end, or until that second; means are over iterations in the window,
         and observers are told of these.
 
-        `keep` the tokens in `outputs`. Raises RequestTooLargeError before anything runs.
+        `keep` the tokens in `outputs`. Raises RequestTooLargeError, and ValueError for beams and
+        prefixes, before anything runs.
         """
         queue = deque(sorted(groups, key=ORDER))
         for group in queue:
-            self.scheduler.check(group)
+            self._check(group)
         served, number, self._landed_s = Served(), len(queue), -math.inf
         self._window, self._keep, self._served = window_s, keep, served
         self._start = time.perf_counter()
@@ -138,6 +143,19 @@ class Server:
             self._land()
         served.end_s = time.perf_counter() - self._start
         return served
+
+    def _check(self, group: SequenceGroup) -> None:
+        """Refuse what the scheduler does, and what is not for this worker."""
+        self.scheduler.check(group)
+        if group.beam_parents is not None or group.prefix_id is not None:
+            raise ValueError(f"request {group.group_id}: no beams and no prefix are served")
+        longest = max(seq.context_len + seq.output_len for seq in group.seqs)
+        width, most = len(group.seqs), min(MOST_ROWS[1], self.worker.most_rows)
+        if longest > self.worker.max_len or width > most:
+            raise RequestTooLargeError(
+                f"request {group.group_id}: {longest} tokens or {width} sequences exceed the "
+                f"worker's {self.worker.max_len} or {most}"
+            )
 
     def _step(self, now: float) -> None:
         """Decide an iteration, have it computed, and wait for the one before it."""
@@ -210,6 +228,10 @@ class Server:
             while self._flying:  # its last tokens may still be on their way
                 self._land()
         else:
+            while len(self._free_rows) < len(ids) and self._flying:
+                self._land()  # some may be of groups that end with it
+            if len(self._free_rows) < len(ids):
+                raise ValueError(f"more than {self.worker.most_rows} sequences: raise most_rows")
             self._rows |= {seq_id: self._free_rows.pop() for seq_id in ids}
             prompt = self._prompt(group)
             self.tokens |= {seq_id: prompt.copy() for seq_id in ids}

@@ -12,7 +12,7 @@ each padded to one of a few sizes; on a GPU every size is a CUDA graph over fixe
 The newest token of a sequence stays on the device, in the row that the order gives it: so the next
 iteration can be ordered before this one has ended. Beams are not for this worker.
 
-Shapes: B rows of a forward, T tokens, V vocabulary, S slots per block.
+Shapes: V vocabulary, S slots per block.
 """
 
 from __future__ import annotations
@@ -132,15 +132,20 @@ class Worker:
     ) -> None:
         """`max_len`: tokens of the longest sequence; `most_rows`: sequences alive at a time;
         `temperature`: of all tokens, 0 for the most likely ones; draws are `seed`'s, whatever else
-        draws on the device. The pool has one block more than num_blocks: padding writes there.
+        draws on the device. The pool has one block more than num_blocks: padding writes there. It
+        is made by the first forward, which raises DeviceMemoryError.
 
-        Raises UnsupportedModelError, KernelError, DeviceMemoryError.
+        Raises UnsupportedModelError, KernelError, and ValueError for a `max_len` that is beyond the
+        largest prompt forward: a sequence may be computed again in one.
         """
+        if not 0 < max_len <= PROMPT_SIZES[-1]:
+            raise ValueError(f"max_len is 1 to {PROMPT_SIZES[-1]} tokens, got {max_len}")
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(f"{model.config.model_type} computes all logits")
         self.model, self.device = model, model.device
         self.most_rows, self.temperature = most_rows, temperature
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.max_len = max_len
         self.block_size, self.max_blocks = block_size, -(-max_len // block_size)
         self.spare_slot = num_blocks * block_size
         blocks = _Blocks(num_blocks + 1, block_size, num_cpu_blocks)
@@ -171,8 +176,10 @@ class Worker:
             self.cache.pool.move(order.swapped_out, (), order.swapped_in, order.copies)
         for prompts in _batched(order.prompts):
             num_rows = sum(len(prompt.rows) for prompt in prompts)
-            num_tokens = sum(len(prompt.tokens) for prompt in prompts)
-            lane = self._lane(True, max(num_tokens, 2 * num_rows))
+            num_tokens = max(2 * num_rows, sum(len(prompt.tokens) for prompt in prompts))
+            if num_rows > MOST_ROWS[0]:
+                num_tokens = max(num_tokens, SMALL_PROMPTS + 1)
+            lane = self._lane(True, num_tokens)
             drawn.append(lane.prompts(prompts))
         between = Clock(self.device)
         most = DECODE_SIZES[-1]
@@ -307,9 +314,9 @@ class Lane:
         return rows, tokens
 
     def _send(self) -> None:
-        numbers = torch.from_numpy(self._host.copy())
-        if self.worker.on_gpu:
-            numbers = numbers.pin_memory()  # from pageable memory the host would wait
+        numbers = torch.from_numpy(self._host)
+        if self.worker.on_gpu:  # a copy: the next numbers are written while this one is read
+            numbers = numbers.pin_memory()  # and from pageable memory the host would wait
         self.numbers.copy_(numbers, non_blocking=True)
 
     def _capture(self) -> None:
