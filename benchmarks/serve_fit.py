@@ -4,7 +4,7 @@ Serves sections 4.1 and 6.1: the decode step of benchmarks/serve.py beside the b
 read, the same step over consecutive blocks (what paging costs), and the constants of the simulator,
 fitted to runs that no memory holds up.
 
-    rows = decode_steps(worker, bandwidth, [7, 15, 30, 60])
+    rows = decode_steps(worker, num_blocks, bandwidth, [7, 15, 30, 60])
     latency = fit(calibrate(worker, num_blocks), worker, bandwidth)
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from kv_cache_manager import PagedKVCacheManager
 from vllm_sim.engine.server import Server, Took
-from vllm_sim.engine.worker import Clock, Order, Worker
+from vllm_sim.engine.worker import Moment, Order, Worker
 from vllm_sim.paper import MAX_BATCHED_TOKENS
 from vllm_sim.serving.latency import ApartLatency
 from vllm_sim.serving.scheduler import Limits
@@ -152,9 +152,9 @@ def swap_seconds(worker: Worker, blocks: int = 32) -> tuple[float, float]:
     for move in (pool.swap_out, pool.swap_in):
         times = []
         for _ in range(WARM_UP):
-            start = Clock(worker.device)
+            start = Moment(worker.device)
             move(pairs)
-            end = Clock(worker.device)
+            end = Moment(worker.device)
             end.wait()
             times.append(start.until(end))
         found.append(median(times) / len(pairs))

@@ -8,14 +8,20 @@ where it makes them. Prompts are random tokens; every request generates the same
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
+from vllm_sim.engine.tensor_parallel import SummedLinear
 from vllm_sim.paper import MAX_BATCHED_TOKENS
+from vllm_sim.reporting.command_line import UsageError
 
 PATIENCE_S = 120.0
+# Slots of a block: its name until 5.17, and since.
+_OPTIONS = inspect.signature(ContinuousBatchingConfig).parameters
+PAGE_SIZE = "page_size" if "page_size" in _OPTIONS else "block_size"
 
 
 def transformers_batching(
@@ -25,11 +31,14 @@ def transformers_batching(
     num_blocks: int,
     block_size: int,
 ) -> tuple[float, int]:
-    """Seconds from the first request to the last result, and tokens generated in them."""
+    """Seconds from the first request to the last result, and tokens generated in them. UsageError
+    for a share of a model, and unless all requests are served."""
+    if any(isinstance(module, SummedLinear) for module in model.modules()):
+        raise UsageError("transformers' batching is for one process: no --part peer on several")
     model.set_attn_implementation("sdpa")
     own = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=new)
     config = ContinuousBatchingConfig(
-        block_size=block_size,
+        **{PAGE_SIZE: block_size},
         num_blocks=num_blocks,
         max_batch_tokens=MAX_BATCHED_TOKENS,
         max_requests_per_batch=len(prompts),
@@ -48,4 +57,7 @@ def transformers_batching(
                 done += 1
                 tokens += len(result.generated_tokens)
         seconds = time.perf_counter() - begin
+    if done < len(prompts):
+        told = f"{done} of {len(prompts)} requests in {seconds:.0f} s"
+        raise UsageError(f"transformers' batching has served {told}")
     return seconds, tokens

@@ -54,7 +54,10 @@ class _Later(nn.Module):
 def fuse(model: PreTrainedModel) -> int:
     """Put them together, in place; how many products there are now in place of two or three."""
     count = 0
-    for module in list(model.modules()):
+    firsts = {names[0] for names in TOGETHER}
+    # Not all modules: those that are replaced are to be freed one after the other.
+    holders = [one for one in model.modules() if any(hasattr(one, name) for name in firsts)]
+    for module in holders:
         for names in TOGETHER:
             parts = [getattr(module, name, None) for name in names]
             if not all(type(part) is nn.Linear for part in parts):

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tokens of a forward that attend in one launch; of B sequences, or parts of them.
+    """Tokens of a forward that attend in one launch: the newest of each of B sequences.
 
-    `seq_lens` and `query_lens` (None: one token each) are `lens` and its counterpart as numbers,
-    for the plan.
+    Tables and lengths are for the kernel. The plan is cut by numbers: `seq_lens`, which are `lens`,
+    and `query_lens`, how many tokens of each sequence there are (None: one).
     """
 
     rows: slice | torch.Tensor  # which of the forward's tokens

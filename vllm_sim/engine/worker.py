@@ -66,7 +66,7 @@ class Order:
     tables: list[list[int]] = field(default_factory=list)
 
 
-class Clock:
+class Moment:
     """When something was done on a device: a CUDA event, or the host's own time."""
 
     def __init__(self, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class Clock:
         if self._event is not None:
             self._event.synchronize()
 
-    def until(self, other: Clock) -> float:
+    def until(self, other: Moment) -> float:
         """Seconds between two that are done."""
         if self._event is None:
             return other._host - self._host
@@ -92,9 +92,9 @@ class Flight:
     """An iteration that the device has been given: when it begins, when its prompts are done and
     when all is, and the tokens that it draws."""
 
-    start: Clock
-    between: Clock
-    end: Clock
+    start: Moment
+    between: Moment
+    end: Moment
     drawn: list[tuple[list[int], torch.Tensor]]
 
     def tokens(self) -> dict[int, int]:
@@ -171,7 +171,7 @@ class Worker:
     @torch.no_grad()
     def run(self, order: Order) -> Flight:
         """Give the device an iteration, without waiting for it."""
-        start, drawn = Clock(self.device), []
+        start, drawn = Moment(self.device), []
         if order.swapped_out or order.swapped_in or order.copies:
             self.cache.pool.move(order.swapped_out, (), order.swapped_in, order.copies)
         for prompts in _batched(order.prompts):
@@ -181,13 +181,13 @@ class Worker:
                 num_tokens = max(num_tokens, SMALL_PROMPTS + 1)
             lane = self._lane(True, num_tokens)
             drawn.append(lane.prompts(prompts))
-        between = Clock(self.device)
+        between = Moment(self.device)
         most = DECODE_SIZES[-1]
         for first in range(0, len(order.rows), most):
             one, end = slice(first, first + most), min(first + most, len(order.rows))
             lane = self._lane(False, end - first)
             drawn.append(lane.decodes(order.rows[one], order.lens[one], order.tables[one]))
-        return Flight(start, between, Clock(self.device), drawn)
+        return Flight(start, between, Moment(self.device), drawn)
 
     def digest(self) -> bytes:
         """Of the numbers that the device holds, after waiting for them: tables, slots and lengths
