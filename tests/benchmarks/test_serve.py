@@ -1,6 +1,7 @@
 """serve.py: what it counts is right, and all of it runs, with two layers of a small model."""
 
 import json
+import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,11 @@ pytest.importorskip("transformers")
 
 import serve
 import serve_fit
+import serve_peer
 
 from vllm_sim.engine.server import Took
+from vllm_sim.engine.tensor_parallel import SummedLinear
+from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.serving.latency import ApartLatency
 
 SMALL = "--model", "tiny", "--blocks", 200, "--cpu-blocks", 64, "--quiet"
@@ -19,7 +23,7 @@ SMALL = "--model", "tiny", "--blocks", 200, "--cpu-blocks", 64, "--quiet"
 
 def test_every_part_runs(run_script, tmp_path):
     out = tmp_path / "out.json"
-    options = "--dataset", "Alpaca", "--seconds", 2, "--queue", 2000, "--trace-seconds", 1
+    options = "--dataset", "Alpaca", "--seconds", 4, "--queue", 2000, "--trace-seconds", 1
     rates = "--rates", "paged=4,2", "--rates", "pow2=9@2", "--sample-rate", 4
     systems = "--systems", "pow2,paged"
     parts = [
@@ -48,6 +52,32 @@ def test_every_part_runs(run_script, tmp_path):
         assert (row["saved_percent"] > 0.0) == (row["system"] == "paged")
     constants = found["setting"]["constants"]
     assert ApartLatency(**constants).decode_steps(1, 4, 100) > 0.0
+
+
+def test_two_ranks_serve_one_model_and_hold_the_same(run_script, tmp_path):
+    """Orders of one scheduler, tables compared after each; both end, and one of them tells."""
+    out = tmp_path / "out.json"
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    starter = "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port
+    options = "--part", "saturated", "--systems", "paged", "--seconds", 2, "--queue", 2000
+    done = run_script(
+        *("-m", *starter, "benchmarks/serve.py", "--tensor-parallel", "--check", *SMALL, *options),
+        *("--dataset", "Alpaca", "--json", out),
+        env={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all ranks alike after each") == 1
+    orders = json.loads(out.read_text())["setting"]["orders"]
+    assert orders["checked"] and orders["ranks"] == 2
+    assert orders["bytes"] > 100 * orders["messages"] > 0
+
+
+def test_the_peer_is_not_asked_of_a_share_of_a_model():
+    model = SimpleNamespace(modules=lambda: [SummedLinear(1, 1)])
+    with pytest.raises(UsageError, match="is for one process"):
+        serve_peer.transformers_batching(model, [[1]], 1, 8, 16)
 
 
 def test_the_peer_serves_the_same_requests(run_script, tmp_path):

@@ -46,6 +46,7 @@ def worker_of(name, ranks=None):
     if ranks is not None:
         shard(model, ranks)
         fuse(model)
+        model.to(ranks.device)
     sizes = {"max_len": 64, "num_cpu_blocks": HOST_BLOCKS, "most_rows": 40}
     return Worker(model, BLOCKS, SIZE, temperature=FAMILIES[name], **sizes)
 
@@ -62,16 +63,17 @@ def serve(worker):
     }
 
 
-def serve_all():
-    """Each family, all numbers compared after each order."""
+def serve_all(device):
+    """Each family, all numbers compared after each order; on GPUs as CUDA graphs."""
     long = list(range(200_000))  # takes two collectives
-    with join("cpu") as ranks:
+    with join(device) as ranks:
         assert ranks.hear() == long if ranks.rank else ranks.tell(long) > ROOM
         found = {}
         for name in FAMILIES:
             small.cache_clear()  # the last one's was parted
             torch.manual_seed(7 + ranks.rank)  # which no draw depends on
             worker = worker_of(name, ranks)
+            assert worker.graphs == (device == "cuda")
             if ranks.rank:
                 follow(worker, ranks)
                 continue
@@ -80,15 +82,16 @@ def serve_all():
             found[name] = serve(leader)
             leader.close()
             found[name] |= {"messages": leader.messages, "bytes": leader.bytes}
-            assert 0 < leader.seconds < 60
+            assert 0 < leader.seconds < 60 and not worker._lanes
         if not ranks.rank:
             print(json.dumps(found))
 
 
 def lose(who, where):
-    """A rank ends after some orders; another waits for it on the host, or on a device."""
-    ranks_module.GRACE_S = 0.1 if where == "device" else 20.0
-    with join("cpu") as ranks:
+    """A rank ends after some orders; another waits for it on the host, or on a device, which is a
+    GPU or stands for one."""
+    ranks_module.GRACE_S = 20.0 if where == "host" else 0.1
+    with join("cuda" if where == "gpu" else "cpu") as ranks:
         worker, told = worker_of("opt", ranks), 0
         run = worker.run
 
@@ -108,9 +111,9 @@ def lose(who, where):
             serve(Leader(worker, ranks))
 
 
-def differ():
+def differ(device):
     """A rank whose device holds another number."""
-    with join("cpu") as ranks:
+    with join(device) as ranks:
         worker = worker_of("opt", ranks)
         worker.newest[-2] = ranks.rank  # of a row that nobody needs
         if ranks.rank:

@@ -108,12 +108,15 @@ def test_tritons_kernel_gives_the_same(device, texts):
         assert server.outputs[one.request_id] == [texts[one.request_id][: one.output_len]]
 
 
-def test_draws_are_a_workers_own_and_differ_between_samples():
+@pytest.mark.parametrize("device", DEVICES)
+def test_draws_are_a_workers_own_and_differ_between_samples(device):
+    """On a GPU they come from graphs, which draw anew at each replay."""
+    model = small("opt") if device == "cpu" else copy.deepcopy(small("opt")).to(device)
     requests, found = [Request(0, 0.0, 9, 12, num_samples=4)], []
     for seed, drawn_elsewhere in ((3, 0), (3, 5), (4, 0)):
         torch.manual_seed(7)
-        server = new_server(small("opt"), "paged", temperature=5.0, seed=seed)
-        torch.rand(drawn_elsewhere)  # of one rank alone, perhaps
+        server = new_server(model, "paged", "auto", temperature=5.0, seed=seed)
+        torch.rand(drawn_elsewhere, device=device)  # of one rank alone, perhaps
         server.serve(make_groups(requests), keep=True)
         found.append(server.outputs[0])
     assert found[0] == found[1] != found[2]
