@@ -71,8 +71,8 @@ def serve_all(device):
         found = {}
         for name in FAMILIES:
             small.cache_clear()  # the last one's was parted
-            torch.manual_seed(7 + ranks.rank)  # which no draw depends on
             worker = worker_of(name, ranks)
+            torch.manual_seed(7 + ranks.rank)  # on which no draw depends; small() has its own
             assert worker.graphs == (device == "cuda")
             if ranks.rank:
                 follow(worker, ranks)
