@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from small_models import VOCAB, on_its_own, small
 
 from kv_cache_manager import RequestTooLargeError
+from vllm_sim.engine import server as server_module
 from vllm_sim.engine.fused import fuse
 from vllm_sim.engine.server import Server
 from vllm_sim.engine.support import UnsupportedModelError
@@ -40,12 +41,12 @@ def new_pool(policy):
     return new_manager(policy, BLOCKS.get(policy, 160), SIZE, max_len=128, **room)
 
 
-def new_server(model, policy, kernel="gather", observers=(), **options):
+def new_server(model, policy, kernel="gather", observers=(), preemption="auto", **options):
     manager = new_pool(policy)
     cpu_blocks = getattr(manager, "num_cpu_blocks", 0)
     sizes = {"max_len": 128, "num_cpu_blocks": cpu_blocks, "most_rows": 64}
     worker = Worker(model, manager.num_blocks, SIZE, kernel=kernel, **sizes, **options)
-    return Server(worker, manager, LIMITS, observers=observers)
+    return Server(worker, manager, LIMITS, observers=observers, preemption=preemption)
 
 
 def alone(model, request):
@@ -73,8 +74,12 @@ class Invariants(Observer):
         self.manager.check_invariants()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_request_has_its_text_and_the_iterations_are_the_simulators(policy, texts):
+@pytest.mark.parametrize(("policy", "ahead"), [*((policy, 1) for policy in POLICIES), ("paged", 4)])
+def test_every_request_has_its_text_and_the_iterations_are_the_simulators(
+    policy, ahead, texts, monkeypatch
+):
+    """Also if the device is given so many iterations that who gives way comes back meanwhile."""
+    monkeypatch.setattr(server_module, "AHEAD", ahead)
     requests = mixed(18)
     server = new_server(small("opt"), policy)
     server.observers = [Invariants(server.manager)]
@@ -91,6 +96,23 @@ def test_every_request_has_its_text_and_the_iterations_are_the_simulators(policy
     assert server.manager.num_free_blocks == server.manager.num_blocks
     assert sorted(server._free_rows) == list(range(64)) and not server.tokens
     assert 0.0 < served.busy_share() <= 1.1
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_samples_that_end_at_different_lengths_have_their_texts(preemption, texts):
+    """Some with their prompt; what is computed again, or brought back, are those that are left."""
+    requests = mixed(18)
+    groups = make_groups(requests)
+    for group in groups:
+        for seq, end in zip(group.seqs[1:], (1, 5)):
+            seq.output_len = min(end, seq.output_len)
+    server = new_server(small("opt"), "paged", preemption=preemption)
+    result = server.serve(groups, keep=True).result
+    assert (result.num_swaps if preemption == "swap" else result.num_recomputations) > 0
+    for group in groups:
+        expected = [texts[group.group_id][: seq.output_len] for seq in group.seqs]
+        assert server.outputs[group.group_id] == expected
+    assert sorted(server._free_rows) == list(range(64)) and not server.tokens
 
 
 @pytest.mark.parametrize("device", DEVICES)

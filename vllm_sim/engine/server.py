@@ -225,8 +225,8 @@ class Server:
         ids = [seq.seq_id for seq in seqs]
         again = seqs[0].num_generated > 0
         if again:
-            while self._flying:  # its last tokens may still be on their way
-                self._land()
+            while any(seq_id in one.rows for one in self._flying for seq_id in ids):
+                self._land()  # its last tokens are still on their way
         else:
             while len(self._free_rows) < len(ids) and self._flying:
                 self._land()  # some may be of groups that end with it
