@@ -1,11 +1,13 @@
 """What the GPU benchmarks measured as pictures, in the layout of Figs. 18a and 19a.
 
 Reproduces: Fig. 18a (latency of the attention kernel by context length, two batch sizes) and Fig.
-19a (swapping and recomputing by block size), ours and the paper's in one axis, and the times over
-the memory's floor of bench_attention.py. The benchmarks hand over their rows.
+19a (swapping and recomputing by block size), ours and the paper's in one axis, Fig. 12a as measured
+and simulated beside the paper's, and the times over the memory's floor of bench_attention.py. The
+benchmarks hand over their rows.
 
     python benchmarks/bench_paging_cost.py --figures pictures
     python benchmarks/bench_attention.py --figures pictures
+    python benchmarks/serve.py --earlier out.json --figures pictures
 
 Needs matplotlib (requirements-dev.txt), imported where it is used.
 """
@@ -14,16 +16,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_sim.paper.figures import FASTER_TRANSFORMER, FIG18A, FIG19A, VLLM
+from vllm_sim.evaluation.pictures import LOOKS
+from vllm_sim.paper.curves import FIG12_CURVES
+from vllm_sim.paper.figures import (
+    FASTER_TRANSFORMER,
+    FIG12_RATES,
+    FIG18A,
+    FIG19A,
+    RATE_AT_LATENCY,
+    VLLM,
+)
 from vllm_sim.reporting import drawing
+from vllm_sim.serving.systems import CONTIGUOUS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KERNEL, SWAPS, FLOOR = "fig18a.png", "fig19a.png", "attention_over_floor.png"
+SERVED = "fig12_measured.png"
 Row = Mapping[str, float | int | str | None]
 BARS = {  # of Fig. 18a: colour, and whether it is the paper's
     "ours, over blocks": (drawing.BLUE, False),
@@ -68,6 +82,71 @@ def draw_attention(
 ) -> list[Path]:
     """Of bench_attention: shape -> kernel -> time over the floor."""
     return drawing.save({FLOOR: partial(over_floor, rows, where)}, directory)
+
+
+def draw_serving(rows: Sequence[Row], alone: Row, times: float, where: str, directory: Path):
+    """Of serve.py's poisson, and a request alone: see `served_rates`; the files written."""
+    return drawing.save({SERVED: partial(served_rates, rows, alone, times, where)}, directory)
+
+
+def served_rates(rows: Sequence[Row], alone: Row, times: float, where: str) -> Figure:
+    """Fig. 12a: seconds per token by rate, of the traces that are longest.
+
+    Both axes are relative, as the paper's GPU is another: to a request alone, which on its GPU
+    takes 1 / `times` of 0.5 s a token, and to vLLM's rate at `times` that.
+    """
+    from matplotlib.lines import Line2D
+
+    title = f"Fig. 12a: requests served, and simulated\n{where}; the paper's on an A100"
+    figure, (axes,) = drawing.sheet(title, 1, size=(7.6, 5.6))
+    axes.grid(True)
+    longest, looks = max(row["trace_s"] for row in rows), {}
+    keys = {"s_per_token": {"linestyle": "-"}, "simulated_s_per_token": {"linestyle": ":"}}
+    lines = {
+        key: {
+            CONTIGUOUS.get(policy, VLLM): sorted(
+                (row["rate"], row[key] / alone[key])
+                for row in rows
+                if row["system"] == policy and row["trace_s"] == longest
+            )
+            for policy in dict.fromkeys(row["system"] for row in rows)
+        }
+        for key in keys
+    }
+    for key, style in keys.items():
+        unit = crossing(lines[key][VLLM], times) or lines[key][VLLM][-1][0]
+        for system, points in lines[key].items():
+            colour, marker = looks[system] = LOOKS[system]
+            style |= {"color": colour, "marker": marker if style["linestyle"] == "-" else "."}
+            axes.plot([rate / unit for rate, _ in points], [y for _, y in points], **style)
+    rates, panel = FIG12_RATES["ShareGPT"]["opt-13b"], FIG12_CURVES["ShareGPT", "opt-13b"]
+    for system, (colour, marker) in looks.items():
+        points = [point for point in panel[system] if point[1] < RATE_AT_LATENCY]
+        points.append((rates[system], RATE_AT_LATENCY))
+        xy = [(rate / rates[VLLM], y * times / RATE_AT_LATENCY) for rate, y in points]
+        axes.plot(*zip(*xy), color=colour, marker=marker, **drawing.HOLLOW)
+    axes.axhline(times, color="#303030", linewidth=0.8)
+    axes.set(xlim=(0.0, 1.15), ylim=(0.0, 1.6 * times))
+    axes.set_xlabel(f"Request rate / vLLM's at {times:g} times a request alone")
+    axes.set_ylabel("s/token / that of a request alone")
+    entries = [
+        Line2D([], [], color=colour, marker=marker, label=system)
+        for system, (colour, marker) in looks.items()
+    ]
+    dark = {"color": "#303030"}
+    entries.append(Line2D([], [], **dark, marker="o", label="measured"))
+    entries.append(Line2D([], [], **dark, marker=".", linestyle=":", label="simulated"))
+    entries.append(Line2D([], [], **dark, marker="o", **drawing.HOLLOW, label="paper"))
+    figure.legend(handles=entries, loc="outside lower center", ncols=4)
+    return figure
+
+
+def crossing(points: Sequence[tuple[float, float]], height: float) -> float | None:
+    """Where straight lines between these points first reach it; None if they do not."""
+    for (low, before), (high, after) in pairwise(points):
+        if before < height <= after:
+            return low + (height - before) / (after - before) * (high - low)
+    return None
 
 
 def kernel_latency(rows: Sequence[Row], where: str) -> Figure:

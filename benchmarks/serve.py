@@ -25,12 +25,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pictures
 from script import Row, Script, entry, options, show, table
 from serve_fit import calibrate, decode_steps, fit
 
@@ -53,8 +54,10 @@ from vllm_sim.engine.tensor_parallel import Leader, follow, shard
 from vllm_sim.engine.weights import be_quiet, first_line, random_model
 from vllm_sim.engine.worker import DECODE_SIZES, Worker
 from vllm_sim.models import DEPLOYMENTS, MODELS, Model, kv_blocks, opt
+from vllm_sim.reporting import drawing
 from vllm_sim.reporting.arguments import file_name, positive, seed
 from vllm_sim.reporting.command_line import UsageError
+from vllm_sim.reporting.files import read_bounded
 from vllm_sim.reporting.progress import SILENT
 from vllm_sim.serving.latency import ApartLatency
 from vllm_sim.serving.scheduler import Iteration
@@ -76,6 +79,8 @@ LONE = 13.5  # times a lone request's seconds per token: what 0.5 s is on the pa
 EVERY = 16  # iterations between two looks at where the memory is
 PEER_REQUESTS, PEER_PROMPT, PEER_NEW = 64, 160, 128
 SAMPLES = (2, 4, 6)
+MOST_BYTES = 64 << 20  # of an earlier run's file
+NEEDED = ("rate", "s_per_token", "simulated_s_per_token")  # of a row that is drawn
 WARM_UP_SHARE = 0.2  # of a saturated run, before its window
 BATCH = (("batch", "batch"), ("simulated", "simulated_batch"))
 LATENCY = (("s/token", "s_per_token"), ("simulated", "simulated_s_per_token"))
@@ -317,18 +322,10 @@ def rates_at(rows: Sequence[Row], alone: Row, latencies: Sequence[float]) -> lis
         for name, key in (("rate", "s_per_token"), ("simulated_rate", "simulated_s_per_token")):
             line = [r for r in rows if (r["system"], r["trace_s"]) == (system, seconds)]
             points = sorted((one["rate"], one[key]) for one in line)
-            row[name] = rate_at([(0.0, alone[key]), *points], latency)
+            row[name] = pictures.crossing([(0.0, alone[key]), *points], latency)
         if row["rate"] is not None:
             found.append(row)
     return found
-
-
-def rate_at(points: Iterable[tuple[float, float]], latency: float) -> float | None:
-    """Where straight lines between these points reach it first; None if they do not."""
-    for (low, before), (high, after) in pairwise(points):
-        if before < latency <= after:
-            return low + (latency - before) / (after - before) * (high - low)
-    return None
 
 
 # -- the command line ---------------------------------------------------------------------------
@@ -366,8 +363,10 @@ def systems_of(text: str) -> tuple[str, ...]:
 
 
 def build_parser():
-    parser = options(__doc__)
+    parser = options(__doc__, drawn="poisson in Fig. 12's layout")
     add = parser.add_argument
+    text = "--json of an earlier run, or its file in results/ (repeatable): its poisson is drawn"
+    add("--earlier", type=file_name, action="append", default=[], metavar="FILE", help=text)
     add("--part", choices=PARTS, action="append", help="only this one (repeatable)")
     add("--model", choices=SHAPES, default="opt-13b", help="its shape (default opt-13b)")
     add("--layers", type=positive, metavar="N", help="only so many of its layers")
@@ -480,6 +479,10 @@ def copy_rate(device: torch.device) -> float:
 def run(argv: list[str] | None) -> int:
     script = Script(__file__, build_parser(), argv, on_gpu=False)
     args = script.args
+    if args.figures is not None:
+        drawing.check_folder(args.figures, [pictures.SERVED])
+    if args.earlier:
+        return draw_earlier(args)
     check(args)
     try:
         lengths = find_lengths(args.lengths, None)
@@ -499,6 +502,39 @@ def run(argv: list[str] | None) -> int:
         raise UsageError(
             f"out of memory: {first_line(error)}; lower --layers or --blocks"
         ) from None
+
+
+def draw_earlier(args: argparse.Namespace) -> int:
+    """A picture of the rows that earlier runs kept. Raises UsageError for other files."""
+    if args.figures is None:
+        raise UsageError("--earlier draws: it needs --figures DIR")
+    rows, alone = [], {}
+    for path in args.earlier:
+        try:
+            kept = json.loads(read_bounded(Path(path), MOST_BYTES) or b"")
+            found = kept.get("output", kept)
+            (made,) = (one for one in found["tables"] if one["id"] == "poisson")
+            rows += made["rows"]
+            alone = alone or found["setting"]["alone"]
+            where = f"{found['options']['model']}, {found['setting']['blocks']} blocks"
+            where += f", {kept['device']}" if "device" in kept else ""
+            sound = all(float(row[key]) >= 0 for row in [*rows, alone] for key in NEEDED)
+            sound = sound and {row["system"] for row in rows} <= {*POLICIES} and rows[0]["trace_s"]
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            sound = False
+        if not sound:
+            raise UsageError(f"{path} holds no poisson of this script")
+    draw(rows, alone, where, args.figures)
+    return 0
+
+
+def draw(rows: Sequence[Row], alone: Row, where: str, directory: Path) -> None:
+    if not any(row["system"] == PAGED for row in rows):
+        raise UsageError("the rates are relative to vLLM's: paged must be among the systems")
+    for path in pictures.draw_serving(rows, alone, LONE, where, directory):
+        print(f"wrote {path}", file=sys.stderr)
 
 
 def measure(bench: Bench, ranks: Ranks) -> int:
@@ -525,6 +561,8 @@ def measure(bench: Bench, ranks: Ranks) -> int:
         if part == "poisson":
             found["alone"] = alone = request_alone(bench)
             latencies = paper.RATE_AT_LATENCY, LONE * alone["s_per_token"]
+            if args.figures is not None:
+                draw(rows, alone, where, args.figures)
             found["rates_at"] = shown["rates_at"] = rates_at(rows, alone, latencies)
             index |= {"poisson": 3, "rates_at": 3}
         for name, part_rows in shown.items():

@@ -56,6 +56,17 @@ PAGES = {  # page: its title, one sentence, the results
         "What each number means: [a real model](../models.md).",
         ("fig15_measured", "fig15_searches", "bench_generate_cpu", "bench_generate_h200"),
     ),
+    "serving": (
+        "Served for real, on one H200",
+        "What each number means, and which aims are missed: [Served for real](../serving.md).",
+        (
+            "serve_saturated",
+            "serve_poisson_max_paged",
+            "serve_poisson_pow2_oracle",
+            "serve_samples",
+            "serve_peer",
+        ),
+    ),
     "servers": (
         "capacity.py held against real servers",
         "What each number means: [how many requests fit](../capacity.md).",
@@ -96,6 +107,7 @@ FIVE = (  # what, figure, setting of the 13B model, how its metric begins
     ("requests a second, vLLM / Orca (Max)", "Fig. 12", "ShareGPT, vLLM / Orca (Max)", RATE),
     ("% of blocks saved, 6 samples of a prompt", "Fig. 15", "Alpaca, parallel 6", "% of blocks"),
 )
+SERVED = {"saturated": "serve_saturated", "poisson": "serve_poisson_max_paged"}  # one GPU's
 BLOCK = re.compile(r"(<!-- headline -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -135,18 +147,35 @@ def counts(found: list[dict]) -> str:
     return f"{len(held)} are held ({fitted} of them fitted), {len(found) - len(held)} missed"
 
 
-def headline(found: list[dict], without: list[dict]) -> str:
-    """Five rows, ours beside the paper's, with the authors' lengths and without; and counts."""
-    lines = ["| | where | paper | ours | without the authors' lengths |", "|---|---|---|---|---|"]
-    for what, figure, setting, metric in FIVE:
+def measured(saturated: list[dict], rates: list[dict]) -> tuple[float | None, ...]:
+    """The five as benchmarks/serve.py measured them; None for what it does not measure.
+
+    Of the rates those of the longest trace, at the lower of the two latencies.
+    """
+    full = {row["system"]: row for row in saturated}
+    longest = max(row["trace_s"] for row in rates)
+    rates = [row for row in rates if row["trace_s"] == longest]
+    lower = min(row["at_s_per_token"] for row in rates)
+    rate = {row["system"]: row["rate"] for row in rates if row["at_s_per_token"] == lower}
+    tokens, batch = "tokens_percent", full["paged"]["batch"] / full["max"]["batch"]
+    return full["paged"][tokens], full["max"][tokens], batch, rate["paged"] / rate["max"], None
+
+
+def headline(found: list[dict], without: list[dict], served: tuple[float | None, ...]) -> str:
+    """Five rows: the paper's, simulated with the authors' lengths, measured, simulated without
+    them; and counts."""
+    head = "| | where | paper | simulated | measured | simulated, other lengths |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for (what, figure, setting, metric), own in zip(FIVE, served):
         row, other = (
             row
             for row in [*found, *without]
             if (row["figure"], row["setting"]) == (figure, f"13B {setting}")
             and row["metric"].startswith(metric)
         )
-        values = row["paper"], row["ours"], other["ours"]
-        lines.append(f"| {what} | {figure} | {' | '.join(f'{value:.3g}' for value in values)} |")
+        values = row["paper"], row["ours"], own, other["ours"]
+        told = " | ".join("-" if value is None else f"{value:.3g}" for value in values)
+        lines.append(f"| {what} | {figure} | {told} |")
     return "\n".join(lines) + (
         f"\n\nOf all {len(found)} rows, with the authors' lengths {counts(found)}; without them "
         f"{counts(without)}.\n"
@@ -158,7 +187,10 @@ def texts() -> dict[Path, str]:
     made = {ROOT / f"docs/results/{name}.md": page(*parts) for name, parts in PAGES.items()}
     readme = ROOT / "README.md"
     runs = (load(name)["output"] for name in ("reproduce", "reproduce_without_lengths"))
-    block = headline(*(output["tables"][0]["rows"] for output in runs))
+    rows = [output["tables"][0]["rows"] for output in runs]
+    full, poisson = (load(name)["output"]["tables"] for name in SERVED.values())
+    named = {table["id"]: table["rows"] for table in [*full, *poisson]}
+    block = headline(*rows, measured(named["saturated"], named["rates_at"]))
     made[readme] = BLOCK.sub(
         lambda match: match[1] + block + match[2], readme.read_text(encoding="utf-8")
     )

@@ -5,11 +5,20 @@ from importlib.util import find_spec
 
 import bench_attention
 import bench_paging_cost
+import numpy as np
 import pictures
 import pytest
 import torch
 
-from vllm_sim.paper.figures import BLOCK_SIZES, FASTER_TRANSFORMER, FIG18A, FIG19A, VLLM
+from vllm_sim.paper.figures import (
+    BLOCK_SIZES,
+    FASTER_TRANSFORMER,
+    FIG12_RATES,
+    FIG18A,
+    FIG19A,
+    ORCA_MAX,
+    VLLM,
+)
 
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="no matplotlib")
 
@@ -129,3 +138,27 @@ def test_the_looks_of_kernels_cover_what_is_measured():
     assert set(pictures.KERNELS) == set(bench_attention.COLUMNS)
     looks = list(pictures.KERNELS.values())
     assert len(set(looks)) == len(looks)
+
+
+@needs_matplotlib
+def test_fig_12_has_three_lines_a_system_over_a_request_alone(tmp_path):
+    def row(system, seconds, rate, measured, simulated):
+        names = "system", "trace_s", "rate", "s_per_token", "simulated_s_per_token"
+        return dict(zip(names, (system, seconds, rate, measured, simulated)))
+
+    rows = [row("paged", 45, 9.0, 0.2, 0.22), row("paged", 45, 8.0, 0.1, 0.11)]
+    rows += [row("max", 45, 2.0, 0.12, 0.11), row("paged", 15, 40.0, 0.5, 0.5)]
+    figure = pictures.served_rates(rows, row("paged", 0, 0.0, 0.01, 0.011), 15.0, "a GPU")
+    (axes,) = figure.axes
+    lines = [line.get_xydata() for line in axes.get_lines()]
+    at = 8.0 + 0.5  # where 15 times a request alone are reached
+    assert lines[0].tolist() == pytest.approx(np.array([[8 / at, 10.0], [9 / at, 20.0]]))
+    assert lines[1].tolist() == pytest.approx(np.array([[2 / at, 12.0]]))
+    assert lines[2][:, 1].tolist() == pytest.approx([10.0, 20.0])
+    papers = [line[-1].tolist() for line in lines[4:6]]
+    rates = FIG12_RATES["ShareGPT"]["opt-13b"]
+    assert papers == [[1.0, 15.0], [pytest.approx(rates[ORCA_MAX] / rates[VLLM]), 15.0]]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts[-3:] == ["measured", "simulated", "paper"]
+    (path,) = pictures.draw_serving(rows, rows[0], 15.0, "a GPU", tmp_path)
+    assert path.stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import pictures
 import serve
 import serve_fit
 import serve_peer
@@ -104,6 +106,7 @@ def test_the_peer_serves_the_same_requests(run_script, tmp_path):
         ("--seed", "-1"): "an integer from 0",
         ("--blocks", "12"): "a sequence of 2048 tokens needs more",
         ("--lengths", "no_such.csv"): "no_such.csv",
+        ("--earlier", "README.md"): "it needs --figures",
         ("--part", "saturated", "--queue", "1", "--seconds", "60"): "raise --queue",
     }.items(),
     ids=str,
@@ -115,14 +118,35 @@ def test_what_cannot_be_used_is_one_line(options, told, capsys, monkeypatch):
     assert told in captured.err and len(captured.err.splitlines()) == 1
 
 
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="no matplotlib")
+def test_earlier_runs_are_drawn_together(tmp_path, capsys):
+    def kept(name, rows, alone):
+        path = tmp_path / name
+        found = {"options": {"model": "tiny"}, "setting": {"blocks": 9, "alone": alone}}
+        found |= {"tables": [{"id": "poisson", "rows": rows}]}
+        path.write_text(json.dumps({"output": found, "device": "a GPU"}))
+        return "--earlier", str(path)
+
+    row = {"trace_s": 5, "rate": 1.0, "s_per_token": 0.2, "simulated_s_per_token": 0.3}
+    one = kept("one.json", [row | {"system": "paged"}], row)
+    two = kept("two.json", [row | {"system": "max"}], row)
+    assert serve.main([*one, *two, "--figures", str(tmp_path)]) == 0
+    assert (tmp_path / pictures.SERVED).stat().st_size > 10_000
+    bad = kept("bad.json", [row | {"system": "paged", "rate": None}], row)
+    other = kept("other.json", [row | {"system": "orca"}], row)
+    for options, told in ((two, "paged must be among"), (bad, "holds no"), (other, "holds no")):
+        assert serve.main([*options, "--figures", str(tmp_path)]) == 2
+        assert told in capsys.readouterr().err
+
+
 def ran_empty(bench):
     raise serve.UsageError(f"the queue ran empty: raise --queue {bench.args.queue}")
 
 
 def test_a_rate_is_read_between_two_points():
     points = [(1.0, 0.1), (2.0, 0.3), (3.0, 1.3)]
-    assert serve.rate_at(points, 0.8) == pytest.approx(2.5)
-    assert serve.rate_at(points, 0.05) is None and serve.rate_at(points, 2.0) is None
+    assert pictures.crossing(points, 0.8) == pytest.approx(2.5)
+    assert pictures.crossing(points, 0.05) is None and pictures.crossing(points, 2.0) is None
 
 
 def test_lines_begin_with_a_request_alone_and_have_traces_of_one_length():

@@ -32,10 +32,24 @@ def test_the_headline_counts_held_fitted_and_missed():
     held = [row(0, True), row(1, True, fitted=True), row(2, False, fitted=True), row(3, False)]
     without = [row(0, False) | {"expected": "why"}, *(row(n, True) for n in (1, 2, 3))]
     without.append(row(4, True) | {"ours": 7.0})
-    text = update_readme.headline([*held, row(4, True)], without)
-    assert text.count("\n| ") == 5 and "| 2 | 5 | 7 |" in text
+    text = update_readme.headline([*held, row(4, True)], without, (0.5, 1.5, 2.5, 3.5, None))
+    assert text.count("\n| ") == 5 and "| 2 | 5 | - | 7 |" in text and "| 2 | 1 | 0.5 |" in text
     told = "3 are held (1 of them fitted), 2 missed; without them 4 are held (0 of them fitted), 1"
     assert f"Of all 5 rows, with the authors' lengths {told} missed.\n" in text
+
+
+def test_what_was_measured_is_read_off_the_longest_trace():
+    saturated = [
+        {"system": "max", "batch": 7.0, "tokens_percent": 20.0},
+        {"system": "paged", "batch": 28.0, "tokens_percent": 95.0},
+    ]
+    rates = [
+        {"system": system, "trace_s": seconds, "at_s_per_token": latency, "rate": rate * latency}
+        for system, rate in (("max", 2.0), ("paged", 7.0))
+        for seconds, latency in ((45, 0.5), (45, 0.1), (15, 0.1))
+    ]
+    rates[-1]["rate"] = 100.0
+    assert update_readme.measured(saturated, rates) == (95.0, 20.0, 4.0, 3.5, None)
 
 
 def test_a_page_that_differs_is_named_and_rewritten(tmp_path, monkeypatch, capsys):
