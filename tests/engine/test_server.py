@@ -1,6 +1,7 @@
 """Serving for real: the simulator's decisions, and the text of every request alone."""
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("transformers")
 from small_models import VOCAB, on_its_own, small
 
 from kv_cache_manager import RequestTooLargeError
+from vllm_sim.engine import fused
 from vllm_sim.engine import server as server_module
 from vllm_sim.engine.fused import fuse
 from vllm_sim.engine.server import Server
@@ -193,6 +195,20 @@ def test_projections_in_one_product_are_those_of_before():
         assert fuse(model) == count
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
         assert (len(list(model.parameters())) < names) == (count > 0)
+
+
+def test_layers_that_are_fused_are_freed_one_after_the_other(monkeypatch):
+    model = copy.deepcopy(on_its_own(small("opt")))
+    parts = [weakref.ref(one) for path, one in model.named_modules() if path.endswith("q_proj")]
+    alive = []
+
+    class Counting(fused._First):
+        def __init__(self, parts_of_one):
+            alive.append(sum(part() is not None for part in parts))
+            super().__init__(parts_of_one)
+
+    monkeypatch.setattr(fused, "_First", Counting)
+    assert fuse(model) == 3 and alive == [3, 2, 1]
 
 
 def test_padding_is_written_to_the_block_beyond_the_managers():
