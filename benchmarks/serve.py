@@ -181,10 +181,10 @@ class Parts(Observer):
     def __init__(self) -> None:
         self.manager = None
         self._seen, self._sums = 0, dict.fromkeys(("tokens", "reserved", "internal"), 0.0)
-        self._saved = 0.0
+        self._saved, self._told = 0.0, itertools.count()
 
     def on_iteration(self, iteration: Iteration) -> None:
-        if iteration.index % EVERY or not iteration.num_groups:
+        if next(self._told) % EVERY or not iteration.num_groups:
             return
         usage = self.manager.usage()
         self._seen += 1
@@ -424,7 +424,10 @@ def check(args: argparse.Namespace) -> None:
             told = {(rate, seconds or args.trace_seconds) for rate, seconds in rates}
             chosen[policy] = tuple(sorted({*chosen[policy], *told}))
     args.rates = chosen
-    args.part = args.part or [part for part in PARTS if part != "poisson" or any(chosen.values())]
+    if args.tensor_parallel and "peer" in (args.part or ()):
+        raise UsageError("--part peer: transformers' batching is for one process")
+    left_out = {"poisson": not any(chosen.values()), "peer": args.tensor_parallel}
+    args.part = args.part or [part for part in PARTS if not left_out.get(part)]
     if "poisson" in args.part and not any(chosen[policy] for policy in args.systems):
         raise UsageError("poisson needs --rates of the systems that run")
     if args.blocks is None:
@@ -435,9 +438,9 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--blocks {args.blocks}: a sequence of {longest} tokens needs more")
 
 
-def set_up(script: Script, lengths: Lengths, ranks: Ranks) -> Bench | None:
+def set_up(script: Script, lengths: Lengths, ranks: Ranks, stack: ExitStack) -> Bench | None:
     """The model, the worker with its graphs, and the constants; None of a rank that has followed
-    another to the end."""
+    another to the end. The leader of others is closed with the stack."""
     args, num_blocks = script.args, script.args.blocks
     be_quiet()
     script.progress.at(0, 3, "weights")
@@ -456,7 +459,7 @@ def set_up(script: Script, lengths: Lengths, ranks: Ranks) -> Bench | None:
         follow(worker, ranks)
         return None
     if ranks.size > 1:
-        worker = Leader(worker, ranks, check=args.check)
+        worker = stack.enter_context(Leader(worker, ranks, check=args.check))
     script.progress.at(1, 3, "graphs")
     if worker.graphs:
         worker.prepare(num_blocks)
@@ -491,11 +494,10 @@ def run(argv: list[str] | None) -> int:
             if args.tensor_parallel:
                 ranks = stack.enter_context(join("auto"))
                 script.progress = script.progress if not ranks.rank else SILENT
-            bench = set_up(script, lengths, ranks)
-            code = 0 if bench is None else measure(bench, ranks)
-            if bench is not None and ranks.size > 1:
-                bench.worker.close()
-            return code
+            bench = set_up(script, lengths, ranks, stack)
+            if bench is None:
+                return 0
+            return measure(bench, ranks)
     except (WorkloadError, UnsupportedModelError, RankLostError, RanksDifferError) as error:
         raise UsageError(str(error)) from None
     except (DeviceMemoryError, torch.OutOfMemoryError) as error:

@@ -1,4 +1,4 @@
-"""The projections of a layer as one product: Q, K and V, and a gated layer's two.
+"""Fewer kernels a layer: Q, K and V in one product, a gated layer's two, a ReLU with its product.
 
 Reproduces nothing of the paper: servers do so, as a few long products read weights faster than many
 short ones. The weights are the model's, one below the other, and it calls its projections as
@@ -51,6 +51,16 @@ class _Later(nn.Module):
         return self._first[0].rest.pop(0)
 
 
+class _Rectified(nn.Linear):
+    """A linear layer and the ReLU behind it, in one kernel on a GPU."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., T, E)."""
+        rows = hidden.flatten(0, -2)
+        out = torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=False)
+        return out.unflatten(0, hidden.shape[:-1])
+
+
 def fuse(model: PreTrainedModel) -> int:
     """Put them together, in place; how many products there are now in place of two or three."""
     count = 0
@@ -70,4 +80,8 @@ def fuse(model: PreTrainedModel) -> int:
                 setattr(module, name, _Later(first))
             del parts
             count += 1
+    for module in model.modules():  # OPT's MLP
+        linear, behind = getattr(module, "fc1", None), getattr(module, "activation_fn", None)
+        if type(linear) is nn.Linear and linear.bias is not None and type(behind) is nn.ReLU:
+            linear.__class__, module.activation_fn = _Rectified, nn.Identity()
     return count

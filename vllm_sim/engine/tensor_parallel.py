@@ -10,9 +10,8 @@ all-reduces. Logits are the same on every rank, and so are the tokens.
         if ranks.rank:
             follow(worker, ranks)           # until the leader closes
         else:
-            leader = Leader(worker, ranks)
-            Server(leader, new_manager("paged", 983, 16)).serve(groups)
-            leader.close()
+            with Leader(worker, ranks) as leader:
+                Server(leader, new_manager("paged", 983, 16)).serve(groups)
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 
 from vllm_sim.engine.block_cache import Step
 from vllm_sim.engine.paged_cache import PagedCache
-from vllm_sim.engine.ranks import Ranks
+from vllm_sim.engine.ranks import RankLostError, Ranks, RanksDifferError
 from vllm_sim.engine.support import UnsupportedModelError, heads
 from vllm_sim.engine.worker import Flight, Order, Worker
 
@@ -119,6 +118,14 @@ class Leader:
         self.seconds += time.perf_counter() - start
         self.messages += 1
         return _run(self.worker, order, self._ranks, self._check)
+
+    def __enter__(self) -> Leader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close, whatever happened here: unless the others are gone, or go by themselves."""
+        if kind is None or not issubclass(kind, RankLostError | RanksDifferError):
+            self.close()
 
     def close(self) -> None:
         """The others go on behind `follow`; no rank has graphs any more, as its NCCL ends next."""

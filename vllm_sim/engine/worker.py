@@ -156,6 +156,7 @@ class Worker:
         # Row most_rows is that of padding.
         self.newest = torch.zeros(most_rows + 1, dtype=torch.int64, device=self.device)
         self._lanes: dict[tuple[bool, int], Lane] = {}
+        self._ran: list[Lane] = []  # of the last order
 
     def prepare(self, most_seqs: int | None = None, most_tokens: int = PROMPT_SIZES[-1]) -> int:
         """Make the lanes of all sizes up to these, the largest first; how many there are."""
@@ -172,6 +173,7 @@ class Worker:
     def run(self, order: Order) -> Flight:
         """Give the device an iteration, without waiting for it."""
         start, drawn = Moment(self.device), []
+        self._ran.clear()
         if order.swapped_out or order.swapped_in or order.copies:
             self.cache.pool.move(order.swapped_out, (), order.swapped_in, order.copies)
         for prompts in _batched(order.prompts):
@@ -191,9 +193,9 @@ class Worker:
 
     def digest(self) -> bytes:
         """Of the numbers that the device holds, after waiting for them: tables, slots and lengths
-        of each lane's last forward, and the newest tokens. Workers of one model share it."""
+        of the last order, and the newest tokens. Workers of one model share it."""
         found = hashlib.blake2b(digest_size=16)
-        for _, lane in sorted(self._lanes.items()):
+        for lane in self._ran:
             found.update(lane.numbers.cpu().numpy())
         found.update(self.newest[:-1].cpu().numpy())  # padding's tokens are any
         return found.digest()
@@ -206,6 +208,7 @@ class Worker:
         for lane in self._lanes.values():
             lane.release()
         self._lanes.clear()
+        self._ran.clear()
 
     def _lane(self, prompts: bool, count: int) -> Lane:
         """That of the next size."""
@@ -214,7 +217,8 @@ class Worker:
         if (prompts, size) not in self._lanes:
             with torch.no_grad():
                 self._lanes[prompts, size] = Lane(self, prompts, size)
-        return self._lanes[prompts, size]
+        self._ran.append(self._lanes[prompts, size])
+        return self._ran[-1]
 
 
 class Lane:
