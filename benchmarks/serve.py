@@ -26,25 +26,40 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from transformers import AutoConfig, PreTrainedModel
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vllm_sim.reporting.command_line import UsageError, begin, raise_on_interrupt
+
+if __name__ == "__main__":
+    begin("serve.py", "torch", "numpy", "tabulate", "transformers")
+
+import numpy as np
 import pictures
+import torch
 from script import Row, Script, entry, options, show, table
 from serve_fit import calibrate, decode_steps, fit
+from serve_spread import (
+    Machine,
+    in_window,
+    limits_for,
+    pool_of,
+    queue_of,
+    requests_of,
+    spread,
+    window_of,
+)
+from transformers import AutoConfig, PreTrainedModel
 
 from kv_cache_manager import RequestTooLargeError
-from paged_attention import DeviceMemoryError, choose_device
+from paged_attention import DeviceMemoryError, check_device_memory, choose_device
 from vllm_sim import paper
 from vllm_sim.engine.fused import fuse
 from vllm_sim.engine.ranks import RankLostError, Ranks, RanksDifferError, join
@@ -56,13 +71,12 @@ from vllm_sim.engine.worker import DECODE_SIZES, Worker
 from vllm_sim.models import DEPLOYMENTS, MODELS, Model, kv_blocks, opt
 from vllm_sim.reporting import drawing
 from vllm_sim.reporting.arguments import file_name, positive, seed
-from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.files import read_bounded
 from vllm_sim.reporting.progress import SILENT
 from vllm_sim.serving.latency import ApartLatency
-from vllm_sim.serving.scheduler import Iteration
+from vllm_sim.serving.scheduler import Iteration, Manager
 from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
-from vllm_sim.serving.systems import CONTIGUOUS, PAGED, POLICIES, limits_of, new_manager
+from vllm_sim.serving.systems import PAGED, POLICIES
 from vllm_sim.workload.data_sets import Lengths, find_lengths
 from vllm_sim.workload.requests import Request
 from vllm_sim.workload.text_files import WorkloadError
@@ -75,13 +89,13 @@ SHAPES |= {model.name: model for model in (TINY, TINY_LLAMA)}
 TINY_BLOCKS = 256
 BATCHES = (7, 15, 30, 60)  # of `steps`: what the four systems run
 TEMPERATURE = 1.0
-LONE = 13.5  # times a lone request's seconds per token: what 0.5 s is on the paper's A100
+# Times a lone request's seconds per token: 0.5 s over vLLM's leftmost point in Fig. 12a.
+LONE = 13.5
 EVERY = 16  # iterations between two looks at where the memory is
 PEER_REQUESTS, PEER_PROMPT, PEER_NEW = 64, 160, 128
 SAMPLES = (2, 4, 6)
 MOST_BYTES = 64 << 20  # of an earlier run's file
 NEEDED = ("rate", "s_per_token", "simulated_s_per_token")  # of a row that is drawn
-WARM_UP_SHARE = 0.2  # of a saturated run, before its window
 BATCH = (("batch", "batch"), ("simulated", "simulated_batch"))
 LATENCY = (("s/token", "s_per_token"), ("simulated", "simulated_s_per_token"))
 RATE = (("system", "system"), ("req/s", "rate"), ("requests", "requests"), *LATENCY, *BATCH)
@@ -95,6 +109,7 @@ COLUMNS = {
         *(("system", "system"), ("req/s", "requests_per_s")),
         *(("simulated", "simulated_requests_per_s"), ("tokens/s", "tokens_per_s"), *BATCH),
         *(("device busy %", "busy_percent"), ("recomputed", "recomputed")),
+        ("unserved", "unserved"),
     ),
     "memory": (
         *(("system", "system"), ("tokens %", "tokens_percent")),
@@ -115,6 +130,10 @@ COLUMNS = {
         ("req/s", "rate"),
         ("simulated", "simulated_rate"),
     ),
+    "spread": (
+        *(("", "what"), ("seed", "seed"), ("paged", "paged"), ("over oracle", "over_oracle")),
+        *(("over pow2", "over_pow2"), ("over max", "over_max")),
+    ),
 }
 TITLES = {
     "steps": "A decode step over its floor, and what paging costs it",
@@ -124,6 +143,7 @@ TITLES = {
     "samples": "Several samples a request, Alpaca (Fig. 14)",
     "peer": f"{PEER_REQUESTS} requests of {PEER_PROMPT} + {PEER_NEW} tokens at once",
     "rates_at": "Requests/s at a latency",
+    "spread": "Requests/s of paged, and over the others', by seed, simulated",
 }
 
 
@@ -142,33 +162,20 @@ class Bench:
     def args(self) -> argparse.Namespace:
         return self.script.args
 
-    def manager(self, policy: str):
-        """An empty pool of that system."""
-        counts = self.num_blocks, self.worker.block_size
-        num_cpu_blocks = self.args.cpu_blocks if policy == PAGED else 0
-        return new_manager(policy, *counts, num_cpu_blocks=num_cpu_blocks)
-
-    def limits(self, policy: str):
-        return limits_of(CONTIGUOUS.get(policy, paper.VLLM))
+    def manager(self, policy: str) -> Manager:
+        return pool_of(policy, self.num_blocks, self.args.cpu_blocks)
 
     def requests(self, rate: float, seconds: float, dataset: str, samples: int = 1):
-        columns = self.lengths.columns(dataset, rate, seconds, self.args.seed)
-        return [
-            Request(nth, arrival, prompt, output, num_samples=samples)
-            for nth, (arrival, prompt, output) in enumerate(zip(*columns))
-        ]
+        return requests_of(self.lengths, dataset, rate, seconds, self.args.seed, samples)
 
     def both(self, policy: str, requests: Sequence[Request], **window):
         """The same requests served and simulated: totals, and where the memory was."""
-        limits, parts = self.limits(policy), (Parts(), Parts())
+        limits, parts = limits_for(policy), (Parts(), Parts())
         manager = self.manager(policy)
         parts[0].manager = manager
         server = Server(self.worker, manager, limits, observers=[parts[0]], seed=self.args.seed)
         progress = self.script.progress.part(0, 1, f"{policy}, {len(requests)} requests")
-        try:
-            served = server.serve(make_groups(requests), **window, progress=progress)
-        except RequestTooLargeError as error:
-            raise UsageError(f"{policy}: {error}; raise --blocks") from None
+        served = server.serve(make_groups(requests), **window, progress=progress)
         self.script.progress.clear()
         parts[1].manager = manager = self.manager(policy)
         told = dict(latency=self.latency, observers=[parts[1]], **window)
@@ -192,30 +199,27 @@ class Parts(Observer):
         for part in self._sums:
             self._sums[part] += 100 * usage.share(part)
 
-    def shares(self) -> dict[str, float]:
-        return {part: total / max(1, self._seen) for part, total in self._sums.items()}
+    def shares(self) -> dict[str, float | None]:
+        """None if there was nothing to see."""
+        return {part: self._mean(total) for part, total in self._sums.items()}
 
     @property
-    def saved(self) -> float:
+    def saved(self) -> float | None:
         """% of blocks that sharing saves (Fig. 15)."""
-        return self._saved / max(1, self._seen)
+        return self._mean(self._saved)
 
-
-def in_window(result: ServingResult, window_s: tuple[float, float]) -> int:
-    """Requests that end in it."""
-    return sum(window_s[0] <= at < window_s[1] for at in result.finish_s.values())
+    def _mean(self, total: float) -> float | None:
+        return total / self._seen if self._seen else None
 
 
 def saturated(bench: Bench) -> list[Row]:
     """A full queue for so many seconds, system by system."""
-    seconds, rows = bench.args.seconds, []
-    window = (WARM_UP_SHARE * seconds, float(seconds))
-    count = max(64, bench.args.queue)
-    requests = bench.requests(count / 10.0, 10.0, bench.args.dataset)
-    requests = [replace(request, arrival_s=0.0) for request in requests]
-    for policy in bench.args.systems:
+    args, rows = bench.args, []
+    window = window_of(args.seconds)
+    requests = queue_of(bench.lengths, args.dataset, args.queue, args.seed)
+    for policy in args.systems:
         served, simulated, parts, parts_simulated = bench.both(
-            policy, requests, window_s=window, until_s=seconds
+            policy, requests, window_s=window, until_s=args.seconds
         )
         length = window[1] - window[0]
         rows.append(
@@ -226,15 +230,19 @@ def saturated(bench: Bench) -> list[Row]:
                 "tokens_per_s": served.num_tokens / length,
                 "batch": served.result.mean_window_batch,
                 "simulated_batch": simulated.mean_window_batch,
-                "busy_percent": 100 * served.busy_share(),
+                "busy_percent": busy_percent(bench, served),
                 "recomputed": served.result.num_recomputations,
+                "unserved": len(requests) - len(served.result.finish_s),
                 **{f"{part}_percent": share for part, share in parts.shares().items()},
                 "simulated_tokens_percent": parts_simulated.shares()["tokens"],
             }
         )
-        if len(served.result.finish_s) == len(requests):
-            raise UsageError(f"the queue of {count} requests ran empty: raise --queue")
     return rows
+
+
+def busy_percent(bench: Bench, served: Served) -> float | None:
+    """Of a GPU: on a CPU host and device are one."""
+    return 100 * served.busy_share() if bench.worker.on_gpu else None
 
 
 def request_alone(bench: Bench) -> Row:
@@ -272,7 +280,6 @@ def poisson_row(policy: str, rate: float, served: Served, simulated: ServingResu
         "recomputed": served.result.num_recomputations,
         "swapped": served.result.num_swaps,
         "simulated_recomputed": simulated.num_recomputations,
-        "busy_percent": 100 * served.busy_share(),
     }
 
 
@@ -296,7 +303,7 @@ def peer(bench: Bench) -> list[Row]:
 
     worker, kept = bench.worker, bench.worker.model.config._attn_implementation
     batch = [Request(one, 0.0, PEER_PROMPT, PEER_NEW) for one in range(PEER_REQUESTS)]
-    server = Server(worker, bench.manager(PAGED), bench.limits(PAGED))
+    server = Server(worker, bench.manager(PAGED), limits_for(PAGED))
     served = server.serve(make_groups(batch))
     found = {"ours": (served.end_s, PEER_REQUESTS * PEER_NEW)}
     generator = np.random.default_rng(0)
@@ -313,7 +320,8 @@ def peer(bench: Bench) -> list[Row]:
 def rates_at(rows: Sequence[Row], alone: Row, latencies: Sequence[float]) -> list[Row]:
     """The rate at which a system's line reaches a latency, measured and simulated.
 
-    A line goes through the runs of one length; it begins with a request alone.
+    A line goes through the runs of one length; it begins with a request alone. Runs at more than
+    twice the latency are not on it: straight lines from far away say little.
     """
     found = []
     lines = dict.fromkeys((row["system"], row["trace_s"]) for row in rows)
@@ -321,7 +329,8 @@ def rates_at(rows: Sequence[Row], alone: Row, latencies: Sequence[float]) -> lis
         row: Row = {"system": system, "trace_s": seconds, "at_s_per_token": latency}
         for name, key in (("rate", "s_per_token"), ("simulated_rate", "simulated_s_per_token")):
             line = [r for r in rows if (r["system"], r["trace_s"]) == (system, seconds)]
-            points = sorted((one["rate"], one[key]) for one in line)
+            near = (one for one in line if one[key] <= 2 * latency)
+            points = sorted((one["rate"], one[key]) for one in near)
             row[name] = pictures.crossing([(0.0, alone[key]), *points], latency)
         if row["rate"] is not None:
             found.append(row)
@@ -365,8 +374,10 @@ def systems_of(text: str) -> tuple[str, ...]:
 def build_parser():
     parser = options(__doc__, drawn="poisson in Fig. 12's layout")
     add = parser.add_argument
-    text = "--json of an earlier run, or its file in results/ (repeatable): its poisson is drawn"
+    text = "--json of an earlier run, or its file in results/ (repeatable): nothing is measured"
     add("--earlier", type=file_name, action="append", default=[], metavar="FILE", help=text)
+    text = "with --earlier: what seeds 0 to N - 1 would have given, simulated"
+    add("--seeds", type=positive, metavar="N", help=text)
     add("--part", choices=PARTS, action="append", help="only this one (repeatable)")
     add("--model", choices=SHAPES, default="opt-13b", help="its shape (default opt-13b)")
     add("--layers", type=positive, metavar="N", help="only so many of its layers")
@@ -416,26 +427,57 @@ def make_model(model: Model, layers: int | None, ranks: Ranks, seed: int) -> Pre
     return made
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, lengths: Lengths) -> None:
     """Settle which parts, rates and blocks there are; UsageError for what makes no sense."""
+    if not args.tensor_parallel and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("torchrun runs several processes: --tensor-parallel")
     chosen = dict.fromkeys(POLICIES, ())
     for name, rates in args.rates:
         for policy in [name] if name else POLICIES:
             told = {(rate, seconds or args.trace_seconds) for rate, seconds in rates}
             chosen[policy] = tuple(sorted({*chosen[policy], *told}))
-    args.rates = chosen
-    if args.tensor_parallel and "peer" in (args.part or ()):
-        raise UsageError("--part peer: transformers' batching is for one process")
-    left_out = {"poisson": not any(chosen.values()), "peer": args.tensor_parallel}
-    args.part = args.part or [part for part in PARTS if not left_out.get(part)]
-    if "poisson" in args.part and not any(chosen[policy] for policy in args.systems):
+    args.rates = {policy: rates for policy, rates in chosen.items() if policy in args.systems}
+    shape, any_rates = SHAPES[args.model], any(args.rates.values())
+    no_peer = args.tensor_parallel or shape.family == "opt"
+    left_out = {"poisson": not any_rates, "peer": no_peer}
+    if "peer" in (args.part or ()) and no_peer:
+        raise UsageError("--part peer: transformers batches in one process, and no OPT: llama-13b")
+    if "poisson" in (args.part or ()) and not any_rates:
         raise UsageError("poisson needs --rates of the systems that run")
+    args.part = args.part or [part for part in PARTS if not left_out.get(part)]
+    if args.figures is not None and not ("poisson" in args.part and PAGED in args.systems):
+        raise UsageError("--figures draws the part poisson, relative to paged's")
     if args.blocks is None:
         known = args.model in DEPLOYMENTS
         args.blocks = kv_blocks(DEPLOYMENTS[args.model]) if known else TINY_BLOCKS
     if args.blocks * paper.BLOCK_SIZE < paper.MAX_MODEL_LEN:
         longest = paper.MAX_MODEL_LEN
         raise UsageError(f"--blocks {args.blocks}: a sequence of {longest} tokens needs more")
+    check_fits(args, lengths)
+
+
+def check_fits(args: argparse.Namespace, lengths: Lengths) -> None:
+    """UsageError unless each system's pool can hold each request of what it is to serve."""
+    asked = {policy: [] for policy in args.systems}
+    for policy, requests in asked.items():
+        if "samples" in args.part:
+            for count in SAMPLES:
+                trace = args.sample_rate, args.trace_seconds, args.seed
+                requests.append(requests_of(lengths, "Alpaca", *trace, count))
+        try:
+            for group in itertools.chain(*map(make_groups, requests)):
+                pool_of(policy, args.blocks, 0).require_fits(group)
+        except RequestTooLargeError as error:
+            raise UsageError(f"{policy}: {error}; raise --blocks") from None
+
+
+def check_memory(model: Model, args: argparse.Namespace, ranks: Ranks) -> None:
+    """DeviceMemoryError unless weights, K and V fit, all of them or this rank's share."""
+    itemsize = 2 if ranks.device.type == "cuda" else 4
+    layers = (args.layers or model.num_layers) / model.num_layers
+    weights = (model.split_params / ranks.size + model.whole_params) * itemsize * layers
+    slots = args.blocks * paper.BLOCK_SIZE * model.kv_bytes_per_token / 2 * itemsize * layers
+    check_device_memory(int(weights + slots / ranks.size), ranks.device)
 
 
 def set_up(script: Script, lengths: Lengths, ranks: Ranks, stack: ExitStack) -> Bench | None:
@@ -443,6 +485,7 @@ def set_up(script: Script, lengths: Lengths, ranks: Ranks, stack: ExitStack) -> 
     another to the end. The leader of others is closed with the stack."""
     args, num_blocks = script.args, script.args.blocks
     be_quiet()
+    check_memory(SHAPES[args.model], args, ranks)
     script.progress.at(0, 3, "weights")
     model = make_model(SHAPES[args.model], args.layers, ranks, args.seed)
     worker = Worker(
@@ -482,13 +525,14 @@ def copy_rate(device: torch.device) -> float:
 def run(argv: list[str] | None) -> int:
     script = Script(__file__, build_parser(), argv, on_gpu=False)
     args = script.args
-    if args.figures is not None:
-        drawing.check_folder(args.figures, [pictures.SERVED])
+    raise_on_interrupt()
     if args.earlier:
-        return draw_earlier(args)
-    check(args)
+        return earlier(script)
     try:
         lengths = find_lengths(args.lengths, None)
+        check(args, lengths)
+        if args.figures is not None:
+            drawing.check_folder(args.figures, [pictures.SERVED])
         with ExitStack() as stack:
             ranks = Ranks(0, 1, choose_device("auto"))
             if args.tensor_parallel:
@@ -501,35 +545,56 @@ def run(argv: list[str] | None) -> int:
     except (WorkloadError, UnsupportedModelError, RankLostError, RanksDifferError) as error:
         raise UsageError(str(error)) from None
     except (DeviceMemoryError, torch.OutOfMemoryError) as error:
-        raise UsageError(
-            f"out of memory: {first_line(error)}; lower --layers or --blocks"
-        ) from None
+        told = f"{first_line(error)}; lower --layers or --blocks, or --model tiny"
+        raise UsageError(told) from None
 
 
-def draw_earlier(args: argparse.Namespace) -> int:
-    """A picture of the rows that earlier runs kept. Raises UsageError for other files."""
-    if args.figures is None:
-        raise UsageError("--earlier draws: it needs --figures DIR")
-    rows, alone = [], {}
-    for path in args.earlier:
-        try:
-            kept = json.loads(read_bounded(Path(path), MOST_BYTES) or b"")
-            found = kept.get("output", kept)
-            (made,) = (one for one in found["tables"] if one["id"] == "poisson")
-            rows += made["rows"]
-            alone = alone or found["setting"]["alone"]
-            where = f"{found['options']['model']}, {found['setting']['blocks']} blocks"
-            where += f", {kept['device']}" if "device" in kept else ""
-            sound = all(float(row[key]) >= 0 for row in [*rows, alone] for key in NEEDED)
-            sound = sound and {row["system"] for row in rows} <= {*POLICIES} and rows[0]["trace_s"]
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            sound = False
-        if not sound:
-            raise UsageError(f"{path} holds no poisson of this script")
-    draw(rows, alone, where, args.figures)
-    return 0
+def earlier(script: Script) -> int:
+    """Of runs that were kept: the rates at a latency, a picture, and what other seeds would give.
+    Raises UsageError for other files."""
+    args, kept = script.args, [read_earlier(Path(path)) for path in script.args.earlier]
+    rows = [row for run in kept for row in run.get("poisson", ())]
+    alone = next((run["alone"] for run in kept if "alone" in run), None)
+    where = kept[0]["where"]
+    if alone is None and args.figures is not None:
+        raise UsageError("none of these runs has the part poisson")
+    if args.figures is not None:
+        draw(rows, alone, where, args.figures)
+    found: dict[str, object] = {}
+    if alone is not None:
+        found["rates_at"] = rates_at(rows, alone, at_latencies(alone))
+        show_rates(found["rates_at"], where)
+    if args.seeds:
+        latency = LONE * alone["s_per_token"] if alone else paper.RATE_AT_LATENCY
+        found["spread"] = spread([run["found"] for run in kept], latency, args.seeds)
+        show(table(TITLES["spread"], COLUMNS["spread"], found["spread"], where, 3))
+    return script.write(found, {"rates_at": 3, "spread": 2})
+
+
+def read_earlier(path: Path) -> dict:
+    """The document of a run, its poisson if it has one, and where it was. Raises UsageError."""
+    try:
+        kept = json.loads(read_bounded(path, MOST_BYTES) or b"")
+        found = kept.get("output", kept)
+        tables = {one["id"]: one["rows"] for one in found["tables"]}
+        where = f"{found['options']['model']}, {found['setting']['blocks']} blocks"
+        where += f", {kept['device']}" if "device" in kept else ""
+        read: dict = {"found": found, "where": where}
+        if "poisson" in tables:
+            read |= {"poisson": tables["poisson"], "alone": found["setting"]["alone"]}
+        checked = [*read.get("poisson", ()), *filter(None, [read.get("alone")])]
+        sound = all(float(row[key]) >= 0 for row in checked for key in NEEDED)
+        for row in [*read.get("poisson", ()), *tables.get("saturated", ())]:
+            sound = sound and row["system"] in POLICIES
+        sound = sound and all(int(row["trace_s"]) > 0 for row in read.get("poisson", ()))
+        Machine(found)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        sound = False
+    if not sound:
+        raise UsageError(f"{path} is no run of this script")
+    return read
 
 
 def draw(rows: Sequence[Row], alone: Row, where: str, directory: Path) -> None:
@@ -537,6 +602,17 @@ def draw(rows: Sequence[Row], alone: Row, where: str, directory: Path) -> None:
         raise UsageError("the rates are relative to vLLM's: paged must be among the systems")
     for path in pictures.draw_serving(rows, alone, LONE, where, directory):
         print(f"wrote {path}", file=sys.stderr)
+
+
+def at_latencies(alone: Row) -> tuple[float, float]:
+    return paper.RATE_AT_LATENCY, LONE * alone["s_per_token"]
+
+
+def show_rates(rows: Sequence[Row], where: str) -> None:
+    if rows:
+        show(table(TITLES["rates_at"], COLUMNS["rates_at"], rows, where, 3))
+    else:
+        print("No system reaches one of the latencies at these rates.")
 
 
 def measure(bench: Bench, ranks: Ranks) -> int:
@@ -562,13 +638,16 @@ def measure(bench: Bench, ranks: Ranks) -> int:
             shown["memory"] = rows
         if part == "poisson":
             found["alone"] = alone = request_alone(bench)
-            latencies = paper.RATE_AT_LATENCY, LONE * alone["s_per_token"]
             if args.figures is not None:
                 draw(rows, alone, where, args.figures)
-            found["rates_at"] = shown["rates_at"] = rates_at(rows, alone, latencies)
+            found["rates_at"] = rates_at(rows, alone, at_latencies(alone))
             index |= {"poisson": 3, "rates_at": 3}
         for name, part_rows in shown.items():
             show(table(TITLES[name], COLUMNS[name], part_rows, where, 3))
+        if part == "poisson":
+            show_rates(found["rates_at"], where)
+        if part == "saturated" and not all(row["unserved"] for row in rows):
+            print("A queue ran empty: its figures are too low; raise --queue.")
     if ranks.size > 1:
         sent = {name: getattr(worker, name) for name in ("messages", "bytes", "seconds")}
         found["orders"] = sent | {"ranks": ranks.size, "checked": args.check}

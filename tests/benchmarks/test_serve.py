@@ -105,42 +105,83 @@ def test_the_peer_serves_the_same_requests(run_script, tmp_path):
         ("--systems", "paged,orca"): "systems are max, pow2, oracle, paged",
         ("--seed", "-1"): "an integer from 0",
         ("--blocks", "12"): "a sequence of 2048 tokens needs more",
+        ("--part", "peer"): "no OPT",
+        ("--part", "samples", "--systems", "max", "--trace-seconds", "1"): "max: request 0 needs 4",
+        ("--model", "opt-66b", "--part", "steps"): "or --model tiny",
+        ("--figures", "out", "--part", "steps"): "draws the part poisson",
         ("--lengths", "no_such.csv"): "no_such.csv",
-        ("--earlier", "README.md"): "it needs --figures",
-        ("--part", "saturated", "--queue", "1", "--seconds", "60"): "raise --queue",
     }.items(),
     ids=str,
 )
-def test_what_cannot_be_used_is_one_line(options, told, capsys, monkeypatch):
-    monkeypatch.setattr(serve, "saturated", ran_empty)
-    assert serve.main(["--model", "tiny", "--quiet", *options]) == 2
+def test_what_cannot_be_used_is_one_line(options, told, capsys):
+    options = options if "--model" in options else ["--model", "tiny", *options]
+    assert serve.main(["--quiet", *options]) == 2
     captured = capsys.readouterr()
     assert told in captured.err and len(captured.err.splitlines()) == 1
 
 
+def test_torchrun_without_its_option_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert serve.main(["--model", "tiny"]) == 2
+    assert "--tensor-parallel" in capsys.readouterr().err
+
+
+CONSTANTS = {"step_s": 2e-3, "token_s": 4e-5, "context_s": 2e-7, "seq_s": 1e-5}
+CONSTANTS |= {"weights_s": 6e-3, "prompt_s": 1e-3, "block_size": 16}
+
+
+def a_run(path, **tables):
+    """A run of serve.py that was kept, as tools/record.py keeps it."""
+    alone = {"rate": 0.0, "s_per_token": 0.0085, "simulated_s_per_token": 0.0085}
+    options = {"model": "opt-13b", "cpu_blocks": 0, "dataset": "ShareGPT", "seconds": 20}
+    found = {"options": options | {"queue": 600}, "tables": []}
+    found["setting"] = {"blocks": 983, "constants": CONSTANTS, "alone": alone}
+    found["tables"] = [{"id": name, "rows": rows} for name, rows in tables.items()]
+    path.write_text(json.dumps({"output": found, "device": "a GPU"}))
+    return "--earlier", str(path)
+
+
+def point(system, rate=2.6, trace_s=45, **more):
+    measured = {"s_per_token": 0.12, "simulated_s_per_token": 0.13}
+    return {"system": system, "rate": rate, "trace_s": trace_s} | measured | more
+
+
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="no matplotlib")
 def test_earlier_runs_are_drawn_together(tmp_path, capsys):
-    def kept(name, rows, alone):
-        path = tmp_path / name
-        found = {"options": {"model": "tiny"}, "setting": {"blocks": 9, "alone": alone}}
-        found |= {"tables": [{"id": "poisson", "rows": rows}]}
-        path.write_text(json.dumps({"output": found, "device": "a GPU"}))
-        return "--earlier", str(path)
-
-    row = {"trace_s": 5, "rate": 1.0, "s_per_token": 0.2, "simulated_s_per_token": 0.3}
-    one = kept("one.json", [row | {"system": "paged"}], row)
-    two = kept("two.json", [row | {"system": "max"}], row)
+    one = a_run(tmp_path / "one.json", poisson=[point("paged", 9.0)])
+    two = a_run(tmp_path / "two.json", poisson=[point("max")])
     assert serve.main([*one, *two, "--figures", str(tmp_path)]) == 0
     assert (tmp_path / pictures.SERVED).stat().st_size > 10_000
-    bad = kept("bad.json", [row | {"system": "paged", "rate": None}], row)
-    other = kept("other.json", [row | {"system": "orca"}], row)
-    for options, told in ((two, "paged must be among"), (bad, "holds no"), (other, "holds no")):
+    assert "Requests/s at a latency" in capsys.readouterr().out
+    bad = a_run(tmp_path / "bad.json", poisson=[point("paged", None)])
+    other = a_run(tmp_path / "other.json", poisson=[point("orca")])
+    full = a_run(tmp_path / "full.json", saturated=[{"system": "paged"}])
+    readme = "--earlier", __file__
+    for options, told in (
+        (two, "paged must be among"),
+        (bad, "is no run of this script"),
+        (other, "is no run of this script"),
+        (readme, "is no run of this script"),
+        (("--earlier", "no_such"), "No such file"),
+        (full, "none of these runs has the part poisson"),
+    ):
         assert serve.main([*options, "--figures", str(tmp_path)]) == 2
         assert told in capsys.readouterr().err
 
 
-def ran_empty(bench):
-    raise serve.UsageError(f"the queue ran empty: raise --queue {bench.args.queue}")
+def test_other_seeds_are_simulated(tmp_path, capsys):
+    rows = [point("max"), point("paged", 9.0), point("paged", 40.0, 15)]
+    full = [{"system": system} for system in ("max", "paged")]
+    run = a_run(tmp_path / "run.json", poisson=rows, saturated=full)
+    out = tmp_path / "out.json"
+    assert serve.main([*run, "--seeds", "2", "--json", str(out)]) == 0
+    (spread,) = (t for t in json.loads(out.read_text())["tables"] if t["id"] == "spread")
+    assert [(row["what"], row["seed"]) for row in spread["rows"]] == [
+        (what, seed) for seed in (0, 1) for what in ("full queue", "at 0.115 s/token")
+    ]
+    for row in spread["rows"]:
+        assert 2.0 < row["over_max"] < 6.0 and row["over_oracle"] is None
+    assert spread["rows"][0]["paged"] != spread["rows"][2]["paged"]
 
 
 def test_a_rate_is_read_between_two_points():
@@ -160,11 +201,10 @@ def test_lines_begin_with_a_request_alone_and_have_traces_of_one_length():
     shown = [(one["system"], one["trace_s"], one["at_s_per_token"], one["rate"]) for one in found]
     assert shown == [
         ("paged", 60, 0.2, pytest.approx(2.5)),
-        ("paged", 15, 0.2, pytest.approx(9 * 0.18 / 0.48)),
-        ("paged", 15, 0.5, pytest.approx(9.0)),
+        ("paged", 15, 0.5, pytest.approx(9.0)),  # its run is too far above 0.2
     ]
     assert found[0]["simulated_rate"] == pytest.approx(2.45)
-    assert found[2]["simulated_rate"] is None
+    assert found[1]["simulated_rate"] is None
 
 
 def test_constants_come_out_of_the_iterations_that_they_made(monkeypatch):

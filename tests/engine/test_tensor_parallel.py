@@ -188,15 +188,15 @@ def test_random_shares_differ_and_what_is_whole_does_not(family, tied):
 def test_models_that_do_not_part_are_refused_by_name():
     with pytest.raises(UnsupportedModelError, match="gpt2 is not parted over ranks: opt, llama"):
         shard(small("gpt2"), rank(0))
-    with pytest.raises(UnsupportedModelError, match="opt: 4 query heads are not parted over 3"):
+    with pytest.raises(UnsupportedModelError, match="opt: 4 query heads cannot be divided among 3"):
         shard(small("opt"), rank(0, 3))
-    with pytest.raises(UnsupportedModelError, match="llama: 2 K/V heads are not parted over 4"):
+    with pytest.raises(UnsupportedModelError, match="llama: 2 K/V heads cannot be divided among 4"):
         shard(small("llama"), rank(0, 4))
     with torch.device("meta"):
         odd = AutoModelForCausalLM.from_config(
             AutoConfig.for_model("llama", **{**CONFIGS["llama"], "intermediate_size": 81})
         )
-    with pytest.raises(UnsupportedModelError, match="81 rows of an MLP are not parted over 2"):
+    with pytest.raises(UnsupportedModelError, match="81 rows of an MLP cannot be divided among 2"):
         shard(odd, rank(0))
     for change in (fuse, partial(shard, ranks=rank(0))):
         model = AutoModelForCausalLM.from_config(small("llama").config)

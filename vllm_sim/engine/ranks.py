@@ -163,7 +163,7 @@ def _number(name: str) -> int:
         return int(os.environ[name])
     except (KeyError, ValueError):
         raise UsageError(
-            f"no {name} from torchrun: torchrun --nproc-per-node 2 generate.py --tensor-parallel"
+            f"no {name} from torchrun: torchrun --nproc-per-node 2 SCRIPT --tensor-parallel"
         ) from None
 
 

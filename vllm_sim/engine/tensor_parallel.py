@@ -62,7 +62,9 @@ def shard(model: PreTrainedModel, ranks: Ranks) -> None:
     parted = {"query heads": num_heads, "K/V heads": num_kv_heads, "rows of an MLP": inner}
     for what, count in parted.items():
         if count % size:
-            raise UnsupportedModelError(f"{name}: {count} {what} are not parted over {size} ranks")
+            raise UnsupportedModelError(
+                f"{name}: {count} {what} cannot be divided among {size} ranks"
+            )
     layers = [(path.rpartition(".")[2], layer) for path, layer in model.named_modules()]
     if any(type(one) is not nn.Linear for part, one in layers if part in BY_ROWS | BY_COLUMNS):
         raise UnsupportedModelError(f"{name}: it is parted, or its layers fused, already")

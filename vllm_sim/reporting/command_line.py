@@ -20,7 +20,8 @@ def begin(script: str, *packages: str) -> None:
     """Before a script loads its modules: Ctrl-C ends it at once, packages not there take a line."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # numpy even loses an exception
     if missing := [package for package in packages if find_spec(package) is None]:
-        sys.exit(_refuse(script, f"no {' and '.join(missing)}: pip install -r requirements.txt"))
+        file = "requirements-models.txt" if "transformers" in missing else "requirements.txt"
+        sys.exit(_refuse(script, f"no {' and '.join(missing)}: pip install -r {file}"))
 
 
 def raise_on_interrupt() -> None:
