@@ -65,6 +65,7 @@ PAGES = {  # page: its title, one sentence, the results
             "serve_poisson_pow2_oracle",
             "serve_samples",
             "serve_peer",
+            "serve_spread",
         ),
     ),
     "servers": (
