@@ -438,7 +438,7 @@ def test_no_reader_is_left_out():
     }
     # LENGTHS_DIR and the task are in fuzz_variables; any text will do for a commit. Torchrun's
     # (`name` is of three) are in tests/engine/test_tensor_parallel.py.
-    torchrun = {"name", "MASTER_ADDR", "LOCAL_WORLD_SIZE"}
+    torchrun = {"name", "MASTER_ADDR", "LOCAL_WORLD_SIZE", "WORLD_SIZE"}
     assert variables == {"LENGTHS_DIR", "TASK", "COMMIT"} | torchrun
 
 
