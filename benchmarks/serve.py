@@ -526,9 +526,9 @@ def run(argv: list[str] | None) -> int:
     script = Script(__file__, build_parser(), argv, on_gpu=False)
     args = script.args
     raise_on_interrupt()
-    if args.earlier:
-        return earlier(script)
     try:
+        if args.earlier:
+            return earlier(script)
         lengths = find_lengths(args.lengths, None)
         check(args, lengths)
         if args.figures is not None:
@@ -552,7 +552,8 @@ def run(argv: list[str] | None) -> int:
 def earlier(script: Script) -> int:
     """Of runs that were kept: the rates at a latency, a picture, and what other seeds would give.
     Raises UsageError for other files."""
-    args, kept = script.args, [read_earlier(Path(path)) for path in script.args.earlier]
+    args, lengths = script.args, find_lengths(script.args.lengths, None)
+    kept = [read_earlier(Path(path), lengths) for path in args.earlier]
     rows = [row for run in kept for row in run.get("poisson", ())]
     alone = next((run["alone"] for run in kept if "alone" in run), None)
     where = kept[0]["where"]
@@ -566,20 +567,20 @@ def earlier(script: Script) -> int:
         show_rates(found["rates_at"], where)
     if args.seeds:
         latency = LONE * alone["s_per_token"] if alone else paper.RATE_AT_LATENCY
-        found["spread"] = spread([run["found"] for run in kept], latency, args.seeds)
+        found["spread"] = spread([run["machine"] for run in kept], latency, args.seeds)
         show(table(TITLES["spread"], COLUMNS["spread"], found["spread"], where, 3))
     return script.write(found, {"rates_at": 3, "spread": 2})
 
 
-def read_earlier(path: Path) -> dict:
-    """The document of a run, its poisson if it has one, and where it was. Raises UsageError."""
+def read_earlier(path: Path, lengths: Lengths) -> dict:
+    """What a run was made with, its poisson if it has one, and where it was. Raises UsageError."""
     try:
         kept = json.loads(read_bounded(path, MOST_BYTES) or b"")
         found = kept.get("output", kept)
         tables = {one["id"]: one["rows"] for one in found["tables"]}
         where = f"{found['options']['model']}, {found['setting']['blocks']} blocks"
         where += f", {kept['device']}" if "device" in kept else ""
-        read: dict = {"found": found, "where": where}
+        read: dict = {"machine": Machine(found, lengths), "where": where}
         if "poisson" in tables:
             read |= {"poisson": tables["poisson"], "alone": found["setting"]["alone"]}
         checked = [*read.get("poisson", ()), *filter(None, [read.get("alone")])]
@@ -587,7 +588,6 @@ def read_earlier(path: Path) -> dict:
         for row in [*read.get("poisson", ()), *tables.get("saturated", ())]:
             sound = sound and row["system"] in POLICIES
         sound = sound and all(int(row["trace_s"]) > 0 for row in read.get("poisson", ()))
-        Machine(found)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):

@@ -4,7 +4,7 @@ Serves section 6.2. Short traces of few requests differ from seed to seed by mor
 simulated runs of one seed do. With the constants that a run of serve.py has fitted this simulates
 its full queue, and finds the rate at a latency, for each seed.
 
-    rows = spread(found, latency_s, seeds=8)        # found: the JSON of runs of serve.py
+    rows = spread(machines, latency_s, seeds=8)     # machines: of the JSON of runs of serve.py
 
 A trace's latency does not only grow with the rate, as each rate has requests of its own: rates are
 tried 5 % apart, and lines read where they first pass.
@@ -69,14 +69,14 @@ def limits_for(policy: str) -> Limits:
 
 
 class Machine:
-    """What one run was made with: its constants, memory and requests."""
+    """What one run was made with: its constants and memory, and the lengths that it had."""
 
-    def __init__(self, found: Mapping[str, object]) -> None:
+    def __init__(self, found: Mapping[str, object], lengths: Lengths) -> None:
         setting, options = found["setting"], found["options"]
         self.latency = ApartLatency(**setting["constants"])
         self.sizes = setting["blocks"], options["cpu_blocks"]
         self.dataset, self.seconds = options["dataset"], options["seconds"]
-        self.queue, self.lengths = options["queue"], Lengths({})
+        self.queue, self.lengths = options["queue"], lengths
         self.tables = {table["id"]: table["rows"] for table in found["tables"]}
 
     def run(self, policy: str, requests: Sequence[Request], **window) -> ServingResult:
@@ -101,11 +101,11 @@ class Machine:
         return crossing([(0.0, 0.0), *points], latency_s)
 
 
-def spread(found: Sequence[Mapping[str, object]], latency_s: float, seeds: int) -> list[Row]:
+def spread(machines: Sequence[Machine], latency_s: float, seeds: int) -> list[Row]:
     """By seed: requests a second of paged over the others', with a full queue and at a latency."""
     rows: list[Row] = []
     for seed in range(seeds):
-        for what, rates in _rates([*map(Machine, found)], latency_s, seed):
+        for what, rates in _rates(machines, latency_s, seed):
             row: Row = {"what": what, "seed": seed, "paged": rates.get(PAGED)}
             for policy in reversed(CONTIGUOUS):
                 sound = rates.get(PAGED) and rates.get(policy)
