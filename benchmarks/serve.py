@@ -178,7 +178,7 @@ class Bench:
         served = server.serve(make_groups(requests), **window, progress=progress)
         self.script.progress.clear()
         parts[1].manager = manager = self.manager(policy)
-        told = dict(latency=self.latency, observers=[parts[1]], **window)
+        told = dict(latency=self.latency, observers=[parts[1]], ahead=True, **window)
         return served, simulate(requests, manager, limits, **told), *parts
 
 

@@ -253,6 +253,20 @@ def test_nobody_is_served_before_arrival():
             assert result.finish_s[request.request_id] >= least
 
 
+@pytest.mark.parametrize(("ahead", "second"), [(False, 4.0), (True, 5.0)])
+def test_decided_ahead_what_arrives_meanwhile_waits_for_one_more(ahead, second):
+    # Iterations take a second: one arrives as the second of them runs, one while nothing does.
+    requests = [Request(0, 0.0, 3, 9), Request(1, 1.5, 3, 2), Request(2, 20.5, 3, 2)]
+    result = simulate(requests, PagedKVCacheManager(50, 4), ahead=ahead)
+    assert result.finish_s == {0: 9.0, 1: second, 2: 22.5}
+
+
+def test_decided_ahead_nothing_changes_for_those_who_are_there_from_the_start():
+    requests = [Request(nth, 0.0, 5 + nth % 7, 3 + nth % 11) for nth in range(40)]
+    found = [simulate(requests, PagedKVCacheManager(30, 4), ahead=ahead) for ahead in (False, True)]
+    assert found[0] == found[1] and found[0].num_recomputations > 0
+
+
 def test_what_goes_out_and_what_comes_in_are_counted_apart():
     """Over a whole run they are the same, so a run cannot tell."""
     result = ServingResult()

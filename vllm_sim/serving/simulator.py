@@ -148,6 +148,7 @@ def simulate(
     on_decision: Callable[[Scheduler, Iteration], None] | None = None,
     window_s: tuple[float, float] = (0.0, math.inf),
     until_s: float = math.inf,
+    ahead: bool = False,
     plain: bool = False,
     check: bool = False,
     progress: Progress = SILENT,
@@ -166,7 +167,9 @@ def simulate(
     result are about those. `on_decision` is told of the iterations that were decided, not of those
     taken at once; what it raises ends the run. The run is cut at the first iteration that would
     start at `until_s`. A request that arrives within rounding of an iteration's start may fall on
-    either side of it, and on the other one in `plain`, which adds up in another order.
+    either side of it, and on the other one in `plain`, which adds up in another order. With `ahead`
+    an iteration is decided while the one before it is computed, as vllm_sim/engine/server.py does:
+    what arrives meanwhile waits for one more.
 
     Raises RequestTooLargeError and, for ids given twice, ValueError before anything runs.
     """
@@ -179,13 +182,14 @@ def simulate(
     arrivals = [group.arrival_s for group in queue] + [math.inf]
     result = ServingResult()
     now, arrived, events = arrivals[0], 0, 0
+    decided = now  # with `ahead`: as the one before began
     while now < until_s:
         events += 1
         if not events % EVENTS:
             progress.at(len(result.finish_s), len(queue))
         in_window = window_s[0] <= now < window_s[1]
         watching = observers if in_window else ()
-        steps = 0 if plain or check or watching else scheduler.quiet_steps()
+        steps = 0 if plain or check or watching or ahead else scheduler.quiet_steps()
         if steps:
             # The first iteration that starts at or after one of these is the next to look at.
             until = arrivals[arrived] if scheduler.admits_arrivals else math.inf
@@ -200,9 +204,11 @@ def simulate(
             now += latency.decode_steps(steps, scheduler.num_running_seqs, scheduler.context_tokens)
             completion = scheduler.advance(steps)
         else:
-            while arrivals[arrived] <= now:
+            known = decided if ahead and not scheduler.idle else now
+            while arrivals[arrived] <= known:
                 scheduler.enqueue(queue[arrived])
                 arrived += 1
+            decided = now
             iteration = scheduler.schedule(now)
             if on_decision is not None:
                 on_decision(scheduler, iteration)
