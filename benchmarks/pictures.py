@@ -93,7 +93,7 @@ def served_rates(rows: Sequence[Row], alone: Row, times: float, where: str) -> F
     """Fig. 12a: seconds per token by rate, of the traces that are longest.
 
     Both axes are relative, as the paper's GPU is another: to a request alone, which on its GPU
-    takes 1 / `times` of 0.5 s a token, and to vLLM's rate at `times` that.
+    takes 1 / `times` of 0.5 s a token, and to vLLM's rate at `times` that, which it must reach.
     """
     from matplotlib.lines import Line2D
 
@@ -114,7 +114,7 @@ def served_rates(rows: Sequence[Row], alone: Row, times: float, where: str) -> F
         for key in keys
     }
     for key, style in keys.items():
-        unit = crossing(lines[key][VLLM], times) or lines[key][VLLM][-1][0]
+        unit = crossing([(0.0, 1.0), *lines[key][VLLM]], times)
         for system, points in lines[key].items():
             colour, marker = looks[system] = LOOKS[system]
             style |= {"color": colour, "marker": marker if style["linestyle"] == "-" else "."}

@@ -1,6 +1,6 @@
 """Figs. 12, 13 and 14 by a model that runs, beside the simulator on the very same requests.
 
-    python benchmarks/serve.py                        # all but poisson; OPT-13B, 48 GB of a GPU
+    python benchmarks/serve.py                        # steps, saturated, samples; 48 GB of a GPU
     python benchmarks/serve.py --part saturated --systems paged,oracle --seconds 30
     python benchmarks/serve.py --part poisson --rates paged=5,6 --rates max=1.5 --trace-seconds 60
     python benchmarks/serve.py --model tiny --dataset Alpaca --part saturated --seconds 3    # a CPU
@@ -29,7 +29,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,11 +63,11 @@ from paged_attention import DeviceMemoryError, check_device_memory, choose_devic
 from vllm_sim import paper
 from vllm_sim.engine.fused import fuse
 from vllm_sim.engine.ranks import RankLostError, Ranks, RanksDifferError, join
-from vllm_sim.engine.server import Served, Server
+from vllm_sim.engine.server import Server
 from vllm_sim.engine.support import UnsupportedModelError
 from vllm_sim.engine.tensor_parallel import Leader, follow, shard
 from vllm_sim.engine.weights import be_quiet, first_line, random_model
-from vllm_sim.engine.worker import DECODE_SIZES, Worker
+from vllm_sim.engine.worker import Worker
 from vllm_sim.models import DEPLOYMENTS, MODELS, Model, kv_blocks, opt
 from vllm_sim.reporting import drawing
 from vllm_sim.reporting.arguments import file_name, positive, seed
@@ -75,7 +75,7 @@ from vllm_sim.reporting.files import read_bounded
 from vllm_sim.reporting.progress import SILENT
 from vllm_sim.serving.latency import ApartLatency
 from vllm_sim.serving.scheduler import Iteration, Manager
-from vllm_sim.serving.simulator import Observer, ServingResult, make_groups, simulate
+from vllm_sim.serving.simulator import Observer, make_groups, simulate
 from vllm_sim.serving.systems import PAGED, POLICIES
 from vllm_sim.workload.data_sets import Lengths, find_lengths
 from vllm_sim.workload.requests import Request
@@ -95,45 +95,36 @@ EVERY = 16  # iterations between two looks at where the memory is
 PEER_REQUESTS, PEER_PROMPT, PEER_NEW = 64, 160, 128
 SAMPLES = (2, 4, 6)
 MOST_BYTES = 64 << 20  # of an earlier run's file
+TOLD = RankLostError, RanksDifferError, RequestTooLargeError, UnsupportedModelError, WorkloadError
 NEEDED = ("rate", "s_per_token", "simulated_s_per_token")  # of a row that is drawn
-BATCH = (("batch", "batch"), ("simulated", "simulated_batch"))
-LATENCY = (("s/token", "s_per_token"), ("simulated", "simulated_s_per_token"))
-RATE = (("system", "system"), ("req/s", "rate"), ("requests", "requests"), *LATENCY, *BATCH)
-EVENTS = (("recomputed", "recomputed"), ("swapped", "swapped"))
+
+
+def columns(text: str) -> list[tuple[str, str]]:
+    """Of a table: 'header=key', or a header alone that spells its key."""
+    found = []
+    for one in text.split(", "):
+        header, told, key = one.partition("=")
+        spelled = header.replace(" ", "_").replace("%", "percent").replace("/", "_per_")
+        found.append((header, key if told else spelled))
+    return found
+
+
+BATCH = "batch, simulated=simulated_batch"
+RATE = f"system, req/s=rate, requests, s/token, simulated=simulated_s_per_token, {BATCH}"
+FULL = "system, req/s=requests_per_s, simulated=simulated_requests_per_s, tokens/s"
 COLUMNS = {
-    "steps": (
-        *(("batch", "batch"), ("context", "context"), ("step ms", "step_ms")),
-        *(("floor ms", "floor_ms"), ("over floor", "over_floor"), ("paging %", "paging_percent")),
+    "steps": columns("batch, context, step ms, floor ms, over floor, paging %"),
+    "saturated": columns(f"{FULL}, {BATCH}, device busy %=busy_percent, recomputed, unserved"),
+    "memory": columns(
+        "system, tokens %, simulated=simulated_tokens_percent, reserved %, internal %"
     ),
-    "saturated": (
-        *(("system", "system"), ("req/s", "requests_per_s")),
-        *(("simulated", "simulated_requests_per_s"), ("tokens/s", "tokens_per_s"), *BATCH),
-        *(("device busy %", "busy_percent"), ("recomputed", "recomputed")),
-        ("unserved", "unserved"),
+    "poisson": columns(f"trace s, {RATE}, recomputed, swapped"),
+    "samples": columns(f"samples, {RATE}, saved %, simulated=simulated_saved_percent"),
+    "peer": columns("server, seconds, tokens, tokens/s"),
+    "rates_at": columns(
+        "system, trace s, s/token=at_s_per_token, req/s=rate, simulated=simulated_rate"
     ),
-    "memory": (
-        *(("system", "system"), ("tokens %", "tokens_percent")),
-        *(("simulated", "simulated_tokens_percent"), ("reserved %", "reserved_percent")),
-        ("internal %", "internal_percent"),
-    ),
-    "poisson": (("trace s", "trace_s"), *RATE, *EVENTS),
-    "samples": (
-        *(("samples", "samples"), *RATE, ("saved %", "saved_percent")),
-        ("simulated", "simulated_saved_percent"),
-    ),
-    "peer": (
-        *(("server", "server"), ("seconds", "seconds"), ("tokens", "tokens")),
-        ("tokens/s", "tokens_per_s"),
-    ),
-    "rates_at": (
-        *(("system", "system"), ("trace s", "trace_s"), ("s/token", "at_s_per_token")),
-        ("req/s", "rate"),
-        ("simulated", "simulated_rate"),
-    ),
-    "spread": (
-        *(("", "what"), ("seed", "seed"), ("paged", "paged"), ("over oracle", "over_oracle")),
-        *(("over pow2", "over_pow2"), ("over max", "over_max")),
-    ),
+    "spread": columns("=what, seed, paged, over oracle, over pow2, over max"),
 }
 TITLES = {
     "steps": "A decode step over its floor, and what paging costs it",
@@ -153,7 +144,6 @@ class Bench:
 
     script: Script
     worker: Worker
-    num_blocks: int
     lengths: Lengths
     latency: ApartLatency
     bandwidth: float
@@ -163,7 +153,7 @@ class Bench:
         return self.script.args
 
     def manager(self, policy: str) -> Manager:
-        return pool_of(policy, self.num_blocks, self.args.cpu_blocks)
+        return pool_of(policy, self.args.blocks, self.args.cpu_blocks)
 
     def requests(self, rate: float, seconds: float, dataset: str, samples: int = 1):
         return requests_of(self.lengths, dataset, rate, seconds, self.args.seed, samples)
@@ -187,29 +177,22 @@ class Parts(Observer):
 
     def __init__(self) -> None:
         self.manager = None
-        self._seen, self._sums = 0, dict.fromkeys(("tokens", "reserved", "internal"), 0.0)
-        self._saved, self._told = 0.0, itertools.count()
+        self._told = self._seen = 0
+        self._sums = dict.fromkeys(("tokens", "reserved", "internal", "saved"), 0.0)
 
     def on_iteration(self, iteration: Iteration) -> None:
-        if next(self._told) % EVERY or not iteration.num_groups:
+        self._told += 1
+        if self._told % EVERY != 1 or not iteration.num_groups:
             return
         usage = self.manager.usage()
         self._seen += 1
-        self._saved += 100 * usage.saved
         for part in self._sums:
-            self._sums[part] += 100 * usage.share(part)
+            self._sums[part] += 100 * (usage.saved if part == "saved" else usage.share(part))
 
-    def shares(self) -> dict[str, float | None]:
-        """None if there was nothing to see."""
-        return {part: self._mean(total) for part, total in self._sums.items()}
-
-    @property
-    def saved(self) -> float | None:
-        """% of blocks that sharing saves (Fig. 15)."""
-        return self._mean(self._saved)
-
-    def _mean(self, total: float) -> float | None:
-        return total / self._seen if self._seen else None
+    def __getitem__(self, part: str) -> float | None:
+        """None if there was nothing to see. `saved` is the % of blocks that sharing saves (Fig.
+        15)."""
+        return self._sums[part] / self._seen if self._seen else None
 
 
 def saturated(bench: Bench) -> list[Row]:
@@ -230,19 +213,15 @@ def saturated(bench: Bench) -> list[Row]:
                 "tokens_per_s": served.num_tokens / length,
                 "batch": served.result.mean_window_batch,
                 "simulated_batch": simulated.mean_window_batch,
-                "busy_percent": busy_percent(bench, served),
+                # On a CPU host and device are one.
+                "busy_percent": 100 * served.busy_share() if bench.worker.on_gpu else None,
                 "recomputed": served.result.num_recomputations,
                 "unserved": len(requests) - len(served.result.finish_s),
-                **{f"{part}_percent": share for part, share in parts.shares().items()},
-                "simulated_tokens_percent": parts_simulated.shares()["tokens"],
+                **{f"{part}_percent": parts[part] for part in ("tokens", "reserved", "internal")},
+                "simulated_tokens_percent": parts_simulated["tokens"],
             }
         )
     return rows
-
-
-def busy_percent(bench: Bench, served: Served) -> float | None:
-    """Of a GPU: on a CPU host and device are one."""
-    return 100 * served.busy_share() if bench.worker.on_gpu else None
 
 
 def request_alone(bench: Bench) -> Row:
@@ -252,8 +231,7 @@ def request_alone(bench: Bench) -> Row:
         round(float(np.mean([getattr(one, name) for one in requests])))
         for name in ("prompt_len", "output_len")
     )
-    served, simulated, *_ = bench.both(PAGED, [Request(0, 0.0, prompt, output)])
-    return poisson_row(PAGED, 0.0, served, simulated)
+    return poisson_row(bench, PAGED, 0.0, [Request(0, 0.0, prompt, output)])[0]
 
 
 def poisson(bench: Bench) -> list[Row]:
@@ -262,14 +240,14 @@ def poisson(bench: Bench) -> list[Row]:
     for policy in bench.args.systems:
         for rate, seconds in bench.args.rates.get(policy, ()):
             requests = bench.requests(rate, seconds, bench.args.dataset)
-            served, simulated, *_ = bench.both(policy, requests)
-            row = poisson_row(policy, rate, served, simulated)
-            rows.append({"trace_s": seconds} | row)
+            rows.append({"trace_s": seconds} | poisson_row(bench, policy, rate, requests)[0])
     return rows
 
 
-def poisson_row(policy: str, rate: float, served: Served, simulated: ServingResult) -> Row:
-    return {
+def poisson_row(bench: Bench, policy: str, rate: float, requests: Sequence[Request]):
+    """The row of these requests, and where the memory was, measured and simulated."""
+    served, simulated, *parts = bench.both(policy, requests)
+    row = {
         "system": policy,
         "rate": rate,
         "requests": len(served.result.finish_s),
@@ -281,6 +259,7 @@ def poisson_row(policy: str, rate: float, served: Served, simulated: ServingResu
         "swapped": served.result.num_swaps,
         "simulated_recomputed": simulated.num_recomputations,
     }
+    return row, *parts
 
 
 def samples(bench: Bench) -> list[Row]:
@@ -290,10 +269,9 @@ def samples(bench: Bench) -> list[Row]:
         for policy in bench.args.systems:
             rate = bench.args.sample_rate
             requests = bench.requests(rate, bench.args.trace_seconds, "Alpaca", count)
-            served, simulated, parts, parts_simulated = bench.both(policy, requests)
-            row = {"samples": count} | poisson_row(policy, rate, served, simulated)
-            row |= {"saved_percent": parts.saved, "simulated_saved_percent": parts_simulated.saved}
-            rows.append(row)
+            row, parts, simulated = poisson_row(bench, policy, rate, requests)
+            saved = {"saved_percent": parts["saved"], "simulated_saved_percent": simulated["saved"]}
+            rows.append({"samples": count} | row | saved)
     return rows
 
 
@@ -308,7 +286,7 @@ def peer(bench: Bench) -> list[Row]:
     found = {"ours": (served.end_s, PEER_REQUESTS * PEER_NEW)}
     generator = np.random.default_rng(0)
     prompts = generator.integers(0, 500, (PEER_REQUESTS, PEER_PROMPT)).tolist()
-    memory = bench.num_blocks, worker.block_size
+    memory = bench.args.blocks, worker.block_size
     found["transformers"] = transformers_batching(worker.model, prompts, PEER_NEW, *memory)
     worker.model.set_attn_implementation(kept)
     return [
@@ -352,16 +330,17 @@ def rates_of(text: str) -> tuple[str | None, tuple[tuple[float, int | None], ...
         0 < rate < 1e6 and (seconds is None or 0 < seconds < 1e6) for rate, seconds in rates
     )
     if not rates or not sound or name not in ("", *POLICIES):
-        told = f"{', '.join(POLICIES)}"
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of rates, of {told}: paged=5,30@15")
+        told = f"{text!r} is no list of rates, of {', '.join(POLICIES)}: paged=5,30@15"
+        raise argparse.ArgumentTypeError(told)
     return name or None, rates
 
 
 def one_rate(text: str) -> float:
-    (_, rates) = rates_of(f"paged={text}")
-    if len(rates) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than one rate")
-    return rates[0][0]
+    """'20': requests a second, of all systems and as long as --trace-seconds."""
+    with suppress(ValueError):
+        if 0 < (rate := float(text)) < 1e6:
+            return rate
+    raise argparse.ArgumentTypeError(f"{text!r} is not a rate")
 
 
 def systems_of(text: str) -> tuple[str, ...]:
@@ -394,7 +373,7 @@ def build_parser():
     add("--sample-rate", type=one_rate, default=20.0, metavar="R", help=text)
     add("--trace-seconds", type=positive, default=60, metavar="N", help="of arrivals (default 60)")
     add("--seconds", type=positive, default=30, metavar="N", help="of saturated (default 30)")
-    add("--queue", type=positive, default=600, metavar="N", help="requests of saturated")
+    add("--queue", type=positive, default=600, metavar="N", help="of saturated (default 600)")
     text = "one model over the processes of torchrun (Sec. 4.6)"
     add("--tensor-parallel", action="store_true", help=text)
     text = "all ranks compare their tables after each iteration"
@@ -431,6 +410,8 @@ def check(args: argparse.Namespace, lengths: Lengths) -> None:
     """Settle which parts, rates and blocks there are; UsageError for what makes no sense."""
     if not args.tensor_parallel and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("torchrun runs several processes: --tensor-parallel")
+    if args.check and not args.tensor_parallel:
+        raise UsageError("--check compares ranks: --tensor-parallel")
     chosen = dict.fromkeys(POLICIES, ())
     for name, rates in args.rates:
         for policy in [name] if name else POLICIES:
@@ -444,9 +425,9 @@ def check(args: argparse.Namespace, lengths: Lengths) -> None:
         raise UsageError("--part peer: transformers batches in one process, and no OPT: llama-13b")
     if "poisson" in (args.part or ()) and not any_rates:
         raise UsageError("poisson needs --rates of the systems that run")
-    args.part = args.part or [part for part in PARTS if not left_out.get(part)]
-    if args.figures is not None and not ("poisson" in args.part and PAGED in args.systems):
-        raise UsageError("--figures draws the part poisson, relative to paged's")
+    args.part = list(dict.fromkeys(args.part or [one for one in PARTS if not left_out.get(one)]))
+    if args.figures is not None and not ("poisson" in args.part and args.rates.get(PAGED)):
+        raise UsageError("--figures draws the part poisson, relative to paged's rates")
     if args.blocks is None:
         known = args.model in DEPLOYMENTS
         args.blocks = kv_blocks(DEPLOYMENTS[args.model]) if known else TINY_BLOCKS
@@ -457,16 +438,14 @@ def check(args: argparse.Namespace, lengths: Lengths) -> None:
 
 
 def check_fits(args: argparse.Namespace, lengths: Lengths) -> None:
-    """UsageError unless each system's pool can hold each request of what it is to serve."""
-    asked = {policy: [] for policy in args.systems}
-    for policy, requests in asked.items():
-        if "samples" in args.part:
-            for count in SAMPLES:
-                trace = args.sample_rate, args.trace_seconds, args.seed
-                requests.append(requests_of(lengths, "Alpaca", *trace, count))
+    """UsageError unless each system's pool can hold each request of `samples`; what the other parts
+    serve is one sequence, no longer than the model's maximum."""
+    trace = args.sample_rate, args.trace_seconds, args.seed
+    for policy, count in itertools.product(args.systems, SAMPLES if "samples" in args.part else ()):
+        pool = pool_of(policy, args.blocks, 0)
         try:
-            for group in itertools.chain(*map(make_groups, requests)):
-                pool_of(policy, args.blocks, 0).require_fits(group)
+            for group in make_groups(requests_of(lengths, "Alpaca", *trace, count)):
+                pool.require_fits(group)
         except RequestTooLargeError as error:
             raise UsageError(f"{policy}: {error}; raise --blocks") from None
 
@@ -494,7 +473,7 @@ def set_up(script: Script, lengths: Lengths, ranks: Ranks, stack: ExitStack) -> 
         paper.BLOCK_SIZE,
         max_len=paper.MAX_MODEL_LEN,
         num_cpu_blocks=args.cpu_blocks,
-        most_rows=max(DECODE_SIZES[-1], num_blocks),
+        most_rows=max(SAMPLES) * num_blocks,  # of a group's sequences each may share one block
         temperature=TEMPERATURE,
         seed=args.seed,
     )
@@ -510,7 +489,7 @@ def set_up(script: Script, lengths: Lengths, ranks: Ranks, stack: ExitStack) -> 
     script.progress.at(2, 3, "constants")
     latency = fit(calibrate(worker, num_blocks), worker, bandwidth)
     script.progress.clear()
-    return Bench(script, worker, num_blocks, lengths, latency, bandwidth)
+    return Bench(script, worker, lengths, latency, bandwidth)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -529,6 +508,8 @@ def run(argv: list[str] | None) -> int:
     try:
         if args.earlier:
             return earlier(script)
+        if args.seeds:
+            raise UsageError("--seeds is of runs that were kept: --earlier")
         lengths = find_lengths(args.lengths, None)
         check(args, lengths)
         if args.figures is not None:
@@ -542,7 +523,7 @@ def run(argv: list[str] | None) -> int:
             if bench is None:
                 return 0
             return measure(bench, ranks)
-    except (WorkloadError, UnsupportedModelError, RankLostError, RanksDifferError) as error:
+    except TOLD as error:
         raise UsageError(str(error)) from None
     except (DeviceMemoryError, torch.OutOfMemoryError) as error:
         told = f"{first_line(error)}; lower --layers or --blocks, or --model tiny"
@@ -557,17 +538,23 @@ def earlier(script: Script) -> int:
     rows = [row for run in kept for row in run.get("poisson", ())]
     alone = next((run["alone"] for run in kept if "alone" in run), None)
     where = kept[0]["where"]
-    if alone is None and args.figures is not None:
-        raise UsageError("none of these runs has the part poisson")
-    if args.figures is not None:
-        draw(rows, alone, where, args.figures)
     found: dict[str, object] = {}
     if alone is not None:
         found["rates_at"] = rates_at(rows, alone, at_latencies(alone))
         show_rates(found["rates_at"], where)
+    elif args.figures is not None or not args.seeds:
+        raise UsageError("none of these runs has the part poisson")
+    if args.figures is not None:
+        draw(rows, alone, where, args.figures)
     if args.seeds:
         latency = LONE * alone["s_per_token"] if alone else paper.RATE_AT_LATENCY
-        found["spread"] = spread([run["machine"] for run in kept], latency, args.seeds)
+        machines = [run["machine"] for run in kept]
+        for machine in machines:
+            if machine.source != lengths.source(machine.dataset):
+                raise UsageError(f"--seeds: a run's lengths are of {machine.source}: --lengths")
+        found["spread"] = spread(machines, latency, args.seeds)
+        if not found["spread"]:
+            raise UsageError("none of these runs has the part saturated or poisson")
         show(table(TITLES["spread"], COLUMNS["spread"], found["spread"], where, 3))
     return script.write(found, {"rates_at": 3, "spread": 2})
 
@@ -581,13 +568,14 @@ def read_earlier(path: Path, lengths: Lengths) -> dict:
         where = f"{found['options']['model']}, {found['setting']['blocks']} blocks"
         where += f", {kept['device']}" if "device" in kept else ""
         read: dict = {"machine": Machine(found, lengths), "where": where}
+        rows = [*tables.get("poisson", ())]
+        sound = all(row["system"] in POLICIES for row in [*rows, *tables.get("saturated", ())])
+        sound = sound and all(row["trace_s"] > 0 for row in rows)
         if "poisson" in tables:
-            read |= {"poisson": tables["poisson"], "alone": found["setting"]["alone"]}
-        checked = [*read.get("poisson", ()), *filter(None, [read.get("alone")])]
-        sound = all(float(row[key]) >= 0 for row in checked for key in NEEDED)
-        for row in [*read.get("poisson", ()), *tables.get("saturated", ())]:
-            sound = sound and row["system"] in POLICIES
-        sound = sound and all(int(row["trace_s"]) > 0 for row in read.get("poisson", ()))
+            alone = found["setting"]["alone"]
+            read |= {"poisson": rows, "alone": alone}
+            sound = sound and all(alone[key] > 0 for key in NEEDED[1:])
+        sound = sound and all(row[key] >= 0 for row in rows for key in NEEDED)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -598,8 +586,12 @@ def read_earlier(path: Path, lengths: Lengths) -> dict:
 
 
 def draw(rows: Sequence[Row], alone: Row, where: str, directory: Path) -> None:
-    if not any(row["system"] == PAGED for row in rows):
-        raise UsageError("the rates are relative to vLLM's: paged must be among the systems")
+    """UsageError unless paged's line in the picture reaches what the rates are relative to."""
+    longest = max((row["trace_s"] for row in rows), default=0)
+    line = [row for row in rows if row["system"] == PAGED and row["trace_s"] == longest]
+    if not all(any(row[key] >= LONE * alone[key] for row in line) for key in NEEDED[1:]):
+        told = f"the rates are relative to paged's at {LONE} times a request alone"
+        raise UsageError(f"no picture: {told}, which its traces of {longest} s do not reach")
     for path in pictures.draw_serving(rows, alone, LONE, where, directory):
         print(f"wrote {path}", file=sys.stderr)
 
@@ -618,33 +610,24 @@ def show_rates(rows: Sequence[Row], where: str) -> None:
 def measure(bench: Bench, ranks: Ranks) -> int:
     """All parts in turn, shown and written."""
     args, worker, script = bench.args, bench.worker, bench.script
-    where = f"{args.model}, {worker.cache.num_layers} layers, {bench.num_blocks} blocks, "
+    where = f"{args.model}, {worker.cache.num_layers} layers, {bench.args.blocks} blocks, "
     where += torch.cuda.get_device_name() if worker.on_gpu else "CPU"
     where += f", {ranks.size} ranks" if ranks.size > 1 else ""
-    found: dict[str, object] = {"blocks": bench.num_blocks, "kernel": worker.cache.kernel}
+    found: dict[str, object] = {"blocks": bench.args.blocks, "kernel": worker.cache.kernel}
     found |= {"copy_gb_per_s": bench.bandwidth / 1e9, "lengths": bench.lengths.source(args.dataset)}
     names = ApartLatency.__dataclass_fields__
     found["constants"] = {name: getattr(bench.latency, name) for name in names}
     index = {}
     measures = {"saturated": saturated, "poisson": poisson, "samples": samples, "peer": peer}
+    measures["steps"] = lambda _: decode_steps(worker, args.blocks, bench.bandwidth, BATCHES)
     for part in args.part:
-        if part == "steps":
-            rows = decode_steps(worker, bench.num_blocks, bench.bandwidth, BATCHES)
-        else:
-            rows = measures[part](bench)
-        found[part], index[part] = rows, 2 if part in ("poisson", "samples") else 1
-        shown = {part: rows}
-        if part == "saturated":
-            shown["memory"] = rows
+        found[part] = rows = measures[part](bench)
+        index[part] = {"poisson": 3, "samples": 2}.get(part, 1)
+        for name in (part, "memory") if part == "saturated" else (part,):
+            show(table(TITLES[name], COLUMNS[name], rows, where, 3))
         if part == "poisson":
             found["alone"] = alone = request_alone(bench)
-            if args.figures is not None:
-                draw(rows, alone, where, args.figures)
-            found["rates_at"] = rates_at(rows, alone, at_latencies(alone))
-            index |= {"poisson": 3, "rates_at": 3}
-        for name, part_rows in shown.items():
-            show(table(TITLES[name], COLUMNS[name], part_rows, where, 3))
-        if part == "poisson":
+            found["rates_at"], index["rates_at"] = rates_at(rows, alone, at_latencies(alone)), 3
             show_rates(found["rates_at"], where)
         if part == "saturated" and not all(row["unserved"] for row in rows):
             print("A queue ran empty: its figures are too low; raise --queue.")
@@ -653,7 +636,10 @@ def measure(bench: Bench, ranks: Ranks) -> int:
         found["orders"] = sent | {"ranks": ranks.size, "checked": args.check}
         told = "{messages} orders sent, {bytes} bytes, {seconds:.3f} s".format(**sent)
         print(told + (", all ranks alike after each" if args.check else ""))
-    return script.write(found, index)
+    code = script.write(found, index)
+    if args.figures is not None:  # last, as it may be refused
+        draw(found["poisson"], found["alone"], where, args.figures)
+    return code
 
 
 main = entry(__file__, run)

@@ -103,7 +103,7 @@ def calibrate(worker: Worker, num_blocks: int) -> list[Took]:
     counts = SEQUENCES if worker.on_gpu else SEQUENCES[:ON_CPU]
     for count, prompt in itertools.product(counts, PROMPTS):
         need = count * -(-(prompt + NEW) // worker.block_size)
-        if need > 0.9 * num_blocks or count > worker.most_rows:
+        if need > 0.9 * num_blocks:
             continue
         manager = PagedKVCacheManager(num_blocks, worker.block_size)
         server = Server(worker, manager, Limits(MAX_BATCHED_TOKENS, worker.most_rows))

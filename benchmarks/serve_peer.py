@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from vllm_sim.engine.tensor_parallel import SummedLinear
 from vllm_sim.paper import MAX_BATCHED_TOKENS
 from vllm_sim.reporting.command_line import UsageError
 
@@ -32,9 +31,7 @@ def transformers_batching(
     block_size: int,
 ) -> tuple[float, int]:
     """Seconds from the first request to the last result, and tokens generated in them. UsageError
-    for a share of a model, and unless all requests are served."""
-    if any(isinstance(module, SummedLinear) for module in model.modules()):
-        raise UsageError("transformers' batching is for one process: no --part peer on several")
+    unless all requests are served. For a whole model, not a rank's share."""
     model.set_attn_implementation("sdpa")
     own = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=new)
     config = ContinuousBatchingConfig(

@@ -7,7 +7,8 @@ its full queue, and finds the rate at a latency, for each seed.
     rows = spread(machines, latency_s, seeds=8)     # machines: of the JSON of runs of serve.py
 
 A trace's latency does not only grow with the rate, as each rate has requests of its own: rates are
-tried 5 % apart, and lines read where they first pass.
+tried 5 % apart, and lines read where they first pass. So this reads another rate than two runs
+near the latency do, also for the seed that was measured.
 """
 
 from __future__ import annotations
@@ -69,14 +70,15 @@ def limits_for(policy: str) -> Limits:
 
 
 class Machine:
-    """What one run was made with: its constants and memory, and the lengths that it had."""
+    """What one run was made with: its constants and memory, and where its lengths were from."""
 
     def __init__(self, found: Mapping[str, object], lengths: Lengths) -> None:
         setting, options = found["setting"], found["options"]
         self.latency = ApartLatency(**setting["constants"])
-        self.sizes = setting["blocks"], options["cpu_blocks"]
-        self.dataset, self.seconds = options["dataset"], options["seconds"]
-        self.queue, self.lengths = options["queue"], lengths
+        self.sizes = int(setting["blocks"]), int(options["cpu_blocks"])
+        self.dataset, self.source = options["dataset"], setting["lengths"]
+        self.seconds, self.queue = int(options["seconds"]), int(options["queue"])
+        self.lengths = lengths
         self.tables = {table["id"]: table["rows"] for table in found["tables"]}
 
     def run(self, policy: str, requests: Sequence[Request], **window) -> ServingResult:
@@ -98,7 +100,7 @@ class Machine:
             points.append((rate, self.run(policy, requests).normalized_latency))
             if points[-1][1] >= latency_s:
                 break
-        return crossing([(0.0, 0.0), *points], latency_s)
+        return crossing(points, latency_s)
 
 
 def spread(machines: Sequence[Machine], latency_s: float, seeds: int) -> list[Row]:

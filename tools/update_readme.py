@@ -149,7 +149,8 @@ def counts(found: list[dict]) -> str:
 
 
 def measured(saturated: list[dict], rates: list[dict]) -> tuple[float | None, ...]:
-    """The five as benchmarks/serve.py measured them; None for what it does not measure.
+    """The five as benchmarks/serve.py measured them; None for Fig. 15: its part samples has another
+    rate, and lasts seconds.
 
     Of the rates those of the longest trace, at the lower of the two latencies.
     """

@@ -148,7 +148,8 @@ def test_fig_12_has_three_lines_a_system_over_a_request_alone(tmp_path):
 
     rows = [row("paged", 45, 9.0, 0.2, 0.22), row("paged", 45, 8.0, 0.1, 0.11)]
     rows += [row("max", 45, 2.0, 0.12, 0.11), row("paged", 15, 40.0, 0.5, 0.5)]
-    figure = pictures.served_rates(rows, row("paged", 0, 0.0, 0.01, 0.011), 15.0, "a GPU")
+    alone = row("paged", 0, 0.0, 0.01, 0.011)
+    figure = pictures.served_rates(rows, alone, 15.0, "a GPU")
     (axes,) = figure.axes
     lines = [line.get_xydata() for line in axes.get_lines()]
     at = 8.0 + 0.5  # where 15 times a request alone are reached
@@ -160,5 +161,5 @@ def test_fig_12_has_three_lines_a_system_over_a_request_alone(tmp_path):
     assert papers == [[1.0, 15.0], [pytest.approx(rates[ORCA_MAX] / rates[VLLM]), 15.0]]
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[-3:] == ["measured", "simulated", "paper"]
-    (path,) = pictures.draw_serving(rows, rows[0], 15.0, "a GPU", tmp_path)
+    (path,) = pictures.draw_serving(rows, alone, 15.0, "a GPU", tmp_path)
     assert path.stat().st_size > 10_000

@@ -13,12 +13,11 @@ pytest.importorskip("transformers")
 import pictures
 import serve
 import serve_fit
-import serve_peer
+import serve_spread
 
 from vllm_sim.engine.server import Took
-from vllm_sim.engine.tensor_parallel import SummedLinear
-from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.serving.latency import ApartLatency
+from vllm_sim.workload.data_sets import COMPACT_SOURCE, find_lengths
 
 SMALL = "--model", "tiny", "--blocks", 200, "--cpu-blocks", 64, "--quiet"
 
@@ -76,12 +75,6 @@ def test_two_ranks_serve_one_model_and_hold_the_same(run_script, tmp_path):
     assert orders["bytes"] > 100 * orders["messages"] > 0
 
 
-def test_the_peer_is_not_asked_of_a_share_of_a_model():
-    model = SimpleNamespace(modules=lambda: [SummedLinear(1, 1)])
-    with pytest.raises(UsageError, match="is for one process"):
-        serve_peer.transformers_batching(model, [[1]], 1, 8, 16)
-
-
 def test_the_peer_serves_the_same_requests(run_script, tmp_path):
     out = tmp_path / "out.json"
     options = "--model", "tiny-llama", "--blocks", 1300, "--part", "peer", "--quiet", "--json", out
@@ -101,7 +94,10 @@ def test_the_peer_serves_the_same_requests(run_script, tmp_path):
         ("--rates", "paged=0"): "'paged=0' is no list of rates",
         ("--rates", "orca=1"): "'orca=1' is no list of rates",
         ("--rates", "nan"): "'nan' is no list of rates",
-        ("--sample-rate", "1,2"): "'1,2' is more than one rate",
+        ("--sample-rate", "1,2"): "'1,2' is not a rate",
+        ("--sample-rate", "5@15"): "'5@15' is not a rate",
+        ("--check",): "--tensor-parallel",
+        ("--seeds", "2"): "--earlier",
         ("--systems", "paged,orca"): "systems are max, pow2, oracle, paged",
         ("--seed", "-1"): "an integer from 0",
         ("--blocks", "12"): "a sequence of 2048 tokens needs more",
@@ -109,6 +105,7 @@ def test_the_peer_serves_the_same_requests(run_script, tmp_path):
         ("--part", "samples", "--systems", "max", "--trace-seconds", "1"): "max: request 0 needs 4",
         ("--model", "opt-66b", "--part", "steps"): "or --model tiny",
         ("--figures", "out", "--part", "steps"): "draws the part poisson",
+        ("--figures", "out", "--part", "poisson", "--rates", "max=1"): "relative to paged's",
         ("--lengths", "no_such.csv"): "no_such.csv",
     }.items(),
     ids=str,
@@ -130,12 +127,13 @@ CONSTANTS = {"step_s": 2e-3, "token_s": 4e-5, "context_s": 2e-7, "seq_s": 1e-5}
 CONSTANTS |= {"weights_s": 6e-3, "prompt_s": 1e-3, "block_size": 16}
 
 
-def a_run(path, **tables):
+def a_run(path, lengths=COMPACT_SOURCE, **tables):
     """A run of serve.py that was kept, as tools/record.py keeps it."""
     alone = {"rate": 0.0, "s_per_token": 0.0085, "simulated_s_per_token": 0.0085}
     options = {"model": "opt-13b", "cpu_blocks": 0, "dataset": "ShareGPT", "seconds": 20}
     found = {"options": options | {"queue": 600}, "tables": []}
     found["setting"] = {"blocks": 983, "constants": CONSTANTS, "alone": alone}
+    found["setting"]["lengths"] = lengths
     found["tables"] = [{"id": name, "rows": rows} for name, rows in tables.items()]
     path.write_text(json.dumps({"output": found, "device": "a GPU"}))
     return "--earlier", str(path)
@@ -156,9 +154,15 @@ def test_earlier_runs_are_drawn_together(tmp_path, capsys):
     bad = a_run(tmp_path / "bad.json", poisson=[point("paged", None)])
     other = a_run(tmp_path / "other.json", poisson=[point("orca")])
     full = a_run(tmp_path / "full.json", saturated=[{"system": "paged"}])
+    other_length = a_run(tmp_path / "short.json", poisson=[point("paged", 9.0, 15)])
+    low = a_run(tmp_path / "low.json", poisson=[point("paged", s_per_token=0.1)])
+    words = a_run(tmp_path / "words.json", poisson=[point("paged", s_per_token="0.12")])
     readme = "--earlier", __file__
     for options, told in (
-        (two, "paged must be among"),
+        (two, "which its traces of 45 s do not reach"),
+        ((*other_length, *two), "which its traces of 45 s do not reach"),
+        (low, "which its traces of 45 s do not reach"),
+        (words, "is no run of this script"),
         (bad, "is no run of this script"),
         (other, "is no run of this script"),
         (readme, "is no run of this script"),
@@ -167,6 +171,17 @@ def test_earlier_runs_are_drawn_together(tmp_path, capsys):
     ):
         assert serve.main([*options, "--figures", str(tmp_path)]) == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="no matplotlib")
+def test_a_picture_that_is_refused_costs_no_figures(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    options = "--part", "poisson", "--dataset", "Alpaca", "--systems", "pow2,paged", "--json", out
+    rates = "--rates", "paged=2@1", "--rates", "pow2=2@2", "--figures", tmp_path
+    assert serve.main([*map(str, (*SMALL, *options, *rates))]) == 2
+    error = capsys.readouterr().err
+    assert "which its traces of 2 s do not reach" in error and len(error.splitlines()) == 1
+    assert {table["id"] for table in json.loads(out.read_text())["tables"]} >= {"poisson"}
 
 
 def test_other_seeds_are_simulated(tmp_path, capsys):
@@ -179,9 +194,24 @@ def test_other_seeds_are_simulated(tmp_path, capsys):
     assert [(row["what"], row["seed"]) for row in spread["rows"]] == [
         (what, seed) for seed in (0, 1) for what in ("full queue", "at 0.115 s/token")
     ]
+    from_a_file = a_run(tmp_path / "file.json", "some.csv (9 pairs)", saturated=full)
+    nothing = a_run(tmp_path / "nothing.json", peer=[])
+    for options, told in ((from_a_file, "some.csv"), (nothing, "saturated or poisson")):
+        assert serve.main([*options, "--seeds", "1"]) == 2
+        captured = capsys.readouterr()
+        assert told in captured.err and len(captured.err.splitlines()) == 1
     for row in spread["rows"]:
         assert 2.0 < row["over_max"] < 6.0 and row["over_oracle"] is None
     assert spread["rows"][0]["paged"] != spread["rows"][2]["paged"]
+
+
+def test_a_rate_far_below_those_tried_is_not_read(tmp_path):
+    path = a_run(tmp_path / "run.json")[1]
+    with open(path, encoding="ascii") as file:
+        found = json.load(file)["output"]
+    machine = serve_spread.Machine(found, find_lengths((), None))
+    assert machine.rate_at("max", 40.0, 15, 0.115, 0) is None
+    assert machine.rate_at("max", 2.6, 45, 0.115, 0) is not None
 
 
 def test_a_rate_is_read_between_two_points():
