@@ -103,7 +103,7 @@ class Card:
         return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(mine, theirs))
 
 
-# By two sweeps of benchmarks/tune_attention.py on 2026-11-29 on one H200: each within 1.3 % of the
+# By a sweep of benchmarks/tune_attention.py on 2026-11-29 on one H200: each within 1.3 % of the
 # best on every shape of its kind. For more heads than MANY_HEADS; for fewer; and for fewer where a
 # program has less than LITTLE_WORK slots to read.
 TUNINGS = {
