@@ -612,6 +612,7 @@ def _attend(
     ITEM: tl.constexpr = 8
     HEAD_BLOCKS: tl.constexpr = (G + HG - 1) // HG
     HEADS: tl.constexpr = H_KV * HEAD_BLOCKS
+    ONE_BLOCK: tl.constexpr = S % TILE == 0  # a tile lies in one block
     D_K: tl.constexpr = D if D < D_PAD else D_PAD  # of K, beside the rest
     # Heads run fastest: programs that run together read neighbouring bytes of the same slots.
     head = tl.program_id(0) % HEADS
@@ -696,10 +697,20 @@ def _attend(
         mine = (this_range >= first_range) & (this_range <= last_range)
         stop = tl.where(mine, stop, slot)
 
+        if PLANNED:  # the next item's numbers are there when this one ends
+            numbers = plan_ptr + ranges * RANGE + (item + 1) * ITEM
+            next_start = tl.load(numbers)
+            next_first_tile = tl.load(numbers + 2)
+            next_first_range = tl.load(numbers + 6)
+            next_last_range = tl.load(numbers + 7)
+            if not ONE_EACH:
+                next_seq = tl.load(numbers + 3)
+                next_token = tl.load(numbers + 4)
+                next_after = tl.load(numbers + 5)
         # Block numbers are read a tile ahead, so that K and V never wait for them; masked by the
         # table's width and not by the length.
-        slots = slot + offsets
-        block = tl.load(table + slots // S, mask=slots < max_slots, other=0)
+        ahead = slot if ONE_BLOCK else slot + offsets
+        block = tl.load(table + ahead // S, mask=ahead < max_slots, other=0)
         scale2 = scale * LOG2_E
         top = tl.full([ROWS], LOWEST, tl.float32)
         totals = tl.zeros([ROWS, TILE], tl.float32)  # of each column: added up behind the loop
@@ -710,9 +721,9 @@ def _attend(
             if WINDOW:
                 live = live & (slots >= begin)
             this = block.to(tl.int64)
-            ahead = slots + TILE
+            ahead = (tile_slot if ONE_BLOCK else slots) + TILE
             block = tl.load(table + ahead // S, mask=ahead < max_slots, other=0)
-            inside = slots % S
+            inside = (tile_slot % S + offsets) if ONE_BLOCK else slots % S
             at = this * k_stride_n + inside * k_stride_s
             if D_K == D_PAD:
                 k = tl.load(k_at + at[None, :], mask=live[None, :], other=0.0)  # (D, TILE)
@@ -800,15 +811,14 @@ def _attend(
                     tl.store(counter, 0)
         item += 1
         if PLANNED:
-            numbers = plan_ptr + ranges * RANGE + item * ITEM
-            start = tl.load(numbers)
-            first_tile = tl.load(numbers + 2)
-            first_range = tl.load(numbers + 6)
-            last_range = tl.load(numbers + 7)
+            start = next_start
+            first_tile = next_first_tile
+            first_range = next_first_range
+            last_range = next_last_range
             if not ONE_EACH:
-                seq = tl.load(numbers + 3)
-                token = tl.load(numbers + 4)
-                after = tl.load(numbers + 5)
+                seq = next_seq
+                token = next_token
+                after = next_after
         else:
             start += tiles
         if ONE_EACH:

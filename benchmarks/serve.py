@@ -11,7 +11,7 @@ paper, the K/V memory is Table 1's. The paper's four systems have the same memor
 worker (vllm_sim/engine/server.py).
 
     steps      a decode step over its floor (weights and live K/V at the rate of a large copy),
-               and what scattered blocks cost over consecutive ones
+               what scattered blocks cost over consecutive ones, and which kernels take the time
     saturated  a full queue for a fixed time: requests and tokens a second, the mean batch (Fig.
                13), slots by part (Fig. 2), the share of the time that the device computes
     poisson    seconds per token at the given rates, and the rate at two latencies (Fig. 12)
@@ -114,6 +114,10 @@ RATE = f"system, req/s=rate, requests, s/token, simulated=simulated_s_per_token,
 FULL = "system, req/s=requests_per_s, simulated=simulated_requests_per_s, tokens/s"
 COLUMNS = {
     "steps": columns("batch, context, step ms, floor ms, over floor, paging %"),
+    "kernels": columns(
+        "batch, products ms, over floor=products_over_floor, attention ms,"
+        " over floor=attention_over_floor, sums ms, others ms, others, between ms"
+    ),
     "saturated": columns(f"{FULL}, {BATCH}, device busy %=busy_percent, recomputed, unserved"),
     "memory": columns(
         "system, tokens %, simulated=simulated_tokens_percent, reserved %, internal %"
@@ -128,6 +132,7 @@ COLUMNS = {
 }
 TITLES = {
     "steps": "A decode step over its floor, and what paging costs it",
+    "kernels": "Where the time of such a step goes, by the device's trace",
     "saturated": "A full queue (Fig. 13)",
     "memory": "Where the K/V memory is then (Fig. 2)",
     "poisson": "Poisson arrivals (Fig. 12)",
@@ -623,7 +628,8 @@ def measure(bench: Bench, ranks: Ranks) -> int:
     for part in args.part:
         found[part] = rows = measures[part](bench)
         index[part] = {"poisson": 3, "samples": 2}.get(part, 1)
-        for name in (part, "memory") if part == "saturated" else (part,):
+        more = {"saturated": ("memory",), "steps": ("kernels",) * worker.on_gpu}
+        for name in (part, *more.get(part, ())):
             show(table(TITLES[name], COLUMNS[name], rows, where, 3))
         if part == "poisson":
             found["alone"] = alone = request_alone(bench)

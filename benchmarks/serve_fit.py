@@ -1,8 +1,8 @@
 """What a server's iterations take on this device: over their floor, paged and not; constants.
 
 Serves sections 4.1 and 6.1: the decode step of benchmarks/serve.py beside the bytes that it must
-read, the same step over consecutive blocks (what paging costs), and the constants of the simulator,
-fitted to runs that no memory holds up.
+read, kernel by kernel, the same step over consecutive blocks (what paging costs), and the constants
+of the simulator, fitted to runs that no memory holds up.
 
     rows = decode_steps(worker, num_blocks, bandwidth, [7, 15, 30, 60])
     latency = fit(calibrate(worker, num_blocks), worker, bandwidth)
@@ -11,11 +11,14 @@ fitted to runs that no memory holds up.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from kv_cache_manager import PagedKVCacheManager
 from vllm_sim.engine.server import Server, Took
@@ -29,6 +32,9 @@ from vllm_sim.workload.requests import Request
 ROUNDS, STEPS, WARM_UP = 3, 20, 5
 SEQUENCES, PROMPTS, NEW = (1, 4, 8, 16, 32, 64, 128), (32, 128, 512, 1024), 24
 ON_CPU = 3  # of SEQUENCES, and steps: a CPU takes long, and nothing is held against it
+# Whose kernel it is, by its name; all others are a layer's small ones.
+KERNELS = {"attention": "^_attend", "sums": "nccl", "products": "gemm|gemv|nvjet|cutlass|splitK"}
+PARTS = (*KERNELS, "others")
 LONG = 512  # prompt tokens of an iteration from which on the tokens' own time shows
 Row = dict[str, object]
 
@@ -83,18 +89,45 @@ def decode_steps(
                 took[way].append(median(found))
         scattered, in_a_row = (median(took[way]) for way in ways)
         sizes = Sizes.of(worker)
-        floor = (sizes.weights + batch * length * sizes.slot) / bandwidth
-        rows.append(
-            {
-                "batch": batch,
-                "context": length,
-                "step_ms": 1e3 * scattered,
-                "floor_ms": 1e3 * floor,
-                "over_floor": scattered / floor,
-                "paging_percent": 100 * (scattered / in_a_row - 1),
-            }
-        )
+        floors = {"products": sizes.weights, "attention": batch * length * sizes.slot}
+        floors = {part: 1e3 * size / bandwidth for part, size in floors.items()}
+        floor = sum(floors.values())
+        row = {
+            "batch": batch,
+            "context": length,
+            "step_ms": 1e3 * scattered,
+            "floor_ms": floor,
+            "over_floor": 1e3 * scattered / floor,
+            "paging_percent": 100 * (scattered / in_a_row - 1),
+        }
+        if worker.on_gpu:
+            row |= kernels_of(worker, orders["scattered"])
+            row |= {f"{part}_over_floor": row[f"{part}_ms"] / floors[part] for part in floors}
+            row["between_ms"] = row["step_ms"] - sum(row[f"{part}_ms"] for part in PARTS)
+        rows.append(row)
     return rows
+
+
+def kernels_of(worker: Worker, order: Order) -> Row:
+    """Milliseconds of this step in the kernels of each part, as the device's own trace has them,
+    and how many the others are."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(STEPS):
+            flight = worker.run(order)
+        flight.end.wait()
+        torch.cuda.synchronize()
+    times = ((one.key, one.count, one.self_device_time_total) for one in trace.key_averages())
+    return by_part(((name, count / STEPS, us / STEPS) for name, count, us in times if us))
+
+
+def by_part(kernels: Iterable[tuple[str, float, float]]) -> Row:
+    """Of kernels by name, with their number and microseconds: the milliseconds of each part."""
+    row = {f"{part}_ms": 0.0 for part in PARTS} | {"others": 0.0}
+    for name, count, us in kernels:
+        part = next((part for part, told in KERNELS.items() if re.search(told, name)), PARTS[-1])
+        row[f"{part}_ms"] += us / 1e3
+        row["others"] += count if part == PARTS[-1] else 0.0
+    return row
 
 
 def calibrate(worker: Worker, num_blocks: int) -> list[Took]:

@@ -19,15 +19,15 @@ from triton.compiler import ASTSource
 from paged_attention_triton import _attend
 
 SIZES = {"H_KV": 8, "G": 4, "HG": 4, "QT": 1, "ROWS": 16, "D": 64, "D_V": 64, "D_PAD": 64}
-SIZES |= {"D_REST": 0, "S": 16, "TILE": 32, "CAP": False, "SAME": True, "STAGES": 2}
+SIZES |= {"D_REST": 0, "S": 16, "CAP": False, "SAME": True, "STAGES": 2}
 KINDS = {"q_ptr": "*fp16", "k_ptr": "*fp16", "v_ptr": "*fp16", "out_ptr": "*fp16"}
 KINDS |= dict.fromkeys(("lse_ptr", "part_out_ptr", "part_lse_ptr"), "*fp32")
 KINDS |= dict.fromkeys(("scale", "v_scale", "soft_cap"), "fp32")
 
 
-def carried(planned, one_each, window):
+def carried(planned, one_each, window, tile=32):
     """The names in TTIR, and those in TTGIR."""
-    constants = SIZES | {"PLANNED": planned, "ONE_EACH": one_each, "WINDOW": window}
+    constants = SIZES | {"PLANNED": planned, "ONE_EACH": one_each, "WINDOW": window, "TILE": tile}
     constants |= {} if one_each else {"QT": 4}
     signature = {}
     for name in _attend.arg_names:
@@ -44,6 +44,7 @@ def carried(planned, one_each, window):
 
 
 if __name__ == "__main__":
-    for case in ((True, True, False), (True, False, True), (False, True, False)):
+    one_block = (True, True, False, 16), (True, False, True, 16)
+    for case in ((True, True, False), (True, False, True), (False, True, False), *one_block):
         before, after = carried(*case)
         print(*before, "|", *after)

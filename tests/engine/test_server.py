@@ -6,15 +6,17 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 pytest.importorskip("transformers")
 
 from small_models import VOCAB, on_its_own, small
 
 from kv_cache_manager import RequestTooLargeError
+from paged_attention import TRITON
 from vllm_sim.engine import fused
 from vllm_sim.engine import server as server_module
-from vllm_sim.engine.fused import fuse
+from vllm_sim.engine.fused import _LayerNorm, _RootMeanSquareNorm, fuse
 from vllm_sim.engine.server import Server
 from vllm_sim.engine.support import UnsupportedModelError
 from vllm_sim.engine.worker import MOST_ROWS, PROMPT_SIZES, Order, Prompt, Worker, _batched, _draw
@@ -195,6 +197,39 @@ def test_projections_in_one_product_are_those_of_before():
         assert fuse(model) == count
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
         assert (len(list(model.parameters())) < names) == (count > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [5, 64, 5120, 9000])
+def test_a_norm_in_one_launch_is_torchs(size, dtype):
+    from vllm_sim.engine.norm import normalize
+
+    torch.manual_seed(size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wide, weight, bias = (torch.randn(*n, size) for n in ((2, 2, 3), (), ()))
+    wide, weight, bias = (one.to(device, dtype) for one in (30 + 5 * wide, weight, bias))
+    for x in (wide, wide[:, 1], wide[:0]):  # rows that are not contiguous, none
+        one = x.to(torch.float64), (size,), weight.double()
+        for got, want in (
+            (normalize(x, weight, bias, 1e-5), functional.layer_norm(*one, bias.double(), 1e-5)),
+            (normalize(x, weight, None, 1e-6), functional.rms_norm(*one, 1e-6)),
+        ):
+            close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 40 * torch.finfo(dtype).eps}
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.double(), want, **close)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_norms_in_one_launch_are_a_models_own(family, monkeypatch):
+    ids = torch.arange(3, 12)[None]
+    model = copy.deepcopy(on_its_own(small(family)))
+    before = model(ids).logits
+    monkeypatch.setattr(fused, "choose_kernel", lambda *args: (TRITON, ""))
+    fuse(model)
+    changed = [one for one in model.modules() if type(one) in (_LayerNorm, _RootMeanSquareNorm)]
+    norms = [path for path, _ in model.named_modules() if path.endswith("norm")]
+    assert len(changed) == len(norms) > 2
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_are_fused_are_freed_one_after_the_other(monkeypatch):

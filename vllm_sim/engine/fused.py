@@ -2,7 +2,8 @@
 
 Reproduces nothing of the paper: servers do so, as a few long products read weights faster than many
 short ones. The weights are the model's, one below the other, and it calls its projections as
-before. The first computes all, the others hand out their part of it.
+before. The first computes all, the others hand out their part of it. Where triton runs, norms are
+those of norm.py.
 
     fuse(model)                     # OPT, Llama and models like them; others stay as they are
 
@@ -12,11 +13,19 @@ Shapes: T tokens, E hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from paged_attention import TRITON, choose_kernel
+from vllm_sim.engine.support import heads
+
+with suppress(ImportError):  # triton may be missing
+    from vllm_sim.engine.norm import normalize
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order of their calls
 
@@ -61,6 +70,18 @@ class _Rectified(nn.Linear):
         return out.unflatten(0, hidden.shape[:-1])
 
 
+class _LayerNorm(nn.LayerNorm):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., T, E)."""
+        return normalize(hidden, self.weight, self.bias, self.eps)
+
+
+class _RootMeanSquareNorm(LlamaRMSNorm):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., T, E)."""
+        return normalize(hidden, self.weight, None, self.variance_epsilon)
+
+
 def fuse(model: PreTrainedModel) -> int:
     """Put them together, in place; how many products there are now in place of two or three."""
     count = 0
@@ -84,4 +105,10 @@ def fuse(model: PreTrainedModel) -> int:
         linear, behind = getattr(module, "fc1", None), getattr(module, "activation_fn", None)
         if type(linear) is nn.Linear and linear.bias is not None and type(behind) is nn.ReLU:
             linear.__class__, module.activation_fn = _Rectified, nn.Identity()
+    if choose_kernel("auto", model.device, *heads(model.config))[0] == TRITON:
+        for module in model.modules():
+            if type(module) is LlamaRMSNorm:
+                module.__class__ = _RootMeanSquareNorm
+            if type(module) is nn.LayerNorm and module.bias is not None:
+                module.__class__ = _LayerNorm
     return count
