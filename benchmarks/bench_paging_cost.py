@@ -15,7 +15,8 @@ a CUDA device with 50 GB of free memory and triton; takes some two minutes. The 
                random-weight OPT-13B that writes their K and V to the pool
     moves      block write and copy, beside the indexed operations of plain torch
 
-All other times are the device's, medians, with a cold L2 cache: see gpu_timing.py.
+All other times are the device's, medians, with a cold L2 cache: see gpu_timing.py. Attention has a
+plan, made before.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pictures
 from gpu_timing import PinnedBandwidth, copy_bandwidth, pinned_bandwidth
 from measure_paging import (
-    Kernel,
+    Prepare,
     Row,
     Setting,
     WrongResult,
@@ -150,7 +151,7 @@ def moves_table(rows: Sequence[Row], where: str) -> Table:
 def measure(
     setting: Setting,
     parts: Sequence[str],
-    kernel: Kernel | None,
+    prepare: Prepare | None,
     where: str,
     each: Callable[..., Iterable],
 ) -> dict[str, object]:
@@ -167,7 +168,7 @@ def measure(
         found[part] = [measured(point) for point in shown]
         return found[part]
 
-    attention = partial(measure_attention, setting, kernel, speed)
+    attention = partial(measure_attention, setting, prepare, speed)
     if "attention" in parts:
         rows = rows_of("attention", setting.attention, lambda size: attention(*size))
         show(attention_table(rows, where))
@@ -189,15 +190,16 @@ def measure(
     return found
 
 
-def attention_kernel(name: str) -> Kernel:
-    """The attention kernel with this name. Raises ImportError where triton's is not to be had."""
+def attention_kernel(name: str) -> Prepare:
+    """Makes the attention kernel with this name. Raises ImportError where triton's is not to be
+    had."""
     if name == "gather":
-        return paged_attention.paged_attention_kernel
-    import paged_attention_triton
+        return lambda *made_for: paged_attention.paged_attention_kernel
+    import paged_attention_triton as kernels
 
     # Kept from call to call, as a server would: no launch is spent on clearing it.
-    workspace = paged_attention_triton.Workspace("cuda")
-    return partial(paged_attention_triton.paged_attention_kernel, workspace=workspace)
+    kernel = partial(kernels.paged_attention_kernel, workspace=kernels.Workspace("cuda"))
+    return lambda *made_for: partial(kernel, plan=kernels.Plan(*made_for))
 
 
 def run(argv: list[str] | None) -> int:
@@ -214,11 +216,12 @@ def run(argv: list[str] | None) -> int:
         drawn = {"attention": pictures.KERNEL, "swap": pictures.SWAPS}
         check_folder(args.figures, [drawn[part] for part in parts if part in drawn])
     try:
-        kernel = attention_kernel(args.kernel) if {"attention", "blocks"} & {*parts} else None
+        needed = {"attention", "blocks"} & {*parts}
+        prepare = attention_kernel(args.kernel) if needed else None
         setting = Setting().quick() if args.quick else Setting()
         torch.manual_seed(0)
         where = f"{torch.cuda.get_device_name()}, {setting.model.name}'s shape"
-        found = measure(setting, parts, kernel, where, script.each)
+        found = measure(setting, parts, prepare, where, script.each)
     except ImportError as error:
         raise UsageError(str(error)) from None
     except WrongResult as error:

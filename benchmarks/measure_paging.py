@@ -29,6 +29,7 @@ from vllm_sim.paper.figures import BLOCK_SIZES, FIG18A
 
 Row = dict[str, float | int | str | None]
 Kernel = Callable[..., tuple[Tensor, Tensor]]
+Prepare = Callable[..., Kernel]  # of q, both pools and the lengths as numbers
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 LARGEST_ERROR = 5e-3  # of an output in fp16, in the norm
 TURNS = 4  # different block maps that take turns
@@ -87,7 +88,7 @@ def filled_cache(setting: Setting, *sizes: int, **options: object) -> PagedKVCac
 
 def measure_attention(
     setting: Setting,
-    kernel: Kernel,
+    prepare: Prepare,
     copy_speed: float,
     batch: int,
     context: int,
@@ -114,6 +115,7 @@ def measure_attention(
     num_bytes = pool.nbytes // 2
     row: Row = {"batch": batch, "context": context, "block_size": block_size}
     row |= {"floor_us": num_bytes / copy_speed * 1e6}
+    kernel = prepare(q[0], *pool, [context] * batch)
     for name, table in tables.items():
         runs = [lambda i=i, table=table: kernel(q[i], *pool, table[i], lens)[0] for i in (0, 1)]
         wanted = paged_attention_kernel(q[0], *pool, table[0], lens)[0]

@@ -113,20 +113,25 @@ def test_a_prefill_is_opts_and_leaves_its_keys_where_the_slots_say():
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about the backends that a CPU does not have
 def test_attention_is_measured_over_random_and_identity_tables(clock):
-    tables = []
+    tables, lengths = [], []
 
     def kernel(q, k_pool, v_pool, block_tables, seq_lens):
         tables.append(block_tables)
         return paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens)
 
-    row = measure.measure_attention(SETTING, kernel, 1e9, 3, 64)
+    def prepare(q, k_pool, v_pool, lens):
+        lengths.append(lens)
+        return kernel
+
+    row = measure.measure_attention(SETTING, prepare, 1e9, 3, 64)
+    assert lengths == [[64] * 3]
     # K and V of 3 sequences of 64 tokens, 2 heads of 16 in fp32, at 1 GB/s
     assert row["floor_us"] == pytest.approx(2 * 3 * 64 * 32 * 4 / 1e9 * 1e6)
     assert row["paged_us"] == row["contiguous_us"] == 8.0 and row["cudnn_us"] is None
     halves = {tuple(table.flatten().tolist()) for table in tables}
     assert {tuple(range(12)), tuple(range(12, 24))} < halves and len(halves) == 4
     assert clock[:2] == [2, 2], "two halves of the pool take turns"
-    alone = measure.measure_attention(SETTING, kernel, 1e9, 3, 64, block_size=1, peers=False)
+    alone = measure.measure_attention(SETTING, prepare, 1e9, 3, 64, block_size=1, peers=False)
     assert alone["block_size"] == 1 and "flash_us" not in alone
 
 
@@ -135,7 +140,7 @@ def test_a_kernel_with_a_wrong_result_is_not_timed(clock):
         return paged_attention_kernel(q, k_pool, v_pool, block_tables, seq_lens - 1)
 
     with pytest.raises(measure.WrongResult, match="paged: relative error"):
-        measure.measure_attention(SETTING, kernel, 1e9, 3, 64)
+        measure.measure_attention(SETTING, lambda *made_for: kernel, 1e9, 3, 64)
     with pytest.raises(measure.WrongResult):
         measure.check_close("empty", torch.full((3,), torch.nan), torch.ones(3))
     assert clock == []
@@ -245,7 +250,7 @@ def test_a_whole_run_prints_its_tables_and_can_be_written(clock, monkeypatch, ca
     monkeypatch.setattr(bench, "pinned_bandwidth", lambda: limits)
     setting = replace(SETTING, attention=((8, 64),), block_sizes=(16, 256), swap_tokens=256)
     each = lambda points, *_: points  # noqa: E731
-    found = bench.measure(setting, bench.PARTS, paged_attention_kernel, "here", each)
+    found = bench.measure(setting, bench.PARTS, bench.attention_kernel("gather"), "here", each)
     assert set(bench.PARTS) < set(found) and all(found[part] for part in bench.PARTS)
     assert found["pinned_bytes_per_s"] == {"to_device": 5e10, "to_host": 4e10}
     json.dumps(found, allow_nan=False)
