@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from paged_attention_triton import Tuning
 
 TILES, WARPS, STAGES = (16, 32, 64, 128), (1, 2, 4), (2, 3, 4, 5, 6)
-PROGRAMS = (2, 3, 4, 5, 6, 7, 8, 10)
+PROGRAMS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
 LEAST_BYTES, LEAST_REGISTERS = 1 << 16, 96  # under way in a multiprocessor; of a thread
 SLOT_BYTES = 2 * 128 * 2  # K and V of one head, as in all shapes
 HEAT_S, SHOWN = 0.01, 6
