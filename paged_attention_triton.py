@@ -103,13 +103,17 @@ class Card:
         return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(mine, theirs))
 
 
-# By a sweep of benchmarks/tune_attention.py on 2026-11-29 on one H200: each within 1.3 % of the
-# best on every shape of its kind. For more heads than MANY_HEADS; for fewer; and for fewer where a
-# program has less than LITTLE_WORK slots to read.
+# By a sweep of benchmarks/tune_attention.py on 2026-11-30 on one H200: each within 0.3 % of the
+# best on every shape of its kind. For more heads than MANY_HEADS; for as many and sequences of less
+# than SHORT slots in the mean; for fewer heads; and for fewer where a program has less than
+# LITTLE_WORK slots to read.
 TUNINGS = {
-    Card(4.9e12, 132, 60 << 20): (Tuning(16, 2, 3, 6), Tuning(16, 2, 4, 4), Tuning(32, 4, 3, 2))
+    Card(4.9e12, 132, 60 << 20): (
+        *(Tuning(16, 2, 3, 5), Tuning(16, 1, 2, 10)),
+        *(Tuning(16, 2, 4, 4), Tuning(32, 4, 3, 3)),
+    )
 }
-MANY_HEADS, LITTLE_WORK = 16, 750
+MANY_HEADS, SHORT, LITTLE_WORK = 16, 512, 750
 WIDE_SLOT = 2048  # bytes of K and V of one head, from which on two warps spill registers
 
 
@@ -126,22 +130,28 @@ def device_limits(device: torch.device) -> tuple[Card, int]:
 
 
 def choose_tuning(
-    card: Card, shared_bytes: int, rows: Rows, num_slots: int, slot_bytes: int, row_bytes: int
+    card: Card,
+    shared_bytes: int,
+    rows: Rows,
+    num_slots: int,
+    num_seqs: int,
+    slot_bytes: int,
+    row_bytes: int,
 ) -> Tuning:
     """That of the card most like this one, cut down to what its shared memory holds.
 
-    num_slots: to read, of all heads; slot_bytes: K and V of one head of one slot, padded;
-    row_bytes: one query row. Many query rows (several tokens, or a wide group) and wide heads need
-    more warps, for their registers, and fewer programs at once.
+    num_slots: to read, of all heads and sequences; slot_bytes: K and V of one head of one slot,
+    padded; row_bytes: one query row. Many query rows (several tokens, or a wide group) and wide
+    heads need more warps, for their registers, and fewer programs at once.
     """
-    many, few, little = TUNINGS[min(TUNINGS, key=card.distance)]
+    many, short, few, little = TUNINGS[min(TUNINGS, key=card.distance)]
     if rows.padded > 16:
         wide = rows.padded * slot_bytes > 16384
         chosen = Tuning(64 if wide else 32, 8 if wide else 4, 2, 1 if wide else 2)
     elif slot_bytes >= WIDE_SLOT:
         chosen = Tuning(16, 8 if slot_bytes >= 2 * WIDE_SLOT else 4, 3, 2)
     elif rows.num_heads > MANY_HEADS:
-        chosen = many
+        chosen = short if num_slots < SHORT * num_seqs * rows.num_heads else many
     else:
         scarce = num_slots < LITTLE_WORK * few.programs * card.multiprocessors
         chosen = little if scarce else few
@@ -222,7 +232,7 @@ class Plan:
         self.rows = Rows.of(q.shape[1], k_pool.shape[2], v_pool.shape[3], queries)
         read = sum(min(n, window or n) for n in map(int, seq_lens))
         num_slots = read * self.rows.num_heads
-        self.tuning = tuning or _tuning_for(q, k_pool, v_pool, self.rows, num_slots)
+        self.tuning = tuning or _tuning_for(q, k_pool, v_pool, self.rows, num_slots, len(seq_lens))
         self.at_once = _ranges_at_once(q.device, self.tuning, self.rows)
         self.table = torch.empty(0, dtype=torch.int32, device=q.device)
         self.num_tokens = self.num_seqs = self.num_ranges = 0
@@ -404,7 +414,7 @@ def paged_attention_kernel(
     if plan is None:
         rows = Rows.of(num_heads, num_kv_heads, value_size, 1)
         num_slots = num_tokens * min(max_slots, window or max_slots) * rows.num_heads
-        tuning = tuning or _tuning_for(q, k_pool, v_pool, rows, num_slots)
+        tuning = tuning or _tuning_for(q, k_pool, v_pool, rows, num_slots, num_tokens)
         num_tiles = len(q) * max(1, -(-max_slots // tuning.tile))
         # Where some sequences are shorter than the table is wide, small ranges even that out.
         ranges = UNPLANNED * _ranges_at_once(q.device, tuning, rows)
@@ -464,12 +474,14 @@ def _ranges_at_once(device, tuning, rows) -> int:
     return max(1, card.multiprocessors * tuning.programs // rows.num_heads)
 
 
-def _tuning_for(q, k_pool, v_pool, rows, num_slots) -> Tuning:
+def _tuning_for(q, k_pool, v_pool, rows, num_slots, num_seqs) -> Tuning:
     """`choose_tuning` for these tensors."""
     value, rest = _padded_sizes(q.shape[2], v_pool.shape[3])
     key = value + rest
     slot_bytes, row_bytes = (key + value) * k_pool.element_size(), key * q.element_size()
-    found = choose_tuning(*device_limits(q.device), rows, num_slots, slot_bytes, row_bytes)
+    found = choose_tuning(
+        *device_limits(q.device), rows, num_slots, num_seqs, slot_bytes, row_bytes
+    )
     # Tensor cores do not multiply float32 exactly: a larger tile spills registers.
     return replace(found, tile=16) if q.dtype == torch.float32 else found
 

@@ -116,7 +116,7 @@ COLUMNS = {
     "steps": columns("batch, context, step ms, floor ms, over floor, paging %"),
     "kernels": columns(
         "batch, products ms, over floor=products_over_floor, attention ms,"
-        " over floor=attention_over_floor, sums ms, others ms, others, between ms"
+        " over floor=attention_over_floor, sums ms, others ms, others"
     ),
     "saturated": columns(f"{FULL}, {BATCH}, device busy %=busy_percent, recomputed, unserved"),
     "memory": columns(

@@ -103,7 +103,6 @@ def decode_steps(
         if worker.on_gpu:
             row |= kernels_of(worker, orders["scattered"])
             row |= {f"{part}_over_floor": row[f"{part}_ms"] / floors[part] for part in floors}
-            row["between_ms"] = row["step_ms"] - sum(row[f"{part}_ms"] for part in PARTS)
         rows.append(row)
     return rows
 
@@ -111,7 +110,7 @@ def decode_steps(
 def kernels_of(worker: Worker, order: Order) -> Row:
     """Milliseconds of this step in the kernels of each part, as the device's own trace has them,
     and how many the others are."""
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
         for _ in range(STEPS):
             flight = worker.run(order)
         flight.end.wait()

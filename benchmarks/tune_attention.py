@@ -85,12 +85,12 @@ def times_us(name: str, tunings: list[Tuning], repeats: int) -> dict[Tuning, flo
 
 
 def kind_of(shape: Shape, multiprocessors: int) -> str:
-    """Which of a card's three tunings it takes: see `choose_tuning`."""
-    from paged_attention_triton import LITTLE_WORK, MANY_HEADS, TUNINGS
+    """Which of a card's four tunings it takes: see `choose_tuning`."""
+    from paged_attention_triton import LITTLE_WORK, MANY_HEADS, SHORT, TUNINGS
 
     if shape.kv_heads > MANY_HEADS:
-        return "many heads"
-    programs = next(iter(TUNINGS.values()))[1].programs * multiprocessors
+        return "short" if sum(shape.lens) < SHORT * len(shape.lens) else "many heads"
+    programs = next(iter(TUNINGS.values()))[2].programs * multiprocessors
     return (
         "little work" if sum(shape.lens) * shape.kv_heads < LITTLE_WORK * programs else "few heads"
     )

@@ -237,6 +237,22 @@ def test_lines_begin_with_a_request_alone_and_have_traces_of_one_length():
     assert found[1]["simulated_rate"] is None
 
 
+def test_kernels_are_told_apart_by_their_names():
+    kernels = [
+        ("_attend", 40.0, 3000.0),
+        ("nvjet_sm90_hsh_64x32_64x16_4x1_v_bz_bias_TNT", 80.0, 2800.0),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int>", 40.0, 100.0),
+        ("ncclDevKernel_AllReduce_Sum_f16_RING_LL(x)", 80.0, 800.0),
+        ("_normalize", 81.0, 150.0),
+        ("Memcpy HtoD (Pinned -> Device)", 2.0, 5.0),
+    ]
+    row = serve_fit.by_part(kernels)
+    assert row["others"] == 83.0
+    for part, ms in (("products", 2.9), ("attention", 3.0), ("sums", 0.8), ("others", 0.155)):
+        assert row[f"{part}_ms"] == pytest.approx(ms)
+    assert set(serve_fit.by_part([]).values()) == {0.0}
+
+
 def test_constants_come_out_of_the_iterations_that_they_made(monkeypatch):
     """Of iterations with a few pauses of the host in them."""
     monkeypatch.setattr(serve_fit.Sizes, "of", lambda _: serve_fit.Sizes(26_000_000_000, 800_000))

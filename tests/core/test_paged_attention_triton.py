@@ -676,13 +676,14 @@ CARDS = st.builds(
         *(st.integers(1, 40), st.integers(1, 130), st.integers(1, 1024), st.integers(1, 500)),
     ),
     st.integers(0, 1 << 40),
+    st.integers(0, 1 << 12),
     st.sampled_from([32 << n for n in range(9)]),
     st.sampled_from([32 << n for n in range(8)]),
 )
-def test_what_is_picked_fits_the_shared_memory(card, shared, rows, slots, slot_bytes, row_bytes):
-    tuning = choose_tuning(card, shared, rows, slots, slot_bytes, row_bytes)
+def test_what_is_picked_fits_the_shared_memory(card, shared, rows, slots, seqs, slot_bytes, row):
+    tuning = choose_tuning(card, shared, rows, slots, seqs, slot_bytes, row)
     each = max(1, tuning.num_stages - 1) * tuning.tile * slot_bytes
-    each += module.SHARED_SPARE + 2 * rows.padded * row_bytes
+    each += module.SHARED_SPARE + 2 * rows.padded * row
     least = tuning.tile == 16 and tuning.programs == tuning.num_stages == 1
     assert tuning.programs * each <= shared or least
     assert tuning.registers >= 64
@@ -705,16 +706,29 @@ def test_a_programs_rows_hold_a_group_or_share_it(kv_heads, group, size, most):
 
 def test_a_card_takes_the_tunings_of_the_one_most_like_it():
     large, small = Card(5e12, 132, 60 << 20), Card(3e11, 40, 4 << 20)
-    tunings = {large: (Tuning(16, 2, 3, 7),) * 3, small: (Tuning(16, 1, 2, 5),) * 3}
+    tunings = {large: (Tuning(16, 2, 3, 7),) * 4, small: (Tuning(16, 1, 2, 5),) * 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TUNINGS", tunings)
         for card in (large, small, Card(3e12, 100, 50 << 20), Card(6e11, 46, 4 << 20)):
             like = large if card.bandwidth > 1e12 else small
-            got = choose_tuning(card, 227 << 10, Rows.of(4, 4, 64, 1), 1000, 256, 128)
+            got = choose_tuning(card, 227 << 10, Rows.of(4, 4, 64, 1), 1000, 10, 256, 128)
             assert got == tunings[like][0]
             assert card.distance(large) == pytest.approx(large.distance(card))
     for known in module.TUNINGS:
         assert known.distance(known) == 0
+
+
+def test_what_there_is_to_read_chooses_the_tuning():
+    card, found = next(iter(module.TUNINGS.items()))
+
+    def chosen(heads, *lens):
+        rows = Rows.of(heads, heads, 128, 1)
+        return choose_tuning(card, 227 << 10, rows, sum(lens) * heads, len(lens), 512, 256)
+
+    many, short, few, little = found
+    assert chosen(40, *[1024] * 32) == chosen(20, 511, 513) == many
+    assert chosen(40, *[256] * 32) == chosen(17, 511) == short
+    assert chosen(8, *[1024] * 64) == few and chosen(8, 32768) == chosen(16, 9) == little
 
 
 def test_of_a_gpus_shared_memory_the_drivers_kib_is_not_ours(monkeypatch):
