@@ -57,15 +57,18 @@ PAGES = {  # page: its title, one sentence, the results
         ("fig15_measured", "fig15_searches", "bench_generate_cpu", "bench_generate_h200"),
     ),
     "serving": (
-        "Served for real, on one H200",
+        "Served for real, on one H200 and on two",
         "What each number means, and which aims are missed: [Served for real](../serving.md).",
         (
+            "serve_saturated_60s",
             "serve_saturated",
             "serve_poisson_max_paged",
             "serve_poisson_pow2_oracle",
             "serve_samples",
             "serve_peer",
             "serve_spread",
+            "serve_two_gpus",
+            "serve_two_gpus_66b",
         ),
     ),
     "servers": (
@@ -128,10 +131,12 @@ def section(name: str) -> str:
     # A folder of the machine's.
     command = re.sub(r"(?<= )(\.\./\S+|/\S*(?=/))", "DIR", found["command"])
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    kept = "" if found["output"] else "; its figures in full were lost, this is what it printed"
     which = " without the authors' lengths" * name.endswith("without_lengths")
     return (
         f"## `{command}`{which}\n\nAt commit {found['commit'][:7]}, whose command this is, on "
-        f"{found['device']} ({versions}): [{name}.json](../../results/{name}.json)\n\n{printed}\n"
+        f"{found['device']} ({versions}): [{name}.json](../../results/{name}.json){kept}"
+        f"\n\n{printed}\n"
     )
 
 
