@@ -6,7 +6,7 @@
 Serves Fig. 18a (attention over random blocks against contiguous K and V), the kernel's side of
 Fig. 18b (block sizes), Fig. 19a (swapping and recomputing 256 tokens), and the fused block write
 and block copy of section 5. At OPT-13B's shape in fp16; the paper does not state Fig. 18a's. Needs
-a CUDA device with 50 GB of free memory and triton; takes some two minutes. The parts:
+a CUDA device with 50 GB of free memory and triton; takes half a minute. The parts:
 
     attention  the same kernel over random and over consecutive blocks, and torch's best over the
                same memory without blocks; floor: live K and V over the bandwidth of a large copy
