@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_sim.evaluation.curves import crossing
 from vllm_sim.evaluation.pictures import LOOKS
 from vllm_sim.paper.curves import FIG12_CURVES
 from vllm_sim.paper.figures import (
@@ -139,14 +139,6 @@ def served_rates(rows: Sequence[Row], alone: Row, times: float, where: str) -> F
     entries.append(Line2D([], [], **dark, marker="o", **drawing.HOLLOW, label="paper"))
     figure.legend(handles=entries, loc="outside lower center", ncols=4)
     return figure
-
-
-def crossing(points: Sequence[tuple[float, float]], height: float) -> float | None:
-    """Where straight lines between these points first reach it; None if they do not."""
-    for (low, before), (high, after) in pairwise(points):
-        if before < height <= after:
-            return low + (height - before) / (after - before) * (high - low)
-    return None
 
 
 def kernel_latency(rows: Sequence[Row], where: str) -> Figure:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -45,17 +44,20 @@ import numpy as np
 import pictures
 import torch
 from script import Row, Script, entry, options, show, table
-from serve_fit import calibrate, decode_steps, fit
-from serve_spread import (
-    Machine,
+from serve_earlier import (
+    at_latencies,
+    draw,
+    earlier,
     in_window,
     limits_for,
     pool_of,
     queue_of,
+    rates_at,
     requests_of,
-    spread,
+    show_rates,
     window_of,
 )
+from serve_fit import calibrate, decode_steps, fit
 from transformers import AutoConfig, PreTrainedModel
 
 from kv_cache_manager import RequestTooLargeError
@@ -71,7 +73,6 @@ from vllm_sim.engine.worker import Worker
 from vllm_sim.models import DEPLOYMENTS, MODELS, Model, kv_blocks, opt
 from vllm_sim.reporting import drawing
 from vllm_sim.reporting.arguments import file_name, positive, seed
-from vllm_sim.reporting.files import read_bounded
 from vllm_sim.reporting.progress import SILENT
 from vllm_sim.serving.latency import ApartLatency
 from vllm_sim.serving.scheduler import Iteration, Manager
@@ -89,14 +90,10 @@ SHAPES |= {model.name: model for model in (TINY, TINY_LLAMA)}
 TINY_BLOCKS = 256
 BATCHES = (7, 15, 30, 60)  # of `steps`: what the four systems run
 TEMPERATURE = 1.0
-# Times a lone request's seconds per token: 0.5 s over vLLM's leftmost point in Fig. 12a.
-LONE = 13.5
 EVERY = 16  # iterations between two looks at where the memory is
 PEER_REQUESTS, PEER_PROMPT, PEER_NEW = 64, 160, 128
 SAMPLES = (2, 4, 6)
-MOST_BYTES = 64 << 20  # of an earlier run's file
 TOLD = RankLostError, RanksDifferError, RequestTooLargeError, UnsupportedModelError, WorkloadError
-NEEDED = ("rate", "s_per_token", "simulated_s_per_token")  # of a row that is drawn
 
 
 def columns(text: str) -> list[tuple[str, str]]:
@@ -125,10 +122,6 @@ COLUMNS = {
     "poisson": columns(f"trace s, {RATE}, recomputed, swapped"),
     "samples": columns(f"samples, {RATE}, saved %, simulated=simulated_saved_percent"),
     "peer": columns("server, seconds, tokens, tokens/s"),
-    "rates_at": columns(
-        "system, trace s, s/token=at_s_per_token, req/s=rate, simulated=simulated_rate"
-    ),
-    "spread": columns("=what, seed, paged, over oracle, over pow2, over max"),
 }
 TITLES = {
     "steps": "A decode step over its floor, and what paging costs it",
@@ -138,8 +131,6 @@ TITLES = {
     "poisson": "Poisson arrivals (Fig. 12)",
     "samples": "Several samples a request, Alpaca (Fig. 14)",
     "peer": f"{PEER_REQUESTS} requests of {PEER_PROMPT} + {PEER_NEW} tokens at once",
-    "rates_at": "Requests/s at a latency",
-    "spread": "Requests/s of paged, and over the others', by seed, simulated",
 }
 
 
@@ -300,26 +291,6 @@ def peer(bench: Bench) -> list[Row]:
     ]
 
 
-def rates_at(rows: Sequence[Row], alone: Row, latencies: Sequence[float]) -> list[Row]:
-    """The rate at which a system's line reaches a latency, measured and simulated.
-
-    A line goes through the runs of one length; it begins with a request alone. Runs at more than
-    twice the latency are not on it: straight lines from far away say little.
-    """
-    found = []
-    lines = dict.fromkeys((row["system"], row["trace_s"]) for row in rows)
-    for (system, seconds), latency in itertools.product(lines, latencies):
-        row: Row = {"system": system, "trace_s": seconds, "at_s_per_token": latency}
-        for name, key in (("rate", "s_per_token"), ("simulated_rate", "simulated_s_per_token")):
-            line = [r for r in rows if (r["system"], r["trace_s"]) == (system, seconds)]
-            near = (one for one in line if one[key] <= 2 * latency)
-            points = sorted((one["rate"], one[key]) for one in near)
-            row[name] = pictures.crossing([(0.0, alone[key]), *points], latency)
-        if row["rate"] is not None:
-            found.append(row)
-    return found
-
-
 # -- the command line ---------------------------------------------------------------------------
 
 
@@ -417,13 +388,17 @@ def check(args: argparse.Namespace, lengths: Lengths) -> None:
         raise UsageError("torchrun runs several processes: --tensor-parallel")
     if args.check and not args.tensor_parallel:
         raise UsageError("--check compares ranks: --tensor-parallel")
-    chosen = dict.fromkeys(POLICIES, ())
+    chosen = dict.fromkeys(args.systems, ())
     for name, rates in args.rates:
-        for policy in [name] if name else POLICIES:
+        if name and name not in chosen:
+            raise UsageError(f"--rates {name}=...: {name} is not among the --systems that run")
+        for policy in [name] if name else chosen:
             told = {(rate, seconds or args.trace_seconds) for rate, seconds in rates}
             chosen[policy] = tuple(sorted({*chosen[policy], *told}))
-    args.rates = {policy: rates for policy, rates in chosen.items() if policy in args.systems}
+    args.rates = chosen
     shape, any_rates = SHAPES[args.model], any(args.rates.values())
+    if (args.layers or 0) > shape.num_layers:
+        raise UsageError(f"--layers {args.layers}: {args.model} has {shape.num_layers}")
     no_peer = args.tensor_parallel or shape.family == "opt"
     left_out = {"poisson": not any_rates, "peer": no_peer}
     if "peer" in (args.part or ()) and no_peer:
@@ -533,83 +508,6 @@ def run(argv: list[str] | None) -> int:
     except (DeviceMemoryError, torch.OutOfMemoryError) as error:
         told = f"{first_line(error)}; lower --layers or --blocks, or --model tiny"
         raise UsageError(told) from None
-
-
-def earlier(script: Script) -> int:
-    """Of runs that were kept: the rates at a latency, a picture, and what other seeds would give.
-    Raises UsageError for other files."""
-    args, lengths = script.args, find_lengths(script.args.lengths, None)
-    kept = [read_earlier(Path(path), lengths) for path in args.earlier]
-    rows = [row for run in kept for row in run.get("poisson", ())]
-    alone = next((run["alone"] for run in kept if "alone" in run), None)
-    where = kept[0]["where"]
-    found: dict[str, object] = {}
-    if alone is not None:
-        found["rates_at"] = rates_at(rows, alone, at_latencies(alone))
-        show_rates(found["rates_at"], where)
-    elif args.figures is not None or not args.seeds:
-        raise UsageError("none of these runs has the part poisson")
-    if args.figures is not None:
-        draw(rows, alone, where, args.figures)
-    if args.seeds:
-        latency = LONE * alone["s_per_token"] if alone else paper.RATE_AT_LATENCY
-        machines = [run["machine"] for run in kept]
-        for machine in machines:
-            if machine.source != lengths.source(machine.dataset):
-                raise UsageError(f"--seeds: a run's lengths are of {machine.source}: --lengths")
-        found["spread"] = spread(machines, latency, args.seeds)
-        if not found["spread"]:
-            raise UsageError("none of these runs has the part saturated or poisson")
-        show(table(TITLES["spread"], COLUMNS["spread"], found["spread"], where, 3))
-    return script.write(found, {"rates_at": 3, "spread": 2})
-
-
-def read_earlier(path: Path, lengths: Lengths) -> dict:
-    """What a run was made with, its poisson if it has one, and where it was. Raises UsageError."""
-    try:
-        kept = json.loads(read_bounded(path, MOST_BYTES) or b"")
-        found = kept.get("output", kept)
-        tables = {one["id"]: one["rows"] for one in found["tables"]}
-        where = f"{found['options']['model']}, {found['setting']['blocks']} blocks"
-        where += f", {kept['device']}" if "device" in kept else ""
-        read: dict = {"machine": Machine(found, lengths), "where": where}
-        rows = [*tables.get("poisson", ())]
-        sound = all(row["system"] in POLICIES for row in [*rows, *tables.get("saturated", ())])
-        sound = sound and all(row["trace_s"] > 0 for row in rows)
-        if "poisson" in tables:
-            alone = found["setting"]["alone"]
-            read |= {"poisson": rows, "alone": alone}
-            sound = sound and all(alone[key] > 0 for key in NEEDED[1:])
-        sound = sound and all(row[key] >= 0 for row in rows for key in NEEDED)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        sound = False
-    if not sound:
-        raise UsageError(f"{path} is no run of this script")
-    return read
-
-
-def draw(rows: Sequence[Row], alone: Row, where: str, directory: Path) -> None:
-    """UsageError unless paged's line in the picture reaches what the rates are relative to."""
-    longest = max((row["trace_s"] for row in rows), default=0)
-    line = [row for row in rows if row["system"] == PAGED and row["trace_s"] == longest]
-    if not all(any(row[key] >= LONE * alone[key] for row in line) for key in NEEDED[1:]):
-        told = f"the rates are relative to paged's at {LONE} times a request alone"
-        raise UsageError(f"no picture: {told}, which its traces of {longest} s do not reach")
-    for path in pictures.draw_serving(rows, alone, LONE, where, directory):
-        print(f"wrote {path}", file=sys.stderr)
-
-
-def at_latencies(alone: Row) -> tuple[float, float]:
-    return paper.RATE_AT_LATENCY, LONE * alone["s_per_token"]
-
-
-def show_rates(rows: Sequence[Row], where: str) -> None:
-    if rows:
-        show(table(TITLES["rates_at"], COLUMNS["rates_at"], rows, where, 3))
-    else:
-        print("No system reaches one of the latencies at these rates.")
 
 
 def measure(bench: Bench, ranks: Ranks) -> int:

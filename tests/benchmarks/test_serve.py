@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 
 import pictures
 import serve
+import serve_earlier
 import serve_fit
-import serve_spread
 
 from vllm_sim.engine.server import Took
 from vllm_sim.serving.latency import ApartLatency
@@ -94,6 +94,8 @@ def test_the_peer_serves_the_same_requests(run_script, tmp_path):
         ("--rates", "paged=0"): "'paged=0' is no list of rates",
         ("--rates", "orca=1"): "'orca=1' is no list of rates",
         ("--rates", "nan"): "'nan' is no list of rates",
+        ("--systems", "paged", "--rates", "max=1"): "max is not among the --systems",
+        ("--layers", "3"): "tiny has 2",
         ("--sample-rate", "1,2"): "'1,2' is not a rate",
         ("--sample-rate", "5@15"): "'5@15' is not a rate",
         ("--check",): "--tensor-parallel",
@@ -209,15 +211,9 @@ def test_a_rate_far_below_those_tried_is_not_read(tmp_path):
     path = a_run(tmp_path / "run.json")[1]
     with open(path, encoding="ascii") as file:
         found = json.load(file)["output"]
-    machine = serve_spread.Machine(found, find_lengths((), None))
+    machine = serve_earlier.Machine(found, find_lengths((), None))
     assert machine.rate_at("max", 40.0, 15, 0.115, 0) is None
     assert machine.rate_at("max", 2.6, 45, 0.115, 0) is not None
-
-
-def test_a_rate_is_read_between_two_points():
-    points = [(1.0, 0.1), (2.0, 0.3), (3.0, 1.3)]
-    assert pictures.crossing(points, 0.8) == pytest.approx(2.5)
-    assert pictures.crossing(points, 0.05) is None and pictures.crossing(points, 2.0) is None
 
 
 def test_lines_begin_with_a_request_alone_and_have_traces_of_one_length():
@@ -227,7 +223,7 @@ def test_lines_begin_with_a_request_alone_and_have_traces_of_one_length():
 
     rows = [row("paged", 60, 2.0, 0.1, 0.11), row("paged", 60, 3.0, 0.3, 0.31)]
     rows += [row("paged", 15, 9.0, 0.5, 0.4), row("max", 60, 1.0, 0.09, 0.3)]
-    found = serve.rates_at(rows, row("paged", 0, 0.0, 0.02, 0.02), (0.2, 0.5))
+    found = serve_earlier.rates_at(rows, row("paged", 0, 0.0, 0.02, 0.02), (0.2, 0.5))
     shown = [(one["system"], one["trace_s"], one["at_s_per_token"], one["rate"]) for one in found]
     assert shown == [
         ("paged", 60, 0.2, pytest.approx(2.5)),

@@ -32,6 +32,14 @@ FAR_BELOW = 0.75  # rates up to this share of the highest are simulated without 
 LEFT_END = 1.25  # times a curve's first latency
 
 
+def crossing(line: Sequence[Point], height: float) -> float | None:
+    """Where straight lines between these points first reach it; None if they do not."""
+    for (low, before), (high, after) in pairwise(line):
+        if before < height <= after:
+            return low + (height - before) / (after - before) * (high - low)
+    return None
+
+
 @dataclass(frozen=True)
 class Curve:
     """One system's curve: the paper's points, and the run that gives ours at any rate."""
@@ -90,12 +98,8 @@ class Curve:
 
         NaN if it is above it from its first rate on, or never reaches it: no row with it holds.
         """
-        latency = self.read_at if latency is None else latency
-        line = self.line(done)
-        for (low, before), (high, after) in pairwise(line):
-            if before < latency <= after:
-                return low + (latency - before) / (after - before) * (high - low)
-        return math.nan
+        found = crossing(self.line(done), self.read_at if latency is None else latency)
+        return math.nan if found is None else found
 
     def _passed(self, points: list[Point]) -> bool:
         """Whether the line has reached all that is read from it."""

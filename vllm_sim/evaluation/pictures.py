@@ -14,12 +14,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from vllm_sim import paper
+from vllm_sim.evaluation.curves import crossing
 from vllm_sim.evaluation.runner import Found
 from vllm_sim.reporting import drawing
 
@@ -136,10 +136,8 @@ def _beyond_top(points: Sequence[Point], rate: float) -> Sequence[Point]:
 
 def _leaves(line: Sequence[Point]) -> float:
     """The rate at which a line goes through the top of the axis, or else ends."""
-    for (low, before), (high, after) in pairwise(line):
-        if before <= TOP < after:
-            return low + (TOP - before) / (after - before) * (high - low)
-    return line[-1][0]
+    found = crossing(line, TOP)
+    return line[-1][0] if found is None else found
 
 
 def _blocks(found: Found) -> Figure:
