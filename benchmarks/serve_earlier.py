@@ -231,7 +231,7 @@ def read_earlier(path: Path, lengths: Lengths) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         sound = False
     if not sound:
-        raise UsageError(f"{path} is no run of this script")
+        raise UsageError(f"{path} has no figures of this script")
     return read
 
 
