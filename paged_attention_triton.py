@@ -104,13 +104,15 @@ class Card:
 
 
 # By a sweep of benchmarks/tune_attention.py on 2026-11-30 on one H200: each within 0.3 % of the
-# best on every shape of its kind. For more heads than MANY_HEADS; for as many and sequences of less
-# than SHORT slots in the mean; for fewer heads; and for fewer where a program has less than
-# LITTLE_WORK slots to read.
+# best on every shape of its kind. For more K/V heads than MANY_HEADS; for as many and sequences of
+# less than SHORT slots in the mean (256 was swept, and 1,000 up); for fewer heads; and for fewer
+# where a program has less than LITTLE_WORK slots to read. The second and the last have one shape.
 TUNINGS = {
     Card(4.9e12, 132, 60 << 20): (
-        *(Tuning(16, 2, 3, 5), Tuning(16, 1, 2, 10)),
-        *(Tuning(16, 2, 4, 4), Tuning(32, 4, 3, 3)),
+        Tuning(16, 2, 3, 5),
+        Tuning(16, 1, 2, 10),
+        Tuning(16, 2, 4, 4),
+        Tuning(32, 4, 3, 3),
     )
 }
 MANY_HEADS, SHORT, LITTLE_WORK = 16, 512, 750
@@ -140,9 +142,9 @@ def choose_tuning(
 ) -> Tuning:
     """That of the card most like this one, cut down to what its shared memory holds.
 
-    num_slots: to read, of all heads and sequences; slot_bytes: K and V of one head of one slot,
-    padded; row_bytes: one query row. Many query rows (several tokens, or a wide group) and wide
-    heads need more warps, for their registers, and fewer programs at once.
+    num_slots: to read, of all heads and `num_seqs` sequences; slot_bytes: K and V of one head of
+    one slot, padded; row_bytes: one query row. Many query rows (several tokens, or a wide group)
+    and wide heads need more warps, for their registers, and fewer programs at once.
     """
     many, short, few, little = TUNINGS[min(TUNINGS, key=card.distance)]
     if rows.padded > 16:
@@ -151,7 +153,8 @@ def choose_tuning(
     elif slot_bytes >= WIDE_SLOT:
         chosen = Tuning(16, 8 if slot_bytes >= 2 * WIDE_SLOT else 4, 3, 2)
     elif rows.num_heads > MANY_HEADS:
-        chosen = short if num_slots < SHORT * num_seqs * rows.num_heads else many
+        in_short = num_slots < SHORT * num_seqs * rows.num_heads
+        chosen = short if in_short and slot_bytes < WIDE_SLOT // 2 else many
     else:
         scarce = num_slots < LITTLE_WORK * few.programs * card.multiprocessors
         chosen = little if scarce else few

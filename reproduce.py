@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     figures = choose(args.figure or FIGURES, args.quick)
     if not figures:
         raise UsageError(f"--quick: nothing of figure {', '.join(args.figure)} is quick")
-    lengths = find_lengths([*map(str, args.lengths)], os.environ.get("LENGTHS_DIR"))
+    lengths = find_lengths(args.lengths, os.environ.get("LENGTHS_DIR"))
     read = [("LENGTHS_DIR", path) for path in lengths.files.values()]
     keep_apart(read, build_parser().files(args)[1])
     sources = {dataset: lengths.source(dataset) for dataset in DATASETS}

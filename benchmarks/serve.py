@@ -11,7 +11,7 @@ paper, the K/V memory is Table 1's. The paper's four systems have the same memor
 worker (vllm_sim/engine/server.py).
 
     steps      a decode step over its floor (weights and live K/V at the rate of a large copy),
-               what scattered blocks cost over consecutive ones, and which kernels take the time
+               what scattered blocks cost over consecutive ones; on a GPU which kernels take it
     saturated  a full queue for a fixed time: requests and tokens a second, the mean batch (Fig.
                13), slots by part (Fig. 2), the share of the time that the device computes
     poisson    seconds per token at the given rates, and the rate at two latencies (Fig. 12)
@@ -113,7 +113,7 @@ COLUMNS = {
     "steps": columns("batch, context, step ms, floor ms, over floor, paging %"),
     "kernels": columns(
         "batch, products ms, over floor=products_over_floor, attention ms,"
-        " over floor=attention_over_floor, sums ms, others ms, others"
+        " over floor=attention_over_floor, sums ms, others ms, other launches"
     ),
     "saturated": columns(f"{FULL}, {BATCH}, device busy %=busy_percent, recomputed, unserved"),
     "memory": columns(
@@ -535,6 +535,8 @@ def measure(bench: Bench, ranks: Ranks) -> int:
             show_rates(found["rates_at"], where)
         if part == "saturated" and not all(row["unserved"] for row in rows):
             print("A queue ran empty: its figures are too low; raise --queue.")
+    if not worker.on_gpu:
+        print("On a CPU all parts run, but these are no figures.")
     if ranks.size > 1:
         sent = {name: getattr(worker, name) for name in ("messages", "bytes", "seconds")}
         found["orders"] = sent | {"ranks": ranks.size, "checked": args.check}

@@ -26,6 +26,7 @@ from script import Row, Script, show, table
 
 from vllm_sim import paper
 from vllm_sim.evaluation.curves import crossing
+from vllm_sim.reporting import drawing
 from vllm_sim.reporting.command_line import UsageError
 from vllm_sim.reporting.files import read_bounded
 from vllm_sim.serving.latency import ApartLatency
@@ -181,13 +182,21 @@ def rates_at(rows: Sequence[Row], alone: Row, latencies: Sequence[float]) -> lis
 
 def earlier(script: Script) -> int:
     """Of runs that were kept: the rates at a latency, a picture, and what other seeds would give.
-    Raises UsageError for other files."""
+    Of their lone requests the slowest counts. Raises UsageError for other files."""
     args, lengths = script.args, find_lengths(script.args.lengths, None)
     kept = [read_earlier(Path(path), lengths) for path in args.earlier]
     rows = [row for run in kept for row in run.get("poisson", ())]
-    alone = next((run["alone"] for run in kept if "alone" in run), None)
-    where = kept[0]["where"]
+    alone = max(
+        (run["alone"] for run in kept if "alone" in run),
+        key=lambda row: row["s_per_token"],
+        default=None,
+    )
+    where, *others = dict.fromkeys(run["where"] for run in kept)
+    if others:
+        raise UsageError(f"not runs of one model, memory and device: {where}; {others[0]}")
     found: dict[str, object] = {}
+    if args.figures is not None:
+        drawing.check_folder(args.figures, [pictures.SERVED])
     if alone is not None:
         found["rates_at"] = rates_at(rows, alone, at_latencies(alone))
         show_rates(found["rates_at"], where)

@@ -32,7 +32,7 @@ from vllm_sim.workload.requests import Request
 ROUNDS, STEPS, WARM_UP = 3, 20, 5
 SEQUENCES, PROMPTS, NEW = (1, 4, 8, 16, 32, 64, 128), (32, 128, 512, 1024), 24
 ON_CPU = 3  # of SEQUENCES, and steps: a CPU takes long, and nothing is held against it
-# Whose kernel it is, by its name; all others are a layer's small ones.
+# Whose kernel it is, by its name; the others are small ones and copies.
 KERNELS = {"attention": "^_attend", "sums": "nccl", "products": "gemm|gemv|nvjet|cutlass|splitK"}
 PARTS = (*KERNELS, "others")
 LONG = 512  # prompt tokens of an iteration from which on the tokens' own time shows
@@ -108,8 +108,8 @@ def decode_steps(
 
 
 def kernels_of(worker: Worker, order: Order) -> Row:
-    """Milliseconds of this step in the kernels of each part, as the device's own trace has them,
-    and how many the others are."""
+    """Milliseconds of this step in the kernels of each part, as the trace of this process's device
+    has them, and how many the others are."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
         for _ in range(STEPS):
             flight = worker.run(order)
@@ -121,11 +121,12 @@ def kernels_of(worker: Worker, order: Order) -> Row:
 
 def by_part(kernels: Iterable[tuple[str, float, float]]) -> Row:
     """Of kernels by name, with their number and microseconds: the milliseconds of each part."""
-    row = {f"{part}_ms": 0.0 for part in PARTS} | {"others": 0.0}
+    row = {f"{part}_ms": 0.0 for part in PARTS} | {"other_launches": 0.0}
     for name, count, us in kernels:
         part = next((part for part, told in KERNELS.items() if re.search(told, name)), PARTS[-1])
         row[f"{part}_ms"] += us / 1e3
-        row["others"] += count if part == PARTS[-1] else 0.0
+        row["other_launches"] += count if part == PARTS[-1] else 0.0
+    row["other_launches"] = round(row["other_launches"])
     return row
 
 

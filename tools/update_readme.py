@@ -4,7 +4,8 @@
     python tools/update_readme.py --check    # exit code 1 if that would change one
 
 Reproduces nothing. A page shows what the commands printed, as tools/record.py kept it, each with
-its command, commit and machine. The README's rows stand between two marks.
+its command, commit and machine; of two runs no more was kept, and their "output" is null. The
+README's rows stand between two marks.
 """
 
 from __future__ import annotations

@@ -129,10 +129,10 @@ CONSTANTS = {"step_s": 2e-3, "token_s": 4e-5, "context_s": 2e-7, "seq_s": 1e-5}
 CONSTANTS |= {"weights_s": 6e-3, "prompt_s": 1e-3, "block_size": 16}
 
 
-def a_run(path, lengths=COMPACT_SOURCE, **tables):
+def a_run(path, lengths=COMPACT_SOURCE, model="opt-13b", alone_s=0.0085, **tables):
     """A run of serve.py that was kept, as tools/record.py keeps it."""
-    alone = {"rate": 0.0, "s_per_token": 0.0085, "simulated_s_per_token": 0.0085}
-    options = {"model": "opt-13b", "cpu_blocks": 0, "dataset": "ShareGPT", "seconds": 20}
+    alone = {"rate": 0.0, "s_per_token": alone_s, "simulated_s_per_token": alone_s}
+    options = {"model": model, "cpu_blocks": 0, "dataset": "ShareGPT", "seconds": 20}
     found = {"options": options | {"queue": 600}, "tables": []}
     found["setting"] = {"blocks": 983, "constants": CONSTANTS, "alone": alone}
     found["setting"]["lengths"] = lengths
@@ -158,12 +158,14 @@ def test_earlier_runs_are_drawn_together(tmp_path, capsys):
     full = a_run(tmp_path / "full.json", saturated=[{"system": "paged"}])
     other_length = a_run(tmp_path / "short.json", poisson=[point("paged", 9.0, 15)])
     low = a_run(tmp_path / "low.json", poisson=[point("paged", s_per_token=0.1)])
+    larger = a_run(tmp_path / "larger.json", model="opt-66b", poisson=[point("max")])
     words = a_run(tmp_path / "words.json", poisson=[point("paged", s_per_token="0.12")])
     readme = "--earlier", __file__
     for options, told in (
         (two, "which its traces of 45 s do not reach"),
         ((*other_length, *two), "which its traces of 45 s do not reach"),
         (low, "which its traces of 45 s do not reach"),
+        ((*one, *larger), "not runs of one model"),
         (words, "has no figures of this script"),
         (bad, "has no figures of this script"),
         (other, "has no figures of this script"),
@@ -184,6 +186,23 @@ def test_a_picture_that_is_refused_costs_no_figures(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "which its traces of 2 s do not reach" in error and len(error.splitlines()) == 1
     assert {table["id"] for table in json.loads(out.read_text())["tables"]} >= {"poisson"}
+
+
+def test_the_order_of_runs_does_not_matter(tmp_path, capsys):
+    one = a_run(tmp_path / "one.json", poisson=[point("paged", 9.0)], alone_s=0.008)
+    two = a_run(tmp_path / "two.json", poisson=[point("paged", 4.0, s_per_token=0.03)])
+    assert serve.main([*one, *two]) == serve.main([*two, *one]) == 0
+    first, *half = capsys.readouterr().out.split("Requests/s at a latency")[1:]
+    assert [first] == half and f"{serve_earlier.LONE * 0.0085:.3f}" in first
+
+
+def test_lengths_of_a_file_are_named(tmp_path, capsys):
+    file, out = tmp_path / "some.csv", tmp_path / "out.json"
+    file.write_text("input_len,output_len\n5,9\n12,7\n")
+    options = "--lengths", file, "--part", "saturated", "--seconds", 1, "--systems", "paged"
+    assert serve.main([*map(str, (*SMALL, *options, "--json", out))]) == 0
+    assert json.loads(out.read_text())["setting"]["lengths"] == "some.csv (2 pairs)"
+    assert "these are no figures" in capsys.readouterr().out
 
 
 def test_other_seeds_are_simulated(tmp_path, capsys):
@@ -243,7 +262,7 @@ def test_kernels_are_told_apart_by_their_names():
         ("Memcpy HtoD (Pinned -> Device)", 2.0, 5.0),
     ]
     row = serve_fit.by_part(kernels)
-    assert row["others"] == 83.0
+    assert row["other_launches"] == 83
     for part, ms in (("products", 2.9), ("attention", 3.0), ("sums", 0.8), ("others", 0.155)):
         assert row[f"{part}_ms"] == pytest.approx(ms)
     assert set(serve_fit.by_part([]).values()) == {0.0}

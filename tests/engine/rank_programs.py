@@ -45,8 +45,7 @@ def worker_of(name, ranks=None):
     model = small(name.partition(",")[0])
     if ranks is not None:
         shard(model, ranks)
-        fuse(model)
-        model.to(ranks.device)
+        fuse(model.to(ranks.device))  # norms as where it is served: by triton on a GPU
     sizes = {"max_len": 64, "num_cpu_blocks": HOST_BLOCKS, "most_rows": 40}
     return Worker(model, BLOCKS, SIZE, temperature=FAMILIES[name], **sizes)
 

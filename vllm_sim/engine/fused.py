@@ -1,9 +1,9 @@
-"""Fewer kernels a layer: Q, K and V in one product, a gated layer's two, a ReLU with its product.
+"""Fewer and shorter kernels: Q, K and V in one product, a gated layer's two, a ReLU with its own.
 
 Reproduces nothing of the paper: servers do so, as a few long products read weights faster than many
 short ones. The weights are the model's, one below the other, and it calls its projections as
-before. The first computes all, the others hand out their part of it. Where triton runs, norms are
-those of norm.py.
+before. The first computes all, the others hand out their part of it. Where triton runs, LayerNorm
+and Llama's RMSNorm are those of norm.py.
 
     fuse(model)                     # OPT, Llama and models like them; others stay as they are
 
@@ -83,7 +83,8 @@ class _RootMeanSquareNorm(LlamaRMSNorm):
 
 
 def fuse(model: PreTrainedModel) -> int:
-    """Put them together, in place; how many products there are now in place of two or three."""
+    """Put them together, in place, on the device where the model will run; how many products there
+    are now in place of two or three."""
     count = 0
     firsts = {names[0] for names in TOGETHER}
     # Not all modules: those that are replaced are to be freed one after the other.
@@ -106,9 +107,12 @@ def fuse(model: PreTrainedModel) -> int:
         if type(linear) is nn.Linear and linear.bias is not None and type(behind) is nn.ReLU:
             linear.__class__, module.activation_fn = _Rectified, nn.Identity()
     if choose_kernel("auto", model.device, *heads(model.config))[0] == TRITON:
-        for module in model.modules():
-            if type(module) is LlamaRMSNorm:
-                module.__class__ = _RootMeanSquareNorm
-            if type(module) is nn.LayerNorm and module.bias is not None:
-                module.__class__ = _LayerNorm
+        for norm in model.modules():
+            if type(norm) not in (nn.LayerNorm, LlamaRMSNorm) or norm.weight is None:
+                continue
+            if norm.weight.dtype == model.dtype and norm.weight.dim() == 1:
+                if type(norm) is LlamaRMSNorm:
+                    norm.__class__ = _RootMeanSquareNorm
+                elif norm.bias is not None:
+                    norm.__class__ = _LayerNorm
     return count

@@ -1,7 +1,7 @@
-"""A layer norm in one short launch: 2 us for a few rows on an H200, where torch's takes 9.
+"""A layer norm in one short launch.
 
-Reproduces nothing of the paper: servers do so, as a decode step has two of them a layer. It is
-computed in float32, as torch's is. Needs triton.
+Reproduces nothing of the paper: servers do so, as a decode step has two of them a layer, of a few
+rows each. It is computed in float32, as torch's is, and has no gradient. Needs triton.
 
     y = normalize(x, weight, bias, eps)               # LayerNorm's
     y = normalize(x, weight, None, eps)               # RMSNorm's: no mean is taken off, no bias
@@ -19,14 +19,15 @@ import triton.language as tl
 def normalize(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """x (..., T, E), weight and bias (E,); the same shape and dtype."""
+    """x (..., T, E), weight and bias (E,), of one dtype; the result is like x."""
     x, size = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     if x.numel():
         block = triton.next_power_of_2(size)
         warps = 16 if block > 8192 else 8
-        rows = (x.numel() // size,)
-        _normalize[rows](x, weight, bias, out, eps, size, block, bias is not None, num_warps=warps)
+        arguments = x, weight, bias, out, eps, size, block, bias is not None
+        with torch.cuda.device_of(x):  # triton launches on the current device
+            _normalize[(x.numel() // size,)](*arguments, num_warps=warps)
     return out
 
 

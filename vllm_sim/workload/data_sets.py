@@ -206,7 +206,7 @@ class Lengths:
         return arrivals, (inputs + (rest_of_prefix + added_prompt_len)).tolist(), outputs.tolist()
 
 
-def find_lengths(paths: Sequence[str], directory: str | None) -> Lengths:
+def find_lengths(paths: Sequence[str | os.PathLike[str]], directory: str | None) -> Lengths:
     """Lengths from the files `paths`, and from what is recognised in the folder `directory`.
 
     A file of `paths` goes before those of the folder, and is read here. Raises WorkloadError for
@@ -215,7 +215,7 @@ def find_lengths(paths: Sequence[str], directory: str | None) -> Lengths:
     """
     named: dict[str, str] = {}
     known: dict[str, list[Pair]] = {}
-    for path in paths:
+    for path in map(os.fspath, paths):
         lines = [*read_text(path)]  # once, as it may be a pipe
         datasets = _datasets(path, header := _header(lines))
         if not datasets:
