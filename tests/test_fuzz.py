@@ -433,7 +433,7 @@ def test_no_reader_is_left_out():
         "paged_attention.py",
         "benchmarks/bench_beam_step.py",  # no input
         "benchmarks/measure_beams.py",  # our own file
-        "benchmarks/serve.py",  # an earlier run's: tests/benchmarks/test_serve.py
+        "benchmarks/serve_earlier.py",  # an earlier run's: tests/benchmarks/test_serve.py
         "vllm_sim/engine/weights.py",  # what names a model that transformers has refused
     }
     # LENGTHS_DIR and the task are in fuzz_variables; any text will do for a commit. Torchrun's
