@@ -67,7 +67,7 @@ test: $(TEST_STAMP)
 
 slow: $(TEST_STAMP)
 	@OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -m slow -n $(WORKERS) --dist worksteal \
-	    --figures results/searches.json $(ARGS)
+	    --figures=results/searches.json $(ARGS)
 
 # Takes about twice as long. Every process that a test starts is counted as well, workers too.
 coverage: $(TEST_STAMP)
